@@ -1,0 +1,232 @@
+"""The one place where user data becomes tensors: batches of images, with labels or without, checked and moved.
+
+Accepted as data are a ``DataLoader`` or any other iterable of batches, a map-style ``Dataset``, one tensor of images,
+and one pair of tensors (images, labels); the last three are cut into batches here. A batch is a tensor of images, a
+tuple or list ``(images,)`` or ``(images, labels)``, or a mapping with an ``image`` and perhaps a ``label`` key.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn, TypeAlias, TypeGuard, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from tqdm import tqdm
+
+from vfsurgery.errors import DataError, explain
+
+T = TypeVar("T")
+
+Data: TypeAlias = Iterable[Any] | Dataset[Any]
+"""What users may pass as data; the module's docstring lists the kinds."""
+
+BATCH_SIZE = 128
+"""Images per batch where the data comes uncut."""
+
+IMAGE_KEYS = ("image", "images", "pixel_values")
+LABEL_KEYS = ("label", "labels")
+
+
+class Batches:
+    """Data as batches ``(images, labels | None)`` on one device, readable as often as needed.
+
+    Each pass leaves torch's random state as it found it, though a shuffling loader draws from it; so a loader without
+    a generator of its own gives every pass the same order.
+
+    Args:
+        source: The data; see the module's docstring for what is accepted.
+        device: Where images and labels are moved; ``None`` leaves them where they are.
+        dtype: What images are converted to; ``None`` leaves them as they are.
+        shape: Expected shape of one image, as ``(C, H, W)``. The number of dims and the channels must agree; the rest
+            may differ, for networks that take any image size.
+
+    Raises:
+        DataError: From the constructor, ``source`` is no iterable or can be read only once. While reading, there is no
+            batch at all, or a batch holds no tensor, has the wrong shape, integer pixels, NaN or infinite values.
+
+    >>> batches = Batches(torch.zeros(200, 3, 8, 8), shape=(3, 8, 8))
+    >>> [tuple(images.shape) for images, labels in batches]
+    [(128, 3, 8, 8), (72, 3, 8, 8)]
+    """
+
+    def __init__(
+        self,
+        source: Data,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> None:
+        self.device = None if device is None else torch.device(device)
+        self.dtype = dtype
+        self.shape = None if shape is None else tuple(shape)
+        self._batches = _as_batches(source)
+
+    def length(self) -> int | None:
+        """Return the number of batches in one pass, or ``None`` where the data does not say."""
+        try:
+            return len(self._batches) if isinstance(self._batches, Sized) else None
+        except TypeError:  # a DataLoader over an IterableDataset has a __len__ that raises
+            return None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """One pass; labels that are no tensor come as ``None``, because no statistic looks at them."""
+        for images, labels, _ in self._read():
+            yield images, labels.to(self.device) if isinstance(labels, Tensor) else None
+
+    def labeled(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over data that must have labels: images, and class indices as int64, shape ``(N,)``.
+
+        Raises:
+            DataError: A batch comes without labels, or with labels that are not one class index per image.
+        """
+        for images, labels, index in self._read():
+            yield images, _class_indices(labels, len(images), index).to(self.device, torch.int64)
+
+    def _read(self) -> Iterator[tuple[Tensor, object, int]]:
+        """Images checked and moved, labels as they come, and the batch's index."""
+        unread: list[tuple[Tensor, int]] = []
+        index = -1
+        with _random_state_kept(self.device):
+            for index, batch in enumerate(self._batches):
+                images, labels = _split(batch, index)
+                _check_images(images, self.shape, index)
+                finite = images.isfinite().all()
+                if finite.device.type == "cpu":
+                    _check_finite(finite, index)
+                else:  # reading the verdict now would stall the device once per batch
+                    unread.append((finite, index))
+                yield images.to(self.device, self.dtype, non_blocking=True), labels, index
+        for finite, index in unread:
+            _check_finite(finite, index)
+        if index < 0:
+            _refuse("the data is empty", remedy="pass at least one batch of images")
+
+
+def progress(iterable: Iterable[T], label: str, total: int | None = None, *, enabled: bool = True) -> Iterable[T]:
+    """Wrap ``iterable`` so that work lasting over a second shows a bar on stderr, gone when done.
+
+    >>> list(progress([1, 2, 3], "counting", enabled=False))
+    [1, 2, 3]
+    """
+    return tqdm(iterable, desc=label, total=total, disable=not enabled, delay=1, leave=False, file=sys.stderr)
+
+
+def _as_batches(source: object) -> Iterable[Any]:
+    """Cut whole data into batches, and refuse what cannot be read again."""
+    if isinstance(source, Tensor):
+        return source.split(BATCH_SIZE)
+    if isinstance(source, TensorDataset):
+        source = cast("tuple[Tensor, ...]", source.tensors)
+        return list(zip(*(tensor.split(BATCH_SIZE) for tensor in source), strict=True))
+    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        return DataLoader(cast("Dataset[Any]", source), BATCH_SIZE)
+    if isinstance(source, Iterator):
+        _refuse(
+            f"the data is a {type(cast('object', source)).__name__}, which can be read only once",
+            remedy="pass something that starts afresh on each pass: a DataLoader, or list(data)",
+        )
+    if not isinstance(source, Iterable):
+        _refuse(
+            f"data of type {type(source).__name__} cannot be iterated over",
+            remedy="pass a DataLoader, a Dataset, a list of batches, or a tensor of images",
+        )
+    images, labels = (*_items(source), None, None)[:2]
+    if isinstance(images, Tensor) and _is_integer_vector(
+        labels
+    ):  # one pair: no batch of images is a vector of integers
+        labels = _class_indices(labels, len(images), 0)
+        return list(zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True))
+    return cast("Iterable[Any]", source)
+
+
+def _split(batch: object, index: int) -> tuple[Tensor, object]:
+    """Take one batch apart into its images and its labels, ``None`` where it has none."""
+    images, labels = (*_items(batch), None)[:2] if _items(batch) else (batch, None)
+    if isinstance(batch, Mapping):
+        entries = cast("Mapping[object, object]", batch)
+        images = next((entries[key] for key in IMAGE_KEYS if key in entries), batch)
+        labels = next((entries[key] for key in LABEL_KEYS if key in entries), None)
+    if isinstance(images, Tensor):
+        return images, labels
+    _refuse(
+        f"batch {index} holds its images as {_describe(images)}, not as a tensor",
+        accepted=f"a tensor, (images, labels), or a mapping with one of the keys {', '.join(IMAGE_KEYS)}",
+        remedy="convert it first: torchvision.transforms.ToTensor(), torch.from_numpy(), or a collate_fn",
+    )
+
+
+def _items(value: object) -> Sequence[object]:
+    """The items of a tuple or list of one or two, else nothing."""
+    if isinstance(value, tuple | list):
+        items = cast("Sequence[object]", value)
+        return items if len(items) <= 2 else ()
+    return ()
+
+
+def _is_integer_vector(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point()
+
+
+def _describe(value: object) -> str:
+    """The type of what was found, with the keys or the length that make it recognisable."""
+    if isinstance(value, Mapping):
+        return f"a mapping with keys {sorted(map(str, cast('Mapping[object, object]', value)))}"
+    if isinstance(value, tuple | list):
+        items = cast("Sequence[object]", value)
+        return f"a {type(items).__name__} of length {len(items)}"
+    return (
+        f"{type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    )
+
+
+def _check_images(images: Tensor, shape: tuple[int, ...] | None, index: int) -> None:
+    found, expected = tuple(images.shape), ("N", *(shape or ("C", "H", "W")))
+    if images.ndim < 2 or not len(images) or (shape is not None and images.ndim != len(expected)):
+        _refuse(
+            f"batch {index} is not a batch of images",
+            found=found,
+            expected=f"({', '.join(map(str, expected))}) with N > 0",
+            remedy="stack single images into batches, for example with a DataLoader",
+        )
+    if shape is not None and found[1] != shape[0]:
+        _refuse(
+            f"batch {index} has {found[1]} channels, the model takes {shape[0]}",
+            found=found,
+            expected=f"({', '.join(map(str, expected))})",
+            remedy="convert the images, or pass the example_inputs that the model was made for",
+        )
+    if not images.is_floating_point():
+        remedy = "scale and normalize them as in training: (images.float() / 255 - mean) / std"
+        _refuse(f"batch {index} holds {images.dtype} pixels", remedy=remedy)
+
+
+def _check_finite(finite: Tensor, index: int) -> None:
+    if not finite:
+        _refuse(f"batch {index} holds NaN or infinite values", remedy="clean the data, or mend its transform")
+
+
+def _class_indices(labels: object, count: int, index: int) -> Tensor:
+    """Return ``labels`` if they are one class index per image, else say what they are."""
+    if _is_integer_vector(labels) and len(labels) == count:
+        return labels
+    if labels is None:
+        _refuse(f"batch {index} has no labels", remedy="pass (images, labels): accuracy and loss need them")
+    _refuse(
+        f"the labels of batch {index} are not one class index per image",
+        found=_describe(labels),
+        expected=f"an integer tensor of shape ({count},)",
+    )
+
+
+def _refuse(fact: str, **details: object) -> NoReturn:
+    raise DataError(explain(fact, **details))
+
+
+def _random_state_kept(device: torch.device | None) -> AbstractContextManager[None]:
+    """Put the random state of the CPU, and of ``device`` if that is a GPU, back when left."""
+    return torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else [])

@@ -1,0 +1,243 @@
+"""From a traced model to its permutation groups: rules give ties and pins, their solution gives the groups.
+
+1. Every op's coupling rule states constraints on axes (:mod:`vfsurgery.axes`); an op without a rule pins all it touches.
+2. :class:`~vfsurgery.layouts.Layouts` solves them: each axis becomes a concatenation of products of atoms.
+3. The *coupling graph* (networkx) has a node for each atom on each axis and an edge for each tie, labelled with its op.
+   Its connected components that reach no pin and hold parameters are the permutation groups.
+
+Dims that hold no units, such as a kernel's height and width, are not listed among the pinned axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import networkx as nx
+import numpy as np
+from torch import fx
+
+from vfsurgery.axes import (
+    AxisRef,
+    Concat,
+    Constraint,
+    Expression,
+    Fixed,
+    Fresh,
+    Indifferent,
+    Pin,
+    Product,
+    Take,
+    TensorRef,
+    Tie,
+    mentioned,
+)
+from vfsurgery.errors import SurgeryError, UnknownOpError, explain
+from vfsurgery.groups import GroupSet, Member, PermutationGroup, PinnedAxis
+from vfsurgery.layouts import Atom, Layout, Layouts, Run, concat, product
+from vfsurgery.rules import rule_for
+from vfsurgery.tracing.ops import Op, OpReader
+
+NO_UNITS = "holds no units"
+INPUT, OUTPUT, UNUSED = "network input", "network output", "not used in the forward"
+
+
+def discover(graph_module: fx.GraphModule, *, strict: bool = False) -> GroupSet:
+    """Find the permutation groups of a traced model.
+
+    Args:
+        graph_module: What :func:`vfsurgery.trace` returns.
+        strict: Raise at the first op without a coupling rule instead of pinning what it touches.
+
+    Raises:
+        UnknownOpError: under ``strict``; names the op, its node and module, and the remedy.
+    """
+    return Discovery(graph_module, strict=strict).group_set()
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAxis:
+    """A :class:`Fresh` axis of the op at node ``op``."""
+
+    op: str
+    axis: Fresh
+
+    @property
+    def size(self) -> int:
+        """Number of indices."""
+        return self.axis.size
+
+
+@dataclass
+class Discovery:
+    """The constraints of one traced model and their solution; :meth:`group_set` is the result."""
+
+    graph_module: fx.GraphModule
+    strict: bool = False
+    layouts: Layouts = field(default_factory=Layouts)
+    unknown_ops: list[str] = field(default_factory=list[str])
+
+    def __post_init__(self) -> None:
+        self._axes: dict[AxisRef | LocalAxis, Layout] = {}
+        self._ties: list[tuple[str, tuple[AxisRef | LocalAxis, ...]]] = []
+        reader = OpReader(self.graph_module)
+        for op in reader:
+            self._apply(op)
+        for node in self.graph_module.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                reason = INPUT if node.op == "placeholder" else OUTPUT
+                for tensor in reader.tensors_of(node):
+                    self._pin_all(tensor, reason)
+
+    def _apply(self, op: Op) -> None:
+        rule = rule_for(op)
+        if rule is None or (not op.outputs):
+            self._unknown(op)
+            return
+        seen: set[AxisRef | Fresh] = set()
+        try:
+            for constraint in rule(op):
+                seen.update(mentioned(constraint))
+                self._constrain(constraint, op.node.name)
+        except (SurgeryError, AssertionError, IndexError, TypeError, ValueError) as error:
+            raise SurgeryError(explain(f"coupling rule of {op.name} failed: {error}", op=op)) from error
+        for tensor in (*op.inputs, *op.outputs):
+            self._pin_rest(tensor, seen, f"positions differ in {op.name} ({op.path or op.node.name})")
+        for tensor in op.parameters.values():
+            self._pin_rest(tensor, seen, NO_UNITS)
+
+    def _unknown(self, op: Op) -> None:
+        if self.strict:
+            raise UnknownOpError(
+                explain(
+                    f"no coupling rule for {op.name}",
+                    node=f"{op.node.name} in {op.path or 'the top module'}",
+                    inputs=", ".join(str(tensor.shape) for tensor in op.inputs),
+                    remedy=f"register one with @surgery.rule({op.name}), or drop strict=True to pin what it touches",
+                )
+            )
+        self.unknown_ops.append(str(op))
+        for tensor in (*op.inputs, *op.outputs, *op.parameters.values()):
+            self._pin_all(tensor, f"no coupling rule for {op.name} ({op.path or op.node.name})")
+
+    def _constrain(self, constraint: Constraint, op: str) -> None:
+        if isinstance(constraint, Tie):
+            self.layouts.unify(self._layout(constraint.left, op), self._layout(constraint.right, op))
+            refs = dict.fromkeys(mentioned(constraint))
+            self._ties.append((op, tuple(ref if isinstance(ref, AxisRef) else LocalAxis(op, ref) for ref in refs)))
+        elif isinstance(constraint, Pin):
+            self.layouts.pin(self._layout(constraint.axis, op), constraint.reason)
+        else:
+            assert isinstance(constraint, Indifferent)
+
+    def _layout(self, expression: Expression, op: str) -> Layout:
+        match expression:
+            case AxisRef():
+                return self._axis(expression)
+            case Fresh():
+                return self._axis(LocalAxis(op, expression))
+            case Fixed():
+                return self.layouts.axis(expression.size, expression.reason)
+            case Concat():
+                return concat([self.layouts.resolve(self._layout(part, op)) for part in expression.parts])
+            case Product():
+                return product([self.layouts.resolve(self._layout(factor, op)) for factor in expression.factors])
+            case Take():
+                return self.layouts.take(self._layout(expression.axis, op), np.asarray(expression.positions))
+
+    def _axis(self, axis: AxisRef | LocalAxis) -> Layout:
+        layout = self._axes.get(axis)
+        if layout is None:
+            pinned = "constant tensor" if isinstance(axis, AxisRef) and axis.tensor.kind == "constant" else None
+            layout = self._axes[axis] = self.layouts.axis(axis.size, pinned)
+        return layout
+
+    def _pin_rest(self, tensor: TensorRef, seen: set[AxisRef | Fresh], reason: str) -> None:
+        for axis in tensor.axes():
+            if axis not in seen:
+                self.layouts.pin(self._axis(axis), reason)
+
+    def _pin_all(self, tensor: TensorRef, reason: str) -> None:
+        self._pin_rest(tensor, set(), reason)
+
+    def coupling_graph(self) -> nx.Graph:
+        """Nodes ``(axis, atom)``, edges the ties with the node that made them as ``op``, pins as node attribute."""
+        graph: nx.Graph = nx.Graph()
+        for axis in self._axes:
+            for atom in self._atoms(axis):
+                graph.add_node((axis, atom.serial), size=atom.size, pin=atom.pin)
+        for op, axes in self._ties:
+            last_with: dict[int, AxisRef | LocalAxis] = {}
+            for axis in axes:
+                for atom in self._atoms(axis):
+                    if atom.serial in last_with:
+                        graph.add_edge((last_with[atom.serial], atom.serial), (axis, atom.serial), op=op)
+                    last_with[atom.serial] = axis
+        return graph
+
+    def _atoms(self, axis: AxisRef | LocalAxis) -> list[Atom]:
+        layout = self._axes[axis] = self.layouts.resolve(self._axes[axis])
+        return list(dict.fromkeys(atom for run in layout for atom in run.atoms if atom.size > 1))
+
+    def group_set(self) -> GroupSet:
+        """The components of the coupling graph that hold parameters and reach no pin."""
+        graph = self.coupling_graph()
+        order = {name: number for number, name in enumerate(self.graph_module.state_dict())}
+
+        def place(member: Member) -> tuple[object, ...]:
+            return (order[member.parameter], member.dim, member.start, member.indices)
+
+        found: list[tuple[Member, ...]] = []
+        for component in nx.connected_components(graph):
+            if any(graph.nodes[node]["pin"] is not None for node in component):
+                continue
+            members = [member for axis, serial in component for member in self._members(axis, serial)]
+            if members:
+                found.append(tuple(sorted(members, key=place)))
+        found.sort(key=lambda members: place(members[0]))
+        groups = tuple(PermutationGroup(f"g{i}", members[0].size, members) for i, members in enumerate(found))
+        return GroupSet(groups, tuple(self._pinned()), tuple(self.unknown_ops), *self._coverage(groups))
+
+    def _members(self, axis: AxisRef | LocalAxis, serial: int) -> Iterator[Member]:
+        if isinstance(axis, LocalAxis) or axis.tensor.kind != "parameter":
+            return
+        for run in self._axes[axis]:
+            for place, atom in enumerate(run.atoms):
+                if atom.serial == serial:
+                    yield _member(axis, run, place)
+
+    def _pinned(self) -> Iterator[PinnedAxis]:
+        tensors = (axis.tensor for axis in self._axes if isinstance(axis, AxisRef))
+        used = {tensor.name: tensor for tensor in tensors if tensor.kind == "parameter"}
+        aliases = OpReader(self.graph_module).parameter_names
+        for name, tensor in self.graph_module.state_dict(keep_vars=True).items():
+            if name in used:
+                for axis in used[name].axes():
+                    yield from self._pins_of(axis)
+            elif tensor.ndim and aliases[id(tensor)] == name:
+                yield PinnedAxis(name, 0, tensor.shape[0], UNUSED)
+
+    def _pins_of(self, axis: AxisRef) -> Iterator[PinnedAxis]:
+        counts: dict[str, int] = {}
+        for run in self.layouts.resolve(self._axis(axis)):
+            reasons = [atom.pin for atom in run.atoms if atom.size > 1]
+            if reasons and all(reason is not None for reason in reasons) and NO_UNITS not in reasons:
+                counts[str(reasons[0])] = counts.get(str(reasons[0]), 0) + len(run.at)
+        for reason, count in sorted(counts.items()):
+            yield PinnedAxis(axis.tensor.name, axis.dim, count, reason)
+
+    def _coverage(self, groups: tuple[PermutationGroup, ...]) -> tuple[int, int]:
+        grouped = {member.parameter for group in groups for member in group.members}
+        sizes = {name: parameter.numel() for name, parameter in self.graph_module.named_parameters()}
+        return sum(sizes.values()), sum(size for name, size in sizes.items() if name in grouped)
+
+
+def _member(axis: AxisRef, run: Run, place: int) -> Member:
+    """Where the units of one factor of a run lie on the axis; listed index by index if the run is irregular."""
+    grid = run.grid
+    start, size = int(run.at[0]), grid[place]
+    outer, inner = int(np.prod(grid[:place], dtype=int)), int(np.prod(grid[place + 1 :], dtype=int))
+    if np.array_equal(run.at, np.arange(start, start + len(run.at))):
+        return Member(axis.tensor.name, axis.dim, size, start, inner, outer)
+    by_unit = np.moveaxis(run.at.reshape(grid), place, 0).reshape(-1)
+    return Member(axis.tensor.name, axis.dim, size, start, inner, outer, tuple(by_unit.tolist()))

@@ -1,0 +1,79 @@
+"""Every error vfsurgery raises on purpose, in one small tree under :class:`SurgeryError`.
+
+A message has a fact in its first line, then indented ``label  text`` lines: where it happened (module path, node,
+shapes, group) and, last, the remedy. :func:`explain` lays those lines out, so that all messages look alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SurgeryError(Exception):
+    """Base of all errors that vfsurgery raises on purpose."""
+
+
+class TraceError(SurgeryError):
+    """The model's forward could not be recorded as a graph."""
+
+
+class ExampleInputError(SurgeryError):
+    """No example input was given and none could be derived from the model."""
+
+
+class UnknownOpError(SurgeryError):
+    """An op without a coupling rule was met under ``strict=True``."""
+
+
+class IncompatibleModelsError(SurgeryError):
+    """The source models are not the same architecture."""
+
+
+class InvalidWeightsError(SurgeryError):
+    """A model holds NaN or infinite values, or shares storage where it must not."""
+
+
+class CertificateError(SurgeryError):
+    """An aligned source does not compute what the source computes; the merge is refused."""
+
+
+class DataError(SurgeryError, ValueError):
+    """Calibration or evaluation data is empty, unlabeled or of the wrong shape."""
+
+
+class OptionError(SurgeryError, ValueError):
+    """An argument, a recipe key or a registered name is not acceptable."""
+
+
+class CheckpointError(SurgeryError):
+    """A checkpoint is missing, damaged, or of a kind that would run code when loaded."""
+
+
+class RecipeError(OptionError):
+    """A recipe file does not describe a runnable recipe."""
+
+
+def explain(fact: str, **details: object) -> str:
+    """Lay out one message: the fact, then one aligned line per detail that is not ``None``.
+
+    >>> print(explain("no coupling rule for torch.roll", node="roll_2", remedy="register @rule(torch.roll)"))
+    no coupling rule for torch.roll
+      node    roll_2
+      remedy  register @rule(torch.roll)
+    """
+    shown = {label: str(text) for label, text in details.items() if text is not None}
+    width = max(map(len, shown), default=0)
+    return "\n".join([fact, *(f"  {label:<{width}}  {text}" for label, text in shown.items())])
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return what is accepted instead of ``word``: the nearest spelling first, then all of them.
+
+    >>> did_you_mean("weigths", ["weights", "activations"])
+    "did you mean 'weights'? accepted: activations, weights"
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    accepted = f"accepted: {', '.join(known)}" if known else "nothing is accepted here"
+    return f"did you mean {close[0]!r}? {accepted}" if close else accepted

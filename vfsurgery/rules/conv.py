@@ -1,0 +1,62 @@
+"""Convolutions of 1 to 3 spatial dims: plain, grouped, depthwise and transposed.
+
+With ``G`` groups the channels are ``G x c/G`` on both sides: group ``g`` of the output sees only group ``g`` of the input,
+
+``y[g, o] = b[g, o] + sum_i W[g, o, i] * x[g, i]``,
+
+so whole groups may be reordered, and channels inside a group alike in all groups. A depthwise convolution is the case
+of one channel a group, where output channels follow input channels. Spatial dims and kernel offsets stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from vfsurgery.axes import Constraint, Fresh, Product, TensorRef, tie
+from vfsurgery.rules.registry import rule
+from vfsurgery.tracing.ops import Op
+
+
+@rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, "conv1d", "conv2d", "conv3d")
+def convolution(op: Op) -> Iterator[Constraint]:
+    """Weight ``(G * o, i, kernel...)``: its rows follow the output channels, its columns the inputs of one group."""
+    yield from _convolution(op, groups=op.argument("groups", 6, 1), rows=0)
+
+
+@rule(
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+)  # fmt: skip
+def transposed_convolution(op: Op) -> Iterator[Constraint]:
+    """Weight ``(G * i, o, kernel...)``: the roles of its first two dims are exchanged."""
+    yield from _convolution(op, groups=op.argument("groups", 6, 1), rows=1)
+
+
+def _convolution(op: Op, groups: int, rows: int) -> Iterator[Constraint]:
+    weight, bias = op.param("weight", 1), op.param("bias", 2)
+    assert weight is not None
+    channel = op.input.ndim - (weight.ndim - 1)  # 0 for unbatched input
+    if channel:
+        yield tie(op.input.axis(0), op.output.axis(0))
+    x, y = op.input.axis(channel), op.output.axis(channel)
+    if groups == 1:
+        yield tie(weight.axis(rows), y)
+        yield tie(weight.axis(1 - rows), x)
+    else:
+        yield from _grouped(op, weight, groups, rows)
+    if bias is not None:
+        yield tie(bias.axis(0), y)
+
+
+def _grouped(op: Op, weight: TensorRef, groups: int, rows: int) -> Iterator[Constraint]:
+    channel = op.input.ndim - (weight.ndim - 1)
+    x, y = op.input.axis(channel), op.output.axis(channel)
+    group = Fresh("group", groups)
+    ins, outs = Fresh("in", x.size // groups), Fresh("out", y.size // groups)
+    yield tie(x, Product((group, ins)))
+    yield tie(y, Product((group, outs)))
+    across, within = (y, ins) if rows == 0 else (x, outs)
+    yield tie(weight.axis(0), across)
+    yield tie(weight.axis(1), within)

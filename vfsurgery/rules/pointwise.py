@@ -1,0 +1,61 @@
+"""Ops that act on every element alike: activations, arithmetic with broadcasting, dropout.
+
+``y[i] = f(x[i], z[i], ...)``: all dims of all operands follow the result, aligned from the last one as broadcasting does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from vfsurgery.axes import Constraint, Fixed, Product, tie, tie_all
+from vfsurgery.rules.registry import rule
+from vfsurgery.tracing.ops import Op
+
+ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
+    nn.Tanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Hardshrink, nn.Softplus, nn.Softshrink, nn.Softsign,
+    nn.Tanhshrink, nn.LogSigmoid, nn.Threshold,
+)  # fmt: skip
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+UNARY = (
+    "relu relu6 leaky_relu rrelu elu selu celu gelu silu mish sigmoid tanh hardsigmoid hardswish hardtanh hardshrink "
+    "softplus softshrink softsign tanhshrink logsigmoid threshold abs neg exp expm1 log log1p sqrt rsqrt square "
+    "reciprocal sin cos erf sign round floor ceil clamp clamp_min clamp_max dropout dropout1d dropout2d dropout3d "
+    "alpha_dropout feature_alpha_dropout nan_to_num logical_not"
+).split()
+BINARY = (
+    "add sub mul div pow rsub rmul radd maximum minimum where lerp addcmul addcdiv eq ne lt le gt ge logical_and "
+    "logical_or masked_fill fmod remainder floordiv true_divide floor_divide"
+).split()
+
+
+@rule(*ACTIVATIONS, *DROPOUTS, *UNARY, *BINARY)
+def pointwise(op: Op) -> Iterator[Constraint]:
+    """``y = f(x, z, ...)`` element by element: every operand's dims are the result's."""
+    for operand in op.inputs:
+        yield from tie_all(operand, op.output)
+
+
+@rule(nn.Softmax, nn.LogSoftmax, nn.Softmin, "softmax", "log_softmax", "normalize")
+def equivariant(op: Op) -> Iterator[Constraint]:
+    """Softmax and vector normalization divide by a sum over one dim: reordering that dim reorders the result."""
+    yield from tie_all(op.input, op.output)
+
+
+@rule(nn.PReLU, "prelu")
+def prelu(op: Op) -> Iterator[Constraint]:
+    """``y = max(0, x) + w[c] min(0, x)``, with one slope per channel or one for all."""
+    yield from tie_all(op.input, op.output)
+    slope = op.param("weight", 1)
+    if slope is not None and slope.shape and slope.shape[0] > 1:
+        yield tie(slope.axis(0), op.input.axis(1))
+
+
+@rule(nn.GLU, "glu")
+def glu(op: Op) -> Iterator[Constraint]:
+    """``y = x[:n] * sigmoid(x[n:])``: the input axis is two halves in the same order."""
+    dim = op.argument("dim", 1, -1) % op.input.ndim
+    yield from tie_all(op.input, op.output, skip=(dim,))
+    yield tie(op.input.axis(dim), Product((Fixed(2, "halves of a gate"), op.output.axis(dim))))

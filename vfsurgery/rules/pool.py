@@ -1,0 +1,63 @@
+"""Pooling, resizing and padding of maps: channels pass through, positions are mixed and stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import nn
+
+from vfsurgery.axes import Concat, Constraint, Fixed, indifferent, tie
+from vfsurgery.rules.registry import rule
+from vfsurgery.tracing.ops import Op
+
+MODULES = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool1d, nn.LPPool2d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad1d, nn.ZeroPad2d,
+    nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d,
+    nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d,
+    nn.CircularPad2d, nn.CircularPad3d,
+)  # fmt: skip
+FUNCTIONS = (
+    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "interpolate", "lp_pool1d", "lp_pool2d", "upsample",
+)  # fmt: skip
+
+
+@rule(*MODULES, *FUNCTIONS)
+def pooling(op: Op) -> Iterator[Constraint]:
+    """``(batch, channel, positions...)``: the first two dims pass through, and positions whose number is kept at 1."""
+    for dim in range(min(2, op.output.ndim)):
+        yield tie(op.input.axis(dim), op.output.axis(dim))
+
+
+@rule("pad")
+def pad(op: Op) -> Iterator[Constraint]:
+    """Each dim grows by indices that do not move; ``amounts`` lists (before, after) from the last dim backwards."""
+    amounts = list(op.argument("pad", 1))
+    constant = op.argument("mode", 2, "constant") == "constant"
+    for dim in range(op.input.ndim):
+        back = 2 * (op.input.ndim - 1 - dim)
+        before, after = amounts[back : back + 2] if back < len(amounts) else (0, 0)
+        if before == after == 0:
+            yield tie(op.input.axis(dim), op.output.axis(dim))
+        elif constant and before >= 0 and after >= 0:
+            parts = (Fixed(before, "padding"), op.input.axis(dim), Fixed(after, "padding"))
+            yield tie(op.output.axis(dim), Concat(tuple(part for part in parts if part.size)))
+
+
+@rule("mean", "sum", "amax", "amin", "std", "var", "logsumexp", "prod", "norm", "all", "any")
+def reduction(op: Op) -> Iterator[Constraint]:
+    """Sums, means and extrema do not depend on the order of what they run over; other dims pass through."""
+    position = 2 if op.key == "norm" else 1
+    dims = op.argument("dim", position)
+    given = range(op.input.ndim) if dims is None else dims if isinstance(dims, tuple | list) else (dims,)
+    reduced = {dim % op.input.ndim for dim in given}
+    kept = [dim for dim in range(op.input.ndim) if dim not in reduced]
+    keepdim = op.output.ndim == op.input.ndim
+    for dim in reduced:
+        yield indifferent(op.input.axis(dim))
+    for place, dim in enumerate(kept):
+        yield tie(op.input.axis(dim), op.output.axis(dim if keepdim else place))

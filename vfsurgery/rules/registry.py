@@ -1,0 +1,70 @@
+"""How a coupling rule is registered, and found for an op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from vfsurgery.axes import Constraint
+from vfsurgery.errors import OptionError, explain
+from vfsurgery.tracing.ops import Key, Op, canonical_key
+
+Rule: TypeAlias = Callable[[Op], Iterable[Constraint]]
+
+_RULES: dict[Key, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register a coupling rule for operations, in whatever spelling.
+
+    A rule is a pure function from one :class:`~vfsurgery.tracing.ops.Op` to the ties and pins of its axes. Dims that
+    it does not mention are pinned.
+
+    Args:
+        targets: Module classes (subclasses do not inherit the rule, except those of BatchNorm), functions, or names
+            that torch functions and methods share, such as ``"relu"``.
+
+    Raises:
+        OptionError: a target has a rule already.
+
+    >>> from vfsurgery.axes import tie_all
+    >>> class Twice(nn.Module):
+    ...     def forward(self, x):
+    ...         return 2 * x
+    >>> @rule(Twice)
+    ... def twice(op):
+    ...     yield from tie_all(op.input, op.output)
+    """
+
+    def enter(function: Rule) -> Rule:
+        for target in targets:
+            key = target if isinstance(target, type) else canonical_key(target)
+            taken = _RULES.get(key)
+            if taken is not None and (taken.__module__, taken.__qualname__) != (
+                function.__module__,
+                function.__qualname__,
+            ):
+                raise OptionError(
+                    explain(
+                        f"{target!r} has a coupling rule already",
+                        first=f"{taken.__module__}.{taken.__qualname__}",
+                        second=f"{function.__module__}.{function.__qualname__}",
+                    )
+                )
+            _RULES[key] = function
+        return function
+
+    return enter
+
+
+def rule_for(op: Op) -> Rule | None:
+    """The rule of an op, or ``None``.
+
+    A module class is looked up as it is; a BatchNorm subclass (with an activation built in, say) is a BatchNorm.
+    """
+    found = _RULES.get(op.key)
+    if found is None and isinstance(op.module, nn.modules.batchnorm._BatchNorm):
+        return next((_RULES[base] for base in type(op.module).__mro__ if base in _RULES), None)
+    return found

@@ -1,0 +1,284 @@
+"""The view of one graph node that coupling rules get, under one canonical key per operation.
+
+``torch.relu``, ``x.relu_()``, ``F.relu`` and ``aten.relu`` share the key ``"relu"``; a module is known by its class.
+Purely index-moving nodes (reshape, permute, …) that follow each other are shown to rules as one op, since only together
+do they tell what happens: ``view, transpose, view`` is a channel shuffle.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx, nn
+
+from vfsurgery.axes import TensorRef
+from vfsurgery.tracing.values import RETURNS_INPUT, VALUE, TensorValue
+
+Key: TypeAlias = str | type[nn.Module] | Callable[..., Any]
+
+RESHAPES = frozenset(
+    "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as contiguous clone detach to float double half "
+    "type type_as requires_grad_ alias".split()
+)
+PERMUTES = frozenset("permute transpose swapaxes swapdims movedim moveaxis t T mT adjoint".split())
+RESHAPE_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity)
+SHAPE_QUERIES = frozenset(
+    "size dim ndimension numel shape dtype device stride is_contiguous is_floating_point itemsize nelement".split()
+)
+
+
+def canonical_key(target: Any) -> Key:
+    """One key for all spellings of a torch operation; anything else is its own key.
+
+    >>> canonical_key(torch.relu_), canonical_key(operator.iadd), canonical_key("mul_")
+    ('relu', 'add', 'mul')
+    """
+    if isinstance(target, str):
+        return _plain(target)
+    if isinstance(target, torch._ops.OpOverload):
+        return _plain(target._schema.name.rpartition("::")[2])
+    module = getattr(target, "__module__", None) or type(target).__module__
+    name = getattr(target, "__name__", "")
+    if module in ("_operator", "operator"):
+        return {"truediv": "div", "concat": "cat", "iconcat": "cat"}.get(name, _plain(name.removeprefix("i")))
+    torch_function = module.split(".")[0] in ("torch", "math", "builtins") or module.startswith("torch.")
+    if torch_function and name and name != "fn" and not isinstance(target, type):
+        return _plain(name)
+    return target
+
+
+def _plain(name: str) -> str:
+    return name if name.startswith("__") else name.removesuffix("_")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One index movement: a reshape to ``shape``, or a permutation of dims by ``order`` when that is given."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of a traced model, as coupling rules see it.
+
+    ``inputs`` and ``outputs`` are the activations (and directly used parameters) in argument order; ``args`` and
+    ``kwargs`` hold the call's arguments with tensors as :class:`TensorRef` and computed sizes as numbers.
+    """
+
+    node: fx.Node
+    key: Key
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[TensorRef, ...]
+    module: nn.Module | None = None
+    path: str = ""
+    parameters: dict[str, TensorRef] = field(default_factory=dict[str, TensorRef])
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[TensorRef, ...]:
+        """All tensors among the arguments."""
+        return tuple(_tensors((self.args, self.kwargs)))
+
+    @property
+    def input(self) -> TensorRef:
+        """The first tensor among the arguments."""
+        return self.inputs[0]
+
+    @property
+    def output(self) -> TensorRef:
+        """The first tensor of the result."""
+        return self.outputs[0]
+
+    def argument(self, name: str, position: int, default: Any = None) -> Any:
+        """An argument of a function or method call by name or position, or the module's attribute of that name."""
+        if self.module is not None:
+            return getattr(self.module, name, default)
+        if name in self.kwargs:
+            return self.kwargs[name]
+        return self.args[position] if position < len(self.args) else default
+
+    def param(self, name: str, position: int) -> TensorRef | None:
+        """A parameter or buffer: the module's own of that name, or the tensor given at that position."""
+        if self.module is not None:
+            return self.parameters.get(name)
+        found = self.argument(name, position)
+        return found if isinstance(found, TensorRef) else None
+
+    @property
+    def name(self) -> str:
+        """The operation's name for people."""
+        if isinstance(self.key, str):
+            return self.key
+        return f"{self.key.__module__}.{getattr(self.key, '__qualname__', self.key)}"
+
+    def __str__(self) -> str:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.inputs)
+        return f"{self.name} at node {self.node.name}{f' ({self.path})' if self.path else ''}, inputs {shapes}"
+
+
+class OpReader:
+    """Turns the nodes of a traced graph into :class:`Op` views, one by one and in order."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.modules = dict(graph_module.named_modules(remove_duplicate=False))
+        self.parameter_names = canonical_parameters(graph_module)
+        self._refs: dict[fx.Node, Any] = {}
+
+    def __iter__(self) -> Iterator[Op]:
+        for node in self.graph_module.graph.nodes:
+            self._refs[node] = self._reference(node)
+            if node.op in ("call_function", "call_method", "call_module"):
+                op = self._read(node)
+                if op is not None:
+                    yield op
+
+    def tensors_of(self, node: fx.Node) -> tuple[TensorRef, ...]:
+        """The tensors of a node's value; for the output node, of what it returns."""
+        return tuple(_tensors(self._refs[node] if node.op != "output" else self._resolve(node.args)))
+
+    def _reference(self, node: fx.Node) -> Any:
+        """The node's value with tensors as references; picking from a tuple refers to the tuple's own tensor."""
+        if node.op == "get_attr":
+            tensor = operator.attrgetter(str(node.target))(self.graph_module)
+            name = self.parameter_names.get(id(tensor))
+            kind = "constant" if name is None else "parameter"
+            return TensorRef(kind, name or str(node.target), tuple(tensor.shape))
+        if node.target is operator.getitem and isinstance(self._refs[node.args[0]], tuple | list):
+            return self._refs[node.args[0]][self._resolve(node.args[1])]
+        value = node.meta.get(VALUE)
+        if isinstance(value, TensorValue):
+            return TensorRef("node", node.name, value.shape)
+        if isinstance(value, tuple | list):
+            return _enumerate_tensors(node.name, value, [-1])
+        return value
+
+    def _read(self, node: fx.Node) -> Op | None:
+        """The op of a node; ``None`` if it only looks at shapes, picks from a tuple, or continues in the next node."""
+        outputs = () if self._is_alias(node) else tuple(_tensors(self._refs[node]))
+        key = self._key(node)
+        if self._is_alias(node) or (not outputs and (key in SHAPE_QUERIES or not self._has_tensor_input(node))):
+            return None
+        if not outputs and node.target is getattr:
+            return None
+        chain = self._chain(node)
+        if chain and self._continues(node):
+            return None
+        first = chain[0] if chain else node
+        module = self.modules[str(node.target)] if node.op == "call_module" else None
+        return Op(
+            node=node,
+            key=key,
+            args=self._resolve(first.args[:1] if chain else first.args),  # of a second one only the shape counts
+            kwargs={} if chain else self._resolve(dict(first.kwargs)),
+            outputs=outputs,
+            module=module,
+            path=str(node.target) if module is not None else module_path(node),
+            parameters=self._module_parameters(module),
+            steps=tuple(self._step(link) for link in chain),
+        )
+
+    def _is_alias(self, node: fx.Node) -> bool:
+        return node.target is operator.getitem and isinstance(self._refs[node.args[0]], tuple | list)
+
+    def _has_tensor_input(self, node: fx.Node) -> bool:
+        return any(True for _ in _tensors(self._resolve((node.args, dict(node.kwargs)))))
+
+    def _key(self, node: fx.Node) -> Key:
+        if node.meta.get(RETURNS_INPUT) and isinstance(node.meta.get(VALUE), TensorValue):
+            return "alias"
+        if node.op == "call_module":
+            return type(self.modules[str(node.target)])
+        if node.target is getattr:
+            return str(node.args[1])
+        return canonical_key(node.target)
+
+    def _moves_indices(self, node: fx.Node) -> bool:
+        if node.op not in ("call_function", "call_method", "call_module"):
+            return False
+        key = self._key(node)
+        return key in RESHAPES or key in PERMUTES or key in RESHAPE_MODULES
+
+    def _continues(self, node: fx.Node) -> bool:
+        """Whether the only tensor use of this index movement is another one, which will speak for both."""
+        users = [user for user in node.users if user.op == "output" or isinstance(user.meta.get(VALUE), TensorValue)]
+        return len(users) == 1 and self._moves_indices(users[0]) and users[0].args[0] is node
+
+    def _chain(self, node: fx.Node) -> list[fx.Node]:
+        """The index movements that end in ``node``, first to last; empty if it is none."""
+        if not self._moves_indices(node):
+            return []
+        chain = [node]
+        while isinstance(chain[0].args[0], fx.Node):
+            before = chain[0].args[0]
+            if not (self._moves_indices(before) and self._continues(before)):
+                break
+            chain.insert(0, before)
+        return chain
+
+    def _step(self, node: fx.Node) -> Step:
+        shape = node.meta[VALUE].shape
+        key = self._key(node)
+        if key not in PERMUTES:
+            return Step(shape)
+        before: TensorRef = self._resolve(node.args[0])
+        return Step(shape, _dim_order(str(key), before.ndim, self._resolve(node.args[1:]), self._resolve(node.kwargs)))
+
+    def _module_parameters(self, module: nn.Module | None) -> dict[str, TensorRef]:
+        if module is None:
+            return {}
+        found: dict[str, TensorRef] = {}
+        for local, tensor in (*module.named_parameters(), *module.named_buffers()):
+            name = self.parameter_names.get(id(tensor))
+            found[local] = TensorRef("constant" if name is None else "parameter", name or local, tuple(tensor.shape))
+        return found
+
+    def _resolve(self, arguments: Any) -> Any:
+        """Replace nodes by what they refer to, at any depth."""
+        return fx.node.map_arg(arguments, lambda node: self._refs[node])
+
+
+def canonical_parameters(module: nn.Module) -> dict[int, str]:
+    """For every parameter and persistent buffer, by ``id``: its first ``state_dict`` key (tied ones share it)."""
+    persistent = module.state_dict(keep_vars=True)
+    return {id(tensor): name for name, tensor in reversed(persistent.items())}
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module whose forward made the node; empty at the top."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next(reversed(stack), "") if stack else ""
+
+
+def _dim_order(key: str, ndim: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """Which input dim each output dim is, found by letting torch move the dims of an empty tensor."""
+    probe = torch.empty(tuple(range(2, ndim + 2)), device="meta")
+    moved = getattr(probe, key)
+    moved = moved(*args, **kwargs) if callable(moved) else moved
+    return tuple(size - 2 for size in moved.shape)
+
+
+def _tensors(tree: Any) -> Iterator[TensorRef]:
+    if isinstance(tree, TensorRef):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from _tensors(tuple(tree.values()))
+    elif isinstance(tree, Iterable) and not isinstance(tree, str):
+        for item in tree:
+            yield from _tensors(item)
+
+
+def _enumerate_tensors(name: str, tree: Any, counter: list[int]) -> Any:
+    if isinstance(tree, TensorValue):
+        counter[0] += 1
+        return TensorRef("node", name, tree.shape, counter[0])
+    if isinstance(tree, tuple | list):
+        return tuple(_enumerate_tensors(name, item, counter) for item in tree)
+    return tree

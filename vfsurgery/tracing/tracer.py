@@ -1,0 +1,304 @@
+"""Record a model's forward as an ``fx`` graph, with every node's shape beside it.
+
+Plain symbolic tracing stops at the first ``if x.shape[-1] % 2``. Here every proxy also carries the value of one example
+run, computed on fake tensors (shapes without data), so control flow, ``int()``, ``len()``, unpacking and item assignment
+resolve while the graph stays symbolic: sizes that the model computes from its input remain computed in the graph.
+
+Three decisions keep the graph faithful to the model:
+
+- the forward runs on a *skeleton*, a deep copy whose parameters are fake, so the model itself is never run, copied or
+  changed; the graph is then put back over the model's own modules and parameters;
+- modules of ``torch.nn``, every BatchNorm subclass, and parameter-free modules whose forward asks for ``self.training``
+  (stochastic depth) stay single nodes, so ``train()`` and ``eval()`` keep their meaning;
+- a call of functional dropout becomes a dropout module for the same reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from vfsurgery.errors import TraceError, explain
+from vfsurgery.tracing.values import RETURNS_INPUT, VALUE, abstract
+
+FUNCTIONAL_DROPOUT: dict[Callable[..., Any], type[nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}
+STATIC_ATTRIBUTES = frozenset({"ndim", "is_cuda", "is_sparse", "is_quantized", "is_nested", "requires_grad", "layout"})
+
+
+def trace_module(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> fx.GraphModule:
+    """Trace ``model``; the graph module shares the model's submodules, parameters and buffers.
+
+    Args:
+        model: Any module whose forward takes tensors. It is not run, copied or changed.
+        example_inputs: One tensor per positional argument; only shapes and dtypes matter.
+
+    Returns:
+        A graph module with the model's ``state_dict`` keys and training mode. Each node's ``meta["vfsurgery"]`` holds
+        its abstract value; ``graph_module.meta["guards"]`` lists what the example run decided.
+
+    Raises:
+        TraceError: the forward cannot be recorded; says at which module.
+    """
+    tracer = ValueTracer(example_inputs)
+    skeleton = tracer.skeleton(model)
+    rng = torch.get_rng_state()
+    try:
+        graph = tracer.trace(skeleton)
+    except Exception as error:
+        raise TraceError(
+            explain(
+                f"cannot trace {type(model).__name__}: {error}",
+                module=tracer.current_path,
+                inputs=", ".join(str(tuple(x.shape)) for x in example_inputs),
+                remedy="check that the model runs on inputs of this shape, or pass example_inputs=",
+            )
+        ) from error
+    finally:
+        torch.set_rng_state(rng)
+    graph_module = _over_model(model, skeleton, graph)
+    _replace_functional_dropout(graph_module)
+    graph_module.meta["guards"] = tuple(tracer.guards)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    graph_module.training = model.training
+    return graph_module
+
+
+class ValueProxy(fx.Proxy):
+    """A proxy that knows its value in the example run, and answers with it where Python needs an answer."""
+
+    def __init__(self, node: fx.Node, tracer: ValueTracer) -> None:
+        super().__init__(node, tracer)
+        self.value: Any = None
+
+    def _decide(self, convert: Callable[[Any], Any]) -> Any:
+        answer = convert(self.value)
+        cast(ValueTracer, self.tracer).guards.append(f"{convert.__name__}({self.node}) == {answer!r}")
+        return answer
+
+    def __bool__(self) -> bool:
+        return self._decide(bool)
+
+    def __int__(self) -> int:
+        return self._decide(int)
+
+    def __float__(self) -> float:
+        return self._decide(float)
+
+    def __index__(self) -> int:
+        return self._decide(operator.index)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.value
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __iter__(self) -> Iterator[ValueProxy]:
+        return iter([self[index] for index in range(len(self.value))])
+
+    def __setitem__(self, index: Any, item: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, item), {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "value":  # while being constructed
+            raise AttributeError(name)
+        concrete = getattr(self.value, name)
+        if name in STATIC_ATTRIBUTES:
+            return concrete
+        if callable(concrete):
+            return fx.proxy.Attribute(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """The value's type, so that ``isinstance(x, torch.Tensor)`` in a forward holds as it would in a real run."""
+        value = self.__dict__.get("value")
+        return ValueProxy if value is None else type(value)
+
+
+class ValueTracer(fx.Tracer):
+    """An ``fx.Tracer`` whose proxies carry the values of one example run on fake tensors."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, example_inputs: tuple[Tensor, ...]) -> None:
+        super().__init__(autowrap_modules=(math,))
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.inputs = tuple(self.mode.from_tensor(x) for x in example_inputs)
+        self.guards: list[str] = []
+        self.current_path = ""
+        self._computing = False
+
+    def skeleton(self, model: nn.Module) -> nn.Module:
+        """A copy in eval mode whose parameters and floating-point buffers are fake: it takes no memory.
+
+        Integer buffers stay real, since forwards index and branch with them.
+        """
+        memo: dict[int, Any] = {}
+        for parameter in model.parameters():
+            fake = self.mode.from_tensor(parameter.detach())
+            memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for buffer in model.buffers():
+            memo[id(buffer)] = self.mode.from_tensor(buffer) if buffer.is_floating_point() else buffer
+        return copy.deepcopy(model, memo).eval()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            return True
+        if _asks_for_training(m) and not any(True for _ in m.parameters()):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> ValueProxy:
+        return ValueProxy(node, self)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """One placeholder per example input; other arguments keep their defaults and do not enter the graph."""
+        names = [
+            name
+            for name, parameter in inspect.signature(root_fn).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ][1:]
+        names += [f"input_{index}" for index in range(len(names), len(self.inputs))]
+        arguments: list[Any] = [self.root]
+        for name, value in zip(names, self.inputs, strict=False):
+            proxy = self.create_proxy("placeholder", name, (), {})
+            proxy.value = value
+            proxy.node.meta[VALUE] = abstract(value)
+            arguments.append(proxy)
+        return root_fn, arguments
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is ValueProxy:
+            return a.node
+        return super().create_arg(a)
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+        proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
+    ) -> ValueProxy:
+        """Make the node as ``fx`` does, then compute its value."""
+        del proxy_factory_fn  # parameters get value proxies too
+        proxy = cast(ValueProxy, super().create_proxy(kind, target, args, kwargs, name, type_expr))
+        if kind != "placeholder":
+            value = self._compute(kind, target, _values(args), _values(kwargs))
+            proxy.__dict__["value"] = value
+            proxy.node.meta[VALUE] = abstract(value)
+            proxy.node.meta[RETURNS_INPUT] = kind == "call_module" and len(args) == 1 and value is _values(args[0])
+        return proxy
+
+    def _compute(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._computing = True
+        try:
+            with self.mode, torch.no_grad():
+                if kind == "call_function":
+                    return target(*args, **kwargs)
+                if kind == "call_method":
+                    return getattr(args[0], target)(*args[1:], **kwargs)
+                owner = self.root
+                for atom in target.split("."):
+                    owner = getattr(owner, atom)
+                return owner.forward(*args, **kwargs) if kind == "call_module" else owner
+        finally:
+            self._computing = False
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._computing:
+            return forward(*args, **kwargs)
+        self.current_path = self.path_of_module(m)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _values(arguments: Any) -> Any:
+    """Replace proxies by their values, at any depth."""
+    if type(arguments) is ValueProxy:
+        return arguments.value
+    if type(arguments) is fx.proxy.Attribute:
+        return getattr(_values(arguments.root), arguments.attr)
+    if type(arguments) is slice:
+        return slice(*(_values(part) for part in (arguments.start, arguments.stop, arguments.step)))
+    if type(arguments) in (tuple, list):
+        return type(arguments)(_values(item) for item in arguments)
+    if type(arguments) is dict:
+        return {key: _values(item) for key, item in arguments.items()}
+    return tree_map(_values, arguments) if hasattr(arguments, "_fields") else arguments
+
+
+def _asks_for_training(module: nn.Module) -> bool:
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and "training" in code.co_names
+
+
+def _over_model(model: nn.Module, skeleton: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Put the graph over the model's own modules, parameters and buffers, and keep those that it does not use."""
+    members: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            constant = node.target.startswith("_tensor_constant")
+            members[node.target] = operator.attrgetter(node.target)(skeleton if constant else model)
+    graph_module = fx.GraphModule(members, graph, type(model).__name__)
+    present = dict(graph_module.named_modules())
+    for path, module in model.named_modules():
+        parent, _, name = path.rpartition(".")
+        if path and path not in present and parent in present and not any(p.startswith(path + ".") for p in members):
+            present[parent].add_module(name, module)
+            present.update((f"{path}.{sub}" if sub else path, m) for sub, m in module.named_modules())
+    for path, owner in model.named_modules():
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            home = present.get(path)
+            if tensor is not None and home is not None and name not in {**home._parameters, **home._buffers}:
+                if isinstance(tensor, nn.Parameter):
+                    home.register_parameter(name, tensor)
+                else:
+                    home.register_buffer(name, tensor, persistent=name not in owner._non_persistent_buffers_set)
+    return graph_module
+
+
+def _replace_functional_dropout(graph_module: fx.GraphModule) -> None:
+    """Functional dropout has its ``training`` flag baked into the graph; a module has not."""
+    for node in list(graph_module.graph.nodes):
+        module_type = FUNCTIONAL_DROPOUT.get(node.target) if node.op == "call_function" else None
+        if module_type is None:
+            continue
+        rate = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+        path = f"{node.name}_module"
+        graph_module.add_submodule(path, module_type(p=rate))
+        with graph_module.graph.inserting_before(node):
+            replacement = graph_module.graph.call_module(path, (node.args[0],))
+        replacement.meta = dict(node.meta)
+        node.replace_all_uses_with(replacement)
+        graph_module.graph.erase_node(node)

@@ -1,0 +1,39 @@
+"""What a trace keeps of each node's value: shapes and dtypes of tensors, and plain Python values as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VALUE = "vfsurgery"
+"""Key under which a node's abstract value lies in ``node.meta``."""
+RETURNS_INPUT = "vfsurgery_returns_input"
+"""Key in ``node.meta``: the module returned its only argument itself, as stochastic depth does in eval mode."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorValue:
+    """Shape and dtype of a tensor in the example run."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def abstract(value: Any) -> Any:
+    """Replace every tensor in ``value`` by its :class:`TensorValue`.
+
+    >>> abstract((torch.zeros(2, 3), 7))
+    (TensorValue(shape=(2, 3), dtype=torch.float32), 7)
+    """
+    if isinstance(value, Tensor):
+        return TensorValue(tuple(value.shape), value.dtype)
+    if isinstance(value, torch.Size):
+        return tuple(value)
+    if isinstance(value, tuple | list):
+        return type(value)(map(abstract, value)) if type(value) in (tuple, list) else tuple(map(abstract, value))
+    if isinstance(value, dict):
+        return {key: abstract(item) for key, item in value.items()}
+    return value
