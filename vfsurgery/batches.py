@@ -8,9 +8,9 @@ tuple or list ``(images,)`` or ``(images, labels)``, or a mapping with an ``imag
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager
-from typing import Any, NoReturn, TypeAlias, TypeGuard, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -91,23 +91,21 @@ class Batches:
         """Images checked and moved, labels as they come, and the batch's index."""
         unread: list[tuple[Tensor, int]] = []
         index = -1
-        with _random_state_kept(self.device):
+        gpu = [self.device] if self.device is not None and self.device.type == "cuda" else []
+        with torch.random.fork_rng(gpu):
             for index, batch in enumerate(self._batches):
                 images, labels = _split(batch, index)
                 _check_images(images, self.shape, index)
-                finite = images.isfinite().all()
-                if finite.device.type == "cpu":
-                    _check_finite(finite, index)
-                else:  # reading the verdict now would stall the device once per batch
-                    unread.append((finite, index))
-                yield images.to(self.device, self.dtype, non_blocking=True), labels, index
-        for finite, index in unread:
-            _check_finite(finite, index)
+                unread.append((images.isfinite().all(), index))
+                if images.device.type == "cpu":  # elsewhere, reading the verdict would stall the device once per batch
+                    _check_finite(unread)
+                yield images.to(self.device, self.dtype, non_blocking=bool(gpu)), labels, index
+        _check_finite(unread)
         if index < 0:
-            _refuse("the data is empty", remedy="pass at least one batch of images")
+            raise _error("the data is empty", remedy="pass at least one batch of images")
 
 
-def progress(iterable: Iterable[T], label: str, total: int | None = None, *, enabled: bool = True) -> Iterable[T]:
+def progress(iterable: Iterable[T], label: str, total: int | None = None, enabled: bool = True) -> Iterable[T]:
     """Wrap ``iterable`` so that work lasting over a second shows a bar on stderr, gone when done.
 
     >>> list(progress([1, 2, 3], "counting", enabled=False))
@@ -119,41 +117,45 @@ def progress(iterable: Iterable[T], label: str, total: int | None = None, *, ena
 def _as_batches(source: object) -> Iterable[Any]:
     """Cut whole data into batches, and refuse what cannot be read again."""
     if isinstance(source, Tensor):
-        return source.split(BATCH_SIZE)
+        return _cut(source)
     if isinstance(source, TensorDataset):
-        source = cast("tuple[Tensor, ...]", source.tensors)
-        return list(zip(*(tensor.split(BATCH_SIZE) for tensor in source), strict=True))
+        return _cut(*source.tensors)
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
         return DataLoader(cast("Dataset[Any]", source), BATCH_SIZE)
     if isinstance(source, Iterator):
-        _refuse(
+        raise _error(
             f"the data is a {type(cast('object', source)).__name__}, which can be read only once",
             remedy="pass something that starts afresh on each pass: a DataLoader, or list(data)",
         )
     if not isinstance(source, Iterable):
-        _refuse(
+        raise _error(
             f"data of type {type(source).__name__} cannot be iterated over",
             remedy="pass a DataLoader, a Dataset, a list of batches, or a tensor of images",
         )
-    images, labels = (*_items(source), None, None)[:2]
-    if isinstance(images, Tensor) and _is_integer_vector(
-        labels
-    ):  # one pair: no batch of images is a vector of integers
-        labels = _class_indices(labels, len(images), 0)
-        return list(zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True))
-    return cast("Iterable[Any]", source)
+    batches = cast("Iterable[Any]", source)
+    images, labels = (*_items(batches), None, None)[:2]
+    # No batch of images is a vector of integers, so this can only be one pair and not two batches.
+    if isinstance(images, Tensor) and _is_integer_vector(labels):
+        return _cut(images, _class_indices(labels, len(images), 0))
+    return batches
+
+
+def _cut(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cut tensors of equal length along their first dim."""
+    starts = range(0, len(tensors[0]), BATCH_SIZE)
+    return [tuple(tensor[start : start + BATCH_SIZE] for tensor in tensors) for start in starts]
 
 
 def _split(batch: object, index: int) -> tuple[Tensor, object]:
     """Take one batch apart into its images and its labels, ``None`` where it has none."""
-    images, labels = (*_items(batch), None)[:2] if _items(batch) else (batch, None)
+    images, labels = (*(_items(batch) or (batch,)), None)[:2]
     if isinstance(batch, Mapping):
         entries = cast("Mapping[object, object]", batch)
-        images = next((entries[key] for key in IMAGE_KEYS if key in entries), batch)
+        images = next((entries[key] for key in IMAGE_KEYS if key in entries), entries)
         labels = next((entries[key] for key in LABEL_KEYS if key in entries), None)
     if isinstance(images, Tensor):
         return images, labels
-    _refuse(
+    raise _error(
         f"batch {index} holds its images as {_describe(images)}, not as a tensor",
         accepted=f"a tensor, (images, labels), or a mapping with one of the keys {', '.join(IMAGE_KEYS)}",
         remedy="convert it first: torchvision.transforms.ToTensor(), torch.from_numpy(), or a collate_fn",
@@ -161,7 +163,7 @@ def _split(batch: object, index: int) -> tuple[Tensor, object]:
 
 
 def _items(value: object) -> Sequence[object]:
-    """The items of a tuple or list of one or two, else nothing."""
+    """Return the items of a tuple or list of one or two, else nothing."""
     if isinstance(value, tuple | list):
         items = cast("Sequence[object]", value)
         return items if len(items) <= 2 else ()
@@ -173,28 +175,27 @@ def _is_integer_vector(value: object) -> TypeGuard[Tensor]:
 
 
 def _describe(value: object) -> str:
-    """The type of what was found, with the keys or the length that make it recognisable."""
+    """Name the type of what was found, with the keys or the length that make it recognisable."""
     if isinstance(value, Mapping):
         return f"a mapping with keys {sorted(map(str, cast('Mapping[object, object]', value)))}"
     if isinstance(value, tuple | list):
         items = cast("Sequence[object]", value)
         return f"a {type(items).__name__} of length {len(items)}"
-    return (
-        f"{type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    )
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    return f"{type(value).__name__}{shape}"
 
 
 def _check_images(images: Tensor, shape: tuple[int, ...] | None, index: int) -> None:
     found, expected = tuple(images.shape), ("N", *(shape or ("C", "H", "W")))
     if images.ndim < 2 or not len(images) or (shape is not None and images.ndim != len(expected)):
-        _refuse(
+        raise _error(
             f"batch {index} is not a batch of images",
             found=found,
             expected=f"({', '.join(map(str, expected))}) with N > 0",
             remedy="stack single images into batches, for example with a DataLoader",
         )
     if shape is not None and found[1] != shape[0]:
-        _refuse(
+        raise _error(
             f"batch {index} has {found[1]} channels, the model takes {shape[0]}",
             found=found,
             expected=f"({', '.join(map(str, expected))})",
@@ -202,12 +203,15 @@ def _check_images(images: Tensor, shape: tuple[int, ...] | None, index: int) -> 
         )
     if not images.is_floating_point():
         remedy = "scale and normalize them as in training: (images.float() / 255 - mean) / std"
-        _refuse(f"batch {index} holds {images.dtype} pixels", remedy=remedy)
+        raise _error(f"batch {index} holds {images.dtype} pixels", remedy=remedy)
 
 
-def _check_finite(finite: Tensor, index: int) -> None:
-    if not finite:
-        _refuse(f"batch {index} holds NaN or infinite values", remedy="clean the data, or mend its transform")
+def _check_finite(unread: list[tuple[Tensor, int]]) -> None:
+    """Read the verdicts gathered so far."""
+    for finite, index in unread:
+        if not finite:
+            raise _error(f"batch {index} holds NaN or infinite values", remedy="clean the data, or mend its transform")
+    unread.clear()
 
 
 def _class_indices(labels: object, count: int, index: int) -> Tensor:
@@ -215,18 +219,29 @@ def _class_indices(labels: object, count: int, index: int) -> Tensor:
     if _is_integer_vector(labels) and len(labels) == count:
         return labels
     if labels is None:
-        _refuse(f"batch {index} has no labels", remedy="pass (images, labels): accuracy and loss need them")
-    _refuse(
+        raise _error(f"batch {index} has no labels", remedy="pass (images, labels): accuracy and loss need them")
+    raise _error(
         f"the labels of batch {index} are not one class index per image",
         found=_describe(labels),
         expected=f"an integer tensor of shape ({count},)",
     )
 
 
-def _refuse(fact: str, **details: object) -> NoReturn:
-    raise DataError(explain(fact, **details))
+def _error(fact: str, **details: object) -> DataError:
+    return DataError(explain(fact, **details))
 
 
-def _random_state_kept(device: torch.device | None) -> AbstractContextManager[None]:
-    """Put the random state of the CPU, and of ``device`` if that is a GPU, back when left."""
-    return torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else [])
+@contextmanager
+def progress_line(label: str, enabled: bool = True) -> Iterator[Callable[[str], None]]:
+    """Show what a step of unknown length is at, once it lasts over a second; the value says what to show.
+
+    >>> with progress_line("matching", enabled=False) as advance:
+    ...     advance("group g0")
+    """
+    with tqdm(desc=label, disable=not enabled, delay=1, leave=False, file=sys.stderr, bar_format="{desc}") as line:
+
+        def advance(message: str) -> None:
+            line.set_description_str(f"{label}: {message}", refresh=False)
+            line.update()
+
+        yield advance

@@ -187,19 +187,25 @@ class Discovery:
         def place(member: Member) -> tuple[object, ...]:
             return (order[member.parameter], member.dim, member.start, member.indices)
 
-        found: list[tuple[Member, ...]] = []
+        nodes = {node.name: number for number, node in enumerate(self.graph_module.graph.nodes)}
+        found: list[tuple[tuple[Member, ...], tuple[Member, ...]]] = []
         for component in nx.connected_components(graph):
             if any(graph.nodes[node]["pin"] is not None for node in component):
                 continue
-            members = [member for axis, serial in component for member in self._members(axis, serial)]
+            members = [member for axis, serial in component for member in self._members(axis, serial, "parameter")]
             if members:
-                found.append(tuple(sorted(members, key=place)))
-        found.sort(key=lambda members: place(members[0]))
-        groups = tuple(PermutationGroup(f"g{i}", members[0].size, members) for i, members in enumerate(found))
+                values = [member for axis, serial in component for member in self._members(axis, serial, "node")]
+                values.sort(key=lambda member: (nodes[member.parameter], member.dim, member.start))
+                found.append((tuple(sorted(members, key=place)), tuple(values)))
+        found.sort(key=lambda entry: place(entry[0][0]))
+        groups = tuple(
+            PermutationGroup(f"g{i}", members[0].size, members, values) for i, (members, values) in enumerate(found)
+        )
         return GroupSet(groups, tuple(self._pinned()), tuple(self.unknown_ops), *self._coverage(groups))
 
-    def _members(self, axis: AxisRef | LocalAxis, serial: int) -> Iterator[Member]:
-        if isinstance(axis, LocalAxis) or axis.tensor.kind != "parameter":
+    def _members(self, axis: AxisRef | LocalAxis, serial: int, kind: str) -> Iterator[Member]:
+        """The places of an atom on an axis of a parameter, or of a node whose value is one tensor."""
+        if isinstance(axis, LocalAxis) or axis.tensor.kind != kind or axis.tensor.item >= 0:
             return
         for run in self._axes[axis]:
             for place, atom in enumerate(run.atoms):

@@ -66,12 +66,14 @@ class PermutationGroup:
     """All axes that must move together: reordering the ``size`` units in every member leaves the function unchanged.
 
     ``name`` is ``g0``, ``g1``, … in the order of the model's parameters; ``label`` is the first parameter that
-    produces the units, for people.
+    produces the units, for people. ``activations`` are the places of the units in the values of graph nodes, by node
+    name and in graph order; statistics are read there.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
+    activations: tuple[Member, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def label(self) -> str:

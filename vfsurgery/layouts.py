@@ -62,7 +62,9 @@ class Layouts:
         return Atom(size, next(self._serial), pin)
 
     def axis(self, size: int, pin: str | None = None) -> Layout:
-        """A layout of one new atom."""
+        """A layout of one new atom; empty for an empty axis."""
+        if size == 0:
+            return ()
         return (Run((self.atom(size, pin),), np.arange(size)),)
 
     def resolve(self, layout: Layout) -> Layout:

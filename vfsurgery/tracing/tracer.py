@@ -77,7 +77,6 @@ def trace_module(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> fx.Gra
     graph_module.meta["guards"] = tuple(tracer.guards)
     graph_module.graph.lint()
     graph_module.recompile()
-    graph_module.training = model.training
     return graph_module
 
 
@@ -263,29 +262,51 @@ def _asks_for_training(module: nn.Module) -> bool:
     return code is not None and "training" in code.co_names
 
 
-def _over_model(model: nn.Module, skeleton: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """Put the graph over the model's own modules, parameters and buffers, and keep those that it does not use."""
+def put_over(model: nn.Module, graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph over another model of the same structure, sharing that model's modules and tensors."""
+    graph = fx.Graph(tracer_cls=fx.Tracer)
+    graph.output(graph.graph_copy(graph_module.graph, val_map={}))
+    copied = _over_model(model, graph_module, graph)
+    for mine, theirs in zip(copied.graph.nodes, graph_module.graph.nodes, strict=True):
+        mine.meta = dict(theirs.meta)
+    copied.meta = dict(graph_module.meta)
+    return copied
+
+
+def _over_model(model: nn.Module, fallback: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Put the graph over the model's own modules, parameters and buffers, and keep those that it does not use.
+
+    What only the trace has (tensor constants, dropout modules made from functional dropout) comes from ``fallback``.
+    """
     members: dict[str, Any] = {}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
-            constant = node.target.startswith("_tensor_constant")
-            members[node.target] = operator.attrgetter(node.target)(skeleton if constant else model)
+            try:
+                members[node.target] = operator.attrgetter(node.target)(model)
+            except AttributeError:
+                members[node.target] = operator.attrgetter(node.target)(fallback)
     graph_module = fx.GraphModule(members, graph, type(model).__name__)
-    present = dict(graph_module.named_modules())
-    for path, module in model.named_modules():
-        parent, _, name = path.rpartition(".")
-        if path and path not in present and parent in present and not any(p.startswith(path + ".") for p in members):
-            present[parent].add_module(name, module)
-            present.update((f"{path}.{sub}" if sub else path, m) for sub, m in module.named_modules())
-    for path, owner in model.named_modules():
-        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
-            home = present.get(path)
-            if tensor is not None and home is not None and name not in {**home._parameters, **home._buffers}:
-                if isinstance(tensor, nn.Parameter):
-                    home.register_parameter(name, tensor)
-                else:
-                    home.register_buffer(name, tensor, persistent=name not in owner._non_persistent_buffers_set)
+    _mirror(graph_module, model)
+    graph_module.training = model.training
     return graph_module
+
+
+def _mirror(module: nn.Module, model: nn.Module) -> None:
+    """Give ``module`` all children, parameters and buffers of ``model`` in its order; what it has more stays behind."""
+    for name, tensor in model._parameters.items():
+        module.register_parameter(name, tensor)
+    for name, tensor in model._buffers.items():
+        module.register_buffer(name, tensor, persistent=name not in model._non_persistent_buffers_set)
+    extra = {name: child for name, child in module._modules.items() if name not in model._modules}
+    present = dict(module._modules)
+    module._modules.clear()
+    for name, child in model._modules.items():
+        mine = present.get(name)
+        if child is not None and type(mine) is nn.Module:  # a container that fx made for the children it needs
+            _mirror(mine, child)
+            mine.training = child.training
+        module._modules[name] = mine if type(mine) is nn.Module else child
+    module._modules.update(extra)
 
 
 def _replace_functional_dropout(graph_module: fx.GraphModule) -> None:

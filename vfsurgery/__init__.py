@@ -1,0 +1,31 @@
+"""Model surgery on ``torch.fx`` graphs: align, merge and renormalize separately trained networks.
+
+>>> import torch, vfsurgery as surgery
+>>> a, b = (torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)) for _ in range(2))
+>>> merged = surgery.merge(a, b, example_inputs=torch.randn(2, 4))
+"""
+
+from vfsurgery.api import find_groups as find_groups
+from vfsurgery.api import match as match
+from vfsurgery.api import merge as merge
+from vfsurgery.api import report_of as report_of
+from vfsurgery.api import trace as trace
+from vfsurgery.api import verify as verify
+from vfsurgery.errors import SurgeryError as SurgeryError
+from vfsurgery.evaluation import barrier as barrier
+from vfsurgery.evaluation import evaluate as evaluate
+from vfsurgery.groups import GroupSet as GroupSet
+from vfsurgery.groups import Permutation as Permutation
+from vfsurgery.groups import PermutationGroup as PermutationGroup
+from vfsurgery.matching import ActivationMatching as ActivationMatching
+from vfsurgery.matching import Given as Given
+from vfsurgery.matching import Identity as Identity
+from vfsurgery.matching import Matcher as Matcher
+from vfsurgery.matching import WeightMatching as WeightMatching
+from vfsurgery.passes import Repair as Repair
+from vfsurgery.passes import Rescale as Rescale
+from vfsurgery.passes import Reset as Reset
+from vfsurgery.passes import Reshift as Reshift
+from vfsurgery.recipe import Recipe as Recipe
+from vfsurgery.report import Report as Report
+from vfsurgery.rules import rule as rule

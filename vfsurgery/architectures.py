@@ -1,0 +1,101 @@
+"""Models by written name: ``timm:NAME``, ``torchvision:NAME`` or ``import.path:factory``; nothing is downloaded."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from vfsurgery.errors import OptionError, did_you_mean, explain
+
+FORMS = "timm:NAME, torchvision:NAME or import.path:factory"
+
+
+def build_model(spec: str, num_classes: int | None = None) -> nn.Module:
+    """Build a model with random weights from its written name.
+
+    ``import.path:factory`` imports and calls code: write only names whose code you trust.
+
+    Args:
+        spec: ``timm:NAME``, ``torchvision:NAME``, or ``import.path:factory`` for any callable that returns a module.
+        num_classes: Passed on when given; else the architecture's own default counts.
+
+    Raises:
+        OptionError: The name is unknown, or the factory cannot be imported or called, or returns no module.
+
+    >>> build_model("torchvision:resnet18", num_classes=10).fc.out_features
+    10
+    """
+    source, separator, name = spec.partition(":")
+    if not (source and separator and name):
+        raise OptionError(explain(f"{spec!r} does not name a model", remedy=f"write {FORMS}"))
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    model = _builder(source)(name, options)
+    if not isinstance(model, nn.Module):
+        raise OptionError(explain(f"{spec} returns a {type(model).__name__}, not a torch.nn.Module"))
+    return model
+
+
+def _builder(source: str) -> Callable[[str, dict[str, Any]], object]:
+    if source == "timm":
+        return _build_timm
+    if source == "torchvision":
+        return _build_torchvision
+    return lambda name, options: _call_factory(source, name, options)
+
+
+def _build_timm(name: str, options: dict[str, Any]) -> object:
+    import timm
+
+    # asked first, because create_model downloads the configuration of names like hf-hub:...
+    if not timm.is_model(name):
+        raise _unknown("timm", name, timm.list_models())
+    try:
+        return timm.create_model(name, pretrained=False, **options)
+    except RuntimeError as error:  # an unknown tag, as in resnet18.nonsense
+        raise OptionError(explain(f"timm cannot build {name!r}", cause=error)) from error
+
+
+def _build_torchvision(name: str, options: dict[str, Any]) -> object:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise _unknown("torchvision", name, models.list_models())
+    builder = models.get_model_builder(name)
+    keywords: dict[str, Any] = {"weights": None, **options}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        keywords["weights_backbone"] = None  # the default of segmentation and detection models is a download
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # googlenet and inception_v3 on their default initialization
+        return builder(**keywords)
+
+
+def _call_factory(path: str, name: str, options: dict[str, Any]) -> object:
+    spec = f"{path}:{name}"
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise OptionError(explain(f"cannot import the model {spec}", cause=error, remedy=f"write {FORMS}")) from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise OptionError(explain(f"{path} has no model factory {name!r}", remedy=did_you_mean(name, known)))
+    try:
+        inspect.signature(factory).bind(**options)
+    except (TypeError, ValueError) as error:
+        wanted = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise OptionError(explain(f"{spec} cannot be called as {name}({wanted})", cause=error)) from error
+    return factory(**options)
+
+
+def _unknown(source: str, name: str, known: Iterable[str]) -> OptionError:
+    """A library has over a thousand names: show the nearest few, and say how to list all."""
+    near = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
+    remedy = f"nearest names: {', '.join(near)}" if near else "no name is near it"
+    lister = "timm.list_models()" if source == "timm" else "torchvision.models.list_models()"
+    return OptionError(explain(f"{source} has no model {name!r}", remedy=f"{remedy}; {lister} names all"))

@@ -1,0 +1,382 @@
+"""Accuracy and loss of models, of their logit ensemble, and along the straight line between two of them.
+
+Everything here only reads: weights, buffers, training mode and random state of what goes in come back as they were,
+also when something fails. Nothing is read from the device until a pass is over, so a GPU is never kept waiting.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vfsurgery.api import ExampleInputs, Matchings, Renormalization, match, merge
+from vfsurgery.batches import Batches, Data
+from vfsurgery.batches import progress as progress_bar
+from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, explain
+from vfsurgery.matching import Given
+from vfsurgery.sources import eval_mode
+
+ENSEMBLE = "ensemble"
+"""Under this name :func:`compare` returns the score of the mean logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well a model classifies ``count`` images: ``accuracy`` from 0 to 1, ``loss`` the mean cross-entropy in nats.
+
+    >>> print(Score(accuracy=0.8015, loss=0.5731, count=10000))
+    80.15%, loss 0.5731, 10000 images
+    """
+
+    accuracy: float
+    loss: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.2%}, loss {self.loss:.4f}, {self.count} images"
+
+
+def evaluate(model: nn.Module, data: Data, *, device: torch.device | str | None = None, progress: bool = True) -> Score:
+    """Score one classifier on labelled data, in evaluation mode.
+
+    Args:
+        model: Returns logits of shape ``(N, classes)``, or a tuple or named tuple that has them first.
+        data: Batches ``(images, labels)``; see :mod:`vfsurgery.batches`.
+        device: Where to compute; ``None`` means where the model is. A model elsewhere is copied, not moved.
+        progress: Show a bar when it takes over a second.
+
+    Raises:
+        DataError: The data is empty, unlabeled, of the wrong shape, or has labels outside the model's classes.
+        OptionError: The model does not return logits.
+
+    >>> model = torch.nn.Linear(2, 2, bias=False)
+    >>> model.weight.data = torch.eye(2)
+    >>> evaluate(model, [(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 0]))]).accuracy
+    0.5
+    """
+    return _scores([model], None, data, device, progress)[0]
+
+
+def evaluate_ensemble(
+    models: Sequence[nn.Module],
+    data: Data,
+    *,
+    weights: Sequence[float] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Score:
+    """Score the ensemble of ``models``: the mean of their logits, weighted by ``weights`` where given.
+
+    Raises:
+        OptionError: There is no model, or the weights do not match the models or do not sum to one.
+        IncompatibleModelsError: The models return logits of different shapes.
+        DataError: As for :func:`evaluate`.
+    """
+    return _scores(models, _ensemble_weights(models, weights), data, device, progress)[-1]
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    data: Data,
+    *,
+    weights: Sequence[float] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[str, Score]:
+    """Score every model and, under ``"ensemble"``, their mean logits, reading the data once.
+
+    Raises:
+        OptionError: A model is named ``"ensemble"``, or as for :func:`evaluate_ensemble`.
+
+    >>> a, b = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    >>> list(compare({"a": a, "b": b}, (torch.zeros(4, 2), torch.zeros(4, dtype=torch.long))))
+    ['a', 'b', 'ensemble']
+    """
+    if ENSEMBLE in models:
+        raise OptionError(explain(f"a model is named {ENSEMBLE!r}", remedy="that is the mean of all; rename the model"))
+    sources = list(models.values())
+    scores = _scores(sources, _ensemble_weights(sources, weights), data, device, progress)
+    return dict(zip([*models, ENSEMBLE], scores, strict=True))
+
+
+def _ensemble_weights(models: Sequence[nn.Module], weights: Sequence[float] | None) -> list[float]:
+    weights = [1 / len(models)] * len(models) if weights is None and models else list(weights or ())
+    if not models or len(weights) != len(models) or abs(sum(weights) - 1) > 1e-6:
+        raise OptionError(
+            explain(
+                f"{len(weights)} weights {weights} do not average {len(models)} models",
+                remedy="pass at least one model, and one weight per model, that sum to one",
+            )
+        )
+    return weights
+
+
+def _scores(
+    models: Sequence[nn.Module],
+    weights: Sequence[float] | None,
+    data: Data,
+    device: torch.device | str | None,
+    progress: bool,
+) -> list[Score]:
+    """One pass: a score per model and, if there are weights, one more for the weighted mean of the logits."""
+    device = torch.device(device) if device is not None else _device_of(models[0])
+    models = [model if _device_of(model) == device else copy.deepcopy(model).to(device) for model in models]
+    batches = Batches(data, device=device)
+    tallies = [_Tally() for _ in range(len(models) + (weights is not None))]
+    with eval_mode(*models):
+        for images, labels in progress_bar(batches.labeled(), "evaluating", batches.length(), progress):
+            outputs = [_logits(model, images) for model in models]
+            if weights is not None:
+                outputs.append(_mean_logits(outputs, weights))
+            for tally, logits in zip(tallies, outputs, strict=True):
+                tally.add(logits, labels)
+    return [tally.score() for tally in tallies]
+
+
+class _Tally:
+    """Per batch, on the device: correct answers, summed loss, and labels that no class can be."""
+
+    def __init__(self) -> None:
+        self.count = self.classes = 0
+        self.correct: list[Tensor] = []
+        self.loss: list[Tensor] = []
+        self.strays: list[Tensor] = []
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch: logits ``(N, classes)``, labels ``(N,)``."""
+        self.count += len(labels)
+        self.classes = logits.shape[1]
+        known = labels.clamp(0, self.classes - 1)  # a stray label would abort the whole CUDA context
+        self.strays.append((known != labels).sum())
+        self.correct.append((logits.argmax(1) == labels).sum())
+        self.loss.append(functional.cross_entropy(logits, known, reduction="sum"))
+
+    def score(self) -> Score:
+        """Read the device, once."""
+        strays, correct, loss = (
+            torch.stack(column).to("cpu", torch.float64).sum().item()
+            for column in (self.strays, self.correct, self.loss)
+        )
+        if strays:
+            raise DataError(
+                explain(
+                    f"{int(strays)} of {self.count} labels are outside the model's {self.classes} classes",
+                    expected=f"class indices from 0 to {self.classes - 1}",
+                    remedy="use the labels that the model was trained with",
+                )
+            )
+        return Score(accuracy=correct / self.count, loss=loss / self.count, count=self.count)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return next(floating, torch.get_default_dtype())
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Run the model in its own dtype and return float logits, shape ``(N, classes)``."""
+    try:
+        output: object = model(images.to(_dtype_of(model)))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise DataError(
+            explain("the model cannot take these images", images=tuple(images.shape), cause=str(error).split("\n")[0])
+        ) from error
+    first = cast("Sequence[object]", output)[0] if isinstance(output, tuple | list) and output else output
+    logits = getattr(output, "logits", first)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise OptionError(
+            explain(f"{type(model).__name__} does not return logits", found=found, expected=f"({len(images)}, classes)")
+        )
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _mean_logits(outputs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    classes = [output.shape[1] for output in outputs]
+    if len(set(classes)) > 1:
+        raise IncompatibleModelsError(
+            explain("the models of an ensemble tell different numbers of classes apart", classes=classes)
+        )
+    return sum((weight * logits for weight, logits in zip(weights, outputs, strict=True)), torch.zeros_like(outputs[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Accuracy (0 to 1) and loss (nats) of the models ``f_alpha`` for every ``alpha``, from source a to source b.
+
+    >>> curve = Curve(alphas=(0.0, 0.5, 1.0), accuracy=(0.9, 0.2, 0.7), loss=(0.5, 3.0, 0.5))
+    >>> round(curve.accuracy_barrier, 3), curve.loss_barrier
+    (0.6, 2.5)
+    """
+
+    alphas: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    loss: tuple[float, ...]
+
+    @property
+    def accuracy_barrier(self) -> float:
+        """The largest ``(1 - alpha) * Acc(a) + alpha * Acc(b) - Acc(f_alpha)``; 0 where no model is below the line."""
+        return _largest(line - here for line, here in zip(self._line(self.accuracy), self.accuracy, strict=True))
+
+    @property
+    def loss_barrier(self) -> float:
+        """The largest ``loss(f_alpha) - ((1 - alpha) * loss(a) + alpha * loss(b))``; NaN where a loss is NaN."""
+        return _largest(here - line for line, here in zip(self._line(self.loss), self.loss, strict=True))
+
+    @property
+    def midpoint(self) -> int:
+        """Position of ``alpha = 0.5``."""
+        return self.alphas.index(0.5)
+
+    def _line(self, ends: tuple[float, ...]) -> list[float]:
+        return [(1 - alpha) * ends[0] + alpha * ends[-1] for alpha in self.alphas]
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """What :func:`barrier` found: two sources, their ensemble, and the curves between them. Print it for a table."""
+
+    a: Score
+    b: Score
+    ensemble: Score
+    naive: Curve
+    aligned: Curve
+    renormalized: Curve | None
+
+    @property
+    def curves(self) -> dict[str, Curve]:
+        """The curves that were measured, by name."""
+        curves = {"naive": self.naive, "aligned": self.aligned, "renormalized": self.renormalized}
+        return {name: curve for name, curve in curves.items() if curve is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values, the barriers included."""
+        curves = {
+            name: {**asdict(curve), "accuracy_barrier": curve.accuracy_barrier, "loss_barrier": curve.loss_barrier}
+            for name, curve in self.curves.items()
+        }
+        scores = {"a": asdict(self.a), "b": asdict(self.b), "ensemble": asdict(self.ensemble)}
+        return {**scores, "curves": curves}
+
+    def __str__(self) -> str:
+        sources = [f"{'source a':<13}{self.a}", f"{'source b':<13}{self.b}", f"{'ensemble':<13}{self.ensemble}"]
+        header = f"{'alpha':<13}" + "".join(f"{name:<20}" for name in self.curves)
+        rows = [
+            f"{alpha:<13.2f}" + "".join(_cell(c.accuracy[i], c.loss[i]) for c in self.curves.values())
+            for i, alpha in enumerate(self.naive.alphas)
+        ]
+        barriers = "".join(_cell(curve.accuracy_barrier, curve.loss_barrier) for curve in self.curves.values())
+        return "\n".join(line.rstrip() for line in [*sources, header, *rows, f"{'barrier':<13}{barriers}"])
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw accuracy and loss along alpha into ``path``, in the format of its ending (PNG without one).
+
+        Raises:
+            CheckpointError: The file cannot be written; nothing is left of it then.
+        """
+        # Imported here because matplotlib takes half a second, which only those who draw should wait.
+        from vfsurgery.figures import draw_barrier
+
+        return draw_barrier(self, path)
+
+
+def barrier(
+    a: nn.Module,
+    b: nn.Module,
+    data: Data,
+    *,
+    calibration: Data | None = None,
+    alphas: int | Sequence[float] = 11,
+    matching: Matchings = "auto",
+    renormalize: Renormalization = "auto",
+    example_inputs: ExampleInputs | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Barrier:
+    """Measure accuracy and loss along the line from ``a`` to ``b``: naively averaged, aligned, and renormalized too.
+
+    The accuracy barrier is the largest ``(1 - alpha) * Acc(a) + alpha * Acc(b) - Acc(f_alpha)``, the loss barrier the
+    largest ``loss(f_alpha) - ((1 - alpha) * loss(a) + alpha * loss(b))`` (Qu & Horvath, CPAL 2025, Fig. 6; their code
+    instead takes the distance from the mean of the two ends, which differs where the sources do). ``b`` is matched to
+    ``a`` once. At ``alpha`` 0 and 1 every curve holds the sources' own scores: nothing is merged there.
+
+    Args:
+        a: The reference.
+        b: The source that is aligned to it.
+        data: Labelled batches to score on.
+        calibration: Images for matching and renormalization; their labels are not looked at.
+        alphas: How many evenly spaced values, an odd number, or the values: rising, with 0, 0.5 and 1 among them.
+        matching: As for :func:`vfsurgery.merge`.
+        renormalize: As for :func:`vfsurgery.merge`; ``None`` leaves the renormalized curve out.
+        example_inputs: As for :func:`vfsurgery.merge`; ``None`` takes the first images of the data.
+        seed: Of the matching.
+        progress: Show a bar when it takes over a second.
+
+    Raises:
+        OptionError: ``alphas`` lack an end or the midpoint.
+        SurgeryError: As for :func:`evaluate` and :func:`vfsurgery.merge`.
+    """
+    points = _alphas(alphas)
+    if example_inputs is None:
+        example_inputs = _first_images(a, data if calibration is None else calibration)
+    options: dict[str, Any] = {"example_inputs": example_inputs, "seed": seed, "progress": False}
+    found = Given(match(a, b, data=calibration, matching=matching, **options))
+    kinds: dict[str, dict[str, Any]] = {
+        "naive": {"matching": "identity", "renormalize": None},
+        "aligned": {"matching": found, "renormalize": None},
+        "renormalized": {"matching": found, "renormalize": renormalize, "data": calibration},
+    }
+    if renormalize is None:
+        del kinds["renormalized"]
+    ends = compare({"a": a, "b": b}, data, progress=False)
+    scores = {kind: [ends["a"]] for kind in kinds}
+    for alpha in progress_bar(points[1:-1], "barrier", len(points) - 2, progress):
+        merged = [merge(a, b, alpha=alpha, **choice, **options) for choice in kinds.values()]
+        for kind, score in zip(kinds, _scores(merged, None, data, None, False), strict=True):
+            scores[kind].append(score)
+    curves = {kind: _curve(points, [*scores[kind], ends["b"]]) for kind in kinds}
+    sources = ends["a"], ends["b"], ends[ENSEMBLE]
+    return Barrier(*sources, curves["naive"], curves["aligned"], curves.get("renormalized"))
+
+
+def _first_images(model: nn.Module, data: Data) -> Tensor:
+    images, _ = next(iter(Batches(data, device=_device_of(model), dtype=_dtype_of(model))))
+    return images[:2]
+
+
+def _alphas(alphas: int | Sequence[float]) -> tuple[float, ...]:
+    points = [i / max(alphas - 1, 1) for i in range(alphas)] if isinstance(alphas, int) else list(alphas)
+    if points != sorted(set(points)) or not {0.0, 0.5, 1.0} <= set(points) or points[0] < 0 or points[-1] > 1:
+        raise OptionError(
+            explain(
+                f"alphas {alphas} do not make a line from source a to source b",
+                remedy="pass an odd number of points from 3, or rising values from 0 to 1 with 0.5 among them",
+            )
+        )
+    return tuple(points)
+
+
+def _curve(alphas: tuple[float, ...], scores: Sequence[Score]) -> Curve:
+    return Curve(alphas, tuple(score.accuracy for score in scores), tuple(score.loss for score in scores))
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The maximum, NaN if any value is NaN; ``max`` would let the order of the values decide."""
+    return torch.tensor(list(values), dtype=torch.float64).max().item()
+
+
+def _cell(accuracy: float, loss: float) -> str:
+    return f"{accuracy:>7.2%} {loss:<12.4f}"

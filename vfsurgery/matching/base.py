@@ -1,0 +1,79 @@
+"""What a matcher is given and what it returns.
+
+A :class:`Matcher` finds, for every source but the first, an order of the units of each permutation group that makes the
+source's units correspond to the first one's (the *reference*).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from vfsurgery.groups import GroupSet, Permutation
+from vfsurgery.registry import Registry
+from vfsurgery.stats.correlation import CrossMoments
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What matching one group achieved: similarity to the reference before and after, and the units that moved."""
+
+    group: str
+    before: float
+    after: float
+    moved: int
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The orders found for one source, by group name, and what each of them gained."""
+
+    permutations: Mapping[str, Permutation]
+    gains: tuple[Gain, ...] = ()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that a matcher may look at.
+
+    ``states`` are the sources' parameters and buffers by canonical state-dict key, the reference first.
+    ``correlations()`` runs the sources over the calibration data, once, and gives for every source but the first the
+    cross moments of each group. ``seed`` is the only source of randomness.
+    """
+
+    groups: GroupSet
+    states: Sequence[Mapping[str, Tensor]]
+    correlations: Callable[[], Sequence[Mapping[str, CrossMoments]]]
+    seed: int = 0
+    advance: Callable[[str], None] = field(default=lambda message: None)
+
+    def generator(self) -> torch.Generator:
+        """A fresh generator seeded with ``seed``."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+@runtime_checkable
+class Matcher(Protocol):
+    """Anything with a name, a statement whether it needs data, and a ``match``."""
+
+    @property
+    def name(self) -> str:
+        """Short name for reports."""
+        ...
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether ``match`` asks for correlations."""
+        ...
+
+    def match(self, problem: Problem) -> list[Matching]:
+        """One :class:`Matching` per source after the first."""
+        ...
+
+
+MATCHERS: Registry[Callable[[], Matcher]] = Registry("matching")
+"""Matchers by name; a class or function that makes one."""

@@ -1,0 +1,181 @@
+"""Weight matching: reorder units so that the parameters themselves agree, without any data.
+
+Maximise ``sum over parameters <a, P(b)>`` over the orders of all groups by coordinate descent (Ainsworth et al., "Git
+Re-Basin", 2023, Alg. 1). With all other groups fixed the best order of one group is a linear assignment on
+
+``A = sum over members  mat(a) mat(P_others(b))^T``,
+
+where ``mat`` brings the group's units to the rows. Groups are visited in a fresh random order per sweep.
+
+Two things make it fast without changing the answer. ``A`` is kept, and when other groups have moved only the columns
+that changed are put right: a product over the moved units instead of all of them. And a group is solved again only if
+it can gain: its order ``P`` was best for the old ``A``, so with ``D`` the change of ``A`` no order can gain more than
+``sum over rows of (max of D - D at P)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vfsurgery.groups import GroupSet, Member, Permutation, PermutationGroup, gather_index
+from vfsurgery.matching.assignment import assign
+from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem
+from vfsurgery.stats.correlation import unit_rows
+
+
+@MATCHERS.register("weights")
+@dataclass(frozen=True)
+class WeightMatching:
+    """Pair units by their parameters, by coordinate descent over the groups.
+
+    ``tolerance`` is the smallest relative gain of a group's similarity that counts as an improvement; the descent ends
+    when no group can improve by more, or after ``max_sweeps``.
+    """
+
+    max_sweeps: int = 100
+    tolerance: float = 1e-4
+    name: str = field(default="weights", init=False)
+    needs_data: bool = field(default=False, init=False)
+
+    def match(self, problem: Problem) -> list[Matching]:
+        """Match every source to the first; the order of visits comes from ``problem.seed``."""
+        reference, *others = problem.states
+        return [
+            _Descent(problem.groups, reference, other, self.tolerance).run(problem, self.max_sweeps)
+            for other in others
+        ]
+
+
+class _Descent:
+    """Coordinate descent for one pair of states."""
+
+    def __init__(
+        self, groups: GroupSet, a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float
+    ) -> None:
+        self.groups, self.tolerance = groups, tolerance
+        self.orders = {group.name: Permutation.identity(group.size) for group in groups}
+        self.gains: dict[str, tuple[float, float]] = {}
+        self.similarities = {group.name: _Similarity(group, groups, a, b) for group in groups}
+
+    def run(self, problem: Problem, max_sweeps: int) -> Matching:
+        generator = problem.generator()
+        groups = list(self.groups)
+        for sweep in range(max_sweeps):
+            improved = False
+            for index in torch.randperm(len(groups), generator=generator).tolist():
+                problem.advance(f"sweep {sweep + 1}, {groups[index]}")
+                improved |= self._improve(groups[index])
+            if not improved:
+                break
+        gains = (Gain(name, *self.gains[name], self.orders[name].moved) for name in self.orders)
+        return Matching(self.orders, tuple(gains))
+
+    def _improve(self, group: PermutationGroup) -> bool:
+        """Solve one group with the others fixed; return whether that raised the similarity."""
+        similarity = self.similarities[group.name]
+        first_visit = similarity.total is None
+        change = similarity.bring_up_to_date(self.orders)
+        if change is None:
+            return False
+        total = similarity.total
+        assert total is not None
+        current = torch.tensor(self.orders[group.name].order, device=total.device)[:, None]
+        before = float(total.gather(1, current).sum(dtype=torch.float64))
+        threshold = self.tolerance * abs(before)
+        self.gains[group.name] = (self.gains.get(group.name, (before, before))[0], before)
+        if not first_visit and float((change.amax(1) - change.gather(1, current)[:, 0]).sum()) <= threshold:
+            return False
+        similarity.settle()
+        found = assign(total)
+        if found.total <= before + threshold:
+            return False
+        self.orders[group.name] = found.permutation
+        self.gains[group.name] = (self.gains[group.name][0], found.total)
+        return True
+
+
+class _Similarity:
+    """``A`` of one group, kept up to date while other groups move; rows are units of a, columns b's in their own order.
+
+    ``total`` is the matrix; ``settle`` marks it as the one that the group's order was solved for.
+    """
+
+    def __init__(
+        self, group: PermutationGroup, groups: GroupSet, a: Mapping[str, Tensor], b: Mapping[str, Tensor]
+    ) -> None:
+        self.groups = groups
+        self.total: Tensor | None = None
+        self._change: Tensor | None = None
+        self._members = [
+            (member, a[member.parameter], b[member.parameter])
+            for member in group.members
+            if a[member.parameter].is_floating_point()
+        ]
+        self._indices: list[dict[int, np.ndarray]] = [{} for _ in self._members]
+
+    def bring_up_to_date(self, orders: Mapping[str, Permutation]) -> Tensor | None:
+        """Apply what other groups have moved; the change since ``settle``, ``None`` if there was none."""
+        change: Tensor | None = None
+        for place, (member, a, b) in enumerate(self._members):
+            new, old = self._other_dims(member, b, orders), self._indices[place]
+            if self.total is not None and all(np.array_equal(new[dim], old[dim]) for dim in new):
+                continue
+            part = _product(member, a, _gather(b, new)) if self.total is None else _difference(member, a, b, new, old)
+            change = part if change is None else change.add_(part)
+            self._indices[place] = new
+        if change is not None:
+            first = self.total is None
+            self.total = change.clone() if first else self.total.add_(change)  # type: ignore[union-attr]
+            self._change = change if self._change is None else self._change.add_(change)
+        return self._change
+
+    def settle(self) -> None:
+        """Count changes from here on."""
+        self._change = None
+
+    def _other_dims(self, member: Member, b: Tensor, orders: Mapping[str, Permutation]) -> dict[int, np.ndarray]:
+        """For each dim but the member's that holds units: where its indices come from under the current orders."""
+        entries = self.groups.by_parameter[member.parameter]
+        indices: dict[int, np.ndarray] = {}
+        for dim in {other.dim for _, other in entries if other.dim != member.dim}:
+            index = gather_index(entries, dim, b.shape[dim], orders)
+            indices[dim] = np.arange(b.shape[dim]) if index is None else index
+        return indices
+
+
+def _gather(tensor: Tensor, indices: Mapping[int, np.ndarray]) -> Tensor:
+    for dim, index in indices.items():
+        tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
+    return tensor
+
+
+def _difference(
+    member: Member, a: Tensor, b: Tensor, new: Mapping[int, np.ndarray], old: Mapping[int, np.ndarray]
+) -> Tensor:
+    """The member's share of ``A`` under the new indices minus that under the old ones."""
+    moved = {dim: np.flatnonzero(new[dim] != old[dim]) for dim in new}
+    only = [dim for dim in moved if len(moved[dim])]
+    if len(only) == 1:  # all else equal: only the moved columns count
+        (dim,) = only
+        a = _gather(a, {dim: moved[dim]})
+        new = {**new, dim: new[dim][moved[dim]]}
+        old = {**old, dim: old[dim][moved[dim]]}
+    return _product(member, a, _gather(b, new) - _gather(b, old))
+
+
+def _product(member: Member, a: Tensor, b: Tensor) -> Tensor:
+    return _rows(a, member) @ _rows(b, member).T
+
+
+def _rows(tensor: Tensor, member: Member) -> Tensor:
+    """The member's units as rows of a matrix, float32 or better, without a copy where they lie so already."""
+    whole = member.size == tensor.shape[member.dim] and not member.indices
+    if whole and member.dim == 0 and tensor.dtype.itemsize >= 4:
+        return tensor.reshape(member.size, -1)
+    places = None if whole else torch.from_numpy(member.positions()).to(tensor.device)
+    return unit_rows(tensor, places, member.dim)

@@ -1,0 +1,138 @@
+"""Producers: the layers whose output units can be scaled and shifted by changing their own weight and bias.
+
+A convolution or linear layer absorbs ``s * y + t`` as ``W' = s W``, ``b' = s b + t`` (per output unit); a normalization
+layer with an affine part as ``w' = s w``, ``b' = s b + t``. A layer whose weight serves several nodes is no producer, nor
+is one whose output goes into a BatchNorm and nowhere else: that norm undoes any scale and shift.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from vfsurgery.groups import GroupSet, Permutation, gather_index
+from vfsurgery.stats.collect import Site
+from vfsurgery.tracing.ops import Op, OpReader
+
+LINEAR = (nn.Linear, "linear")
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, "conv1d", "conv2d", "conv3d")
+TRANSPOSED = (
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+)  # fmt: skip
+NORM = (nn.LayerNorm, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A node with the names of the parameters that set the scale and shift of its output units.
+
+    ``rows`` is the dim of ``weight`` that its output units lie on, ``dim`` that of the node's value. ``depth`` counts
+    the weight layers on the longest path from the input up to and including this one.
+    """
+
+    node: str
+    path: str
+    weight: str
+    bias: str | None
+    rows: int
+    dim: int
+    units: int
+    depth: int
+    is_norm: bool
+    feeds_norm: bool
+    is_output: bool
+
+    @property
+    def site(self) -> Site:
+        """Where its units are read."""
+        return Site(self.node, self.dim)
+
+    def order(self, groups: GroupSet, orders: Mapping[str, Permutation]) -> Tensor | None:
+        """The order that a source's output units are brought into; ``None`` if they stay."""
+        index = gather_index(groups.by_parameter.get(self.weight, ()), self.rows, self.units, orders)
+        return None if index is None else torch.from_numpy(index)
+
+
+def find_producers(graph_module: fx.GraphModule, groups: GroupSet) -> list[Producer]:
+    """All producers of a traced model in graph order."""
+    ops = list(OpReader(graph_module))
+    uses = Counter(_weight(op) for op in ops)
+    depths = weight_depths(graph_module)
+    found: list[Producer] = []
+    for op in ops:
+        weight = _weight(op)
+        if weight is None or uses[weight] > 1 or not (_is_layer(op) or is_norm(op)):
+            continue
+        bias = op.param("bias", 2 if _is_layer(op) else 3)
+        tensor = op.param("weight", 1 if _is_layer(op) else 2)
+        assert tensor is not None
+        rows = 1 if op.key in TRANSPOSED else 0
+        grouped = any(member.dim == rows for _, member in groups.by_parameter.get(weight, ()))
+        dim = _unit_dim(op, tensor.ndim)
+        if op.output.shape[dim] != tensor.shape[rows]:  # transposed and grouped: rows are not the output units
+            continue
+        found.append(
+            Producer(
+                node=op.node.name,
+                path=op.path,
+                weight=weight,
+                bias=None if bias is None else bias.name,
+                rows=rows,
+                dim=dim,
+                units=tensor.shape[rows],
+                depth=depths[op.node.name],
+                is_norm=is_norm(op),
+                feeds_norm=_feeds_batch_norm(op.node, graph_module),
+                is_output=not grouped,
+            )
+        )
+    return found
+
+
+def is_batch_norm(module: nn.Module | None) -> bool:
+    """Whether a module normalizes over the batch and keeps running statistics."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def is_norm(op: Op) -> bool:
+    """Whether an op is a normalization layer with a scale and a shift per unit."""
+    return (isinstance(op.module, NORM) or is_batch_norm(op.module)) and "weight" in op.parameters
+
+
+def weight_depths(graph_module: fx.GraphModule) -> dict[str, int]:
+    """For each node the number of weight layers (convolutions, linear layers) on the longest path up to it."""
+    layers = {op.node.name for op in OpReader(graph_module) if _is_layer(op)}
+    depths: dict[str, int] = {}
+    for node in graph_module.graph.nodes:
+        before = max((depths[source.name] for source in node.all_input_nodes), default=0)
+        depths[node.name] = before + (node.name in layers)
+    return depths
+
+
+def _is_layer(op: Op) -> bool:
+    return op.key in (*LINEAR, *CONV, *TRANSPOSED)
+
+
+def _weight(op: Op) -> str | None:
+    tensor = op.param("weight", 1) if _is_layer(op) or op.module is not None else None
+    return tensor.name if tensor is not None and tensor.kind == "parameter" else None
+
+
+def _unit_dim(op: Op, weight_dims: int) -> int:
+    if op.key in LINEAR or isinstance(op.module, nn.LayerNorm):
+        return op.output.ndim - 1
+    if is_norm(op):
+        return 1
+    return op.output.ndim - (weight_dims - 1)
+
+
+def _feeds_batch_norm(node: fx.Node, graph_module: fx.GraphModule) -> bool:
+    users = list(node.users)
+    return len(users) == 1 and users[0].op == "call_module" and is_batch_norm(
+        graph_module.get_submodule(str(users[0].target))
+    )

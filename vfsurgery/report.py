@@ -1,0 +1,113 @@
+"""The record of a merge: what was matched, permuted, pinned and corrected, and the numbers that prove it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from vfsurgery.groups import GroupSet
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far an aligned source's outputs are from its own: proof that the permutations preserve its function.
+
+    ``error`` is the largest absolute difference over the largest absolute output; ``tolerance`` the bound for
+    ``dtype``, the precision that was computed in.
+    """
+
+    source: int
+    error: float
+    tolerance: float
+    dtype: str
+
+    def __bool__(self) -> bool:
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "holds" if self else "FAILS"
+        return (
+            f"aligned source {self.source} == source {self.source}: {verdict}, "
+            f"relative error {self.error:.1e} (tolerance {self.tolerance:.0e}, {self.dtype})"
+        )
+
+
+@dataclass(frozen=True)
+class GroupMatch:
+    """What matching did to one group of one source: similarity to the reference before and after, units moved."""
+
+    source: int
+    group: str
+    label: str
+    size: int
+    before: float
+    after: float
+    moved: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that happened in one merge; frozen, printable, and as JSON readable by machines."""
+
+    model: str
+    sources: int
+    weights: tuple[float, ...]
+    matching: str
+    renormalize: tuple[str, ...]
+    groups: GroupSet
+    matches: tuple[GroupMatch, ...]
+    certificates: tuple[Certificate, ...]
+    created_biases: tuple[str, ...]
+    notes: tuple[str, ...]
+    guards: tuple[str, ...]
+    seed: int
+    versions: tuple[tuple[str, str], ...]
+    seconds: tuple[tuple[str, float], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, strings and numbers; groups without their activations."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain["groups"] = [
+            {"name": group.name, "label": group.label, "size": group.size, "members": list(map(str, group.members))}
+            for group in self.groups
+        ]
+        plain["pinned"] = [dataclasses.asdict(pin) for pin in self.groups.pinned]
+        plain["unknown_ops"] = list(self.groups.unknown_ops)
+        plain["coverage"] = self.groups.coverage
+        for name in ("matches", "certificates"):
+            plain[name] = [dataclasses.asdict(entry) for entry in getattr(self, name)]
+        plain["versions"], plain["seconds"] = dict(self.versions), dict(self.seconds)
+        return json.loads(json.dumps(plain))
+
+    def to_json(self) -> str:
+        """The record as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        steps = ", ".join(self.renormalize) or "none"
+        lines = [
+            f"merge of {self.sources} x {self.model}, weights {', '.join(f'{w:.3g}' for w in self.weights)}",
+            f"  matching {self.matching}; renormalization {steps}; seed {self.seed}",
+            f"  {len(self.groups)} permutation groups over {self.groups.coverage:.1%} of the parameters",
+            *(f"  {certificate}" for certificate in self.certificates),
+        ]
+        lines += [f"  {note}" for note in self.notes]
+        lines += [
+            f"  created {bias}: load the state with strict=False, or set bias=True on that layer"
+            for bias in self.created_biases
+        ]
+        if self.matches:
+            lines.append(f"  {'group':<34}{'units':>6}{'moved':>7}{'before':>11}{'after':>11}")
+        for match in self.matches:
+            name = f"{match.group} {match.label}"
+            lines.append(
+                f"  {name if self.sources == 2 else f'{match.source}: {name}':<34}{match.size:>6}{match.moved:>7}"
+                f"{match.before:>11.4g}{match.after:>11.4g}"
+            )
+        lines += [f"  pinned {pin}" for pin in self.groups.pinned]
+        lines += [f"  no coupling rule: {op}" for op in self.groups.unknown_ops]
+        lines.append("  " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds))
+        lines.append("  " + ", ".join(f"{name} {version}" for name, version in self.versions))
+        return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""The source models of a merge: checked against each other, read under canonical names, never changed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, explain
+from vfsurgery.tracing.ops import canonical_parameters
+from vfsurgery.tracing.tracer import put_over
+from vfsurgery.tracing.values import VALUE
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model with its trace, and its parameters and persistent buffers by canonical ``state_dict`` key."""
+
+    model: nn.Module
+    graph_module: fx.GraphModule
+    state: dict[str, Tensor]
+
+    @staticmethod
+    def of(model: nn.Module, graph_module: fx.GraphModule) -> Source:
+        """Read a traced model."""
+        return Source(model, graph_module, canonical_state(model))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first tensor lives."""
+        return next(iter(self.state.values())).device
+
+    def with_copied_vectors(self) -> Source:
+        """The same source with its one-dimensional entries (biases, scales) copied, safe from being overwritten."""
+        state = {name: tensor.clone() if tensor.ndim <= 1 else tensor for name, tensor in self.state.items()}
+        return Source(self.model, self.graph_module, state)
+
+    def clone(self) -> Source:
+        """A deep copy, with the graph over the copy's own tensors."""
+        model = copy.deepcopy(self.model)
+        return Source.of(model, put_over(model, self.graph_module))
+
+
+def canonical_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, detached, each once under its first ``state_dict`` key."""
+    names = canonical_parameters(model)
+    return {
+        name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items() if names[id(tensor)] == name
+    }
+
+
+def check_weights(models: Sequence[nn.Module]) -> None:
+    """Refuse models with NaN or infinite values, and different models that share storage.
+
+    Raises:
+        InvalidWeightsError: names the source and the parameter.
+    """
+    owners: dict[int, int] = {}
+    for number, model in enumerate(models):
+        for name, tensor in canonical_state(model).items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise InvalidWeightsError(
+                    explain(
+                        f"source {number} holds NaN or infinite values",
+                        parameter=name,
+                        count=int((~torch.isfinite(tensor)).sum()),
+                        remedy="check that its checkpoint was loaded completely and its training did not diverge",
+                    )
+                )
+            owner = owners.setdefault(tensor.data_ptr(), number) if tensor.numel() else number
+            if owner != number:
+                raise InvalidWeightsError(
+                    explain(
+                        f"sources {owner} and {number} share the storage of a parameter",
+                        parameter=name,
+                        remedy="give each source tensors of its own, for example by copy.deepcopy(model)",
+                    )
+                )
+
+
+def check_same_architecture(models: Sequence[nn.Module]) -> None:
+    """Refuse models that do not have the same parameters.
+
+    Raises:
+        IncompatibleModelsError: names the first parameter that differs, and both shapes.
+    """
+    first = canonical_state(models[0])
+    for number, model in enumerate(models[1:], start=1):
+        other = canonical_state(model)
+        for name in [*first, *other]:
+            shapes = [tuple(state[name].shape) if name in state else "absent" for state in (first, other)]
+            if shapes[0] != shapes[1]:
+                raise IncompatibleModelsError(
+                    explain(
+                        f"sources 0 and {number} are not the same architecture",
+                        classes=f"{type(models[0]).__name__}, {type(model).__name__}",
+                        parameter=name,
+                        shapes=f"{shapes[0]}, {shapes[1]}",
+                        remedy=_remedy(first, other, name),
+                    )
+                )
+
+
+def _remedy(first: dict[str, Tensor], other: dict[str, Tensor], name: str) -> str:
+    differing = {key for key in first if key in other and first[key].shape != other[key].shape}
+    if first.keys() == other.keys() and len({key.rpartition(".")[0] for key in differing}) == 1:
+        return f"only {name.rpartition('.')[0]} differs: were the sources trained for different numbers of classes?"
+    return "only networks of one architecture can be merged unit by unit"
+
+
+def check_same_graph(sources: Sequence[Source]) -> None:
+    """Refuse models whose forwards differ although their parameters agree (another stride, another activation).
+
+    Raises:
+        IncompatibleModelsError: names the first node that differs.
+    """
+    first = sources[0].graph_module
+    for number, source in enumerate(sources[1:], start=1):
+        nodes = (list(first.graph.nodes), list(source.graph_module.graph.nodes))
+        pairs = zip(*nodes, strict=False)
+        differing = next((pair for pair in pairs if _step(pair[0], first) != _step(pair[1], source.graph_module)), None)
+        if differing is None and len(nodes[0]) == len(nodes[1]):
+            continue
+        steps = ("end of the graph",) * 2
+        if differing is not None:
+            steps = (_step(differing[0], first), _step(differing[1], source.graph_module))
+        raise IncompatibleModelsError(
+            explain(
+                f"sources 0 and {number} have equal parameter shapes but compute different things",
+                node=differing[0].name if differing else len(min(nodes, key=len)),
+                **{"source 0": steps[0], f"source {number}": steps[1]},
+                remedy="build all sources with the same constructor arguments",
+            )
+        )
+
+
+def _step(node: fx.Node, graph_module: fx.GraphModule) -> str:
+    """What a node computes, in words: its target, its arguments, and the settings of its module."""
+    described = f"{node.op} {getattr(node.target, '__name__', node.target)} {node.args} {node.kwargs}"
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        return f"{described} {type(module).__name__}({module.extra_repr()})"
+    return f"{described} {node.meta.get(VALUE)}" if node.op == "placeholder" else described
+
+
+@contextlib.contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Put modules into eval mode without gradients, and give every submodule its own mode back at the end."""
+    modes = [(module, module.training) for root in modules for module in root.modules()]
+    try:
+        for root in modules:
+            root.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

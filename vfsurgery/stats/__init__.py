@@ -1,0 +1,1 @@
+"""Statistics of activations: small accumulators, and one pass over the data that fills them all."""

@@ -1,0 +1,185 @@
+"""One pass over the data that gathers all statistics of all sources.
+
+Sources run in lockstep: on each batch the reference runs first and keeps its centred activations, then every other
+source runs and is correlated with it as it goes. Activations are read the moment they are computed, so ops that
+overwrite their input do no harm, and freed when the graph needs them no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vfsurgery.groups import GroupSet, Member, PermutationGroup
+from vfsurgery.stats.correlation import Centred, CrossMoments
+from vfsurgery.stats.moments import Moments
+from vfsurgery.tracing.ops import canonical_key
+from vfsurgery.tracing.values import VALUE
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where units are read: the value of a node, along ``dim``, at ``places`` (all indices in order if ``None``)."""
+
+    node: str
+    dim: int
+    places: Tensor | None = None
+
+    @staticmethod
+    def of(member: Member, length: int, device: torch.device) -> Site:
+        """The site of a group's activation member on a dim of ``length`` indices."""
+        positions = torch.from_numpy(member.positions())
+        plain = positions.shape == (length, 1) and bool((positions[:, 0] == torch.arange(length)).all())
+        return Site(member.parameter, member.dim, None if plain else positions.to(device))
+
+
+class Observer(fx.Interpreter):
+    """Runs a graph module and shows chosen nodes' values to a callback as they appear."""
+
+    def __init__(self, graph_module: fx.GraphModule, watch: Mapping[str, Callable[[Tensor], Tensor | None]]) -> None:
+        super().__init__(graph_module)
+        self.watch = watch
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; a watcher that returns a tensor replaces the node's value by it."""
+        value = super().run_node(n)
+        watcher = self.watch.get(n.name)
+        if watcher is not None:
+            replacement = watcher(value)
+            return value if replacement is None else replacement
+        return value
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Statistics of all sources from one pass over the data.
+
+    ``correlations`` has one entry per source after the first: for each name the cross moments of the first source's units
+    (a) and that source's (b). ``moments`` has one entry per source. ``images`` were seen.
+    """
+
+    correlations: list[dict[str, CrossMoments]]
+    moments: list[dict[str, Moments]]
+    images: int
+
+
+def survey(
+    sources: Sequence[fx.GraphModule],
+    batches: Iterable[Tensor],
+    pairs: Mapping[str, Site],
+    units: Mapping[str, Site],
+) -> Survey:
+    """Gather all statistics of all sources, each source run once on each batch.
+
+    Args:
+        sources: Graph modules of one architecture, in eval mode, on one device.
+        batches: Images, ``(batch, channels, height, width)``, on that device.
+        pairs: Where to correlate the units of the first source with those of every other one, by name.
+        units: Where to take moments of the units of every source, by name.
+    """
+    result = Survey([{} for _ in sources[1:]], [{} for _ in sources], 0)
+    seen = 0
+    for images in batches:
+        reference: dict[str, Centred] = {}
+        for number, source in enumerate(sources):
+            watch = Watch()
+            for name, site in units.items():
+                watch.add(site.node, _take_moments(name, site, result.moments[number]))
+            for name, site in pairs.items():
+                if number:
+                    watch.add(site.node, _correlate(name, site, reference, result.correlations[number - 1]))
+                else:
+                    watch.add(site.node, _keep(name, site, reference))
+            Observer(source, watch).run(images.to(image_dtype(source)))
+        seen += len(images)
+    return Survey(result.correlations, result.moments, seen)
+
+
+class Watch(dict[str, Callable[[Tensor], "Tensor | None"]]):
+    """Callbacks by node name; several may look at one node."""
+
+    def add(self, node: str, callback: Callable[[Tensor], None]) -> None:
+        """Have ``callback`` see the node's value after those that were added before."""
+        earlier = self.get(node)
+
+        def both(value: Tensor) -> None:
+            if earlier is not None:
+                earlier(value)
+            callback(value)
+
+        self[node] = both
+
+
+def _take_moments(name: str, site: Site, totals: dict[str, Moments]) -> Callable[[Tensor], None]:
+    def see(value: Tensor) -> None:
+        batch = Moments.of(value, site.places, site.dim)
+        totals[name] = totals[name].merge(batch) if name in totals else batch
+
+    return see
+
+
+def _keep(name: str, site: Site, reference: dict[str, Centred]) -> Callable[[Tensor], None]:
+    def see(value: Tensor) -> None:
+        reference[name] = Centred.of(value, site.places, site.dim)
+
+    return see
+
+
+def _correlate(
+    name: str, site: Site, reference: dict[str, Centred], totals: dict[str, CrossMoments]
+) -> Callable[[Tensor], None]:
+    def see(value: Tensor) -> None:
+        batch = CrossMoments.of(reference.pop(name), Centred.of(value, site.places, site.dim))
+        totals[name] = totals[name].merge(batch) if name in totals else batch
+
+    return see
+
+
+def image_dtype(module: torch.nn.Module) -> torch.dtype:
+    """The dtype of a module's first floating-point parameter: what its images should be."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+NONLINEAR = frozenset(
+    "relu relu6 leakyrelu rrelu elu selu celu gelu silu mish tanh hardswish hardtanh softplus prelu".split()
+)
+"""Activations that cut off or bend, by name without underscores; gates (sigmoids) are not among them."""
+
+
+def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.device) -> dict[str, Site]:
+    """Where each group's units are read for matching: after a non-linearity, on the largest map, latest in the graph.
+
+    Qu & Horvath match post-activation units, a residual stream at its last block (CPAL 2025, A.2). Groups without a
+    non-linearity of their own (linear bottlenecks) are read at their largest and latest value.
+    """
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    modules = dict(graph_module.named_modules())
+    sites: dict[str, Site] = {}
+    for group in groups:
+        best = _best_activation(group, nodes, modules)
+        if best is not None:
+            length = nodes[best.parameter].meta[VALUE].shape[best.dim]
+            sites[group.name] = Site.of(best, length, device)
+    return sites
+
+
+def _best_activation(group: PermutationGroup, nodes: Mapping[str, fx.Node], modules: Mapping[str, Any]) -> Member | None:
+    def rank(entry: tuple[int, Member]) -> tuple[bool, int, int]:
+        place, member = entry
+        node = nodes[member.parameter]
+        per_unit = torch.Size(node.meta[VALUE].shape).numel() // node.meta[VALUE].shape[member.dim]
+        return _is_nonlinear(node, modules), per_unit, place
+
+    candidates = [entry for entry in enumerate(group.activations) if nodes[entry[1].parameter].op != "get_attr"]
+    return max(candidates, key=rank)[1] if candidates else None
+
+
+def _is_nonlinear(node: fx.Node, modules: Mapping[str, Any]) -> bool:
+    if node.op == "call_module":
+        return type(modules[str(node.target)]).__name__.lower() in NONLINEAR
+    key = canonical_key(node.target) if node.op in ("call_function", "call_method") else ""
+    return isinstance(key, str) and key.replace("_", "") in NONLINEAR

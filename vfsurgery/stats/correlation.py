@@ -1,0 +1,85 @@
+"""Pearson correlation of every unit of one model with every unit of another, over the same inputs.
+
+Per batch one product of centred activations is added (the flops of a 1 x 1 convolution); the batches' own means are
+put right by the exact merge formula, so neither the batch size nor the order of batches matters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vfsurgery.stats.moments import Moments
+
+CONSTANT = 1e-12
+"""Variance, relative to the squared mean plus one, below which a unit counts as constant and correlates with nothing."""
+
+
+@dataclass(frozen=True)
+class Centred:
+    """One batch of activations minus their means: ``samples`` ``(units, samples)``, with the batch's moments."""
+
+    samples: Tensor
+    moments: Moments
+
+    @staticmethod
+    def of(activations: Tensor, places: Tensor | None, dim: int) -> Centred:
+        """Read the units off an activation tensor.
+
+        Args:
+            activations: Any shape, units along ``dim``.
+            places: Indices along ``dim``, ``(units, places per unit)``; ``None`` for all of them in order.
+            dim: The units' dim.
+        """
+        rows = unit_rows(activations, places, dim)
+        mean = rows.mean(1, keepdim=True)
+        centred = rows.sub_(mean)
+        squares = torch.linalg.vector_norm(centred, dim=1).double() ** 2
+        return Centred(centred, Moments(centred.shape[1], mean.squeeze(1).double(), squares))
+
+
+@dataclass(frozen=True)
+class CrossMoments:
+    """Moments of the units of a and b and their summed cross products about the means, ``(units a, units b)``."""
+
+    a: Moments
+    b: Moments
+    products: Tensor
+
+    @staticmethod
+    def of(a: Centred, b: Centred) -> CrossMoments:
+        """Cross moments of one batch."""
+        return CrossMoments(a.moments, b.moments, (a.samples @ b.samples.T).double())
+
+    def merge(self, other: CrossMoments) -> CrossMoments:
+        """Cross moments of both sets of samples together."""
+        n, m = self.a.count, other.a.count
+        between = torch.outer(other.a.mean - self.a.mean, other.b.mean - self.b.mean)
+        products = self.products.add_(other.products).add_(between, alpha=n * m / (n + m))
+        return CrossMoments(self.a.merge(other.a), self.b.merge(other.b), products)
+
+    def correlation(self) -> Tensor:
+        """Pearson correlation, ``(units a, units b)`` float64 in [-1, 1]; 0 for units that are constant.
+
+        Li et al., "Convergent learning" (2015); Qu & Horvath, CPAL 2025, A.2 (activation matching).
+        """
+        scale = torch.outer(_inverse_norm(self.a), _inverse_norm(self.b))
+        return self.products * scale
+
+
+def _inverse_norm(moments: Moments) -> Tensor:
+    constant = moments.var <= CONSTANT * (moments.mean**2 + 1)
+    return torch.where(constant, 0.0, moments.squares.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
+
+
+def unit_rows(activations: Tensor, places: Tensor | None, dim: int) -> Tensor:
+    """Activations as a new float matrix ``(units, samples)``, units in the order of ``places``."""
+    moved = activations.movedim(dim, 0)
+    if places is not None:
+        moved = moved.index_select(0, places.reshape(-1))
+    units = moved.shape[0] if places is None else places.shape[0]
+    dtype = activations.dtype if activations.dtype.itemsize >= 4 else torch.float32
+    rows = torch.empty(moved.shape, dtype=dtype, device=moved.device)
+    return rows.copy_(moved).reshape(units, -1)

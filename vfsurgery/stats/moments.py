@@ -1,0 +1,84 @@
+"""Mean and variance of many units at once, accumulated batch by batch and merged exactly.
+
+Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979): two sets of
+``n`` and ``m`` samples with means ``p`` and ``q`` and sums of squared deviations ``S`` and ``T`` join into
+
+``mean = p + (q - p) m / (n + m)``, ``S + T + (q - p)^2 n m / (n + m)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations of each unit; sums are float64 on the data's device.
+
+    >>> x, y = torch.randn(3, 50), torch.randn(3, 20)
+    >>> joined = Moments.of(x).merge(Moments.of(y))
+    >>> torch.allclose(joined.var, torch.cat([x, y], 1).double().var(1, correction=0))
+    True
+    """
+
+    count: int
+    mean: Tensor  # (units,) float64
+    squares: Tensor  # (units,) float64, sum of (x - mean)^2
+
+    @staticmethod
+    def of(samples: Tensor, places: Tensor | None = None, dim: int = 0) -> Moments:
+        """Moments of the units along ``dim`` of ``samples``.
+
+        Args:
+            samples: Any shape; every dim but ``dim`` counts samples.
+            places: Indices along ``dim``, ``(units, places per unit)``, where a unit is not simply one index.
+            dim: The units' dim.
+        """
+        samples = samples.float() if samples.dtype.itemsize < 4 else samples
+        if places is not None:
+            samples = samples.movedim(dim, 0).index_select(0, places.reshape(-1)).reshape(len(places), -1)
+            dim = 0
+        others = [other for other in range(samples.ndim) if other != dim % samples.ndim]
+        var, mean = torch.var_mean(samples, dim=others, correction=0)
+        count = samples.numel() // max(samples.shape[dim], 1)
+        return Moments(count, mean.double(), var.double() * count)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets of samples together."""
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        squares = self.squares + other.squares + delta**2 * (self.count * other.count / count)
+        return Moments(count, mean, squares)
+
+    def update(self, samples: Tensor) -> Moments:
+        """Moments with the units' ``samples``, shape ``(units, samples)``, added."""
+        return self.merge(Moments.of(samples))
+
+    @property
+    def var(self) -> Tensor:
+        """Variance over the samples (divided by their number), shape ``(units,)``."""
+        return self.squares / max(self.count, 1)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, shape ``(units,)``."""
+        return self.var.sqrt()
+
+    def take(self, order: Tensor) -> Moments:
+        """Moments of the units in another order."""
+        return Moments(self.count, self.mean[order], self.squares[order])
+
+
+def weighted_goal(sources: Sequence[Moments], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Goal mean and standard deviation of merged units: the sources' weighted by ``weights``.
+
+    Standard deviations are averaged, not variances (Jordan et al., REPAIR, 2023; Qu & Horvath, CPAL 2025, Alg. 2).
+    """
+    mean = torch.stack([w * source.mean for w, source in zip(weights, sources, strict=True)]).sum(0)
+    std = torch.stack([w * source.std for w, source in zip(weights, sources, strict=True)]).sum(0)
+    return mean, std

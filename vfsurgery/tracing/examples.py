@@ -1,0 +1,77 @@
+"""An example input for a model, from what timm's or torchvision's configuration says about it."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vfsurgery.errors import ExampleInputError, explain
+
+BATCH = 2
+"""Images in an example: more than one, so that a batch dim is not mistaken for a broadcast one."""
+
+
+def example_inputs_of(model: nn.Module, given: Tensor | Iterable[Tensor] | None = None) -> tuple[Tensor, ...]:
+    """The given example inputs as a tuple, else random images of the size that the model is configured for.
+
+    Args:
+        model: timm models carry their configuration; for torchvision's, the configuration of the weights published
+            for the model's module counts.
+        given: One tensor, or one per positional argument.
+
+    Raises:
+        ExampleInputError: nothing was given and the model says nothing.
+    """
+    if isinstance(given, Tensor):
+        return (given,)
+    if given is not None:
+        return tuple(given)
+    size = _timm_size(model) or _torchvision_size(model)
+    if size is None:
+        raise ExampleInputError(
+            explain(
+                f"{type(model).__name__} does not say what input it takes",
+                remedy="pass example_inputs=, for example torch.randn(2, 3, 224, 224), or data=",
+            )
+        )
+    return (random_images((BATCH, *size), model),)
+
+
+def random_images(shape: tuple[int, ...], model: nn.Module) -> Tensor:
+    """Standard normal images on the model's device and in its dtype, from a generator of their own."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(first.device, first.dtype)
+
+
+def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
+    config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if config is None:
+        return None
+    size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
+    return tuple(size) if size else None
+
+
+def _torchvision_size(model: nn.Module) -> tuple[int, ...] | None:
+    """The crop size of the published weights with the most similar number of parameters in the model's module."""
+    module = sys.modules.get(type(model).__module__)
+    if module is None or not module.__name__.startswith("torchvision.models"):
+        return None
+    weights = [
+        member
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, enum.Enum) and value.__name__.endswith("_Weights")
+        for member in value
+    ]
+    count = sum(p.numel() for p in model.parameters())
+    weights.sort(key=lambda weight: abs(weight.value.meta.get("num_params", 0) - count))
+    for weight in weights:
+        crop = getattr(weight.value.transforms, "keywords", {}).get("crop_size")
+        if crop is not None:
+            side = crop[0] if isinstance(crop, list | tuple) else crop
+            return (3, side, side)
+    return None

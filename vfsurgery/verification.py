@@ -1,0 +1,178 @@
+"""Proof that permutations preserve a function: the certificate of every merge, and the stronger ``verify``.
+
+A certificate compares one aligned source with itself, on the weights at hand. ``verify`` proves groups for an
+architecture: in float64, with normalization parameters and buffers made random (at initialization a forgotten
+BatchNorm changes nothing), each group alone and all together, with a negative control that must fail.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from vfsurgery.errors import CertificateError, explain
+from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, permute_tensor, random_permutations
+from vfsurgery.report import Certificate
+from vfsurgery.sources import Source, canonical_state, eval_mode
+
+TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest relative output error by the precision computed in; half precision is checked in float32."""
+
+
+def outputs_of(model: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors a model returns under other parameters and buffers, in eval mode and without gradients."""
+    with eval_mode(model):
+        result = functional_call(model, dict(state), inputs, tie_weights=True)
+    return tuple(_tensors(result))
+
+
+def _tensors(result: object) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, Mapping):
+        return [tensor for item in result.values() for tensor in _tensors(item)]
+    if isinstance(result, tuple | list):
+        return [tensor for item in result for tensor in _tensors(item)]
+    return []
+
+
+def relative_error(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """Largest absolute difference over the largest absolute expected value; infinite where NaN appears.
+
+    >>> relative_error((torch.tensor([1.0, 2.5]),), (torch.tensor([1.0, 2.0]),))
+    0.25
+    """
+    scale = max((float(tensor.abs().max()) for tensor in expected), default=0.0)
+    worst = max((float((x - y).abs().max()) for x, y in zip(found, expected, strict=True)), default=0.0)
+    if worst != worst or scale != scale:
+        return float("inf")
+    return worst / scale if scale else worst
+
+
+def _checkable(tensor: Tensor) -> Tensor:
+    """Half precision as float32; the rest as it is."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
+
+
+def certify(
+    number: int,
+    source: Source,
+    groups: GroupSet,
+    orders: Mapping[str, Permutation],
+    inputs: tuple[Tensor, ...],
+    aligned: Mapping[str, Tensor] | None = None,
+) -> Certificate:
+    """Compare an aligned source with itself and refuse a difference.
+
+    Args:
+        number: The source's place, for messages.
+        source: The source as it is.
+        groups: The groups of its architecture.
+        orders: The order of units it was brought into.
+        inputs: What both are run on.
+        aligned: The source's permuted state if it exists already; made here otherwise.
+
+    Raises:
+        CertificateError: the outputs differ by more than the tolerance; names the group that broke them.
+    """
+    state = {name: _checkable(tensor) for name, tensor in source.state.items()}
+    inputs = tuple(_checkable(x) for x in inputs)
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    expected = outputs_of(source.model, state, inputs)
+
+    def error(chosen: Mapping[str, Permutation]) -> float:
+        permuted = {name: permute_tensor(name, tensor, groups, chosen) for name, tensor in state.items()}
+        return relative_error(outputs_of(source.model, permuted, inputs), expected)
+
+    if aligned is None:
+        found = error(orders)
+    else:
+        found = relative_error(outputs_of(source.model, {k: _checkable(v) for k, v in aligned.items()}, inputs), expected)
+    certificate = Certificate(number, found, TOLERANCE[dtype], str(dtype).removeprefix("torch."))
+    if not certificate:
+        alone = {name: error({name: order}) for name, order in orders.items()}
+        guilty = max(alone, key=lambda name: alone[name])
+        raise CertificateError(
+            explain(
+                f"aligned source {number} does not compute what source {number} computes; nothing was merged",
+                error=f"{found:.2e} relative, tolerance {certificate.tolerance:.0e} in {certificate.dtype}",
+                group=f"{groups[guilty]}, alone {alone[guilty]:.2e}",
+                members=", ".join(map(str, groups[guilty].members[:8])),
+                remedy="please report the model; matching='identity' merges without permutations",
+            )
+        )
+    return certificate
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome of :func:`verify`: truthy when every group is proven and the negative control failed as it must."""
+
+    error: float
+    worst_group: str
+    control_error: float
+    tolerance: float
+    groups: int
+
+    def __bool__(self) -> bool:
+        return self.error <= self.tolerance and (self.groups == 0 or self.control_error > self.tolerance)
+
+    def __str__(self) -> str:
+        verdict = "proven" if self else "NOT proven"
+        worst = f" ({self.worst_group})" if self.worst_group else ""
+        return (
+            f"{self.groups} groups {verdict}: largest relative error {self.error:.1e}{worst}, "
+            f"negative control {self.control_error:.1e}, tolerance {self.tolerance:.0e}"
+        )
+
+
+def prove(model: nn.Module, groups: GroupSet, inputs: tuple[Tensor, ...], *, seed: int = 0) -> Verification:
+    """Verify groups on a float64 copy of ``model`` with random weights; see :func:`vfsurgery.verify`."""
+    generator = torch.Generator().manual_seed(seed)
+    model = copy.deepcopy(model).double()
+    randomize(model, generator)
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    state = canonical_state(model)
+    expected = outputs_of(model, state, inputs)
+    orders = random_permutations(groups, generator)
+
+    def error(chosen: Mapping[str, Permutation], groups: GroupSet = groups) -> float:
+        permuted = {name: permute_tensor(name, tensor, groups, chosen) for name, tensor in state.items()}
+        return relative_error(outputs_of(model, permuted, inputs), expected)
+
+    errors = {f"group {group}": error({group.name: orders[group.name]}) for group in groups}
+    errors["all groups together"] = error(orders)
+    worst = max(errors, key=lambda name: errors[name])
+    control = max((error(orders, _without_one_member(groups, group)) for group in groups.groups[:1]), default=0.0)
+    return Verification(errors[worst], worst, control, TOLERANCE[torch.float64], len(groups))
+
+
+def _without_one_member(groups: GroupSet, broken: PermutationGroup) -> GroupSet:
+    """The same groups, but one of them leaves its first producer where it is."""
+    members = tuple(member for member in broken.members if member.parameter != broken.members[0].parameter)
+    changed = PermutationGroup(broken.name, broken.size, members)
+    return GroupSet(tuple(changed if group == broken else group for group in groups))
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, generator: torch.Generator) -> None:
+    """Give every parameter and buffer values that no permutation leaves unchanged, at a scale that keeps signals alive.
+
+    Matrices keep their values (initializers are random); vectors are drawn anew: scales around 1, variances positive.
+    Constant matrices are drawn anew as well.
+    """
+    for name, tensor in canonical_state(model).items():
+        if not tensor.is_floating_point():
+            continue
+        noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+        leaf = name.rpartition(".")[2]
+        if tensor.ndim <= 1:
+            positive = leaf in ("weight", "running_var", "gamma")
+            tensor.copy_(0.5 + noise if positive else noise - 0.5)
+        elif bool((tensor == tensor.flatten()[0]).all()):
+            tensor.copy_(noise - 0.5)
