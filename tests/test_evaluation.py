@@ -149,29 +149,6 @@ def test_a_named_device_where_the_model_is_changes_nothing() -> None:
     assert evaluate(net(0), (IMAGES, LABELS), device="cpu") == evaluate(net(0), (IMAGES, LABELS))
 
 
-class CachesForEvaluation(nn.Linear):
-    """Keeps its weight from the first evaluation until it is trained again, as timm's LeViT does with its biases."""
-
-    cached: Tensor | None = None
-
-    def train(self, mode: bool = True) -> CachesForEvaluation:
-        if mode:
-            self.cached = None
-        return super().train(mode)
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.cached is None:
-            self.cached = self.weight.clone()
-        return nn.functional.linear(images.flatten(1), self.cached, self.bias)
-
-
-def test_what_a_model_cached_for_evaluation_is_dropped_with_its_training_mode() -> None:
-    model = CachesForEvaluation(64, CLASSES).train()
-    evaluate(model, (IMAGES, LABELS))
-    assert model.training
-    assert model.cached is None
-
-
 def fingerprint(model: nn.Module) -> list[object]:
     state = {key: value.clone() for key, value in model.state_dict().items()}
     return [[module.training for module in model.modules()], *(value.tolist() for value in state.values())]

@@ -19,7 +19,7 @@ from vfsurgery.api import find_groups, merge, report_of
 from vfsurgery.architectures import FORMS, build_model
 from vfsurgery.checkpoints import check_writable, load_into, load_state_dict, save_state_dict, write_text
 from vfsurgery.data import digits, image_folder, loader, preprocessing
-from vfsurgery.errors import CheckpointError, OptionError, SurgeryError, explain
+from vfsurgery.errors import CheckpointError, ExampleInputError, OptionError, SurgeryError, explain
 from vfsurgery.recipe import Recipe
 
 C = TypeVar("C", bound=Callable[..., object])
@@ -56,11 +56,12 @@ class Commands(click.Group):
         except SurgeryError as error:
             if os.environ.get("VFSURGERY_TRACEBACK") == "1":
                 raise
-            click.echo(f"error: {error}", err=True)
+            hint = "\n  option  --input-size, as in 3x224x224" if isinstance(error, ExampleInputError) else ""
+            click.echo(f"error: {error}{hint}", err=True)
             ctx.exit(2 if isinstance(error, OptionError) else 1)
 
 
-@click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("vfsurgery", cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="vfsurgery")
 def main() -> None:
     """Merge trained networks in weight space, and repair what merging breaks.
@@ -69,7 +70,7 @@ def main() -> None:
     Start here, with data that comes along:
       vfsurgery run recipes/digits.yaml
     Merge two checkpoints of one architecture:
-      vfsurgery merge a.safetensors b.safetensors --model timm:resnet18 -o merged.safetensors
+      vfsurgery merge a.safetensors b.pt --model timm:resnet18 -o ab.safetensors
     See which units of a network may be reordered:
       vfsurgery groups torchvision:resnet18
     """
@@ -179,10 +180,11 @@ def merge_checkpoints(
 
     \b
     Examples:
-      vfsurgery merge a.safetensors b.safetensors --model timm:resnet18 -o merged.safetensors
+      vfsurgery merge a.safetensors b.pt --model timm:resnet18 -o ab.safetensors
       vfsurgery merge a.pt b.pt --model torchvision:vgg11_bn --num-classes 10 \\
-          --data imagefolder:photos/train --limit 5000 -o merged.safetensors
-      vfsurgery merge a.pt b.pt --model mynets:small --input-size 3x32x32 -o merged.safetensors
+          --data imagefolder:photos/train --limit 5000 -o ab.safetensors
+      vfsurgery merge a.pt b.pt --model mynets:small --input-size 3x32x32 \\
+          -o ab.safetensors
     """
     _import_from_here()
     report_path = output.with_suffix(".report.json")
@@ -240,7 +242,7 @@ def _example(shape: tuple[int, int, int] | None, device: torch.device | None = N
     """Random pixels, because on equal ones a wrong order of units may go unseen."""
     if shape is None:
         return None
-    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _steps(renormalize: str) -> str | tuple[str, ...] | None:

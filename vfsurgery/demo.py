@@ -22,7 +22,7 @@ class TinyConvNet(nn.Module):
     torch.Size([2, 10])
     """
 
-    def __init__(self, width: int = 16, num_classes: int = 10) -> None:
+    def __init__(self, width: int = 32, num_classes: int = 10) -> None:
         super().__init__()
         widths = [1, width, width, 2 * width, 2 * width, 4 * width, 4 * width]
         convs = [nn.Conv2d(width_in, width_out, 3, padding=1) for width_in, width_out in pairwise(widths)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
@@ -18,6 +21,8 @@ from vfsurgery.checkpoints import save_state_dict, write_text
 from vfsurgery.comparison import Comparison, compare_merges
 from vfsurgery.data import Splits, digits
 from vfsurgery.errors import RecipeError, did_you_mean, explain
+from vfsurgery.matching import MATCHERS
+from vfsurgery.passes import NORMALIZATIONS
 from vfsurgery.training import from_seed, train
 
 # YAML has lists only; a frozen value needs tuples
@@ -60,6 +65,21 @@ class Merge(Section):
     renormalize: Annotated[str | tuple[str, ...] | None, _AsTuple] = "auto"
     label: str | None = None
 
+    @field_validator("matching")
+    @classmethod
+    def _matching_exists(cls, matching: str) -> str:
+        _refuse_unknown("matching", (matching,), ["auto", *MATCHERS])
+        return matching
+
+    @field_validator("renormalize")
+    @classmethod
+    def _renormalizations_exist(cls, steps: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if isinstance(steps, str):
+            _refuse_unknown("renormalization", (steps,), ["auto", *NORMALIZATIONS])
+        else:
+            _refuse_unknown("renormalization", steps or (), NORMALIZATIONS)
+        return steps
+
     @property
     def row(self) -> str:
         """The label, or as in ``activations + rescale``."""
@@ -81,13 +101,17 @@ class Pair(Section):
         _refuse_repeated("merge", [merge.row for merge in self.merges])
         return self
 
+    def build(self) -> nn.Module:
+        """Return one untrained model."""
+        return build_model(self.model)
+
     def train(self, splits: Splits, progress: bool = True) -> tuple[nn.Module, nn.Module]:
         """Train both sources from their seeds."""
         a, b = (self._train_source(seed, splits, progress) for seed in self.seeds)
         return a, b
 
     def _train_source(self, seed: int, splits: Splits, progress: bool) -> nn.Module:
-        model = from_seed(lambda: build_model(self.model), seed)
+        model = from_seed(self.build, seed)
         label = f"training {self.name}, seed {seed}"
         return train(model, splits.train, seed=seed, label=label, progress=progress, **self.training.model_dump())
 
@@ -112,6 +136,7 @@ class Recipe(Section):
     data: DigitsData = DigitsData()
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     seed: int = 0
+    threads: Annotated[int, Field(ge=1)] | None = None
     pairs: Annotated[tuple[Pair, ...], _AsTuple, Field(min_length=1)]
 
     @field_validator("pairs")
@@ -152,13 +177,13 @@ class Recipe(Section):
             SurgeryError: A model cannot be built, ``output`` is a file, or a merge fails; nothing is written then.
         """
         output = Path(output) if output is not None else Path("out") / self.name
-        if output.exists() and not output.is_dir():
-            raise RecipeError(explain(f"{output} is a file", remedy="name a folder for the results"))
+        _check_folder(output)
         for pair in self.pairs:
-            build_model(pair.model)  # every misspelt model is met before the first minute of training
+            from_seed(pair.build, 0)  # every misspelt model is met before the first minute of training
         start = time.perf_counter()
         splits = self.data.load()
-        comparisons = tuple(self._compare(pair, splits, progress) for pair in self.pairs)
+        with _threads(self.threads):
+            comparisons = tuple(self._compare(pair, splits, progress) for pair in self.pairs)
         run = RecipeRun(self, comparisons, output, time.perf_counter() - start)
         run.write()
         return run
@@ -209,6 +234,34 @@ class RecipeRun:
         return f"{tables}\n\nwritten to {self.output} after {self.seconds:.0f} s"
 
 
+@contextmanager
+def _threads(count: int | None) -> Generator[None]:
+    """Let torch use ``count`` threads: their number decides the order of sums, and with it the last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_folder(output: Path) -> None:
+    """Refuse a folder for results that could not be written, before the work."""
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        cause = "not writable" if existing.is_dir() else "a file"
+        raise RecipeError(
+            explain(f"cannot write results into {output}", cause=f"{existing} is {cause}", remedy="name another folder")
+        )
+
+
+def _refuse_unknown(kind: str, names: Sequence[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}; {did_you_mean(name, known)}")
+
+
 def _refuse_repeated(kind: str, names: list[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -256,7 +309,8 @@ def _parse(text: str, place: str) -> Mapping[str, Any]:
 
 def _describe(error: ValidationError, schema: type[BaseModel], place: str) -> str:
     """The message for the first thing wrong, with its key path; the paths of all others follow."""
-    problems = error.errors()
+    # a misspelt key first: it is often why another one is missing
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first, path = problems[0], _path(problems[0]["loc"])
     others = dict.fromkeys(other for problem in problems[1:] if (other := _path(problem["loc"])) and other != path)
     fact = f"{first['msg'].removeprefix('Value error, ')}, found {first['input']!r}"

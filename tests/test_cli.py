@@ -1,0 +1,251 @@
+"""The command line: what it prints, what it writes, and how it says no."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from vfsurgery import merge
+from vfsurgery.__main__ import main
+from vfsurgery.architectures import build_model
+from vfsurgery.checkpoints import load_into, load_state_dict, save_state_dict
+from vfsurgery.data import digits, image_folder, loader, preprocessing
+from vfsurgery.demo import TinyConvNet
+from vfsurgery.errors import OptionError
+from vfsurgery.training import from_seed
+
+DEMO = ["--model", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8"]
+SMALL = ["--model", "timm:test_resnet", "--num-classes", "5", "--input-size", "3x32x32"]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path]:
+    """Two untrained TinyConvNets on disk, a as .safetensors and b as .pt."""
+    save_state_dict(from_seed(TinyConvNet, 0).state_dict(), tmp_path / "a.safetensors")
+    torch.save({"state_dict": from_seed(TinyConvNet, 1).state_dict()}, tmp_path / "b.pt")
+    return tmp_path / "a.safetensors", tmp_path / "b.pt"
+
+
+def merged_in_python(**options) -> dict[str, torch.Tensor]:
+    return merge(from_seed(TinyConvNet, 0), from_seed(TinyConvNet, 1), progress=False, **options).state_dict()
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert sorted(found) == sorted(expected)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor)
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["merge"], ["groups"]])
+def test_every_help_teaches_by_example(command):
+    result = call(*command, "--help")
+    assert result.exit_code == 0
+    assert re.search(rf"^ +vfsurgery {' '.join(command)}", result.output, re.MULTILINE)
+    assert "docs/cli.md" in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
+def test_version():
+    try:
+        expected = version("vfsurgery")
+    except PackageNotFoundError:
+        pytest.skip("vfsurgery is imported from its folder, not installed")
+    assert call("--version").output == f"vfsurgery, version {expected}\n"
+
+
+def test_groups_prints_the_table():
+    result = call("groups", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("6 permutation groups, 448 units")
+    assert (
+        "g0 (convs.0, 32 units)\n    convs.0.weight[0]\n    convs.0.bias[0]\n    convs.1.weight[1]\n" in result.output
+    )
+
+
+def test_groups_as_json():
+    result = call("groups", "timm:test_resnet", "--num-classes", "7", "--json")
+    found = json.loads(result.output)
+    assert found["groups"][0]["members"][0]["parameter"] == "conv1.0.weight"
+    assert {"parameter": "fc.weight", "dim": 0, "count": 7}.items() <= next(
+        pin for pin in found["pinned"] if pin["parameter"] == "fc.weight"
+    ).items()
+
+
+def test_model_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "nets_of_cwd.py").write_text("from torch import nn\ndef net(): return nn.Conv2d(1, 2, 3)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))  # the command adds to it
+    result = call("groups", "nets_of_cwd:net", "--input-size", "1x8x8")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("0 permutation groups")
+
+
+def test_merge_without_data(pair, tmp_path):
+    result = call("merge", *pair, *DEMO, "-o", tmp_path / "merged.safetensors")
+    assert result.exit_code == 0, result.output
+    example = torch.randn(1, 1, 8, 8)
+    assert_same(load_state_dict(tmp_path / "merged.safetensors"), merged_in_python(example_inputs=example))
+    report = json.loads((tmp_path / "merged.report.json").read_text())
+    assert (report["matching"], report["renormalize"]) == ("weights", ["bias-calibration"])
+    assert f"written to {tmp_path / 'merged.safetensors'} and {tmp_path / 'merged.report.json'}" in result.output
+    assert "aligned source 1 == source 1: holds" in result.output
+
+
+def test_merge_options_reach_the_merge(pair, tmp_path):
+    options = ["--data", "digits", "--limit", 100, "--batch-size", 50, "--alpha", 0.25, "--seed", 3]
+    steps = ["--matching", "weights", "--renormalize", "rescale,repair"]
+    result = call("merge", *pair, *DEMO, *options, *steps, "-o", tmp_path / "merged.safetensors")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "merged.report.json").read_text())
+    assert report["weights"] == [0.75, 0.25]
+    assert (report["matching"], report["renormalize"], report["seed"]) == ("weights", ["rescale", "repair"], 3)
+    assert any("100 images" in note for note in report["notes"])
+
+
+def test_merge_with_digits(pair, tmp_path):
+    result = call("merge", *pair, *DEMO, "--data", "digits", "--renormalize", "none", "-o", tmp_path / "m.safetensors")
+    assert result.exit_code == 0, result.output
+    data = loader(digits(seed=0).calibration)
+    assert_same(load_state_dict(tmp_path / "m.safetensors"), merged_in_python(data=data, renormalize=None))
+
+
+def test_merge_with_a_folder_of_images(tmp_path):
+    for index in range(6):
+        folder = tmp_path / "photos" / ("cat", "dog")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 40), 10 * index + 10).convert("RGB").save(folder / f"{index}.png")
+    a, b = (from_seed(lambda: build_model("timm:test_resnet", 5), seed) for seed in (0, 1))
+    save_state_dict(a.state_dict(), tmp_path / "a.safetensors")
+    save_state_dict(b.state_dict(), tmp_path / "b.safetensors")
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    data = f"imagefolder:{tmp_path / 'photos'}"
+    result = call("merge", *paths, *SMALL, "--data", data, "--mean", "0.5,0.4,0.3", "-o", tmp_path / "m.safetensors")
+    assert result.exit_code == 0, result.output
+    transform = preprocessing("timm:test_resnet", a, size=32, mean=(0.5, 0.4, 0.3))
+    expected = merge(a, b, data=image_folder(tmp_path / "photos", transform), progress=False)
+    assert_same(load_state_dict(tmp_path / "m.safetensors"), expected.state_dict())
+    reloaded = build_model("timm:test_resnet", 5)
+    load_into(reloaded, load_state_dict(tmp_path / "m.safetensors"), "m.safetensors")
+
+
+def test_output_may_replace_an_older_merge(pair, tmp_path):
+    for alpha in (0.0, 1.0):
+        call("merge", *pair, *DEMO, "--alpha", alpha, "--renormalize", "none", "-o", tmp_path / "m.safetensors")
+    assert json.loads((tmp_path / "m.report.json").read_text())["weights"] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_inputs_are_not_overwritten(pair, tmp_path, link):
+    before = pair[0].read_bytes()
+    output = pair[0]
+    if link:
+        output = tmp_path / "link.safetensors"
+        output.symlink_to(pair[0])
+    result = call("merge", *pair, *DEMO, "-o", output)
+    assert result.exit_code == 1
+    assert "a.safetensors would be overwritten by the merge" in result.stderr
+    assert pair[0].read_bytes() == before
+
+
+def test_report_does_not_overwrite_an_input(pair, tmp_path):
+    odd = tmp_path / "m.report.json"
+    shutil.copy(pair[1], odd)
+    result = call("merge", pair[0], odd, *DEMO, "-o", tmp_path / "m.safetensors")
+    assert "m.report.json would be overwritten by the merge" in result.stderr
+
+
+WRONG = [
+    (["-o", "m.pt"], 1, "error: cannot write m.pt remedy weights are written as m.safetensors"),
+    (["--data", "imagenet"], 2, "error: unknown data 'imagenet' accepted imagefolder:PATH, digits"),
+    (["--data", "imagefolder:"], 2, "error: unknown data 'imagefolder:'"),
+    (["--data", "imagefolder:nowhere", "--mean", "0", "--std", "1"], 1, "error: there is no image folder nowhere"),
+    (["--data", "imagefolder:.", "--input-size", "3x8x9"], 2, "error: images from a folder are square found 3x8x9"),
+    (
+        ["--data", "imagefolder:."],
+        1,
+        "error: no preprocessing is known for vfsurgery.demo:TinyConvNet missing mean, std",
+    ),
+    (["--matching", "wieghts"], 2, "error: unknown matching 'wieghts' remedy did you mean 'weights'?"),
+    (["--renormalize", "reset,rescal"], 2, "error: unknown renormalization 'rescal' remedy did you mean 'rescale'?"),
+    (["--alpha", "1.5"], 2, "error: alpha must lie in [0, 1] but is 1.5"),
+    (["--device", "abacus"], 2, "error: cannot compute on device 'abacus' cause"),
+    (["--model", "timm:resnt18"], 2, "error: timm has no model 'resnt18'"),
+    (
+        ["--num-classes", "3"],
+        1,
+        "a.safetensors does not fit TinyConvNet: fc.weight differs model (3, 128)",
+    ),
+    (["--input-size", "8"], 2, "Invalid value for '--input-size': '8' is no shape; write channels x height x width"),
+    (["--mean", "red"], 2, "Invalid value for '--mean': 'red' is no list of numbers; write one per channel"),
+    (["--no-such-option"], 2, "No such option"),
+]
+
+
+@pytest.mark.parametrize(("options", "code", "message"), WRONG, ids=[" ".join(options) for options, _, _ in WRONG])
+def test_wrong_merge_is_explained_and_writes_nothing(pair, tmp_path, monkeypatch, options, code, message):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    result = call("merge", *pair, *DEMO, "-o", "m.safetensors", *options)
+    assert message in flat(result.stderr)
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_missing_checkpoint(pair, tmp_path):
+    result = call("merge", pair[0], tmp_path / "c.pt", *DEMO, "-o", tmp_path / "m.safetensors")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: there is no checkpoint {tmp_path}/c.pt")
+
+
+def test_model_without_known_input_size(pair, tmp_path):
+    result = call("merge", *pair, *DEMO[:2], "-o", tmp_path / "m.safetensors")
+    assert result.exit_code == 1
+    assert "TinyConvNet does not say what input it takes" in result.stderr
+    assert "\n  option  --input-size, as in 3x224x224" in result.stderr
+
+
+def test_traceback_on_demand(pair, monkeypatch):
+    monkeypatch.setenv("VFSURGERY_TRACEBACK", "1")
+    result = call("groups", "timm:resnt18")
+    assert isinstance(result.exception, OptionError)
+
+
+def test_run_prints_tables_and_writes(tmp_path, monkeypatch):
+    (tmp_path / "nets_to_run.py").write_text(
+        "from vfsurgery.demo import TinyResNet\ndef net(): return TinyResNet(width=2)\n"
+    )
+    (tmp_path / "small.yaml").write_text(
+        "name: small\nthreads: 1\npairs:\n  - {name: net, model: nets_to_run:net, training: {epochs: 1}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    result = call("run", "small.yaml", "--output", "results", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^net\n +accuracy +to sources +loss\n  source a .*\n  source b ", result.stdout)
+    assert (tmp_path / "results" / "net.safetensors").exists()
+
+
+def test_wrong_recipe_is_wrong_usage(tmp_path):
+    (tmp_path / "small.yaml").write_text("name: small\npiars: []\n")
+    result = call("run", tmp_path / "small.yaml", "--output", tmp_path / "results")
+    assert result.exit_code == 2
+    assert "small.yaml: unknown key 'piars' at piars remedy did you mean 'pairs'?" in flat(result.stderr)
+    assert not (tmp_path / "results").exists()
