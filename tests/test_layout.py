@@ -16,7 +16,7 @@ PACKAGE = ROOT / "vfsurgery"
 LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report"),
     *("tracing", "rules", "discovery"),
-    *("batches", "stats", "matching", "sources", "passes", "verification", "api"),
+    *("batches", "stats", "matching", "sources", "passes", "verification", "merging", "api"),
     *("checkpoints", "figures", "evaluation"),
     *("architectures", "data", "demo", "training", "comparison", "recipe"),
     "__main__",

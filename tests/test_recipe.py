@@ -240,6 +240,12 @@ def test_folder_that_cannot_be_made_stops_before_training(tinynets, tmp_path, mo
         Recipe.from_yaml(TINY).run(tmp_path / folder)
 
 
+def test_folder_without_permission_stops_before_training(tinynets, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere, so permissions cannot be used
+    with pytest.raises(RecipeError, match=rf"\n  cause   {re.escape(str(tmp_path))} is not writable\n"):
+        Recipe.from_yaml(TINY).run(tmp_path / "results")
+
+
 def test_failed_merge_writes_nothing(tinynets, tmp_path):
     text = TINY.replace("name: conv", "name: bad").replace("epochs: 1", "epochs: 1, lr: 1.0e+30")
     with pytest.raises(SurgeryError, match="NaN"):

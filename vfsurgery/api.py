@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import math
-import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from vfsurgery.batches import Batches, Data, progress_line
+from vfsurgery.batches import Data
 from vfsurgery.discovery import discover
-from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, TraceError, explain
+from vfsurgery.errors import DataError, OptionError, explain
 from vfsurgery.groups import GroupSet, Permutation
-from vfsurgery.matching import MATCHERS, Matcher, Matching, Problem
-from vfsurgery.passes import NORMALIZATIONS, Average, Context, Fold, Pass, Pipeline
-from vfsurgery.passes.base import calibration_images
+from vfsurgery.matching import MATCHERS, Matcher
+from vfsurgery.merging import ExampleInputs, Merging
+from vfsurgery.passes import NORMALIZATIONS, Pass
 from vfsurgery.passes.producers import is_norm
 from vfsurgery.passes.recalibrate import batch_norm_nodes
-from vfsurgery.report import Certificate, GroupMatch, Report
-from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode
-from vfsurgery.stats.collect import Site, Survey, group_sites, image_dtype, survey
+from vfsurgery.report import Report
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.ops import OpReader
 from vfsurgery.tracing.tracer import trace_module
-from vfsurgery.verification import Verification, certify, prove
+from vfsurgery.verification import Verification, prove
 
-ExampleInputs: TypeAlias = Tensor | Sequence[Tensor]
 Matchings: TypeAlias = str | Matcher
 Renormalization: TypeAlias = str | Pass | Sequence[str | Pass] | None
 
@@ -61,9 +53,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.G
     return trace_module(model, example_inputs_of(model, example_inputs))
 
 
-def find_groups(
-    model: nn.Module, example_inputs: ExampleInputs | None = None, *, strict: bool = False
-) -> GroupSet:
+def find_groups(model: nn.Module, example_inputs: ExampleInputs | None = None, *, strict: bool = False) -> GroupSet:
     """Find all sets of weight axes that must be permuted together.
 
     Args:
@@ -79,8 +69,9 @@ def find_groups(
     >>> print(find_groups(net, torch.randn(2, 4)).groups[0])
     g0 (0, 8 units)
     """
-    traced = isinstance(model, fx.GraphModule) and "guards" in model.meta
-    return discover(model if traced else trace(model, example_inputs), strict=strict)
+    if isinstance(model, fx.GraphModule) and "guards" in model.meta:
+        return discover(model, strict=strict)
+    return discover(trace(model, example_inputs), strict=strict)
 
 
 def verify(
@@ -117,7 +108,7 @@ def match(
         For each group's name the order, ``aligned[r] = b[order[r]]``. Hand it to ``matching=Given(...)`` to merge
         several times with one matching.
     """
-    work = _Work.prepare(_models(a, b), data, example_inputs, seed, progress)
+    work = Merging.prepare(_models(a, b), data, example_inputs, seed, progress)
     matcher = _matcher(matching, data)
     with work.running():
         work.plan(matcher, ())
@@ -148,14 +139,15 @@ def merge(
     Args:
         a: The first source (the *reference*, whose order of units is kept), or a list of all sources.
         b: The second source; left out when ``a`` is a list.
-        data: Calibration images, labels ignored: a loader, a dataset, or any iterable of images or (images, labels) that
-            can be read more than once. Some thousand images suffice.
+        data: Calibration images, labels ignored: a loader, a dataset, or any iterable of images or (images, labels)
+            that can be read more than once. Some thousand images suffice.
         alpha: Share of b, from 0 (a itself) to 1; other values are refused.
-        weights: Shares of all sources, summing to one; instead of ``alpha``. More than two sources default to equal ones.
-        matching: ``"activations"`` (correlation of activations on ``data``), ``"weights"`` (no data), ``"identity"`` (no
-            reordering), a matcher, or ``"auto"``: activations with data and weights without.
-        renormalize: ``"reset"``, ``"repair"``, ``"rescale"``, ``"reshift"``, ``"bias-calibration"``, a list of those run in
-            order, ``None``, or ``"auto"``, which chooses by architecture; the README has the table.
+        weights: Shares of all sources, summing to one; instead of ``alpha``. More than two sources default to equal
+            ones.
+        matching: ``"activations"`` (correlation of activations on ``data``), ``"weights"`` (no data), ``"identity"``
+            (no reordering), a matcher, or ``"auto"``: activations with data and weights without.
+        renormalize: ``"reset"``, ``"repair"``, ``"rescale"``, ``"reshift"``, ``"bias-calibration"``, a list of those
+            run in order, ``None``, or ``"auto"``, which chooses by architecture; the README has the table.
         preserve: Number of first layers to keep of each source; only 0 is available in this version.
         example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured.
         inplace: Write the result into model a: its tensors keep their storage. Otherwise all sources stay as they are.
@@ -183,7 +175,7 @@ def merge(
     models = _models(a, b)
     shares = _shares(len(models), alpha, weights)
     matcher = _matcher(matching, data)
-    work = _Work.prepare(models, data, example_inputs, seed, progress)
+    work = Merging.prepare(models, data, example_inputs, seed, progress)
     passes = _normalizations(renormalize, work.sources[0].graph_module, data)
     with work.running():
         work.plan(matcher, passes)
@@ -209,144 +201,6 @@ def report_of(merged: nn.Module) -> Report:
             )
         )
     return report
-
-
-@dataclass
-class _Work:
-    """One merge in progress: traced sources, their groups, data on their device, and a clock."""
-
-    sources: list[Source]
-    groups: GroupSet
-    inputs: tuple[Tensor, ...]
-    data: Batches | None
-    seed: int
-    progress: bool
-    seconds: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
-    pairs: dict[str, Site] = field(default_factory=dict[str, Site])
-    units: dict[str, Site] = field(default_factory=dict[str, Site])
-    _survey: Survey | None = None
-
-    @staticmethod
-    def prepare(
-        models: Sequence[nn.Module], data: Data | None, given: ExampleInputs | None, seed: int, progress: bool
-    ) -> _Work:
-        """Check, trace and group the sources."""
-        check_same_architecture(models)
-        check_weights(models)
-        started = time.perf_counter()
-        device, dtype = _device(models), image_dtype(models[0])
-        batches = None if data is None else Batches(data, device=device, dtype=dtype)
-        inputs = _example(models[0], batches, given)
-        try:
-            sources = [Source.of(model, trace_module(model, inputs)) for model in models]
-        except TraceError as error:
-            if batches is None or given is not None:
-                raise
-            raise DataError(f"the model cannot run on images like those in the data\n{error}") from error
-        check_same_graph(sources)
-        groups = discover(sources[0].graph_module)
-        work = _Work(sources, groups, inputs, batches, seed, progress)
-        work.seconds.append(("trace and groups", time.perf_counter() - started))
-        return work
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Sources in eval mode, no gradients, and torch's global random state kept."""
-        devices = [self.sources[0].device] if self.sources[0].device.type == "cuda" else []
-        modules = [module for source in self.sources for module in (source.model, source.graph_module)]
-        with torch.random.fork_rng(devices), eval_mode(*modules):
-            yield
-
-    @contextmanager
-    def clock(self, name: str) -> Iterator[None]:
-        """Note how long a step takes."""
-        started = time.perf_counter()
-        yield
-        self.seconds.append((name, time.perf_counter() - started))
-
-    def plan(self, matcher: Matcher, passes: Sequence[Pass]) -> None:
-        """Collect what is to be read from the sources, so that one pass over the data serves all."""
-        graph_module = self.sources[0].graph_module
-        if matcher.needs_data:
-            self.pairs = group_sites(graph_module, self.groups, self.sources[0].device)
-        for step in passes:
-            self.units.update(step.reads(graph_module, self.groups))
-
-    def survey(self) -> Survey:
-        """The statistics of all sources, from one pass over the data when first asked for."""
-        if self._survey is None:
-            started = time.perf_counter()
-            images = calibration_images(self.data, "statistics of the sources", self.progress)
-            graph_modules = [source.graph_module for source in self.sources]
-            self._survey = survey(graph_modules, images, self.pairs, self.units)
-            self.seconds.append(("statistics", time.perf_counter() - started))
-        return self._survey
-
-    def match(self, matcher: Matcher) -> list[Matching]:
-        """Find every source's order of units."""
-        if matcher.needs_data:
-            self.survey()
-        with self.clock("matching"), progress_line("matching", self.progress) as advance:
-            states = [source.state for source in self.sources]
-            correlations = lambda: self.survey().correlations  # noqa: E731
-            return matcher.match(Problem(self.groups, states, correlations, self.seed, advance))
-
-    def certify(self, matchings: Sequence[Matching]) -> tuple[Certificate, ...]:
-        """Prove that each source computes the same after its reordering."""
-        with self.clock("certificate"):
-            return tuple(
-                certify(number, self.sources[number], self.groups, matching.permutations, self.inputs)
-                for number, matching in enumerate(matchings, start=1)
-            )
-
-    def combine(
-        self, shares: tuple[float, ...], matchings: list[Matching], passes: tuple[Pass, ...], inplace: bool
-    ) -> tuple[nn.Module, Context]:
-        """Average the aligned sources and renormalize.
-
-        In place, all that is read from model a is read before it is overwritten: each tensor as it is averaged, the
-        statistics beforehand, and its biases, where a step asks for them again, from a copy.
-        """
-        if self.units:
-            self.survey()
-        target = self.sources[0] if inplace else self.sources[0].clone()
-        sources = [self.sources[0].with_copied_vectors(), *self.sources[1:]] if inplace else self.sources
-        orders = [{}, *(matching.permutations for matching in matchings)]
-        context = Context(self.groups, sources, shares, orders, self.survey, self.data, self.progress)
-        with self.clock("average and renormalize"), eval_mode(target.model, target.graph_module):
-            Pipeline((Average(), *passes, Fold())).run(target.graph_module, context)
-        return target.model, context
-
-    def report(
-        self,
-        matcher: Matcher,
-        matchings: Sequence[Matching],
-        passes: tuple[Pass, ...],
-        certificates: tuple[Certificate, ...],
-        context: Context,
-    ) -> Report:
-        """Freeze what happened."""
-        matches = tuple(
-            GroupMatch(number, g.group, self.groups[g.group].label, self.groups[g.group].size, g.before, g.after, g.moved)
-            for number, matching in enumerate(matchings, start=1)
-            for g in matching.gains
-        )
-        return Report(
-            model=type(self.sources[0].model).__name__,
-            sources=len(self.sources),
-            weights=tuple(context.weights),
-            matching=matcher.name,
-            renormalize=tuple(step.name for step in passes),
-            groups=self.groups,
-            matches=matches,
-            certificates=certificates,
-            created_biases=tuple(context.created_biases),
-            notes=(*context.notes, *([f"statistics of {self._survey.images} images"] if self._survey else [])),
-            guards=self.sources[0].graph_module.meta["guards"],
-            seed=self.seed,
-            versions=tuple((name, _version(name)) for name in ("vfsurgery", "torch", "scipy", "networkx")),
-            seconds=tuple(self.seconds),
-        )
 
 
 def _models(a: nn.Module | Sequence[nn.Module], b: nn.Module | None) -> list[nn.Module]:
@@ -393,13 +247,9 @@ def _matcher(matching: Matchings, data: Data | None) -> Matcher:
         matching = "weights" if data is None else "activations"
     matcher = MATCHERS[matching]() if isinstance(matching, str) else matching
     if not isinstance(matcher, Matcher):
-        raise OptionError(
-            explain(f"matching is no matcher but {matching!r}", accepted=", ".join(["auto", *MATCHERS]))
-        )
+        raise OptionError(explain(f"matching is no matcher but {matching!r}", accepted=", ".join(["auto", *MATCHERS])))
     if matcher.needs_data and data is None:
-        raise DataError(
-            explain(f"matching={matcher.name!r} needs data", remedy="pass data=, or matching='weights'")
-        )
+        raise DataError(explain(f"matching={matcher.name!r} needs data", remedy="pass data=, or matching='weights'"))
     return matcher
 
 
@@ -425,31 +275,3 @@ def _default_normalization(graph_module: fx.GraphModule, has_data: bool) -> tupl
     if any(is_norm(op) for op in OpReader(graph_module)):
         return ("repair",) if has_data else ()
     return ("rescale",) if has_data else ("bias-calibration",)
-
-
-def _example(model: nn.Module, batches: Batches | None, given: ExampleInputs | None) -> tuple[Tensor, ...]:
-    if given is None and batches is not None:
-        images, _ = next(iter(batches))
-        return (images[:2],)
-    return example_inputs_of(model, given)
-
-
-def _device(models: Sequence[nn.Module]) -> torch.device:
-    devices = {parameter.device for model in models for parameter in model.parameters()}
-    if len(devices) > 1:
-        raise IncompatibleModelsError(
-            explain(
-                f"the sources live on several devices: {', '.join(sorted(map(str, devices)))}",
-                remedy="move them to one, for example with model.to('cuda')",
-            )
-        )
-    return devices.pop()
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-

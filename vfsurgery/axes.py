@@ -6,11 +6,12 @@ An axis is one dim of one tensor. A rule relates axes through expressions that m
 - :class:`Concat`: parts one after the other (``torch.cat`` along that dim);
 - :class:`Product`: factors from the slowest to the fastest index (a flattened map is ``channel x height x width``);
 - :class:`Take`: chosen positions of an axis (a slice, a channel shuffle);
-- :class:`Fresh`: an axis that no tensor shows (the groups of a grouped convolution); :class:`Fixed`: one that never moves.
+- :class:`Fresh`: an axis that no tensor shows (the groups of a grouped convolution); :class:`Fixed`: one that never
+  moves.
 
-``tie(x, y)`` says that ``x`` and ``y`` are the same arrangement of the same units; ``pin(x, reason)`` that ``x`` must not
-move; ``indifferent(x)`` that the op does not care about the order of ``x`` (a sum over it). A dim that a rule does not
-mention is pinned: nothing is guessed.
+``tie(x, y)`` says that ``x`` and ``y`` are the same arrangement of the same units; ``pin(x, reason)`` that ``x`` must
+not move; ``indifferent(x)`` that the op does not care about the order of ``x`` (a sum over it). A dim that a rule
+does not mention is pinned: nothing is guessed.
 """
 
 from __future__ import annotations

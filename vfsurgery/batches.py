@@ -8,7 +8,7 @@ tuple or list ``(images,)`` or ``(images, labels)``, or a mapping with an ``imag
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeGuard, TypeVar, cast
 
@@ -232,7 +232,7 @@ def _error(fact: str, **details: object) -> DataError:
 
 
 @contextmanager
-def progress_line(label: str, enabled: bool = True) -> Iterator[Callable[[str], None]]:
+def progress_line(label: str, enabled: bool = True) -> Generator[Callable[[str], None]]:
     """Show what a step of unknown length is at, once it lasts over a second; the value says what to show.
 
     >>> with progress_line("matching", enabled=False) as advance:

@@ -1,6 +1,7 @@
 """From a traced model to its permutation groups: rules give ties and pins, their solution gives the groups.
 
-1. Every op's coupling rule states constraints on axes (:mod:`vfsurgery.axes`); an op without a rule pins all it touches.
+1. Every op's coupling rule states constraints on axes (:mod:`vfsurgery.axes`); an op without a rule pins all it
+   touches.
 2. :class:`~vfsurgery.layouts.Layouts` solves them: each axis becomes a concatenation of products of atoms.
 3. The *coupling graph* (networkx) has a node for each atom on each axis and an edge for each tie, labelled with its op.
    Its connected components that reach no pin and hold parameters are the permutation groups.

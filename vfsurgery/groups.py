@@ -249,5 +249,3 @@ def permute_tensor(name: str, tensor: Tensor, groups: GroupSet, orders: Permutat
         if index is not None:
             tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
     return tensor
-
-

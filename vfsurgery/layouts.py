@@ -6,7 +6,8 @@ atoms placed at given positions of an axis; a layout is the tuple of runs that f
 
 - :meth:`Layouts.resolve` replaces bound atoms by what they are bound to;
 - :meth:`Layouts.split` refines runs along arbitrary subsets of their positions (a chunk, a shuffled slice);
-- :meth:`Layouts.unify` makes two layouts equal by binding, factoring (``n = m x k``) and splitting (``n = m + k``) atoms.
+- :meth:`Layouts.unify` makes two layouts equal by binding, factoring (``n = m x k``) and splitting (``n = m + k``)
+  atoms.
 
 Refining only ever removes freedom, so every answer is safe; where two arrangements cannot be matched, what is involved
 is pinned. A 512-channel axis flattened over a 7 x 7 map is ``Run((channel, fixed 49))``; DenseNet's concatenations are

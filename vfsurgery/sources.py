@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,7 +148,7 @@ def _step(node: fx.Node, graph_module: fx.GraphModule) -> str:
 
 
 @contextlib.contextmanager
-def eval_mode(*modules: nn.Module) -> Iterator[None]:
+def eval_mode(*modules: nn.Module) -> Generator[None]:
     """Put modules into eval mode without gradients, and give every submodule its own mode back at the end."""
     modes = [(module, module.training) for root in modules for module in root.modules()]
     try:

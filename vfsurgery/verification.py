@@ -7,6 +7,7 @@ BatchNorm changes nothing), each group alone and all together, with a negative c
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def _without_one_member(groups: GroupSet, broken: PermutationGroup) -> GroupSet:
 
 @torch.no_grad()
 def randomize(model: nn.Module, generator: torch.Generator) -> None:
-    """Give vectors (norm parameters, biases, buffers) and constant matrices values that no permutation leaves unchanged.
+    """Give vectors (norm parameters, biases, buffers) and constant matrices values that every permutation changes.
 
     Scales and variances lie in [0.5, 1.5], the rest in [-0.5, 0.5]; other matrices keep their values.
     """
@@ -211,10 +212,8 @@ def keep_signals_alive(model: nn.Module, inputs: tuple[Tensor, ...], generator: 
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None]
     for norm in norms:
         norm.training, norm.momentum, norm.num_batches_tracked = True, 1.0, None
-    try:
+    with contextlib.suppress(ValueError):  # one value per channel: such statistics do not exist, the random ones stay
         model(*inputs)
-    except ValueError:  # one value per channel: such statistics do not exist, and the random ones stay
-        pass
     for norm in norms:
         norm.training = False
         assert norm.running_mean is not None and norm.running_var is not None

@@ -38,7 +38,5 @@ def _match_source(problem: Problem, moments: Mapping[str, CrossMoments]) -> Matc
         problem.advance(str(group))
         found = assign(moments[group.name].correlation())
         permutations[group.name] = found.permutation
-        gains.append(
-            Gain(group.name, found.unmatched / group.size, found.total / group.size, found.permutation.moved)
-        )
+        gains.append(Gain(group.name, found.unmatched / group.size, found.total / group.size, found.permutation.moved))
     return Matching(permutations, tuple(gains))

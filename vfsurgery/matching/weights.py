@@ -46,17 +46,14 @@ class WeightMatching:
         """Match every source to the first; the order of visits comes from ``problem.seed``."""
         reference, *others = problem.states
         return [
-            _Descent(problem.groups, reference, other, self.tolerance).run(problem, self.max_sweeps)
-            for other in others
+            _Descent(problem.groups, reference, other, self.tolerance).run(problem, self.max_sweeps) for other in others
         ]
 
 
 class _Descent:
     """Coordinate descent for one pair of states."""
 
-    def __init__(
-        self, groups: GroupSet, a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float
-    ) -> None:
+    def __init__(self, groups: GroupSet, a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float) -> None:
         self.groups, self.tolerance = groups, tolerance
         self.orders = {group.name: Permutation.identity(group.size) for group in groups}
         self.gains: dict[str, tuple[float, float]] = {}

@@ -40,9 +40,9 @@ class Pass:
 class Context:
     """What passes may look at while a merge runs, and where they leave what they found.
 
-    ``weights`` are the sources' shares and sum to one. ``permutations`` holds for every source the order of its units by
-    group name, an empty one for the first. ``survey()`` has the statistics that the passes announced to read. ``notes`` are
-    sentences for the report.
+    ``weights`` are the sources' shares and sum to one. ``permutations`` holds for every source the order of its units
+    by group name, an empty one for the first. ``survey()`` has the statistics that the passes announced to read.
+    ``notes`` are sentences for the report.
     """
 
     groups: GroupSet

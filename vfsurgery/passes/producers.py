@@ -1,8 +1,8 @@
 """Producers: the layers whose output units can be scaled and shifted by changing their own weight and bias.
 
 A convolution or linear layer absorbs ``s * y + t`` as ``W' = s W``, ``b' = s b + t`` (per output unit); a normalization
-layer with an affine part as ``w' = s w``, ``b' = s b + t``. A layer whose weight serves several nodes is no producer, nor
-is one whose output goes into a BatchNorm and nowhere else: that norm undoes any scale and shift.
+layer with an affine part as ``w' = s w``, ``b' = s b + t``. A layer whose weight serves several nodes is no producer,
+nor is one whose output goes into a BatchNorm and nowhere else: that norm undoes any scale and shift.
 """
 
 from __future__ import annotations
@@ -133,6 +133,8 @@ def _unit_dim(op: Op, weight_dims: int) -> int:
 
 def _feeds_batch_norm(node: fx.Node, graph_module: fx.GraphModule) -> bool:
     users = list(node.users)
-    return len(users) == 1 and users[0].op == "call_module" and is_batch_norm(
-        graph_module.get_submodule(str(users[0].target))
+    return (
+        len(users) == 1
+        and users[0].op == "call_module"
+        and is_batch_norm(graph_module.get_submodule(str(users[0].target)))
     )

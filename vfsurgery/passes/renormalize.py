@@ -3,7 +3,8 @@
 For unit ``i`` of a target layer, on pre-activations, with goals averaged over the aligned sources (standard deviations,
 not variances):
 
-- REPAIR ``(f - E f) / Std f * mean(Std f_k) + mean(E f_k)`` (Jordan et al., REPAIR, 2023; Qu & Horvath, CPAL 2025, Alg. 1, 2),
+- REPAIR ``(f - E f) / Std f * mean(Std f_k) + mean(E f_k)`` (Jordan et al., REPAIR, 2023; Qu & Horvath, CPAL 2025,
+  Alg. 1, 2),
 - RESCALE ``f / Std f * mean(Std f_k)`` (CPAL 2025, section 5.3),
 - RESHIFT ``f - E f + mean(E f_k)`` (CPAL 2025, A.3).
 

@@ -1,11 +1,13 @@
 """Convolutions of 1 to 3 spatial dims: plain, grouped, depthwise and transposed.
 
-With ``G`` groups the channels are ``G x c/G`` on both sides: group ``g`` of the output sees only group ``g`` of the input,
+With ``G`` groups the channels are ``G x c/G`` on both sides: group ``g`` of the output sees only group ``g`` of the
+input,
 
 ``y[g, o] = b[g, o] + sum_i W[g, o, i] * x[g, i]``,
 
 so whole groups may be reordered, and channels inside a group alike in all groups. A depthwise convolution is the case
-of one channel a group, where output channels follow input channels. Spatial dims and kernel offsets stay where they are.
+of one channel a group, where output channels follow input channels. Spatial dims and kernel offsets stay where they
+are.
 """
 
 from __future__ import annotations

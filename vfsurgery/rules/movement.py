@@ -1,8 +1,8 @@
 """Reshape and permute chains: exact bookkeeping of where each index goes.
 
-A chain such as ``view -> transpose -> view`` is followed on *factors*: each input dim starts as one factor, a reshape cuts
-factors where the new dims need it, a permute reorders dims. In the end each input and output dim is a product of the
-same elementary factors. A dim whose factors come back in another order (a channel shuffle) is a fixed reordering.
+A chain such as ``view -> transpose -> view`` is followed on *factors*: each input dim starts as one factor, a reshape
+cuts factors where the new dims need it, a permute reorders dims. In the end each input and output dim is a product of
+the same elementary factors. A dim whose factors come back in another order (a channel shuffle) is a fixed reordering.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Ops that act on every element alike: activations, arithmetic with broadcasting, dropout.
 
-``y[i] = f(x[i], z[i], ...)``: all dims of all operands follow the result, aligned from the last one as broadcasting does.
+``y[i] = f(x[i], z[i], ...)``: all dims of all operands follow the result, aligned from the last one as broadcasting
+does.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ ACTIVATIONS = (
 )  # fmt: skip
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 UNARY = (
-    "relu relu6 leaky_relu rrelu elu selu celu gelu silu mish sigmoid tanh hardsigmoid hardswish hardtanh hardshrink "
-    "softplus softshrink softsign tanhshrink logsigmoid threshold abs neg exp expm1 log log1p sqrt rsqrt square "
-    "reciprocal sin cos erf sign round floor ceil clamp clamp_min clamp_max dropout dropout1d dropout2d dropout3d "
-    "alpha_dropout feature_alpha_dropout nan_to_num logical_not"
-).split()
+    "relu relu6 leaky_relu rrelu elu selu celu gelu silu mish sigmoid tanh hardsigmoid hardswish hardtanh "
+    "hardshrink softplus softshrink softsign tanhshrink logsigmoid threshold abs neg exp expm1 log log1p "
+    "sqrt rsqrt square reciprocal sin cos erf sign round floor ceil clamp clamp_min clamp_max dropout "
+    "dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout nan_to_num logical_not"
+)
 BINARY = (
-    "add sub mul div pow rsub rmul radd maximum minimum where lerp addcmul addcdiv eq ne lt le gt ge logical_and "
-    "logical_or masked_fill fmod remainder floordiv true_divide floor_divide"
-).split()
+    "add sub mul div pow rsub rmul radd maximum minimum where lerp addcmul addcdiv eq ne lt le gt ge "
+    "logical_and logical_or masked_fill fmod remainder floordiv true_divide floor_divide"
+)
 
 
-@rule(*ACTIVATIONS, *DROPOUTS, *UNARY, *BINARY)
+@rule(*ACTIVATIONS, *DROPOUTS, *UNARY.split(), *BINARY.split())
 def pointwise(op: Op) -> Iterator[Constraint]:
     """``y = f(x, z, ...)`` element by element: every operand's dims are the result's."""
     for operand in op.inputs:

@@ -58,8 +58,8 @@ class Observer(fx.Interpreter):
 class Survey:
     """Statistics of all sources from one pass over the data.
 
-    ``correlations`` has one entry per source after the first: for each name the cross moments of the first source's units
-    (a) and that source's (b). ``moments`` has one entry per source. ``images`` were seen.
+    ``correlations`` has one entry per source after the first: for each name the cross moments of the first source's
+    units (a) and that source's (b). ``moments`` has one entry per source. ``images`` were seen.
     """
 
     correlations: list[dict[str, CrossMoments]]
@@ -144,9 +144,7 @@ def image_dtype(module: torch.nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
-NONLINEAR = frozenset(
-    "relu relu6 leakyrelu rrelu elu selu celu gelu silu mish tanh hardswish hardtanh softplus prelu".split()
-)
+NONLINEAR = "relu relu6 leakyrelu rrelu elu selu celu gelu silu mish tanh hardswish hardtanh softplus prelu"
 """Activations that cut off or bend, by name without underscores; gates (sigmoids) are not among them."""
 
 
@@ -167,7 +165,9 @@ def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.de
     return sites
 
 
-def _best_activation(group: PermutationGroup, nodes: Mapping[str, fx.Node], modules: Mapping[str, Any]) -> Member | None:
+def _best_activation(
+    group: PermutationGroup, nodes: Mapping[str, fx.Node], modules: Mapping[str, Any]
+) -> Member | None:
     def rank(entry: tuple[int, Member]) -> tuple[bool, int, int]:
         place, member = entry
         node = nodes[member.parameter]
@@ -180,6 +180,6 @@ def _best_activation(group: PermutationGroup, nodes: Mapping[str, fx.Node], modu
 
 def _is_nonlinear(node: fx.Node, modules: Mapping[str, Any]) -> bool:
     if node.op == "call_module":
-        return type(modules[str(node.target)]).__name__.lower() in NONLINEAR
+        return type(modules[str(node.target)]).__name__.lower() in NONLINEAR.split()
     key = canonical_key(node.target) if node.op in ("call_function", "call_method") else ""
-    return isinstance(key, str) and key.replace("_", "") in NONLINEAR
+    return isinstance(key, str) and key.replace("_", "") in NONLINEAR.split()

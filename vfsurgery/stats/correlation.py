@@ -14,7 +14,8 @@ from torch import Tensor
 from vfsurgery.stats.moments import Moments
 
 CONSTANT = 1e-12
-"""Variance, relative to the squared mean plus one, below which a unit counts as constant and correlates with nothing."""
+"""Variance, relative to the squared mean plus one, below which a unit counts as constant and correlates with
+nothing."""
 
 
 @dataclass(frozen=True)

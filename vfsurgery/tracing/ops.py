@@ -10,25 +10,26 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from vfsurgery.axes import TensorRef
 from vfsurgery.tracing.values import RETURNS_INPUT, VALUE, TensorValue
 
 Key: TypeAlias = str | type[nn.Module] | Callable[..., Any]
 
-RESHAPES = frozenset(
-    "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as contiguous clone detach to float double half "
-    "type type_as requires_grad_ alias".split()
+_RESHAPES = (
+    "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as contiguous clone detach to float "
+    "double half type type_as requires_grad_ alias"
 )
-PERMUTES = frozenset("permute transpose swapaxes swapdims movedim moveaxis t T mT adjoint".split())
+_PERMUTES = "permute transpose swapaxes swapdims movedim moveaxis t T mT adjoint"
 RESHAPE_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity)
-SHAPE_QUERIES = frozenset(
-    "size dim ndimension numel shape dtype device stride is_contiguous is_floating_point itemsize nelement".split()
-)
+_SHAPE_QUERIES = "size dim ndimension numel shape dtype device stride is_contiguous is_floating_point itemsize nelement"
+RESHAPES, PERMUTES = frozenset(_RESHAPES.split()), frozenset(_PERMUTES.split())
+SHAPE_QUERIES = frozenset(_SHAPE_QUERIES.split())
 
 
 def canonical_key(target: Any) -> Key:
@@ -151,8 +152,8 @@ class OpReader:
             name = self.parameter_names.get(id(tensor))
             kind = "constant" if name is None else "parameter"
             return TensorRef(kind, name or str(node.target), tuple(tensor.shape))
-        if node.target is operator.getitem and isinstance(self._refs[node.args[0]], tuple | list):
-            return self._refs[node.args[0]][self._resolve(node.args[1])]
+        if self._is_alias(node):
+            return self._resolve(node.args[0])[self._resolve(node.args[1])]
         value = node.meta.get(VALUE)
         if isinstance(value, TensorValue):
             return TensorRef("node", node.name, value.shape)
@@ -186,7 +187,7 @@ class OpReader:
         )
 
     def _is_alias(self, node: fx.Node) -> bool:
-        return node.target is operator.getitem and isinstance(self._refs[node.args[0]], tuple | list)
+        return node.target is operator.getitem and isinstance(self._resolve(node.args[0]), tuple | list)
 
     def _has_tensor_input(self, node: fx.Node) -> bool:
         return any(True for _ in _tensors(self._resolve((node.args, dict(node.kwargs)))))
@@ -242,7 +243,7 @@ class OpReader:
 
     def _resolve(self, arguments: Any) -> Any:
         """Replace nodes by what they refer to, at any depth."""
-        return fx.node.map_arg(arguments, lambda node: self._refs[node])
+        return map_arg(arguments, lambda node: self._refs[node])
 
 
 def canonical_parameters(module: nn.Module) -> dict[int, str]:
@@ -260,8 +261,8 @@ def module_path(node: fx.Node) -> str:
 def _dim_order(key: str, ndim: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
     """Which input dim each output dim is, found by letting torch move the dims of an empty tensor."""
     probe = torch.empty(tuple(range(2, ndim + 2)), device="meta")
-    moved = getattr(probe, key)
-    moved = moved(*args, **kwargs) if callable(moved) else moved
+    attribute: Any = getattr(probe, key)
+    moved = cast(Tensor, attribute(*args, **kwargs) if callable(attribute) else attribute)
     return tuple(size - 2 for size in moved.shape)
 
 

@@ -1,8 +1,9 @@
 """Record a model's forward as an ``fx`` graph, with every node's shape beside it.
 
 Plain symbolic tracing stops at the first ``if x.shape[-1] % 2``. Here every proxy also carries the value of one example
-run, computed on fake tensors (shapes without data), so control flow, ``int()``, ``len()``, unpacking and item assignment
-resolve while the graph stays symbolic: sizes that the model computes from its input remain computed in the graph.
+run, computed on fake tensors (shapes without data), so control flow, ``int()``, ``len()``, unpacking and item
+assignment resolve while the graph stays symbolic: sizes that the model computes from its input remain computed in the
+graph.
 
 Three decisions keep the graph faithful to the model:
 
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.proxy import Attribute
 from torch.utils._pytree import tree_map
 
 from vfsurgery.errors import TraceError, explain
@@ -114,7 +116,7 @@ class ValueProxy(fx.Proxy):
         return id(self)
 
     def __iter__(self) -> Iterator[ValueProxy]:
-        return iter([self[index] for index in range(len(self.value))])
+        return iter([operator.getitem(cast(Any, self), index) for index in range(len(self.value))])
 
     def __setitem__(self, index: Any, item: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, item), {})
@@ -126,7 +128,7 @@ class ValueProxy(fx.Proxy):
         if name in STATIC_ATTRIBUTES:
             return concrete
         if callable(concrete):
-            return fx.proxy.Attribute(self, name)
+            return Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     @property
@@ -246,7 +248,7 @@ def _values(arguments: Any) -> Any:
     """Replace proxies by their values, at any depth."""
     if type(arguments) is ValueProxy:
         return arguments.value
-    if type(arguments) is fx.proxy.Attribute:
+    if type(arguments) is Attribute:
         return getattr(_values(arguments.root), arguments.attr)
     if type(arguments) is slice:
         return slice(*(_values(part) for part in (arguments.start, arguments.stop, arguments.step)))
