@@ -262,9 +262,7 @@ def test_first_differing_entry_is_named_with_both_shapes(state):
 
 def test_missing_entry(state):
     del state["norm.running_var"]
-    with pytest.raises(
-        CheckpointError, match=r"running_var differs\n  model\s+\(4,\)\n  checkpoint  has no such"
-    ):
+    with pytest.raises(CheckpointError, match=r"running_var differs\n  model\s+\(4,\)\n  checkpoint  has no such"):
         load_into(Net(), state, "net.pt")
 
 

@@ -128,6 +128,9 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
             fan_in = max(parameter[0].numel(), 1)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * (2 / fan_in) ** 0.5)
         randomize(model, generator)
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
+                layer.bias.abs_()  # no unit is dead: one that is constant corresponds to any other such unit
     model.eval()
     keep_signals_alive(model, (images(32, seed),), generator)
     for norm in model.modules():

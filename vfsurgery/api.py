@@ -46,6 +46,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.G
         ExampleInputError: no example input is given and the model says nothing.
         TraceError: the forward cannot be recorded.
 
+    >>> import torch
     >>> graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4))
     >>> [node.name for node in graph.graph.nodes]
     ['input_1', '_0', '_1', '_2', 'output']
@@ -65,6 +66,7 @@ def find_groups(model: nn.Module, example_inputs: ExampleInputs | None = None, *
     Raises:
         UnknownOpError: under ``strict``.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> print(find_groups(net, torch.randn(2, 4)).groups[0])
     g0 (0, 8 units)
@@ -85,6 +87,7 @@ def verify(
     Returns:
         A value that is truthy when proven and prints its figures.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> bool(verify(net, find_groups(net, torch.randn(2, 4)), torch.randn(2, 4)))
     True
@@ -165,6 +168,7 @@ def merge(
         OptionError: an argument is not acceptable.
         CertificateError: a reordering changed a source's function; nothing is written.
 
+    >>> import torch
     >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(2))
     >>> merged = merge(a, b, example_inputs=torch.randn(2, 4))
     >>> list(merged.state_dict()) == list(a.state_dict())

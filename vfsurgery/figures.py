@@ -55,7 +55,9 @@ def _draw_panel(axes: Axes, quantity: Literal["accuracy", "loss"], found: Barrie
         axes.plot(curve.alphas, heights, color=COLOURS[name], marker="o", markersize=4.5, linewidth=2)
         label(name, heights[curve.midpoint], COLOURS[name])
     ends = [scale * getattr(source, quantity) for source in (found.a, found.b)]
-    axes.plot([0, 1], ends, color="black", linestyle="--", linewidth=1.2)
+    steps = [step / 100 for step in range(101)]  # a straight line is none on a logarithmic axis
+    straight = [(1 - step) * ends[0] + step * ends[1] for step in steps]
+    axes.plot(steps, straight, color="black", linestyle="--", linewidth=1.2)
     label("sources' mean", sum(ends) / 2, "black")
     ensemble = scale * getattr(found.ensemble, quantity)
     axes.axhline(ensemble, color=GREY, linestyle=":", linewidth=1.8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, expla
 from vfsurgery.tracing.ops import canonical_parameters
 from vfsurgery.tracing.tracer import put_over
 from vfsurgery.tracing.values import VALUE
+
+TRAINING_ONLY = re.compile(r"\b(p|drop_prob|momentum|inplace)=[^,)]*,? ?")
+"""Settings of modules that do not change what a trained model computes; sources may differ in them."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +63,12 @@ def check_weights(models: Sequence[nn.Module]) -> None:
     Raises:
         InvalidWeightsError: names the source and the parameter.
     """
+    states = [canonical_state(model) for model in models]
+    for number, state in enumerate(states):
+        _check_finite(number, state)
     owners: dict[int, int] = {}
-    for number, model in enumerate(models):
-        for name, tensor in canonical_state(model).items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise InvalidWeightsError(
-                    explain(
-                        f"source {number} holds NaN or infinite values",
-                        parameter=name,
-                        count=int((~torch.isfinite(tensor)).sum()),
-                        remedy="check that its checkpoint was loaded completely and its training did not diverge",
-                    )
-                )
+    for number, state in enumerate(states):
+        for name, tensor in state.items():
             owner = owners.setdefault(tensor.data_ptr(), number) if tensor.numel() else number
             if owner != number:
                 raise InvalidWeightsError(
@@ -80,6 +78,21 @@ def check_weights(models: Sequence[nn.Module]) -> None:
                         remedy="give each source tensors of its own, for example by copy.deepcopy(model)",
                     )
                 )
+
+
+def _check_finite(number: int, state: dict[str, Tensor]) -> None:
+    finite = {name: torch.isfinite(tensor).all() for name, tensor in state.items() if tensor.is_floating_point()}
+    if bool(torch.stack([*finite.values()]).all()):  # a single wait for the device
+        return
+    name = next(name for name, verdict in finite.items() if not verdict)
+    raise InvalidWeightsError(
+        explain(
+            f"source {number} holds NaN or infinite values",
+            parameter=name,
+            count=int((~torch.isfinite(state[name])).sum()),
+            remedy="check that its checkpoint was loaded completely and its training did not diverge",
+        )
+    )
 
 
 def check_same_architecture(models: Sequence[nn.Module]) -> None:
@@ -143,7 +156,7 @@ def _step(node: fx.Node, graph_module: fx.GraphModule) -> str:
     described = f"{node.op} {getattr(node.target, '__name__', node.target)} {node.args} {node.kwargs}"
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
-        return f"{described} {type(module).__name__}({module.extra_repr()})"
+        return f"{described} {type(module).__name__}({TRAINING_ONLY.sub('', module.extra_repr())})"
     return f"{described} {node.meta.get(VALUE)}" if node.op == "placeholder" else described
 
 

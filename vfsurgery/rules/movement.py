@@ -78,6 +78,8 @@ def _regroup(factors: list[Factor], shape: tuple[int, ...]) -> list[list[Factor]
     for size in shape:
         dim: list[Factor] = []
         while size > 1:
+            if not queue:
+                return None
             factor = queue.pop(0)
             if factor.size > size:
                 if factor.size % size:

@@ -28,8 +28,10 @@ FUNCTIONS = (
 
 @rule(*MODULES, *FUNCTIONS)
 def pooling(op: Op) -> Iterator[Constraint]:
-    """``(batch, channel, positions...)``: the first two dims pass through, and positions whose number is kept at 1."""
-    for dim in range(min(2, op.output.ndim)):
+    """``(batch, channel, positions...)`` or ``(channel, positions...)``: the positions are mixed, the rest passes."""
+    digits = [int(letter) for letter in op.name if letter in "123" and f"{letter}d" in op.name.lower()]
+    positions = digits[-1] if digits else op.input.ndim - 2
+    for dim in range(op.input.ndim - positions):
         yield tie(op.input.axis(dim), op.output.axis(dim))
 
 
@@ -50,14 +52,19 @@ def pad(op: Op) -> Iterator[Constraint]:
 
 @rule("mean", "sum", "amax", "amin", "std", "var", "logsumexp", "prod", "norm", "all", "any")
 def reduction(op: Op) -> Iterator[Constraint]:
-    """Sums, means and extrema do not depend on the order of what they run over; other dims pass through."""
-    position = 2 if op.key == "norm" else 1
-    dims = op.argument("dim", position)
+    """Sums, means and extrema do not depend on the order of what they run over; other dims pass through.
+
+    A result of another shape than these arguments lead to was called in a way not understood here: all is pinned.
+    """
+    dims = op.argument("dim", 2 if op.key == "norm" else 1)
     given = range(op.input.ndim) if dims is None else dims if isinstance(dims, tuple | list) else (dims,)
     reduced = {dim % op.input.ndim for dim in given}
     kept = [dim for dim in range(op.input.ndim) if dim not in reduced]
-    keepdim = op.output.ndim == op.input.ndim
-    for dim in reduced:
-        yield indifferent(op.input.axis(dim))
-    for place, dim in enumerate(kept):
-        yield tie(op.input.axis(dim), op.output.axis(dim if keepdim else place))
+    for keepdim in (False, True):
+        shape = [1 if dim in reduced else op.input.shape[dim] for dim in range(op.input.ndim) if keepdim or dim in kept]
+        if op.output.shape == tuple(shape):
+            yield from (indifferent(op.input.axis(dim)) for dim in reduced)
+            yield from (
+                tie(op.input.axis(dim), op.output.axis(dim if keepdim else place)) for place, dim in enumerate(kept)
+            )
+            return

@@ -30,6 +30,7 @@ RESHAPE_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity)
 _SHAPE_QUERIES = "size dim ndimension numel shape dtype device stride is_contiguous is_floating_point itemsize nelement"
 RESHAPES, PERMUTES = frozenset(_RESHAPES.split()), frozenset(_PERMUTES.split())
 SHAPE_QUERIES = frozenset(_SHAPE_QUERIES.split())
+ALIASES = {"dim": "axis"}  # torch takes numpy's names too
 
 
 def canonical_key(target: Any) -> Key:
@@ -101,8 +102,9 @@ class Op:
         """An argument of a function or method call by name or position, or the module's attribute of that name."""
         if self.module is not None:
             return getattr(self.module, name, default)
-        if name in self.kwargs:
-            return self.kwargs[name]
+        for spelling in (name, ALIASES.get(name)):
+            if spelling in self.kwargs:
+                return self.kwargs[spelling]
         return self.args[position] if position < len(self.args) else default
 
     def param(self, name: str, position: int) -> TensorRef | None:

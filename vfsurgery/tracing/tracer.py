@@ -235,7 +235,9 @@ class ValueTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._computing:
+        if self._computing or m not in (
+            self.submodule_paths or {}
+        ):  # a module made during the forward is traced through
             return forward(*args, **kwargs)
         self.current_path = self.path_of_module(m)
         return super().call_module(m, forward, args, kwargs)
