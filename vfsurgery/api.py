@@ -153,7 +153,8 @@ def merge(
             run in order, ``None``, or ``"auto"``, which chooses by architecture; the README has the table.
         preserve: Number of first layers to keep of each source; only 0 is available in this version.
         example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured.
-        inplace: Write the result into model a: its tensors keep their storage. Otherwise all sources stay as they are.
+        inplace: Write the result into model a, whose tensors keep their storage, once all has succeeded. Otherwise all
+            sources stay as they are. Either way the peak is the sources, one model more, and what a batch needs.
         seed: Seeds the order of visits in weight matching. torch's global random state is neither used nor changed.
         progress: Show bars for work that takes over a second.
 
@@ -225,6 +226,8 @@ def _models(a: nn.Module | Sequence[nn.Module], b: nn.Module | None) -> list[nn.
 
 def _shares(count: int, alpha: float, weights: Sequence[float] | None) -> tuple[float, ...]:
     """The sources' shares, which must be at least 0 and sum to 1: statistics of sources are averaged with them."""
+    if weights is not None and alpha != 0.5:
+        raise OptionError(explain("alpha and weights were both given", remedy="weights alone says all shares"))
     if weights is None:
         if count > 2 and alpha != 0.5:
             raise OptionError(explain(f"alpha is for two models, not {count}", remedy=f"pass {count} weights="))
@@ -250,7 +253,7 @@ def _matcher(matching: Matchings, data: Data | None) -> Matcher:
     if matching == "auto":
         matching = "weights" if data is None else "activations"
     matcher = MATCHERS[matching]() if isinstance(matching, str) else matching
-    if not isinstance(matcher, Matcher):
+    if not isinstance(matcher, Matcher) or isinstance(matcher, type):
         raise OptionError(explain(f"matching is no matcher but {matching!r}", accepted=", ".join(["auto", *MATCHERS])))
     if matcher.needs_data and data is None:
         raise DataError(explain(f"matching={matcher.name!r} needs data", remedy="pass data=, or matching='weights'"))
@@ -265,6 +268,9 @@ def _normalizations(choice: Renormalization, graph_module: fx.GraphModule, data:
     steps: Iterable[str | Pass] = [choice] if isinstance(choice, str) or not isinstance(choice, Sequence) else choice
     passes = tuple(NORMALIZATIONS[step]() if isinstance(step, str) else step for step in steps)
     for step in passes:
+        if not isinstance(step, Pass):
+            accepted = ", ".join(["auto", *NORMALIZATIONS])
+            raise OptionError(explain(f"renormalize holds no pass but {step!r}", accepted=f"None, {accepted}"))
         if step.needs_data and data is None:
             raise DataError(
                 explain(f"renormalize={step.name!r} needs data", remedy="pass data=, or renormalize='auto' or None")

@@ -92,6 +92,10 @@ class Discovery:
 
     def _apply(self, op: Op) -> None:
         rule = rule_for(op)
+        if rule is None and not op.inputs and not op.parameters:
+            for tensor in op.outputs:
+                self._pin_all(tensor, "constant tensor")
+            return
         if rule is None or (not op.outputs):
             self._unknown(op)
             return

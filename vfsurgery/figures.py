@@ -80,6 +80,7 @@ def _spans_decades(values: Sequence[float]) -> bool:
 
 def _write_labels(axes: Axes, labels: Sequence[Label]) -> None:
     """Write labels right of the panel, under a heading, at their heights or, where one is in the way, above it."""
+    axes.autoscale_view()  # limits are found lazily, and the heights depend on them
     to_fraction = axes.transScale + axes.transLimits
     heights = [float(to_fraction.transform((0.5, height))[1]) for height, _, _ in labels]
     # What is too bad for the panel, NaN or infinite, is named at its top.

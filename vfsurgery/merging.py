@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from vfsurgery.batches import Batches, Data, progress_line
 from vfsurgery.discovery import discover
-from vfsurgery.errors import DataError, IncompatibleModelsError, TraceError, explain
+from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, TraceError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.report import Certificate, GroupMatch, Report
-from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode
+from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode, write_into
 from vfsurgery.stats.collect import Site, Survey, group_sites, image_dtype, survey
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.tracer import trace_module
@@ -43,6 +43,7 @@ class Merging:
     data: Batches | None
     seed: int
     progress: bool
+    modes: list[bool]
     seconds: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
     pairs: dict[str, Site] = field(default_factory=dict[str, Site])
     units: dict[str, Site] = field(default_factory=dict[str, Site])
@@ -53,10 +54,10 @@ class Merging:
         models: Sequence[nn.Module], data: Data | None, given: ExampleInputs | None, seed: int, progress: bool
     ) -> Merging:
         """Check, trace and group the sources."""
-        check_same_architecture(models)
-        check_weights(models)
         started = time.perf_counter()
         device, dtype = _device(models), image_dtype(models[0])
+        check_same_architecture(models)
+        check_weights(models)
         batches = None if data is None else Batches(data, device=device, dtype=dtype)
         inputs = _example(models[0], batches, given)
         try:
@@ -67,7 +68,8 @@ class Merging:
             raise DataError(f"the model cannot run on images like those in the data\n{error}") from error
         check_same_graph(sources)
         groups = discover(sources[0].graph_module)
-        merging = Merging(sources, groups, inputs, batches, seed, progress)
+        modes = [module.training for module in models[0].modules()]
+        merging = Merging(sources, groups, inputs, batches, seed, progress, modes)
         merging.seconds.append(("trace and groups", time.perf_counter() - started))
         return merging
 
@@ -124,19 +126,23 @@ class Merging:
     def combine(
         self, shares: tuple[float, ...], matchings: list[Matching], passes: tuple[Pass, ...], inplace: bool
     ) -> tuple[nn.Module, Context]:
-        """Average the aligned sources and renormalize.
+        """Average the aligned sources into a copy of a and renormalize it.
 
-        In place, all that is read from model a is read before it is overwritten: each tensor as it is averaged, the
-        statistics beforehand, and its biases, where a step asks for them again, from a copy.
+        In place, the copy's values go into a's tensors at the very end: whatever fails before leaves a as it was.
         """
         if self.units:
             self.survey()
-        target = self.sources[0] if inplace else self.sources[0].clone()
-        sources = [self.sources[0].with_copied_vectors(), *self.sources[1:]] if inplace else self.sources
+        reference = self.sources[0].model
+        target = self.sources[0].clone()
         orders = [{}, *(matching.permutations for matching in matchings)]
-        context = Context(self.groups, sources, shares, orders, self.survey, self.data, self.progress)
+        context = Context(self.groups, self.sources, shares, orders, self.survey, self.data, self.progress)
         with self.clock("average and renormalize"), eval_mode(target.model, target.graph_module):
             Pipeline((Average(), *passes, Fold())).run(target.graph_module, context)
+        if inplace:
+            write_into(reference, target.model, context.created_biases)
+            return reference, context
+        for module, training in zip(target.model.modules(), self.modes, strict=True):
+            module.training = training
         return target.model, context
 
     def report(
@@ -189,7 +195,12 @@ def _device(models: Sequence[nn.Module]) -> torch.device:
                 remedy="move them to one, for example with model.to('cuda')",
             )
         )
-    return devices.pop()
+    device = devices.pop()
+    if device.type == "meta":
+        raise InvalidWeightsError(
+            explain("the sources are on the meta device and hold no values", remedy="load weights")
+        )
+    return device
 
 
 def _version(name: str) -> str:

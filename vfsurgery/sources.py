@@ -38,11 +38,6 @@ class Source:
         """Where the model's first tensor lives."""
         return next(iter(self.state.values())).device
 
-    def with_copied_vectors(self) -> Source:
-        """The same source with its one-dimensional entries (biases, scales) copied, safe from being overwritten."""
-        state = {name: tensor.clone() if tensor.ndim <= 1 else tensor for name, tensor in self.state.items()}
-        return Source(self.model, self.graph_module, state)
-
     def clone(self) -> Source:
         """A deep copy, with the graph over the copy's own tensors."""
         model = copy.deepcopy(self.model)
@@ -55,6 +50,17 @@ def canonical_state(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items() if names[id(tensor)] == name
     }
+
+
+def write_into(model: nn.Module, other: nn.Module, created_biases: Sequence[str]) -> None:
+    """Copy the values of ``other`` into the tensors of ``model``, which keep their storage; add created biases."""
+    for path in created_biases:
+        owner, _, name = path.rpartition(".")
+        bias = other.get_parameter(path)
+        model.get_submodule(owner).register_parameter(name, nn.Parameter(bias.detach(), bias.requires_grad))
+    state = canonical_state(other)
+    for name, tensor in canonical_state(model).items():
+        tensor.copy_(state[name])
 
 
 def check_weights(models: Sequence[nn.Module]) -> None:

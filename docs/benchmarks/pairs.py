@@ -213,6 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"there is no folder {options.shared}: nothing to measure. Name it with --shared.")
         return
     begin(options.threads)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)  # rather fail now than after the measurements
     seeds, test = (range(1), 2000) if options.quick else (range(options.seeds), 10_000)
     images = load_images(options.shared, options.cache, calibration=options.calibration, test=test)
     results = {name: measure_pair(name, options.shared, images, seeds) for name in options.pair or MERGES}

@@ -1,8 +1,9 @@
 """Activation matching: pair the units whose activations correlate most over the same inputs.
 
 For each group one linear assignment maximises the summed Pearson correlation of post-activation units (Li et al.,
-"Convergent learning", 2015; Qu & Horvath, CPAL 2025, A.2). Groups do not influence each other, so one pass over the
-data and one assignment per group are exact.
+"Convergent learning", 2015; Qu & Horvath, CPAL 2025, A.2). Activations do not depend on how other layers' units are
+numbered, so one pass over the data serves all groups. Only groups that share an axis (whole groups of a grouped
+convolution, and the channels inside them) do influence each other; they are matched one by one as if they did not.
 """
 
 from __future__ import annotations

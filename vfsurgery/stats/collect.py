@@ -133,7 +133,7 @@ def _correlate(
     name: str, site: Site, reference: dict[str, Centred], totals: dict[str, CrossMoments]
 ) -> Callable[[Tensor], None]:
     def see(value: Tensor) -> None:
-        batch = CrossMoments.of(reference.pop(name), Centred.of(value, site.places, site.dim))
+        batch = CrossMoments.of(reference[name], Centred.of(value, site.places, site.dim))
         totals[name] = totals[name].merge(batch) if name in totals else batch
 
     return see

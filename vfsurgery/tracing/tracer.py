@@ -20,7 +20,8 @@ import copy
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -41,6 +42,8 @@ FUNCTIONAL_DROPOUT: dict[Callable[..., Any], type[nn.Module]] = {
     F.alpha_dropout: nn.AlphaDropout,
     F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
+FACTORIES = "arange empty eye full linspace ones rand randint randn randperm tril_indices triu_indices zeros"
+"""Functions that make tensors from sizes: torch's argument parser takes no proxies for numbers, so they are wrapped."""
 STATIC_ATTRIBUTES = frozenset({"ndim", "is_cuda", "is_sparse", "is_quantized", "is_nested", "requires_grad", "layout"})
 
 
@@ -62,7 +65,8 @@ def trace_module(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> fx.Gra
     skeleton = tracer.skeleton(model)
     rng = torch.get_rng_state()
     try:
-        graph = tracer.trace(skeleton)
+        with tracer.recording_factories():
+            graph = tracer.trace(skeleton)
     except Exception as error:
         raise TraceError(
             explain(
@@ -133,9 +137,12 @@ class ValueProxy(fx.Proxy):
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
-        """The value's type, so that ``isinstance(x, torch.Tensor)`` in a forward holds as it would in a real run."""
+        """The value's type, so that ``isinstance(size, int)`` in a forward holds as it would in a real run.
+
+        Not for tensors: torch's C++ code would believe it and read a tensor where there is none.
+        """
         value = self.__dict__.get("value")
-        return ValueProxy if value is None else type(value)
+        return ValueProxy if value is None or isinstance(value, Tensor) else type(value)
 
 
 class ValueTracer(fx.Tracer):
@@ -163,6 +170,27 @@ class ValueTracer(fx.Tracer):
         for buffer in model.buffers():
             memo[id(buffer)] = self.mode.from_tensor(buffer) if buffer.is_floating_point() else buffer
         return copy.deepcopy(model, memo).eval()
+
+    @contextmanager
+    def recording_factories(self) -> Generator[None]:
+        """Record calls such as ``torch.zeros(x.shape[0], 4)`` as nodes; calls with plain numbers stay constants."""
+
+        def recording(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if self._computing or not _holds_proxy((args, kwargs)):
+                    return function(*args, **kwargs)
+                return self.create_proxy("call_function", function, args, kwargs)
+
+            return call
+
+        originals = {name: getattr(torch, name) for name in FACTORIES.split()}
+        try:
+            for name, function in originals.items():
+                setattr(torch, name, recording(function))
+            yield
+        finally:
+            for name, function in originals.items():
+                setattr(torch, name, function)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -261,6 +289,14 @@ def _values(arguments: Any) -> Any:
     return tree_map(_values, arguments) if hasattr(arguments, "_fields") else arguments
 
 
+def _holds_proxy(arguments: Any) -> bool:
+    if type(arguments) in (tuple, list):
+        return any(map(_holds_proxy, arguments))
+    if type(arguments) is dict:
+        return any(map(_holds_proxy, arguments.values()))
+    return type(arguments) in (ValueProxy, Attribute)
+
+
 def _asks_for_training(module: nn.Module) -> bool:
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and "training" in code.co_names
@@ -290,6 +326,11 @@ def _over_model(model: nn.Module, fallback: nn.Module, graph: fx.Graph) -> fx.Gr
             except AttributeError:
                 members[node.target] = operator.attrgetter(node.target)(fallback)
     graph_module = fx.GraphModule(members, graph, type(model).__name__)
+    known = model.state_dict(keep_vars=True)
+    for path, module in graph_module.named_modules():
+        for name in module._buffers:  # constants of the forward are no state
+            if (f"{path}.{name}" if path else name) not in known:
+                module._non_persistent_buffers_set.add(name)
     _mirror(graph_module, model)
     graph_module.training = model.training
     return graph_module
