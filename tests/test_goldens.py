@@ -26,7 +26,7 @@ PRINTED = [
 ]  # fmt: skip
 PROVEN = [
     "vgg11", "resnet18", "resnext50_32x4d", "densenet121", "squeezenet1_0", "mobilenet_v2", "mobilenet_v3_small",
-    "mnasnet0_5", "efficientnet_b0", "googlenet", "inception_v3", "regnet_x_400mf",
+    "mnasnet0_5", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3", "regnet_x_400mf",
     "regnet_y_400mf", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0",
 ]  # fmt: skip
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")

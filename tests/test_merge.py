@@ -88,7 +88,8 @@ class Everything:
                 old[0][name][0] == new[0][name][0] and torch.equal(old[0][name][1], new[0][name][1]) for name in old[0]
             )
             found += [] if same else [f"state of {number}"]
-            found += [f"{what} of {number}" for what, x, y in zip(("modes", "gradients", "hooks"), old[1:], new[1:], strict=True) if x != y]  # fmt: skip
+            kinds = zip(("modes", "gradients", "hooks"), old[1:], new[1:], strict=True)
+            found += [f"{kind} of {number}" for kind, x, y in kinds if x != y]
         return found
 
 
@@ -340,13 +341,50 @@ class Fails(Pass):
         raise ZeroDivisionError("midway")
 
 
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", ["chain", "residual"])
-def test_an_error_midway_leaves_the_sources_as_they_were(name: str) -> None:
+def test_an_error_midway_leaves_the_sources_as_they_were(name: str, inplace: bool) -> None:
     a, b = odd_modes(net(name, 1)), odd_modes(net(name, 2))
     everything = Everything(a, b)
     with pytest.raises(ZeroDivisionError, match="midway"):
-        surgery.merge(a, b, data=images(16), renormalize=["repair", Fails()], progress=False)
+        surgery.merge(a, b, data=images(16), renormalize=["repair", Fails()], inplace=inplace, progress=False)
     assert everything.changes() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "renormalize", "message"),
+    [
+        ("residual", "bias-calibration", "without normalization layers"),
+        ("chain", "reset", "reset needs BatchNorm layers"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused_before_an_in_place_merge_writes(
+    name: str, renormalize: str, message: str
+) -> None:
+    a, b = net(name, 1), net(name, 2)
+    everything = Everything(a, b)
+    with pytest.raises(OptionError, match=message):
+        surgery.merge(a, b, data=images(16), matching="weights", renormalize=renormalize, inplace=True, progress=False)
+    assert everything.changes() == []
+
+
+@pytest.mark.parametrize("matching", ["weights", "activations"])
+def test_three_sources_are_each_matched_to_the_first(matching: str) -> None:
+    a = net("residual", 1)
+    groups = groups_of(a)
+    sources = [a, planted(a, groups, 3), planted(a, groups, 4)]
+    merged = surgery.merge(sources, data=images(48), matching=matching, renormalize=None, progress=False)
+    x = images(8, seed=5)
+    with torch.no_grad():
+        assert torch.allclose(merged(x), a(x), atol=1e-4)
+        naive = surgery.merge(sources, matching="identity", renormalize=None, example_inputs=images(2), progress=False)
+        assert not torch.allclose(naive(x), a(x), atol=1e-4)
+
+
+def test_models_without_values_are_refused() -> None:
+    a, b = Chain().to("meta"), Chain().to("meta")
+    with pytest.raises(InvalidWeightsError, match="on the meta device and hold no values"):
+        surgery.merge(a, b, example_inputs=images(2).to("meta"))
 
 
 @pytest.mark.parametrize("matching", ["weights", "activations"])

@@ -521,7 +521,10 @@ def test_depth_counts_the_longest_path() -> None:
     assert close(merged.last.bias, (models[0].last.bias + models[1].last.bias) / 8)
 
 
-@pytest.mark.parametrize(("make", "layer"), [(lambda seed: net("residual", seed), "norm"), (lambda seed: lively(LayerNormed(), seed), "norm")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "layer"),
+    [(lambda seed: net("residual", seed), "norm"), (lambda seed: lively(LayerNormed(), seed), "norm")],
+)
 def test_bias_calibration_refuses_normalization_layers(make, layer: str) -> None:
     with pytest.raises(
         OptionError, match=rf"(?s)defined for networks without normalization.*layer   {layer}\n.*remedy"

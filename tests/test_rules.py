@@ -281,6 +281,12 @@ class Roll(nn.Module):
 Pinning = tuple[Callable[[], nn.Module], tuple[int, ...], str, bool]
 
 MUST_PIN: dict[str, Pinning] = {
+    "a constant per channel": (
+        lambda: conv(then(lambda x: x * torch.linspace(0, 1, x.shape[1]).view(1, -1, 1, 1) * CONSTANT)),
+        MAP,
+        "constant tensor",
+        False,
+    ),
     "roll": (lambda: conv(Roll()), MAP, "no coupling rule for roll", True),
     "cumsum": (lambda: dense(then(lambda x: x.cumsum(1))), VECTOR, "no coupling rule for cumsum", True),
     "sort": (lambda: dense(then(lambda x: x.sort(-1)[0])), VECTOR, "no coupling rule for sort", True),
@@ -316,6 +322,9 @@ MUST_PIN: dict[str, Pinning] = {
         False,
     ),
 }
+
+
+CONSTANT = torch.linspace(1, 2, 8).view(1, 8, 1, 1)
 
 
 def zero_first(x: Tensor) -> Tensor:

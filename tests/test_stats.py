@@ -192,7 +192,7 @@ def hooked(model: torch.nn.Module, paths: list[str], x: Tensor) -> dict[str, Ten
 
 
 def test_a_survey_finds_what_hooks_find() -> None:
-    models = [net("chain", seed) for seed in range(2)]
+    models = [net("chain", seed) for seed in range(3)]
     traces = [surgery.trace(model, images(2)) for model in models]
     units = {"conv": Site("_0", 1), "fc": Site("_8", 1)}
     pairs = {"relu": Site("_3", 1), "hidden": Site("_9", 1)}
@@ -216,7 +216,7 @@ def test_a_survey_finds_what_hooks_find() -> None:
 
 
 def test_every_source_runs_once_on_every_batch() -> None:
-    models = [net("chain", seed) for seed in range(2)]
+    models = [net("chain", seed) for seed in range(3)]
     traces = [surgery.trace(model, images(2)) for model in models]
     calls: Counter[tuple[int, str]] = Counter()
     for number, model in enumerate(models):
@@ -229,7 +229,7 @@ def test_every_source_runs_once_on_every_batch() -> None:
     pairs = group_sites(traces[0], groups, torch.device("cpu"))
     with torch.no_grad():
         survey(traces, images(30).split(8), pairs, {"conv": Site("_0", 1), "again": Site("_0", 1)})
-    assert calls == {(number, path): 4 for number in range(2) for path in ("0", "8", "10")}
+    assert calls == {(number, path): 4 for number in range(3) for path in ("0", "8", "10")}
 
 
 def test_groups_are_read_after_their_non_linearity_on_their_largest_map() -> None:

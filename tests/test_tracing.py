@@ -358,3 +358,31 @@ def test_a_published_model_is_traced_by_default(build: Callable[[], nn.Module]) 
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(graph(x), model(x))
+
+
+class Sizes(Stem):
+    """Makes tensors from sizes and mixes constants with the input where torch looks for tensors first."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        first = torch.where(torch.arange(x.shape[-1]) < 2, x, 0.0)
+        second = torch.where(torch.arange(3)[:, None, None, None].sum() > 0, x, 0.0)
+        return first + second + torch.arange(x.shape[0]).view(-1, 1, 1, 1) + torch.zeros(x.shape[0], 1, 1, 1)
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_tensors_made_from_sizes_follow_the_input(batch: int) -> None:
+    model = Sizes().eval()
+    traced = surgery.trace(model, torch.randn(2, 3, 9, 9))
+    x = torch.randn(batch, 3, 9, 9)
+    assert torch.equal(traced(x), model(x))
+    assert list(traced.state_dict()) == list(model.state_dict())
+    assert traced.meta["guards"] == ()
+
+
+def test_a_module_made_in_the_forward_is_traced_through() -> None:
+    class Makes(Stem):
+        def middle(self, x: Tensor) -> Tensor:
+            return nn.AvgPool2d(3)(x)
+
+    model, x = Makes().eval(), torch.randn(2, 3, 9, 9)
+    assert torch.equal(surgery.trace(model, x)(x), model(x))
