@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import statistics
 import tarfile
@@ -20,7 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timing import Stopwatch, begin, parser
 from torch import Tensor, nn
@@ -146,13 +149,18 @@ def decoded(archive: Path, cache: Path) -> dict[str, Tensor]:
     return load_file(cache)
 
 
-def _decode(archive: Path) -> dict[str, Tensor]:
-    from torchvision.io import decode_jpeg
+def _read_jpeg(content: bytes) -> Tensor:
+    """Decode one image to uint8, ``(3, height, width)``."""
+    pixels = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
+
+def _decode(archive: Path) -> dict[str, Tensor]:
+    """All images and labels, by part, in the archive's order; classes are numbered alphabetically."""
     images: dict[str, list[Tensor]] = {"train": [], "test": []}
     names: dict[str, list[str]] = {"train": [], "test": []}
     for part, name, content in _files(archive):
-        images[part].append(decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)))
+        images[part].append(_read_jpeg(content))
         names[part].append(name)
     classes = sorted(set(names["train"]))
     found: dict[str, Tensor] = {}
