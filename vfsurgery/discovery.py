@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -165,9 +166,9 @@ class Discovery:
     def _pin_all(self, tensor: TensorRef, reason: str) -> None:
         self._pin_rest(tensor, set(), reason)
 
-    def coupling_graph(self) -> nx.Graph:
+    def coupling_graph(self) -> nx.Graph[Any]:
         """Nodes ``(axis, atom)``, edges the ties with the node that made them as ``op``, pins as node attribute."""
-        graph: nx.Graph = nx.Graph()
+        graph: nx.Graph[Any] = nx.Graph()
         for axis in self._axes:
             for atom in self._atoms(axis):
                 graph.add_node((axis, atom.serial), size=atom.size, pin=atom.pin)
