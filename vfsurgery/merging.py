@@ -48,6 +48,7 @@ class Merging:
     pairs: dict[str, Site] = field(default_factory=dict[str, Site])
     units: dict[str, Site] = field(default_factory=dict[str, Site])
     _survey: Survey | None = None
+    _target: Source | None = None
 
     @staticmethod
     def prepare(
@@ -118,8 +119,10 @@ class Merging:
     def certify(self, matchings: Sequence[Matching]) -> tuple[Certificate, ...]:
         """Prove that each source computes the same after its reordering."""
         with self.clock("certificate"):
+            self._target = self.sources[0].clone()  # the result's tensors serve as scratch until the average is written
+            scratch = self._target.state
             return tuple(
-                certify(number, self.sources[number], self.groups, matching.permutations, self.inputs)
+                certify(number, self.sources[number], self.groups, matching.permutations, self.inputs, scratch)
                 for number, matching in enumerate(matchings, start=1)
             )
 
@@ -133,7 +136,7 @@ class Merging:
         if self.units:
             self.survey()
         reference = self.sources[0].model
-        target = self.sources[0].clone()
+        target, self._target = self._target or self.sources[0].clone(), None
         orders = [{}, *(matching.permutations for matching in matchings)]
         context = Context(self.groups, self.sources, shares, orders, self.survey, self.data, self.progress)
         with self.clock("average and renormalize"), eval_mode(target.model, target.graph_module):

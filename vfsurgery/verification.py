@@ -70,6 +70,7 @@ def certify(
     groups: GroupSet,
     orders: Mapping[str, Permutation],
     inputs: tuple[Tensor, ...],
+    scratch: Mapping[str, Tensor],
 ) -> Certificate:
     """Compare an aligned source with itself and refuse a difference.
 
@@ -79,6 +80,7 @@ def certify(
         groups: The groups of its architecture.
         orders: The order of units it was brought into.
         inputs: What both are run on.
+        scratch: Tensors by state-dict key into which reordered ones are written, so that no memory is needed for them.
 
     Raises:
         CertificateError: the outputs differ by more than the tolerance; names the group that broke them.
@@ -88,8 +90,13 @@ def certify(
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     expected = outputs_of(source.model, state, inputs)
 
+    def permute(name: str, chosen: Mapping[str, Permutation]) -> Tensor:
+        tensor, place = state[name], scratch[name]
+        permuted = permute_tensor(name, tensor, groups, chosen)
+        return permuted if permuted is tensor or permuted.dtype != place.dtype else place.copy_(permuted)
+
     def error(chosen: Mapping[str, Permutation]) -> float:
-        permuted = {name: permute_tensor(name, tensor, groups, chosen) for name, tensor in state.items()}
+        permuted = {name: permute(name, chosen) for name in state}
         return relative_error(outputs_of(source.model, permuted, inputs), expected)
 
     found = error(orders)

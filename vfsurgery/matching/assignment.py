@@ -35,9 +35,9 @@ def assign(similarity: Tensor) -> Assignment:
     >>> assign(torch.tensor([[0.0, 2.0], [1.0, 0.5]])).permutation.order
     (1, 0)
     """
-    matrix = similarity.detach().to("cpu", torch.float64).numpy()
+    matrix = similarity.detach().to("cpu", torch.float64, copy=True).neg_().numpy()  # scipy copies it to maximize
     try:
-        _, columns = linear_sum_assignment(matrix, maximize=True)
+        _, columns = linear_sum_assignment(matrix)
     except ValueError as error:
         raise InvalidWeightsError(
             explain(
@@ -46,4 +46,4 @@ def assign(similarity: Tensor) -> Assignment:
             )
         ) from error
     rows = range(len(columns))
-    return Assignment(Permutation(tuple(columns.tolist())), float(matrix[rows, columns].sum()), float(matrix.trace()))
+    return Assignment(Permutation(tuple(columns.tolist())), -float(matrix[rows, columns].sum()), -float(matrix.trace()))

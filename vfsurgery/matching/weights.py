@@ -6,15 +6,17 @@ Re-Basin", 2023, Alg. 1). With all other groups fixed the best order of one grou
 ``A = sum over members  mat(a) mat(P_others(b))^T``,
 
 where ``mat`` brings the group's units to the rows. The first sweep follows the model from its input on and looks at no
-parameter of a group that has no order yet; later sweeps visit the groups in fresh random orders.
+parameter of a group that has no order yet; later sweeps visit large groups before small ones, equal ones in fresh
+random orders. A large group is the dearest to solve and touches the most parameters, so what others gain after it
+should not send it round again: on two ResNet-50 this saves a fifth of the time against wholly random orders.
 
 Only parameters of two and more dims count. Biases, norm parameters and running statistics have few numbers per unit
 but large ones, and lead astray: they cost the trained ResNet-18 pair of docs/benchmarks/pairs.py three to five points.
 
 Two things make it fast without changing the answer. ``A`` is kept, and when other groups have moved only the columns
 that changed are put right: a product over the moved units instead of all of them. And a group is solved again only if
-it can gain: its order ``P`` was best for the old ``A``, so with ``D`` the change of ``A`` no order can gain more than
-``sum over rows of (max of D - D at P)``.
+it can gain: its order ``P`` was best for the old ``A``, so when ``A`` changes by ``D`` no order can gain more than
+``sum over rows of (max of D - D at P)``, and after several changes no more than the sum of these bounds.
 """
 
 from __future__ import annotations
@@ -76,26 +78,25 @@ class _Descent:
                 self.gains.setdefault(group.name, (0.0, 0.0))
             if sweep and not improved:
                 break
-            visits = [self.groups.groups[index] for index in torch.randperm(len(visits), generator=generator).tolist()]
+            shuffled = torch.randperm(len(visits), generator=generator).tolist()
+            visits = sorted((self.groups.groups[index] for index in shuffled), key=lambda group: -group.size)
         gains = (Gain(group.name, *self.gains[group.name], self.orders[group.name].moved) for group in self.groups)
         return Matching({group.name: self.orders[group.name] for group in self.groups}, tuple(gains))
 
     def _improve(self, group: PermutationGroup) -> bool:
         """Solve one group with the others fixed; return whether that raised the similarity."""
         similarity = self.similarities[group.name]
-        change = similarity.bring_up_to_date(self.orders)
-        total = similarity.total
-        if change is None or total is None:
+        similarity.bring_up_to_date(self.orders)
+        if similarity.total is None:
             return False
         order = self.orders.get(group.name)
-        current = torch.tensor((order or Permutation.identity(group.size)).order, device=total.device)[:, None]
-        before = float(total.gather(1, current).sum(dtype=torch.float64))
+        before = similarity.under(order or Permutation.identity(group.size))
         threshold = self.tolerance * abs(before)
         self.gains[group.name] = (self.gains.get(group.name, (before, before))[0], before)
-        if order is not None and float((change.amax(1) - change.gather(1, current)[:, 0]).sum()) <= threshold:
+        if order is not None and similarity.headroom <= threshold:
             return False
-        similarity.settle()
-        found = assign(total)
+        similarity.headroom = 0.0
+        found = assign(similarity.total)
         if order is not None and found.total <= before + threshold:
             return False
         self.orders[group.name] = found.permutation
@@ -106,15 +107,15 @@ class _Descent:
 class _Similarity:
     """``A`` of one group, kept up to date while other groups move; rows are units of a, columns b's in their own order.
 
-    ``total`` is the matrix; ``settle`` marks it as the one that the group's order was solved for.
+    ``total`` is the matrix; ``headroom`` bounds what another order can gain over the one last solved for.
     """
 
     def __init__(
         self, group: PermutationGroup, groups: GroupSet, a: Mapping[str, Tensor], b: Mapping[str, Tensor]
     ) -> None:
-        self.name, self.groups = group.name, groups
+        self.group, self.groups = group, groups
         self.total: Tensor | None = None
-        self._change: Tensor | None = None
+        self.headroom = 0.0
         self._members = [
             (member, a[member.parameter], b[member.parameter])
             for member in group.members
@@ -126,8 +127,8 @@ class _Similarity:
             for member, _, _ in self._members
         ]
 
-    def bring_up_to_date(self, orders: Mapping[str, Permutation]) -> Tensor | None:
-        """Apply what other groups have moved; the change since ``settle``, ``None`` if there was none.
+    def bring_up_to_date(self, orders: Mapping[str, Permutation]) -> None:
+        """Apply what other groups have moved since the last call.
 
         A member counts once all groups that share its parameter have an order: an arbitrary order would add noise only.
         """
@@ -141,14 +142,20 @@ class _Similarity:
             part = _product(member, a, _gather(b, new)) if old is None else _difference(member, a, b, new, old)
             change = part if change is None else change.add_(part)
             self._indices[place] = new
-        if change is not None:
-            self.total = change.clone() if self.total is None else self.total.add_(change)
-            self._change = change if self._change is None else self._change.add_(change)
-        return self._change
+        if change is None:
+            return
+        own = orders.get(self.group.name)
+        if own is not None:
+            self.headroom += float((change.amax(1) - change.gather(1, _columns(own, change))[:, 0]).sum())
+        self.total = change if self.total is None else self.total.add_(change)
 
-    def settle(self) -> None:
-        """Count changes from here on."""
-        self._change = None
+    def under(self, order: Permutation) -> float:
+        """The similarity that an order reaches."""
+        return (
+            0.0
+            if self.total is None
+            else float(self.total.gather(1, _columns(order, self.total)).sum(dtype=torch.float64))
+        )
 
     def _other_dims(self, member: Member, b: Tensor, orders: Mapping[str, Permutation]) -> dict[int, np.ndarray]:
         """For each dim that other groups lie on: where its indices come from under their current orders.
@@ -164,13 +171,19 @@ class _Similarity:
                 others = tuple(
                     (owner, other)
                     for owner, other in entries
-                    if other.dim == dim and owner.name != self.name and not mine.isdisjoint(other.positions().flat)
+                    if other.dim == dim
+                    and owner.name != self.group.name
+                    and not mine.isdisjoint(other.positions().flat)
                 )
                 if not others:
                     continue
             index = gather_index(others, dim, b.shape[dim], orders)
             indices[dim] = np.arange(b.shape[dim]) if index is None else index
         return indices
+
+
+def _columns(order: Permutation, like: Tensor) -> Tensor:
+    return torch.tensor(order.order, device=like.device)[:, None]
 
 
 def _gather(tensor: Tensor, indices: Mapping[int, np.ndarray]) -> Tensor:

@@ -33,24 +33,28 @@ class Average(Pass):
         states = [source.state for source in context.sources]
         for name, target in canonical_state(graph_module).items():
             if target.is_floating_point() or target.is_complex():
-                target.copy_(mean_tensor(name, states, context.weights, context.groups, context.permutations))
+                write_mean(target, name, states, context.weights, context.groups, context.permutations)
             elif target.data_ptr() != states[0][name].data_ptr():
                 target.copy_(states[0][name])
         return graph_module
 
 
-def mean_tensor(
+def write_mean(
+    target: Tensor,
     name: str,
     states: Sequence[Mapping[str, Tensor]],
     weights: Sequence[float],
     groups: GroupSet,
     orders: Sequence[Mapping[str, Permutation]],
-) -> Tensor:
-    """The weighted mean of one entry of the sources' states, each under its orders; on the first one's device."""
-    first = states[0][name]
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    total = torch.zeros_like(first, dtype=dtype)
+) -> None:
+    """Write the weighted mean of one entry of the sources' states, each under its orders, into ``target``.
+
+    The sum is formed in ``target`` itself unless that is of half precision; no source may share its storage.
+    """
+    dtype = torch.promote_types(target.dtype, torch.float32)
+    total = target.zero_() if dtype == target.dtype else torch.zeros_like(target, dtype=dtype)
     for state, weight, order in zip(states, weights, orders, strict=True):
         if weight:
-            total.add_(permute_tensor(name, state[name], groups, order).to(first.device, dtype), alpha=weight)
-    return total
+            total.add_(permute_tensor(name, state[name], groups, order).to(target.device, dtype), alpha=weight)
+    if total is not target:
+        target.copy_(total)
