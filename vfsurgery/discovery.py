@@ -11,6 +11,7 @@ Dims that hold no units, such as a kernel's height and width, are not listed amo
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,7 @@ from vfsurgery.tracing.ops import Op, OpReader
 
 NO_UNITS = "holds no units"
 INPUT, OUTPUT, UNUSED = "network input", "network output", "not used in the forward"
+CONSTANT = "constant tensor"
 
 
 def discover(graph_module: fx.GraphModule, *, strict: bool = False) -> GroupSet:
@@ -95,9 +97,9 @@ class Discovery:
         rule = rule_for(op)
         if rule is None and not op.inputs and not op.parameters:
             for tensor in op.outputs:
-                self._pin_all(tensor, "constant tensor")
+                self._pin_all(tensor, CONSTANT)
             return
-        if rule is None or (not op.outputs):
+        if rule is None or not (op.outputs or op.key == "setitem"):  # which writes into its first operand
             self._unknown(op)
             return
         seen: set[AxisRef | Fresh] = set()
@@ -149,14 +151,23 @@ class Discovery:
             case Product():
                 return product([self.layouts.resolve(self._layout(factor, op)) for factor in expression.factors])
             case Take():
-                return self.layouts.take(self._layout(expression.axis, op), np.asarray(expression.positions))
+                return self.layouts.take(
+                    self._layout(expression.axis, op), np.asarray(expression.positions, dtype=np.int64)
+                )
 
     def _axis(self, axis: AxisRef | LocalAxis) -> Layout:
         layout = self._axes.get(axis)
         if layout is None:
-            pinned = "constant tensor" if isinstance(axis, AxisRef) and axis.tensor.kind == "constant" else None
+            pinned = CONSTANT if isinstance(axis, AxisRef) and self._varies(axis) else None
             layout = self._axes[axis] = self.layouts.axis(axis.size, pinned)
         return layout
+
+    def _varies(self, axis: AxisRef) -> bool:
+        """Whether an axis of a constant tensor has different values; equal ones (a blur filter's) may be reordered."""
+        if axis.tensor.kind != "constant":
+            return False
+        tensor = operator.attrgetter(axis.tensor.name)(self.graph_module)
+        return not bool((tensor == tensor.narrow(axis.dim, 0, 1)).all()) if tensor.numel() else True
 
     def _pin_rest(self, tensor: TensorRef, seen: set[AxisRef | Fresh], reason: str) -> None:
         for axis in tensor.axes():

@@ -1,5 +1,6 @@
 """Coupling rules, one file per family of ops; importing this package registers them all."""
 
+from vfsurgery.rules import attention as attention
 from vfsurgery.rules import combine as combine
 from vfsurgery.rules import conv as conv
 from vfsurgery.rules import linear as linear

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vfsurgery.axes import Concat, Constraint, Fixed, Product, Take, TensorRef, indifferent, tie, tie_all
+from vfsurgery.axes import Concat, Constraint, Fixed, Fresh, Product, Take, TensorRef, indifferent, tie, tie_all
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 
@@ -52,36 +52,149 @@ def unbind(op: Op) -> Iterator[Constraint]:
 
 @rule("getitem")
 def getitem(op: Op) -> Iterator[Constraint]:
-    """Indexing: slices choose positions, ``None`` adds a dim, an integer removes one.
+    """Indexing: slices choose positions, ``None`` adds a dim, an integer or a tensor of indices picks positions.
 
-    Indices that are tensors choose by data, and an integer picks one position: what they index is pinned.
+    What is picked from stays pinned; the dims beside it pass through.
     """
-    index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
-    if any(isinstance(item, TensorRef | list) for item in index):
+    yield from _index(op.input, op.args[1], op.output)
+
+
+@rule("setitem")
+def setitem(op: Op) -> Iterator[Constraint]:
+    """``x[index] = value``: what indexing would read is what the value is written to; it may broadcast."""
+    if len(op.args) > 2 and isinstance(op.args[2], TensorRef):
+        yield from _index(op.input, op.args[1], op.args[2])
+    elif _plain_slices(op.args[1]):  # a number, the same everywhere in the dims that are written whole
+        index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
+        if Ellipsis in index:
+            place = index.index(Ellipsis)
+            index = (*index[:place], *(slice(None),) * (op.input.ndim - len(index) + 1), *index[place + 1 :])
+        for axis in op.input.axes():
+            if axis.dim >= len(index) or index[axis.dim] == slice(None):
+                yield indifferent(axis)
+
+
+def _plain_slices(index: Any) -> bool:
+    items = index if isinstance(index, tuple) else (index,)
+    return all(item is Ellipsis or isinstance(item, slice | int) for item in items)
+
+
+def _index(source: TensorRef, given: Any, result: TensorRef) -> Iterator[Constraint]:
+    """Tie what ``source[given]`` passes through to ``result``, whose dims are aligned from the last one backwards."""
+    index: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
+    tensors = [item for item in index if isinstance(item, TensorRef | list)]
+    if any(isinstance(item, list) for item in tensors) or len(tensors) > 1:
         return
-    source = op.input
+    if any(item is True or item is False for item in index):
+        return
     explicit = sum(item is not None and item is not Ellipsis for item in index)
     fill = (slice(None),) * (source.ndim - explicit)
-    if Ellipsis in index:
-        place = index.index(Ellipsis)
+    if Ellipsis in [item for item in index if not isinstance(item, TensorRef)]:
+        place = next(place for place, item in enumerate(index) if item is Ellipsis)
         index = (*index[:place], *fill, *index[place + 1 :])
     else:
         index = (*index, *fill)
-    yield from _index(op, source, index)
+    if tensors and any(isinstance(item, int) for item in index):
+        return  # integers and tensors together may move dims to the front
+    picked = sum(item is not None and not isinstance(item, TensorRef | int) for item in index)
+    picked += sum(item is None for item in index) + sum(tensor.ndim for tensor in tensors)
+    if tensors and picked != result.ndim:
+        return  # a mask: it takes several dims and gives one
+    yield from _pass_through(source, index, result, picked - result.ndim)
 
 
-def _index(op: Op, source: TensorRef, index: tuple[Any, ...]) -> Iterator[Constraint]:
-    mine = theirs = 0
+def _pass_through(source: TensorRef, index: tuple[Any, ...], result: TensorRef, missing: int) -> Iterator[Constraint]:
+    """``missing`` leading dims of what is indexed do not appear in ``result``, against which they broadcast."""
+    mine, theirs = 0, -missing
     for item in index:
         if item is None:
             theirs += 1
         elif isinstance(item, slice):
             chosen = range(source.shape[mine])[item]
             axis = source.axis(mine)
-            yield tie(op.output.axis(theirs), axis if len(chosen) == axis.size else Take(axis, tuple(chosen)))
+            if theirs >= 0 and result.shape[theirs] == len(chosen):
+                whole = len(chosen) == axis.size and chosen.step == 1
+                yield tie(result.axis(theirs), axis if whole else Take(axis, tuple(chosen)))
+            elif len(chosen) == axis.size:
+                yield indifferent(axis)  # written whole with values that are the same everywhere
             mine, theirs = mine + 1, theirs + 1
+        elif isinstance(item, TensorRef):
+            mine, theirs = mine + 1, theirs + item.ndim
         else:
             mine += 1
+
+
+@rule("index_select", "gather", "take_along_dim", "index_add", "index_copy", "scatter", "scatter_add")
+@rule("cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "fft", "ifft", "rfft", "irfft")
+@rule("fft2", "ifft2", "rfft2", "irfft2", "fft_rfft2", "fft_irfft2", "fft_fft2", "fft_ifft2", "fft_rfft", "fft_irfft")
+def along_dims(op: Op) -> Iterator[Constraint]:
+    """What these ops compute depends on the order along their own dims, which are pinned; others pass through."""
+    place: int = 1
+    default: Any = None
+    if op.key == "topk":
+        place, default = 2, -1
+    elif op.key == "roll":
+        place = 2
+    elif op.key in ("sort", "argsort"):
+        default = -1
+    elif "fft" in str(op.key):
+        place, default = 2, (-2, -1) if str(op.key).endswith("2") else -1
+    given = op.argument("dims" if op.key in ("flip", "roll") else "dim", place, default)
+    if given is None:
+        return
+    dims = given if isinstance(given, tuple | list) else (given, *(op.args[2:] if op.key == "flip" else ()))
+    own = {dim % op.input.ndim for dim in dims}
+    others = [tensor for tensor in (*op.inputs[1:], *op.outputs) if tensor.ndim == op.input.ndim]
+    for axis in op.input.axes():
+        if axis.dim not in own:
+            yield from (tie(axis, other.axis(axis.dim)) for other in others if other.shape[axis.dim] == axis.size)
+
+
+@rule(nn.Embedding, "embedding")
+def embedding(op: Op) -> Iterator[Constraint]:
+    """Rows are picked by number and pinned; the width passes through."""
+    table = op.parameters["weight"] if op.module is not None else op.inputs[1]
+    indices = op.inputs[0]
+    yield tie(table.axis(1), op.output.axis(-1))
+    for axis in indices.axes():
+        yield tie(axis, op.output.axis(axis.dim))
+
+
+@rule("unfold", nn.Unfold)
+def unfold(op: Op) -> Iterator[Constraint]:
+    """As a method, windows along one dim; as a function, windows of a map laid out as ``channel x offsets``."""
+    if op.node.op == "call_method":
+        dim = op.argument("dimension", 1) % op.input.ndim
+        yield from (tie(axis, op.output.axis(axis.dim)) for axis in op.input.axes() if axis.dim != dim)
+        return
+    channels = op.input.axis(-3)
+    yield tie(op.output.axis(-2), Product((channels, Fixed(op.output.shape[-2] // channels.size, "kernel offsets"))))
+    if op.input.ndim == 4:
+        yield tie(op.input.axis(0), op.output.axis(0))
+
+
+@rule("fold", nn.Fold)
+def fold(op: Op) -> Iterator[Constraint]:
+    """The inverse of a functional unfold: overlapping windows are summed into a map."""
+    channels = op.output.axis(-3)
+    yield tie(op.input.axis(-2), Product((channels, Fixed(op.input.shape[-2] // channels.size, "kernel offsets"))))
+    if op.input.ndim == 3:
+        yield tie(op.input.axis(0), op.output.axis(0))
+
+
+@rule("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+def filled(op: Op) -> Iterator[Constraint]:
+    """The same number everywhere: any order is the right one, and of a tensor given only the shape counts."""
+    for tensor in (*op.inputs, *op.outputs):
+        yield from map(indifferent, tensor.axes())
+
+
+@rule("complex", "view_as_real", "view_as_complex", "real", "imag", "polar")
+def complex_parts(op: Op) -> Iterator[Constraint]:
+    """Real and imaginary part: as tensors of their own, or as a last dim of two that stays where it is."""
+    for operand in op.inputs:
+        for mine, theirs in zip(operand.axes(), op.output.axes(), strict=False):
+            yield tie(mine, theirs)
 
 
 @rule("narrow")
@@ -95,20 +208,35 @@ def narrow(op: Op) -> Iterator[Constraint]:
 
 @rule("expand", "expand_as", "broadcast_to")
 def expand(op: Op) -> Iterator[Constraint]:
-    """Dims of size 1 are repeated; the others pass through. Of a second tensor only the shape counts."""
+    """Dims of size 1 are repeated, in no particular order; others pass through. Of a second tensor the shape counts."""
     yield from tie_all(op.input, op.output)
+    ahead = op.output.ndim - op.input.ndim
+    for axis in op.output.axes():
+        if axis.dim < ahead or op.input.shape[axis.dim - ahead] != axis.size:
+            yield indifferent(axis)
     for shape_giver in op.inputs[1:]:
         yield from map(indifferent, shape_giver.axes())
 
 
 @rule("repeat", "tile")
 def repeat(op: Op) -> Iterator[Constraint]:
-    """Each dim is laid out ``k`` times in a row: a product of a fixed ``k`` and the dim."""
+    """Each dim is laid out ``k`` times in a row: a product of ``k`` copies, equal ones, and the dim."""
     ahead = op.output.ndim - op.input.ndim
+    yield from (indifferent(axis) for axis in op.output.axes()[:ahead])
     for axis in op.input.axes():
         result = op.output.axis(axis.dim + ahead)
         copies = result.size // axis.size
-        yield tie(result, axis if copies == 1 else Product((Fixed(copies, "copies"), axis)))
+        yield tie(result, axis if copies == 1 else Product((Fresh(f"copies {axis.dim}", copies), axis)))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(op: Op) -> Iterator[Constraint]:
+    """Each index is repeated in place: a product of the dim and a number of equal copies."""
+    copies, dim = op.argument("repeats", 1), op.argument("dim", 2)
+    if isinstance(copies, int) and dim is not None:
+        dim = dim % op.input.ndim
+        yield tie(op.output.axis(dim), Product((op.input.axis(dim), Fresh("copies", copies))))
+        yield from (tie(axis, op.output.axis(axis.dim)) for axis in op.input.axes() if axis.dim != dim)
 
 
 @rule(nn.ChannelShuffle, "channel_shuffle", "native_channel_shuffle")

@@ -24,22 +24,42 @@ UNARY = (
     "relu relu6 leaky_relu rrelu elu selu celu gelu silu mish sigmoid tanh hardsigmoid hardswish hardtanh "
     "hardshrink softplus softshrink softsign tanhshrink logsigmoid threshold abs neg exp expm1 log log1p "
     "sqrt rsqrt square reciprocal sin cos erf sign round floor ceil clamp clamp_min clamp_max dropout "
-    "dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout nan_to_num logical_not"
+    "dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout nan_to_num logical_not tan atan "
+    "asin acos sinh cosh log2 log10 exp2 erfc positive isnan isinf isfinite invert not bitwise_not bernoulli"
 )
 BINARY = (
     "add sub mul div pow rsub rmul radd maximum minimum where lerp addcmul addcdiv eq ne lt le gt ge "
-    "logical_and logical_or masked_fill fmod remainder floordiv true_divide floor_divide"
+    "logical_and logical_or logical_xor masked_fill fmod remainder mod floordiv true_divide floor_divide atan2 "
+    "copysign and or xor bitwise_and bitwise_or bitwise_xor max min"
 )
 
 
 @rule(*ACTIVATIONS, *DROPOUTS, *UNARY.split(), *BINARY.split())
 def pointwise(op: Op) -> Iterator[Constraint]:
-    """``y = f(x, z, ...)`` element by element: every operand's dims are the result's."""
+    """``y = f(x, z, ...)`` element by element: every operand's dims are the result's.
+
+    ``max`` and ``min`` of a single tensor reduce it: where the result has no dims, nothing is tied and all is pinned,
+    and along a dim the places come too, which depend on the order: that dim is pinned.
+    """
+    if op.key in ("max", "min") and len(op.inputs) == 1:
+        yield from _extremum(op)
+        return
     for operand in op.inputs:
         yield from tie_all(operand, op.output)
 
 
-@rule(nn.Softmax, nn.LogSoftmax, nn.Softmin, "softmax", "log_softmax", "normalize")
+def _extremum(op: Op) -> Iterator[Constraint]:
+    reduced = op.argument("dim", 1)
+    if not isinstance(reduced, int):
+        return
+    kept = [axis for axis in op.input.axes() if axis.dim != reduced % op.input.ndim]
+    for result in op.outputs:
+        axes = [axis for axis in result.axes() if result.ndim < op.input.ndim or axis.dim != reduced % op.input.ndim]
+        for mine, theirs in zip(kept, axes, strict=True):
+            yield tie(mine, theirs)
+
+
+@rule(nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, "softmax", "log_softmax", "normalize")
 def equivariant(op: Op) -> Iterator[Constraint]:
     """Softmax and vector normalization divide by a sum over one dim: reordering that dim reorders the result."""
     yield from tie_all(op.input, op.output)

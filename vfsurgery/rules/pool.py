@@ -50,13 +50,14 @@ def pad(op: Op) -> Iterator[Constraint]:
             yield tie(op.output.axis(dim), Concat(tuple(part for part in parts if part.size)))
 
 
-@rule("mean", "sum", "amax", "amin", "std", "var", "logsumexp", "prod", "norm", "all", "any")
+@rule("mean", "sum", "amax", "amin", "std", "var", "logsumexp", "prod", "norm", "all", "any", "nanmean", "nansum")
+@rule("linalg_norm", "linalg_vector_norm", "vector_norm", "std_mean", "var_mean", "count_nonzero")
 def reduction(op: Op) -> Iterator[Constraint]:
     """Sums, means and extrema do not depend on the order of what they run over; other dims pass through.
 
     A result of another shape than these arguments lead to was called in a way not understood here: all is pinned.
     """
-    dims = op.argument("dim", 2 if op.key == "norm" else 1)
+    dims = op.argument("dim", 2 if "norm" in str(op.key) else 1)
     given = range(op.input.ndim) if dims is None else dims if isinstance(dims, tuple | list) else (dims,)
     reduced = {dim % op.input.ndim for dim in given}
     kept = [dim for dim in range(op.input.ndim) if dim not in reduced]
@@ -64,7 +65,24 @@ def reduction(op: Op) -> Iterator[Constraint]:
         shape = [1 if dim in reduced else op.input.shape[dim] for dim in range(op.input.ndim) if keepdim or dim in kept]
         if op.output.shape == tuple(shape):
             yield from (indifferent(op.input.axis(dim)) for dim in reduced)
-            yield from (
-                tie(op.input.axis(dim), op.output.axis(dim if keepdim else place)) for place, dim in enumerate(kept)
-            )
+            for result in op.outputs:
+                for place, dim in enumerate(kept):
+                    yield tie(op.input.axis(dim), result.axis(dim if keepdim else place))
             return
+
+
+@rule("grid_sample")
+def grid_sample(op: Op) -> Iterator[Constraint]:
+    """Values are read between the positions of a map; images and channels pass through."""
+    image, grid = op.inputs[0], op.inputs[1]
+    yield tie(image.axis(0), op.output.axis(0))
+    yield tie(image.axis(1), op.output.axis(1))
+    yield tie(grid.axis(0), op.output.axis(0))
+
+
+@rule(nn.LocalResponseNorm, "local_response_norm", nn.CrossMapLRN2d)
+def local_response_norm(op: Op) -> Iterator[Constraint]:
+    """Each channel is divided by its neighbours in the order of channels, which is pinned; other dims pass through."""
+    for axis in op.input.axes():
+        if axis.dim != 1:
+            yield tie(axis, op.output.axis(axis.dim))

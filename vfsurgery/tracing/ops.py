@@ -46,7 +46,9 @@ def canonical_key(target: Any) -> Key:
     module = getattr(target, "__module__", None) or type(target).__module__
     name = getattr(target, "__name__", "")
     if module in ("_operator", "operator"):
-        return {"truediv": "div", "concat": "cat", "iconcat": "cat"}.get(name, _plain(name.removeprefix("i")))
+        inplace = name.startswith("i") and (hasattr(operator, name[1:]) or hasattr(operator, name[1:] + "_"))
+        name = name[1:] if inplace else name
+        return {"truediv": "div", "concat": "cat"}.get(name, _plain(name))
     torch_function = module.split(".")[0] in ("torch", "math", "builtins") or module.startswith("torch.")
     if torch_function and name and name != "fn" and not isinstance(target, type):
         return _plain(name)
@@ -184,7 +186,7 @@ class OpReader:
             outputs=outputs,
             module=module,
             path=str(node.target) if module is not None else module_path(node),
-            parameters=self._module_parameters(module),
+            parameters=self._module_parameters(module, str(node.target)),
             steps=tuple(self._step(link) for link in chain),
         )
 
@@ -234,13 +236,15 @@ class OpReader:
         before: TensorRef = self._resolve(node.args[0])
         return Step(shape, _dim_order(str(key), before.ndim, self._resolve(node.args[1:]), self._resolve(node.kwargs)))
 
-    def _module_parameters(self, module: nn.Module | None) -> dict[str, TensorRef]:
+    def _module_parameters(self, module: nn.Module | None, path: str) -> dict[str, TensorRef]:
         if module is None:
             return {}
         found: dict[str, TensorRef] = {}
         for local, tensor in (*module.named_parameters(), *module.named_buffers()):
             name = self.parameter_names.get(id(tensor))
-            found[local] = TensorRef("constant" if name is None else "parameter", name or local, tuple(tensor.shape))
+            found[local] = TensorRef(
+                "constant" if name is None else "parameter", name or f"{path}.{local}", tuple(tensor.shape)
+            )
         return found
 
     def _resolve(self, arguments: Any) -> Any:
