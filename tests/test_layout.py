@@ -18,7 +18,7 @@ LADDER = [
     *("tracing", "rules", "discovery"),
     *("batches", "stats", "matching", "sources", "passes", "verification", "merging", "api"),
     *("checkpoints", "figures", "evaluation"),
-    *("architectures", "data", "demo", "training", "comparison", "recipe"),
+    *("architectures", "data", "demo", "training", "comparison", "recipe", "zoo"),
     "__main__",
 ]
 """From the bottom up; a package's own modules may import each other."""

@@ -242,7 +242,7 @@ CASES: dict[str, Case] = {
     "norm of channels": (lambda: conv(then(lambda x: F.normalize(x, dim=1) + x.norm(2, 1, keepdim=True))), MAP, [6, 8]),
     "softmax over channels": (lambda: conv(then(lambda x: x.softmax(1))), MAP, [6, 8]),
     "expand": (lambda: conv(then(lambda x: x.relu() + x.mean((2, 3), keepdim=True).expand_as(x))), MAP, [6, 8]),
-    "repeat": (lambda: conv(then(lambda x: x.repeat(1, 2, 1, 1)), width=16), MAP, [6, 8]),
+    "repeat": (lambda: conv(then(lambda x: x.repeat(1, 2, 1, 1)), width=16), MAP, [2, 6, 8]),
     "gate": (lambda: conv(gate(8)), MAP, [5, 6, 8]),
     "residual": (lambda: conv(residual()), MAP, [5, 6, 8]),
     "scale per channel": (lambda: conv(Apply(lambda m, x: x * m.gamma, gamma=parameter(8, 1, 1))), MAP, [6, 8]),
@@ -273,9 +273,11 @@ def test_groups_are_found_and_proven(name: str) -> None:
     assert verification, str(verification)
 
 
-class Roll(nn.Module):
+class RunningMax(nn.Module):
+    """Calls an op that has no coupling rule."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return x.roll(1, 1)
+        return x.cummax(1)[0]
 
 
 Pinning = tuple[Callable[[], nn.Module], tuple[int, ...], str, bool]
@@ -287,10 +289,17 @@ MUST_PIN: dict[str, Pinning] = {
         "constant tensor",
         False,
     ),
-    "roll": (lambda: conv(Roll()), MAP, "no coupling rule for roll", True),
-    "cumsum": (lambda: dense(then(lambda x: x.cumsum(1))), VECTOR, "no coupling rule for cumsum", True),
-    "sort": (lambda: dense(then(lambda x: x.sort(-1)[0])), VECTOR, "no coupling rule for sort", True),
-    "item assignment": (lambda: conv(then(lambda x: zero_first(x))), MAP, "no coupling rule for setitem", True),
+    "an unknown op": (lambda: conv(RunningMax()), MAP, "no coupling rule for cummax", True),
+    "an unknown function": (
+        lambda: dense(then(lambda x: torch.logcumsumexp(x, 1))),
+        VECTOR,
+        "no coupling rule for logcumsumexp",
+        True,
+    ),
+    "roll": (lambda: conv(then(lambda x: x.roll(1, 1))), MAP, "positions differ in roll", False),
+    "cumsum": (lambda: dense(then(lambda x: x.cumsum(1))), VECTOR, "positions differ in cumsum", False),
+    "sort": (lambda: dense(then(lambda x: x.sort(-1)[0])), VECTOR, "positions differ in sort", False),
+    "item assignment": (lambda: conv(then(lambda x: zero_first(x))), MAP, "positions differ in setitem", False),
     "residual around a shuffle": (
         lambda: conv(then(lambda x: x + shuffle(x))),
         MAP,
@@ -360,11 +369,11 @@ def test_strict_names_op_node_and_remedy(name: str) -> None:
 
 
 def test_a_wrong_rule_is_caught_by_verify(rules: None) -> None:
-    @surgery.rule("roll")
-    def roll(op: Op) -> Iterator[Constraint]:
+    @surgery.rule("cummax")
+    def wrong(op: Op) -> Iterator[Constraint]:
         yield from tie_all(op.input, op.output)
 
-    model, x = conv(Roll()), torch.randn(MAP)
+    model, x = conv(RunningMax()), torch.randn(MAP)
     groups = surgery.find_groups(model, x, strict=True)
     verification = surgery.verify(model, groups, x)
     assert not verification and verification.error > 1e-3
@@ -421,14 +430,14 @@ def test_a_second_rule_for_an_op_is_refused(rules: None) -> None:
 
 
 def test_a_rule_that_fails_is_named(rules: None) -> None:
-    @surgery.rule("roll")
+    @surgery.rule("cummax")
     def broken(op: Op) -> Iterator[Constraint]:
         yield tie(op.input.axis(1), op.output.axis(2))
 
     with pytest.raises(
-        SurgeryError, match=r"(?s)coupling rule of roll failed: cannot tie axes of 7 and 8.*\n +op +roll at node"
+        SurgeryError, match=r"(?s)coupling rule of cummax failed: cannot tie axes of 7 and 8.*\n +op +cummax at node"
     ):
-        surgery.find_groups(conv(Roll(), out=7), torch.randn(MAP))
+        surgery.find_groups(conv(RunningMax(), out=7), torch.randn(MAP))
 
 
 def test_subclasses_do_not_inherit_rules_but_batch_norms_do() -> None:
@@ -461,7 +470,7 @@ def test_all_spellings_of_an_op_share_one_rule(spellings: tuple[object, ...], ke
 
 
 def test_an_op_without_a_rule_elsewhere_leaves_other_groups() -> None:
-    model, x = conv(Roll()), torch.randn(MAP)
+    model, x = conv(RunningMax()), torch.randn(MAP)
     groups = surgery.find_groups(model, x)
     assert [group.size for group in groups] == [6]
     assert surgery.verify(model, groups, x)
