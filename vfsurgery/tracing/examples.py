@@ -15,6 +15,9 @@ from vfsurgery.errors import ExampleInputError, explain
 BATCH = 2
 """Images in an example: more than one, so that a batch dim is not mistaken for a broadcast one."""
 
+FRAMES = 16
+"""Frames of a video in an example, as torchvision's video networks were trained with."""
+
 
 def example_inputs_of(model: nn.Module, given: Tensor | Iterable[Tensor] | None = None) -> tuple[Tensor, ...]:
     """The given example inputs as a tuple, else random images of the size that the model is configured for.
@@ -70,8 +73,10 @@ def _torchvision_size(model: nn.Module) -> tuple[int, ...] | None:
     count = sum(p.numel() for p in model.parameters())
     weights.sort(key=lambda weight: abs(weight.value.meta.get("num_params", 0) - count))
     for weight in weights:
-        crop = getattr(weight.value.transforms, "keywords", {}).get("crop_size")
+        keywords = getattr(weight.value.transforms, "keywords", {})
+        crop = keywords.get("crop_size", keywords.get("resize_size"))  # segmentation takes images whole
         if crop is not None:
-            side = crop[0] if isinstance(crop, list | tuple) else crop
-            return (3, side, side)
+            side = min(crop) if isinstance(crop, list | tuple) else crop
+            frames = (max(FRAMES, weight.value.meta.get("min_temporal_size", 0)),) if "video" in module.__name__ else ()
+            return (3, *frames, side, side)
     return None

@@ -129,7 +129,7 @@ class ValueProxy(fx.Proxy):
         if name == "value":  # while being constructed
             raise AttributeError(name)
         concrete = getattr(self.value, name)
-        if name in STATIC_ATTRIBUTES:
+        if name in STATIC_ATTRIBUTES or isinstance(self.value, torch.device):
             return concrete
         if callable(concrete):
             return Attribute(self, name)
