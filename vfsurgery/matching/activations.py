@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from vfsurgery.groups import Permutation
 from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem
 from vfsurgery.matching.nested import BlockAssignment, Family, families
-from vfsurgery.matching.weights import WeightMatching
+from vfsurgery.matching.weights import match_rest
 from vfsurgery.stats.correlation import CrossMoments
 
 
@@ -56,7 +56,7 @@ def _match_source(problem: Problem, source: int, moments: Mapping[str, CrossMome
         ]
     if len(permutations) == len(problem.groups):
         return Matching(permutations, tuple(gains))
-    rest = WeightMatching().match_rest(problem, source, permutations)
+    rest = match_rest(problem, source, permutations)
     return Matching(rest.permutations, (*gains, *rest.gains))
 
 

@@ -65,7 +65,7 @@ def setitem(op: Op) -> Iterator[Constraint]:
     if len(op.args) > 2 and isinstance(op.args[2], TensorRef):
         yield from _index(op.input, op.args[1], op.args[2])
     elif _plain_slices(op.args[1]):  # a number, the same everywhere in the dims that are written whole
-        index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
+        index: tuple[Any, ...] = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
         if Ellipsis in index:
             place = index.index(Ellipsis)
             index = (*index[:place], *(slice(None),) * (op.input.ndim - len(index) + 1), *index[place + 1 :])

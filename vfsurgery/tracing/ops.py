@@ -250,7 +250,7 @@ class OpReader:
         key, ndim = self._key(node), len(source.shape)
         if key not in ("unbind", "select", "getitem"):
             return None
-        arguments = map_arg((*node.args[1:], *node.kwargs.values()), lambda argument: argument.meta.get(VALUE))
+        arguments: Any = map_arg((*node.args[1:], *node.kwargs.values()), lambda argument: argument.meta.get(VALUE))
         if key == "unbind":
             dim = (arguments[0] if arguments else 0) % ndim
             return Pick(dim, tuple(range(source.shape[dim])))
