@@ -77,10 +77,10 @@ class DeferredDraws(TorchFunctionMode):
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Uniform numbers of variance ``1 / fan in``, which keep signals alive through many layers."""
+        """Uniform numbers as torch draws them by default: with bounds of ``1 / sqrt(fan in)``."""
         for parameter in self._skipped.values():
-            fan_in = parameter[0].numel() if parameter.shape[0] > 1 else 12
-            bound = math.sqrt(3 / fan_in)
+            fan_in = parameter[0].numel() if parameter.shape[0] > 1 else 4
+            bound = 1 / math.sqrt(fan_in)
             parameter.uniform_(-bound, bound)
 
 
