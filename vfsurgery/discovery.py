@@ -167,7 +167,9 @@ class Discovery:
         if axis.tensor.kind != "constant":
             return False
         tensor = operator.attrgetter(axis.tensor.name)(self.graph_module)
-        return not bool((tensor == tensor.narrow(axis.dim, 0, 1)).all()) if tensor.numel() else True
+        if tensor.is_meta or not tensor.numel():
+            return True
+        return not bool((tensor == tensor.narrow(axis.dim, 0, 1)).all())
 
     def _pin_rest(self, tensor: TensorRef, seen: set[AxisRef | Fresh], reason: str) -> None:
         for axis in tensor.axes():

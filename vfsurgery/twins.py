@@ -5,14 +5,14 @@ takes such images. Where it does not (a table of positions fits one size only), 
 small images, which is traced and grouped in its own right and counts only if its groups are those of the model. A model
 too large to be run gets a twin of fewer layers.
 
-Models are built with cheap random weights: filling a large matrix with truncated normal numbers takes longer than all
-the rest.
+Models are built with random weights that are cheap, since filling large matrices with truncated normal numbers takes
+longer than all the rest, and that are never faint: an error must be seen at the output.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,12 @@ from vfsurgery.groups import GroupSet
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.tracer import trace_module
 
-LARGE = 4096
-"""Numbers in a matrix from which on its initialization is deferred."""
 MOST = 400_000_000
 """Numbers that a model may hold to be verified itself; a larger one is traced on the meta device."""
 ONE_IMAGE_FROM = 60_000_000
 """Parameters from which on a proof takes a batch of one."""
+LARGE_INPUT = 500_000
+"""Numbers in one image or video from which on a proof takes a batch of one."""
 SIDES = (96, 128, 64)
 """Sides of the images tried, the first that the network takes wins."""
 SHRINKS: tuple[dict[str, Any], ...] = (
@@ -48,7 +48,7 @@ class TooLargeError(SurgeryError):
 
 
 class DeferredDraws(TorchFunctionMode):
-    """Skips the random initialization of large matrices; :meth:`fill` makes up for it.
+    """Skips the random initialization of matrices; :meth:`fill` makes up for it.
 
     Raises:
         TooLargeError: more than ``most`` numbers were allocated.
@@ -63,7 +63,7 @@ class DeferredDraws(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         target = args[0] if args else None
-        if name in DRAWS and isinstance(target, nn.Parameter) and target.ndim > 1 and target.numel() > LARGE:
+        if name in DRAWS and isinstance(target, nn.Parameter) and target.ndim > 1:
             self._skipped[id(target)] = target
             return target
         result = func(*args, **(kwargs or {}))
@@ -119,22 +119,27 @@ class Subject:
     inputs: tuple[Tensor, ...]
 
 
-def subject_of(spec: str, model: nn.Module, groups: GroupSet) -> Subject | None:
-    """The cheapest thing that proves the groups of a model; ``None`` if it is too large and has no smaller twin."""
+def subjects(spec: str, model: nn.Module, groups: GroupSet) -> Iterator[Subject]:
+    """What proves the groups of a model, cheapest first; nothing if it is too large and has no smaller twin."""
     if any(parameter.is_meta for parameter in model.parameters()):
-        return next(_shallow_twins(spec), None)
+        yield from _shallow_twins(spec)
+        return
     own = image_inputs(model)
-    batch = 1 if groups.parameter_count > ONE_IMAGE_FROM else 2
-    sides = [side for side in SIDES if side < min(own[0].shape[-2:])]
+    batch = 1 if groups.parameter_count > ONE_IMAGE_FROM or own[0][0].numel() > LARGE_INPUT else 2
+    sides = _sides_below(own)
     for side in sides:
         inputs = image_inputs(model, side, batch)
         if _runs(model, inputs):
-            return Subject(f"{side}x{side} images", model, groups, inputs)
-    for side in sides:
-        twin = _small_twin(spec, side, batch)
-        if twin is not None and _places(twin.groups) == _places(groups):
-            return twin
-    return Subject("own size", model, groups, image_inputs(model, batch=batch))
+            yield Subject(f"{side}x{side} images", model, groups, inputs)
+            break
+    else:
+        twins = (_twin(spec, f"img_size={side} twin", [side], batch, img_size=side) for side in sides)
+        yield from (twin for twin in twins if twin is not None and _places(twin.groups) == _places(groups))
+    yield Subject("own size", model, groups, image_inputs(model, batch=batch))
+
+
+def _sides_below(inputs: tuple[Tensor, ...]) -> list[int]:
+    return [side for side in SIDES if side < min(inputs[0].shape[-2:])]
 
 
 def _runs(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
@@ -146,28 +151,26 @@ def _runs(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
     return True
 
 
-def _small_twin(spec: str, side: int, batch: int) -> Subject | None:
-    """The same network for smaller images, if its constructor knows ``img_size`` and it runs on them."""
-    return _twin(spec, f"img_size={side} twin", side, batch, img_size=side)
-
-
 def _shallow_twins(spec: str) -> Iterator[Subject]:
+    """The same network with fewer layers, for constructors that know such arguments."""
     for shrink in SHRINKS:
         name = ", ".join(f"{key}={value}" for key, value in shrink.items())
-        twin = _twin(spec, f"{name} twin", None, 1, **shrink)
+        twin = _twin(spec, f"{name} twin", [*SIDES, None], 1, **shrink)
         if twin is not None:
             yield twin
 
 
-def _twin(spec: str, name: str, side: int | None, batch: int, **options: Any) -> Subject | None:
+def _twin(spec: str, name: str, sides: Sequence[int | None], batch: int, **options: Any) -> Subject | None:
+    """The model with other constructor arguments, on the first images that it takes; ``None`` if there is none."""
     try:
         model = build_quickly(spec, **options)
     except Exception:  # whatever a constructor says to an argument that it does not know
         return None
-    inputs = image_inputs(model, side, batch)
-    if not _runs(model, inputs):
-        return None
-    return Subject(name, model, discover(trace_module(model, inputs)), inputs)
+    for side in sides:
+        inputs = image_inputs(model, side, batch)
+        if _runs(model, inputs):
+            return Subject(name, model, discover(trace_module(model, inputs)), inputs)
+    return None
 
 
 def _places(groups: GroupSet) -> set[tuple[str, int, str]]:

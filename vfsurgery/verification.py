@@ -41,19 +41,16 @@ def outputs_of(model: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tens
 
 
 class KeepDouble(TorchFunctionMode):
-    """Lets casts of double precision to single do nothing, such as networks write around an unstable step.
+    """Turns casts to single precision, such as networks write around an unstable step, into casts to double.
 
     Rounding in such a step would hide whether a permutation changes anything.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        first = next((x for x in args if isinstance(x, Tensor)), None)
-        if first is not None and first.dtype is torch.float64:
-            if func is Tensor.float:
-                return first
-            args = tuple(torch.float64 if x is torch.float32 else x for x in args)
-            kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()}
+        if func is Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+        kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in (kwargs or {}).items()}
         return func(*args, **kwargs)
 
 

