@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -208,7 +208,7 @@ def _prove(
     keep_signals_alive(model, inputs, generator)
     state = canonical_state(model)
     expected = outputs_of(model, state, inputs)
-    orders = {name: _moving(order) for name, order in random_permutations(groups, generator).items()}
+    orders = {name: _moving(groups[name], order) for name, order in random_permutations(groups, generator).items()}
 
     def permuted(chosen: Mapping[str, Permutation]) -> dict[str, Tensor]:
         return {name: permute_tensor(name, tensor, groups, chosen) for name, tensor in state.items()}
@@ -248,15 +248,18 @@ def _has_influence(
     return relative_error(outputs_of(model, {**state, member.parameter: changed}, inputs), expected) > 0
 
 
-def _moving(order: Permutation) -> Permutation:
-    """The order itself, or a rotation where chance has drawn the one that moves nothing."""
-    return Permutation((*range(1, order.size), 0)) if order.is_identity else order
+def _moving(group: PermutationGroup, order: Permutation) -> Permutation:
+    """The order itself, or a rotation of each block where chance has drawn the one that moves nothing."""
+    if not order.is_identity:
+        return order
+    size = group.size
+    return Permutation(tuple(unit + 1 if (unit + 1) % size else unit + 1 - size for unit in range(group.units)))
 
 
 def _without_producer(groups: GroupSet, broken: PermutationGroup) -> GroupSet:
     """The same groups, but one of them leaves the parameter that produces its units where it is."""
     members = tuple(member for member in broken.members if member.parameter != broken.members[0].parameter)
-    changed = PermutationGroup(broken.name, broken.size, members)
+    changed = replace(broken, members=members)
     return GroupSet(tuple(changed if group == broken else group for group in groups))
 
 
@@ -264,11 +267,12 @@ def _without_producer(groups: GroupSet, broken: PermutationGroup) -> GroupSet:
 def randomize(model: nn.Module, generator: torch.Generator) -> None:
     """Give vectors (norm parameters, biases, buffers) and constant or faint matrices values that permutations change.
 
-    What is positive (scales, variances) comes to lie in [0.5, 1.5], the rest in [-0.5, 0.5]; other matrices keep their
-    values.
+    What is positive (scales, variances) comes to lie in [0.5, 1.5], the rest in [-0.5, 0.5]. Other matrices keep their
+    values but for a factor: the small ones of transformers, whose attention would hardly depend on queries and keys,
+    come to be as large as torch draws them by default.
     """
     for tensor in canonical_state(model).values():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or not tensor.numel():
             continue
         noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
         if tensor.ndim <= 1:
@@ -276,6 +280,9 @@ def randomize(model: nn.Module, generator: torch.Generator) -> None:
             tensor.copy_(0.5 + noise if positive else noise - 0.5)
         elif bool((tensor == tensor.flatten()[0]).all()) or float(tensor.abs().max()) < FAINT:
             tensor.copy_(noise - 0.5)
+        else:
+            usual = (3 * tensor.numel() / tensor.shape[0]) ** -0.5  # as torch draws linear layers by default
+            tensor.mul_((usual / tensor.std()).clamp_min(1.0))
 
 
 @torch.no_grad()
