@@ -67,7 +67,7 @@ class DeferredDraws(TorchFunctionMode):
             self._skipped[id(target)] = target
             return target
         result = func(*args, **(kwargs or {}))
-        if name in ("zero_", "fill_", "copy_"):
+        if name in ("zero_", "fill_"):
             self._skipped.pop(id(target), None)
         if name == "empty" and isinstance(result, Tensor):
             self.allocated += result.numel()
