@@ -26,7 +26,7 @@ LADDER = [
 ONLY_IN = {
     "scipy": ["matching/assignment.py"],
     "yaml": ["recipe.py"],
-    "networkx": ["discovery.py"],
+    "networkx": ["discovery.py", "nesting.py"],
     "pydantic": ["recipe.py"],
     "click": ["__main__.py"],
     "tqdm": ["batches.py"],

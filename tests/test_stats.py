@@ -252,14 +252,16 @@ def test_a_residual_stream_is_read_at_its_last_block() -> None:
     assert [sites[f"g{number}"].node for number in range(4)] == [relus[2], relus[1], relus[3], relus[4]]
 
 
-def test_whole_groups_of_a_grouped_convolution_are_read_as_blocks() -> None:
+def test_channels_inside_groups_are_read_block_by_block_and_whole_groups_nowhere_else() -> None:
     model = net("grouped")
     groups = groups_of(model)
     sites = group_sites(surgery.trace(model, images(2)), groups, torch.device("cpu"))
-    places = {name: site.places for name, site in sites.items()}
-    assert places["g0"] is not None and places["g0"].shape[0] == 2
-    assert places["g2"] is not None and places["g2"].tolist() == [[unit, unit + 6] for unit in range(6)]
-    assert places["g3"] is None
+    assert {(group.name, group.outer, group.blocks) for group in groups if group.outer} == {
+        ("g1", "g0", 2),
+        ("g2", "g0", 2),
+    }
+    assert "g0" not in sites  # wherever a group shows, its channels do
+    assert [(sites[name].node, sites[name].places) for name in ("g1", "g2")] == [("relu", None), ("relu_1", None)]
 
 
 def test_a_watcher_may_replace_a_value() -> None:

@@ -5,10 +5,10 @@ parameter or buffer; a :class:`PermutationGroup` collects all members whose unit
 :class:`GroupSet` is what :func:`vfsurgery.find_groups` returns. A :class:`Permutation` reorders one group's units.
 All of them are frozen, hashable, sorted and printable; none of them knows a model.
 
-Groups can be *nested*: each unit of an outer group (an attention head, a group of channels) is a block of units of inner
-groups (the dims inside the head). Where the function allows it every block has an order of its own: an inner order then
-lists ``blocks x size`` units and leaves each within its block. Otherwise one order of ``size`` units serves all blocks.
-The outer order moves whole blocks and is applied first: ``new[h, i] = old[outer[h], inner_h[i]]``.
+Groups can be *nested*: each unit of an outer group (an attention head, a group of channels) is a block of units of
+inner groups (the dims inside the head). Where the function allows it every block has an order of its own: an inner
+order then lists ``blocks x size`` units and leaves each within its block. Otherwise one order of ``size`` units serves
+all blocks. The outer order moves whole blocks and is applied first: ``new[h, i] = old[outer[h], inner_h[i]]``.
 """
 
 from __future__ import annotations
@@ -63,6 +63,11 @@ class Member:
     def end(self) -> int:
         """One past the last index of a regular layout."""
         return self.start + self.outer * self.blocks * self.between * self.size * self.inner
+
+    def overlaps(self, other: Member) -> bool:
+        """Whether two members share indices of one dim of one tensor."""
+        same = (self.parameter, self.dim) == (other.parameter, other.dim)
+        return same and not set(self.positions().flat).isdisjoint(other.positions().flat)
 
     def order(self, permutation: Permutation) -> np.ndarray:
         """The order of this member's rows of :meth:`positions`: one that serves all blocks is repeated in each."""

@@ -159,7 +159,7 @@ class Merging:
         """Freeze what happened."""
         matches = tuple(
             GroupMatch(
-                number, g.group, self.groups[g.group].label, self.groups[g.group].size, g.before, g.after, g.moved
+                number, g.group, self.groups[g.group].label, self.groups[g.group].units, g.before, g.after, g.moved
             )
             for number, matching in enumerate(matchings, start=1)
             for g in matching.gains

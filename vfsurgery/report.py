@@ -70,7 +70,14 @@ class Report:
         """Plain lists, dicts, strings and numbers; groups without their activations."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         plain["groups"] = [
-            {"name": group.name, "label": group.label, "size": group.size, "members": list(map(str, group.members))}
+            {
+                "name": group.name,
+                "label": group.label,
+                "size": group.size,
+                "blocks": group.blocks,
+                "outer": group.outer,
+                "members": list(map(str, group.members)),
+            }
             for group in self.groups
         ]
         plain["pinned"] = [dataclasses.asdict(pin) for pin in self.groups.pinned]

@@ -2,8 +2,9 @@
 
 For each group one linear assignment maximises the summed Pearson correlation of post-activation units (Li et al.,
 "Convergent learning", 2015; Qu & Horvath, CPAL 2025, A.2). Activations do not depend on how other layers' units are
-numbered, so one pass over the data serves all groups. Only groups that share an axis (whole groups of a grouped
-convolution, and the channels inside them) do influence each other; they are matched one by one as if they did not.
+numbered, so one pass over the data serves all groups. Nested groups are assigned from the inside out
+(:mod:`vfsurgery.matching.nested`). Groups that no activation shows, as the heads inside an ``nn.MultiheadAttention``,
+are matched by their weights once the others are known.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vfsurgery.groups import Permutation
-from vfsurgery.matching.assignment import assign
 from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem
+from vfsurgery.matching.nested import BlockAssignment, Family, families
+from vfsurgery.matching.weights import WeightMatching
 from vfsurgery.stats.correlation import CrossMoments
 
 
@@ -26,18 +28,45 @@ class ActivationMatching:
     needs_data: bool = field(default=True, init=False)
 
     def match(self, problem: Problem) -> list[Matching]:
-        """One assignment per group and source; gains are mean correlations of paired units."""
-        return [_match_source(problem, moments) for moments in problem.correlations()]
+        """One assignment per family and source; gains are mean correlations of paired units."""
+        return [
+            _match_source(problem, source, moments) for source, moments in enumerate(problem.correlations(), start=1)
+        ]
 
 
-def _match_source(problem: Problem, moments: Mapping[str, CrossMoments]) -> Matching:
+def _match_source(problem: Problem, source: int, moments: Mapping[str, CrossMoments]) -> Matching:
     permutations: dict[str, Permutation] = {}
     gains: list[Gain] = []
-    for group in problem.groups:
-        if group.name not in moments:
+    for family in families(problem.groups):
+        known = [group for group in family.groups if group.name in moments]
+        if not known:
             continue
-        problem.advance(str(group))
-        found = assign(moments[group.name].correlation())
-        permutations[group.name] = found.permutation
-        gains.append(Gain(group.name, found.unmatched / group.size, found.total / group.size, found.permutation.moved))
-    return Matching(permutations, tuple(gains))
+        problem.advance(str(family.outer))
+        assignment = _assignment(family, moments)
+        found = assignment.solve()
+        permutations |= {group.name: found["" if group is family.outer else group.name] for group in known}
+        permutations[family.outer.name] = found[""]
+        unmoved = {"" if group is family.outer else group.name: group.identity() for group in (*known, family.outer)}
+        count = sum(len(moments[group.name].products) for group in known)
+        before, after = (assignment.total(orders) / count for orders in (unmoved, found))
+        gains += [
+            Gain(group.name, before, after, permutations[group.name].moved)
+            for group in family.groups
+            if group.name in permutations
+        ]
+    if len(permutations) == len(problem.groups):
+        return Matching(permutations, tuple(gains))
+    rest = WeightMatching().match_rest(problem, source, permutations)
+    return Matching(rest.permutations, (*gains, *rest.gains))
+
+
+def _assignment(family: Family, moments: Mapping[str, CrossMoments]) -> BlockAssignment:
+    """The assignment of one family on correlations; groups that no activation shows are left out."""
+    outer = moments.get(family.outer.name)
+    inners = [group for group in family.inners if group.name in moments]
+    return BlockAssignment(
+        family.outer.size,
+        None if outer is None else outer.correlation(),
+        {group.name: moments[group.name].correlation() for group in inners},
+        {group.name: None for group in inners if group.blocks == 1},
+    )

@@ -40,15 +40,24 @@ class Given:
         per_source = self.permutations if isinstance(self.permutations, tuple) else (self.permutations,)
         if len(per_source) != len(problem.states) - 1:
             raise OptionError(f"{len(per_source)} sets of permutations given for {len(problem.states) - 1} sources")
-        sizes = {group.name: group.size for group in problem.groups}
+        groups = {group.name: group for group in problem.groups}
         for permutations in per_source:
             for name, permutation in permutations.items():
-                if sizes.get(name) != permutation.size:
+                group = groups.get(name)
+                if group is None or group.units != permutation.size:
                     raise OptionError(
                         explain(
                             f"a permutation of {permutation.size} units was given for group {name!r}",
-                            units=sizes.get(name, "no such group"),
-                            remedy=did_you_mean(name, sizes),
+                            units="no such group" if group is None else group.units,
+                            remedy=did_you_mean(name, groups),
+                        )
+                    )
+                if not group.accepts(permutation):
+                    raise OptionError(
+                        explain(
+                            f"a permutation moves units of group {name!r} out of their block",
+                            group=group,
+                            remedy=f"order the {group.size} units within each of the {group.blocks} blocks",
                         )
                     )
         return [Matching(dict(permutations)) for permutations in per_source]

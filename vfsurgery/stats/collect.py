@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vfsurgery.groups import GroupSet, Member, PermutationGroup
+from vfsurgery.groups import GroupSet, Member
 from vfsurgery.stats.correlation import Centred, CrossMoments
 from vfsurgery.stats.moments import Moments
 from vfsurgery.tracing.ops import canonical_key
@@ -153,29 +153,41 @@ def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.de
 
     Qu & Horvath match post-activation units, a residual stream at its last block (CPAL 2025, A.2). Groups without a
     non-linearity of their own (linear bottlenecks) are read at their largest and latest value.
+
+    Nested groups are read where their units lie inside the blocks on one axis, all of them at once, and no other group
+    of the same blocks lies there. The outer group is read only where no inner one lies: elsewhere blocks could be
+    compared only once the units inside are paired.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
     modules = dict(graph_module.named_modules())
     sites: dict[str, Site] = {}
     for group in groups:
-        best = _best_activation(group, nodes, modules)
-        if best is not None:
+        values = [m for m in group.activations if nodes[m.parameter].op != "get_attr"]
+        inside = [m for other in groups if other.outer == (group.outer or group.name) for m in other.activations]
+        if group.outer:
+            others = [member for member in inside if member not in values]
+            candidates = [m for m in values if m.blocks > 1 and not any(_mixed_with(m, other) for other in others)]
+        else:
+            hidden = {member.parameter for member in inside}
+            candidates = [m for m in values if m.parameter not in hidden]
+        if candidates:
+            best = max(enumerate(candidates), key=lambda entry: _rank(*entry, nodes, modules))[1]
             length = nodes[best.parameter].meta[VALUE].shape[best.dim]
             sites[group.name] = Site.of(best, length, device)
     return sites
 
 
-def _best_activation(
-    group: PermutationGroup, nodes: Mapping[str, fx.Node], modules: Mapping[str, Any]
-) -> Member | None:
-    def rank(entry: tuple[int, Member]) -> tuple[bool, int, int]:
-        place, member = entry
-        node = nodes[member.parameter]
-        per_unit = torch.Size(node.meta[VALUE].shape).numel() // node.meta[VALUE].shape[member.dim]
-        return _is_nonlinear(node, modules), per_unit, place
+def _mixed_with(member: Member, other: Member) -> bool:
+    """Whether what a node shows of one group's units depends on the order of another's."""
+    return member.parameter == other.parameter and (member.dim != other.dim or member.overlaps(other))
 
-    candidates = [entry for entry in enumerate(group.activations) if nodes[entry[1].parameter].op != "get_attr"]
-    return max(candidates, key=rank)[1] if candidates else None
+
+def _rank(
+    place: int, member: Member, nodes: Mapping[str, fx.Node], modules: Mapping[str, Any]
+) -> tuple[bool, int, int]:
+    node = nodes[member.parameter]
+    per_unit = torch.Size(node.meta[VALUE].shape).numel() // node.meta[VALUE].shape[member.dim]
+    return _is_nonlinear(node, modules), per_unit, place
 
 
 def _is_nonlinear(node: fx.Node, modules: Mapping[str, Any]) -> bool:
