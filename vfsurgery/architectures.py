@@ -16,7 +16,7 @@ from vfsurgery.errors import OptionError, did_you_mean, explain
 FORMS = "timm:NAME, torchvision:NAME or import.path:factory"
 
 
-def build_model(spec: str, num_classes: int | None = None) -> nn.Module:
+def build_model(spec: str, num_classes: int | None = None, **others: Any) -> nn.Module:
     """Build a model with random weights from its written name.
 
     ``import.path:factory`` imports and calls code: write only names whose code you trust.
@@ -24,6 +24,7 @@ def build_model(spec: str, num_classes: int | None = None) -> nn.Module:
     Args:
         spec: ``timm:NAME``, ``torchvision:NAME``, or ``import.path:factory`` for any callable that returns a module.
         num_classes: Passed on when given; else the architecture's own default counts.
+        others: Passed on to the architecture's constructor.
 
     Raises:
         OptionError: The name is unknown, or the factory cannot be imported or called, or returns no module.
@@ -34,7 +35,7 @@ def build_model(spec: str, num_classes: int | None = None) -> nn.Module:
     source, separator, name = spec.partition(":")
     if not (source and separator and name):
         raise OptionError(explain(f"{spec!r} does not name a model", remedy=f"write {FORMS}"))
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    options: dict[str, Any] = others if num_classes is None else {"num_classes": num_classes, **others}
     model = _builder(source)(name, options)
     if not isinstance(model, nn.Module):
         raise OptionError(explain(f"{spec} returns a {type(model).__name__}, not a torch.nn.Module"))

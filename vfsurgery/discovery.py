@@ -49,6 +49,7 @@ from vfsurgery.tracing.ops import Op, OpReader
 NO_UNITS = "holds no units"
 INPUT, OUTPUT, UNUSED = "network input", "network output", "not used in the forward"
 CONSTANT = "constant tensor"
+UNREAD = "made in a way that is not understood"
 
 
 def discover(graph_module: fx.GraphModule, *, strict: bool = False) -> GroupSet:
@@ -91,7 +92,12 @@ class Discovery:
         self._ties: list[tuple[str, tuple[AxisRef | LocalAxis, ...]]] = []
         self._mixes: list[tuple[str, tuple[AxisRef | LocalAxis, ...]]] = []
         reader = OpReader(self.graph_module)
+        known = {node.name for node in self.graph_module.graph.nodes if node.op == "placeholder"}
         for op in reader:
+            for tensor in op.inputs:
+                if tensor.kind == "node" and tensor.name not in known:  # no op that was read has made it
+                    self._pin_all(tensor, f"{UNREAD} ({tensor.name})")
+            known.update(tensor.name for tensor in op.outputs)
             self._apply(op)
         for node in self.graph_module.graph.nodes:
             if node.op in ("placeholder", "output"):
@@ -175,7 +181,9 @@ class Discovery:
         if axis.tensor.kind != "constant":
             return False
         tensor = operator.attrgetter(axis.tensor.name)(self.graph_module)
-        return not bool((tensor == tensor.narrow(axis.dim, 0, 1)).all()) if tensor.numel() else True
+        if tensor.is_meta or not tensor.numel():
+            return True
+        return not bool((tensor == tensor.narrow(axis.dim, 0, 1)).all())
 
     def _pin_rest(self, tensor: TensorRef, seen: set[AxisRef | Fresh], reason: str) -> None:
         for axis in tensor.axes():

@@ -11,10 +11,12 @@ import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from vfsurgery.errors import CertificateError, explain
 from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, permute_tensor, random_permutations
@@ -25,8 +27,10 @@ TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative output error by the precision computed in; half precision is checked in float32."""
 
 
+FAINT = 1e-3
+"""A matrix whose largest number is smaller (a class token at initialization) changes too little where it is moved."""
 CONTROLS = 8
-"""About how many groups are broken on purpose in a verification."""
+"""How many groups are broken on purpose in a verification, at most."""
 
 
 def outputs_of(model: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -34,6 +38,20 @@ def outputs_of(model: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tens
     with eval_mode(model):
         result = functional_call(model, dict(state), inputs, tie_weights=True)
     return tuple(_tensors(result))
+
+
+class KeepDouble(TorchFunctionMode):
+    """Turns casts to single precision, such as networks write around an unstable step, into casts to double.
+
+    Rounding in such a step would hide whether a permutation changes anything.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+        kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in (kwargs or {}).items()}
+        return func(*args, **kwargs)
 
 
 def _tensors(result: object) -> list[Tensor]:
@@ -158,37 +176,61 @@ class Verification:
 
 
 def prove(
-    model: nn.Module, groups: GroupSet, inputs: tuple[Tensor, ...], *, seed: int = 0, each: bool = True
+    model: nn.Module,
+    groups: GroupSet,
+    inputs: tuple[Tensor, ...],
+    *,
+    seed: int = 0,
+    each: bool = True,
+    controls: int = CONTROLS,
 ) -> Verification:
     """Verify groups on a float64 copy of ``model`` with random weights; see :func:`vfsurgery.verify`.
 
     Without ``each`` the groups are permuted together only, not on their own too: a tenth of the time for large models.
+    At most ``controls`` groups are broken on purpose.
     """
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(model).double().eval()
     inputs = tuple(x.detach().double() if x.is_floating_point() else x for x in inputs)
     randomize(model, generator)
+    with KeepDouble():
+        return _prove(model, groups, inputs, generator, each, controls)
+
+
+def _prove(
+    model: nn.Module,
+    groups: GroupSet,
+    inputs: tuple[Tensor, ...],
+    generator: torch.Generator,
+    each: bool,
+    controls: int,
+) -> Verification:
     keep_signals_alive(model, inputs, generator)
     state = canonical_state(model)
     expected = outputs_of(model, state, inputs)
     orders = {name: _moving(groups[name], order) for name, order in random_permutations(groups, generator).items()}
 
-    def error(chosen: Mapping[str, Permutation], groups: GroupSet = groups) -> float:
-        permuted = {name: permute_tensor(name, tensor, groups, chosen) for name, tensor in state.items()}
-        return relative_error(outputs_of(model, permuted, inputs), expected)
+    def permuted(chosen: Mapping[str, Permutation]) -> dict[str, Tensor]:
+        return {name: permute_tensor(name, tensor, groups, chosen) for name, tensor in state.items()}
+
+    def error(changed: Mapping[str, Tensor]) -> float:
+        return relative_error(outputs_of(model, changed, inputs), expected)
 
     alone = groups if each else ()
-    errors = {f"group {group}": error({group.name: orders[group.name]}) for group in alone}
-    errors["all groups together"] = error(orders)
+    errors = {f"group {group}": error(permuted({group.name: orders[group.name]})) for group in alone}
+    together = permuted(orders)
+    errors["all groups together"] = error(together)
     worst = max(errors, key=lambda name: errors[name])
-    controls: list[float] = []
+    broken: list[float] = []
     # a group of one parameter alone (columns that read equal copies) has nothing that it could fall behind
     breakable = [group for group in groups if len({member.parameter for member in group.members}) > 1]
-    for group in breakable[:: max(len(breakable) // CONTROLS, 1)]:
-        control = error(orders, _without_producer(groups, group))
+    for group in breakable[:: -(-len(breakable) // controls) or 1]:
+        producer = group.members[0].parameter  # stays where it is in this group, while all the rest moves
+        left_behind = permute_tensor(producer, state[producer], _without_producer(groups, group), orders)
+        control = error({**together, producer: left_behind})
         if control > TOLERANCE[torch.float64] or _has_influence(model, state, group, inputs, expected):
-            controls.append(control)
-    control = min(controls, default=0.0 if breakable else float("inf"))
+            broken.append(control)
+    control = min(broken, default=0.0 if breakable else float("inf"))
     return Verification(errors[worst], worst, control, TOLERANCE[torch.float64], len(groups))
 
 
@@ -223,11 +265,11 @@ def _without_producer(groups: GroupSet, broken: PermutationGroup) -> GroupSet:
 
 @torch.no_grad()
 def randomize(model: nn.Module, generator: torch.Generator) -> None:
-    """Give vectors (norm parameters, biases, buffers) and constant matrices values that every permutation changes.
+    """Give vectors (norm parameters, biases, buffers) and constant or faint matrices values that permutations change.
 
     What is positive (scales, variances) comes to lie in [0.5, 1.5], the rest in [-0.5, 0.5]. Other matrices keep their
     values but for a factor: the small ones of transformers, whose attention would hardly depend on queries and keys,
-    come to preserve the size of what they are applied to.
+    come to be as large as torch draws them by default.
     """
     for tensor in canonical_state(model).values():
         if not tensor.is_floating_point() or not tensor.numel():
@@ -236,11 +278,11 @@ def randomize(model: nn.Module, generator: torch.Generator) -> None:
         if tensor.ndim <= 1:
             positive = bool((tensor > 0).all())  # scales and variances
             tensor.copy_(0.5 + noise if positive else noise - 0.5)
-        elif bool((tensor == tensor.flatten()[0]).all()):
+        elif bool((tensor == tensor.flatten()[0]).all()) or float(tensor.abs().max()) < FAINT:
             tensor.copy_(noise - 0.5)
         else:
-            fan_in = tensor.numel() / tensor.shape[0]
-            tensor.mul_((fan_in**-0.5 / tensor.std()).clamp_min(1.0))
+            usual = (3 * tensor.numel() / tensor.shape[0]) ** -0.5  # as torch draws linear layers by default
+            tensor.mul_((usual / tensor.std()).clamp_min(1.0))
 
 
 @torch.no_grad()

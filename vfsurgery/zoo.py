@@ -1,8 +1,9 @@
 """Coverage over whole model libraries: trace, group and verify every model, each in a process of its own.
 
 Weights are random and nothing is downloaded. A process per model keeps one model's memory, time and crashes from the
-next; its result is appended to a CSV file at once, so that a survey that was cut off goes on where it stopped.
-``python -m vfsurgery.zoo MODEL`` surveys a single model and prints JSON.
+next; it is forked from a server that has the libraries loaded. Its result is appended to a CSV file at once, so that a
+survey that was cut off goes on where it stopped. What a proof ran on (the model itself, smaller images, a twin) is a
+column of the table; see :mod:`vfsurgery.twins`.
 """
 
 from __future__ import annotations
@@ -10,38 +11,41 @@ from __future__ import annotations
 import csv
 import dataclasses
 import fnmatch
-import json
+import multiprocessing
+import os
 import resource
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vfsurgery.architectures import build_model
 from vfsurgery.discovery import discover
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.tracing.examples import example_inputs_of
+from vfsurgery.groups import GroupSet
 from vfsurgery.tracing.tracer import trace_module
-from vfsurgery.verification import prove
+from vfsurgery.twins import TooLargeError, build_quickly, image_inputs, subjects
+from vfsurgery.verification import Verification, prove
 
 SOURCES = ("timm", "torchvision")
-MARK = "vfsurgery-zoo-result "
+PRELOADED = ["torch", "timm", "torchvision.models", "vfsurgery.zoo"]
 GIB = 2**30
+CONTROLS = 3
+"""Groups that are broken on purpose in the proof of one model."""
 
 
 @dataclass(frozen=True)
 class Survey:
     """What one model's survey found; ``failure`` says what went wrong, and where, if anything did.
 
-    ``seconds`` is the time to trace and to find groups, ``verify_seconds`` that of the proof. ``nodes`` are those of
-    the traced graph. ``unknown_ops`` and ``reasons`` say why axes are pinned, most frequent reasons first.
+    ``seconds`` is the time to trace and to find groups, ``verify_seconds`` that of the proof, ``build_seconds`` that
+    of building the model. ``nodes`` are those of the traced graph. ``subject`` is what the proof ran on.
+    ``unknown_ops`` and ``reasons`` say why axes are pinned, most frequent reasons first.
     """
 
     model: str
@@ -49,10 +53,12 @@ class Survey:
     coverage: float = 0.0
     nodes: int = 0
     parameters: int = 0
+    build_seconds: float = 0.0
     seconds: float = 0.0
     error: float = float("nan")
     control_error: float = float("nan")
     verified: bool = False
+    subject: str = ""
     verify_seconds: float = 0.0
     unknown_ops: str = ""
     reasons: str = ""
@@ -67,36 +73,63 @@ class Survey:
 
 
 def survey_model(spec: str) -> Survey:
-    """Build one model with random weights, find its groups and verify them, here and now.
+    """Build one model with random weights, find its groups at its own input size and verify them, here and now.
 
-    All groups are permuted together, with negative controls; see :func:`vfsurgery.verification.prove`.
+    All groups are permuted together, with negative controls; see :func:`vfsurgery.verification.prove`. A model too
+    large for that is traced on the meta device, and a smaller twin is verified.
     """
-    torch.manual_seed(0)
-    model = build_model(spec).eval()
-    inputs = example_inputs_of(model)
     started = time.perf_counter()
+    try:
+        model = build_quickly(spec)
+    except TooLargeError:
+        model = build_quickly(spec, meta=True)
+    inputs = image_inputs(model)
+    built = time.perf_counter()
     graph_module = trace_module(model, inputs)
     groups = discover(graph_module)
     found = time.perf_counter()
-    proof = prove(model, groups, inputs, each=False)
-    reasons = Counter[str]()
-    for pin in groups.pinned:
-        reasons[pin.reason.partition(" (")[0]] += pin.count
-    return Survey(
+    survey = Survey(
         model=spec,
         groups=len(groups),
         coverage=round(groups.coverage, 6),
         nodes=len(graph_module.graph.nodes),
         parameters=groups.parameter_count,
-        seconds=round(found - started, 3),
-        error=proof.error,
-        control_error=proof.control_error,
-        verified=bool(proof),
-        verify_seconds=round(time.perf_counter() - found, 3),
+        build_seconds=round(built - started, 3),
+        seconds=round(found - built, 3),
         unknown_ops=" ".join(sorted({op.partition(" at node")[0] for op in groups.unknown_ops})),
-        reasons="; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(4)),
-        failure="" if proof else f"not verified: {proof.worst_group}",
+        reasons=_reasons(groups),
     )
+    proof, name = None, ""
+    for subject in subjects(spec, model, groups):
+        proof = prove(subject.model, subject.groups, subject.inputs, each=False, controls=CONTROLS)
+        name = subject.name
+        if proof:  # else rounding may have grown past the tolerance, which other images would show; an error stays
+            break
+    return dataclasses.replace(
+        survey,
+        error=proof.error if proof is not None else float("nan"),
+        control_error=proof.control_error if proof is not None else float("nan"),
+        verified=bool(proof),
+        subject=name,
+        verify_seconds=round(time.perf_counter() - found, 3),
+        failure=_failure(proof),
+    )
+
+
+def _reasons(groups: GroupSet) -> str:
+    counts = Counter[str]()
+    for pin in groups.pinned:
+        counts[pin.reason.partition(" (")[0]] += pin.count
+    return "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(4))
+
+
+def _failure(proof: Verification | None) -> str:
+    if proof is None:
+        return "too large to verify, and its library makes no smaller twin"
+    if proof:
+        return ""
+    wrong = proof.error > proof.tolerance
+    return f"not verified: {proof.worst_group}" if wrong else "not proven: a group broken on purpose changes nothing"
 
 
 def model_names(sources: Sequence[str], pattern: str = "*") -> list[str]:
@@ -163,17 +196,40 @@ def read_table(path: Path) -> list[Survey]:
 
 
 def _in_process(name: str, memory: float, limit: float) -> Survey:
-    command = [sys.executable, "-W", "ignore", "-m", "vfsurgery.zoo", name, str(memory)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(name, memory, sender), daemon=True)
+    process.start()
+    sender.close()  # so that a crash is seen as the end of the pipe
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return Survey(name, failure=f"took longer than {limit:.0f} s")
-    for line in ended.stdout.splitlines():
-        if line.startswith(MARK):
-            return Survey(**json.loads(line.removeprefix(MARK)))
-    if ended.returncode < 0 or "MemoryError" in ended.stderr or "allocate memory" in ended.stderr:
-        return Survey(name, failure=f"ran out of its {memory:g} GiB of memory, or crashed ({ended.returncode})")
-    return Survey(name, failure=" ".join(ended.stderr.split())[-300:])
+        if not receiver.poll(limit):
+            return Survey(name, failure=f"took longer than {limit:.0f} s")
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return Survey(name, failure=f"its process crashed ({process.exitcode})")
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def _work(name: str, memory: float, sender: Connection) -> None:
+    """In the model's own process: survey it under a memory limit and send the result, or why there is none."""
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * GIB), resource.RLIM_INFINITY))
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as silence:  # libraries print and warn while they build models
+        os.dup2(silence.fileno(), 1)
+        os.dup2(silence.fileno(), 2)
+    try:
+        survey = survey_model(name)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, MemoryError) or "allocate memory" in text:
+            text = f"needs more than its {memory:g} GiB of memory"
+        survey = Survey(name, failure=text[:300])
+    sender.send(survey)
 
 
 def page(surveys: Iterable[Survey]) -> str:
@@ -183,21 +239,16 @@ def page(surveys: Iterable[Survey]) -> str:
     lines = [
         "# Coverage",
         "",
-        "Every model below was built with random weights, traced, grouped and verified by `vfsurgery zoo`: in float64,",
-        "with random normalization parameters and running statistics, all groups permuted at random at once, with",
-        "negative controls. Coverage is the share of parameters that lie in a group.",
+        "Every model below was built with random weights, traced and grouped at its own input size, and verified by",
+        "`vfsurgery zoo`: in float64, with random normalization parameters and running statistics, all groups permuted",
+        "at random at once, with negative controls. Coverage is the share of parameters that lie in a group. *Verified",
+        "on* says what the proof ran on: the model itself (on images of its own size or smaller ones), or a twin that",
+        "the same constructor makes with other arguments.",
         "",
         "| source | models | verified | wrong | over 95 % of parameters grouped | median s to trace and group |",
         "|---|---|---|---|---|---|",
+        *_totals(rows),
     ]
-    for source in sorted({row.model.partition(":")[0] for row in rows}):
-        mine = [row for row in rows if row.model.startswith(f"{source}:")]
-        proven = [row for row in mine if row.verified]
-        wrong = sum(row.failure.startswith("not verified") for row in mine)
-        wide = sum(row.coverage > 0.95 for row in proven)
-        seconds = sorted(row.seconds for row in proven)
-        middle = f"{seconds[len(seconds) // 2]:.2f}" if seconds else ""
-        lines.append(f"| {source} | {len(mine)} | {len(proven)} | {wrong} | {wide} | {middle} |")
     failed = [row for row in rows if not row.verified]
     if failed:
         lines += ["", "## Not verified", "", "| model | why |", "|---|---|"]
@@ -207,24 +258,26 @@ def page(surveys: Iterable[Survey]) -> str:
         lines += ["", "## Verified, with 95 % of parameters or fewer in groups", ""]
         lines += ["| model | coverage | indices pinned most, and ops without a rule |", "|---|---|---|"]
         lines += [f"| {row.model} | {row.coverage:.1%} | {_cell(row.reasons)} {row.unknown_ops} |" for row in short]
-    lines += ["", "## Verified", "", "| model | groups | coverage | nodes | s | error |", "|---|---|---|---|---|---|"]
-    for row in good:
-        lines.append(
-            f"| {row.model} | {row.groups} | {row.coverage:.2%} | {row.nodes} | {row.seconds:.2f} | {row.error:.0e} |"
-        )
+    lines += ["", "## Verified", "", "| model | groups | coverage | nodes | s | error | verified on |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {row.model} | {row.groups} | {row.coverage:.2%} | {row.nodes} | {row.seconds:.2f} | {row.error:.0e} "
+        f"| {row.subject} |"
+        for row in good
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _totals(rows: Sequence[Survey]) -> Iterable[str]:
+    for source in sorted({row.model.partition(":")[0] for row in rows}):
+        mine = [row for row in rows if row.model.startswith(f"{source}:")]
+        proven = [row for row in mine if row.verified]
+        wrong = sum(row.failure.startswith("not verified") for row in mine)
+        wide = sum(row.coverage > 0.95 for row in proven)
+        seconds = sorted(row.seconds for row in proven)
+        middle = f"{seconds[len(seconds) // 2]:.2f}" if seconds else ""
+        yield f"| {source} | {len(mine)} | {len(proven)} | {wrong} | {wide} | {middle} |"
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def main(name: str, memory: float) -> None:
-    """Survey one model under a memory limit and print the result as JSON."""
-    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * GIB), resource.RLIM_INFINITY))
-    torch.set_num_threads(1)
-    print(MARK + json.dumps(dataclasses.asdict(survey_model(name))))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 8.0)

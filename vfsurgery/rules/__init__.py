@@ -8,5 +8,6 @@ from vfsurgery.rules import movement as movement
 from vfsurgery.rules import norm as norm
 from vfsurgery.rules import pointwise as pointwise
 from vfsurgery.rules import pool as pool
+from vfsurgery.rules import recurrent as recurrent
 from vfsurgery.rules.registry import rule as rule
 from vfsurgery.rules.registry import rule_for as rule_for

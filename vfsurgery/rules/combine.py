@@ -62,10 +62,11 @@ def getitem(op: Op) -> Iterator[Constraint]:
 @rule("setitem")
 def setitem(op: Op) -> Iterator[Constraint]:
     """``x[index] = value``: what indexing would read is what the value is written to; it may broadcast."""
-    if len(op.args) > 2 and isinstance(op.args[2], TensorRef):
-        yield from _index(op.input, op.args[1], op.args[2])
-    elif _plain_slices(op.args[1]):  # a number, the same everywhere in the dims that are written whole
-        index: tuple[Any, ...] = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
+    given, value = op.argument("index", 1), op.argument("value", 2)
+    if isinstance(value, TensorRef):
+        yield from _index(op.input, given, value)
+    elif _plain_slices(given):  # a number, the same everywhere in the dims that are written whole
+        index: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
         if Ellipsis in index:
             place = index.index(Ellipsis)
             index = (*index[:place], *(slice(None),) * (op.input.ndim - len(index) + 1), *index[place + 1 :])
@@ -82,8 +83,8 @@ def _plain_slices(index: Any) -> bool:
 def _index(source: TensorRef, given: Any, result: TensorRef) -> Iterator[Constraint]:
     """Tie what ``source[given]`` passes through to ``result``, whose dims are aligned from the last one backwards."""
     index: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
-    tensors = [item for item in index if isinstance(item, TensorRef | list)]
-    if any(isinstance(item, list) for item in tensors) or len(tensors) > 1:
+    tensors = [item for item in index if isinstance(item, TensorRef)]
+    if any(isinstance(item, list) for item in index) or len(tensors) > 1:
         return
     if any(item is True or item is False for item in index):
         return
@@ -158,6 +159,28 @@ def embedding(op: Op) -> Iterator[Constraint]:
     yield tie(table.axis(1), op.output.axis(-1))
     for axis in indices.axes():
         yield tie(axis, op.output.axis(axis.dim))
+
+
+@rule("one_hot")
+def one_hot(op: Op) -> Iterator[Constraint]:
+    """A number becomes a last dim with a one at its place, which stays put; dims of the numbers pass through."""
+    for axis in op.input.axes():
+        yield tie(axis, op.output.axis(axis.dim))
+
+
+@rule("meshgrid")
+def meshgrid(op: Op) -> Iterator[Constraint]:
+    """Each result repeats one vector along the dims of the others: dim ``i`` runs over vector ``i``.
+
+    Under ``indexing="xy"`` the first two dims are exchanged.
+    """
+    order = list(range(len(op.inputs)))
+    if op.kwargs.get("indexing") == "xy":
+        order[:2] = reversed(order[:2])
+    for result in op.outputs:
+        for dim, place in enumerate(order):
+            if op.inputs[place].ndim:
+                yield tie(op.inputs[place].axis(0), result.axis(dim))
 
 
 @rule("unfold", nn.Unfold)

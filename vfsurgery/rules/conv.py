@@ -6,8 +6,8 @@ input,
 ``y[g, o] = b[g, o] + sum_i W[g, o, i] * x[g, i]``,
 
 so whole groups may be reordered, and channels inside a group alike in all groups. A depthwise convolution is the case
-of one channel a group, where output channels follow input channels. Spatial dims and kernel offsets stay where they
-are.
+of one channel a group, where output channels follow input channels. Kernel offsets stay where they are, and so do
+positions, except along a dim with a kernel of one and a stride of one: there ``y[p]`` is computed from ``x[p]`` alone.
 """
 
 from __future__ import annotations
@@ -50,6 +50,17 @@ def _convolution(op: Op, groups: int, rows: int) -> Iterator[Constraint]:
         yield from _grouped(op, weight, groups, rows)
     if bias is not None:
         yield tie(bias.axis(0), y)
+    yield from _positions(op, weight)
+
+
+def _positions(op: Op, weight: TensorRef) -> Iterator[Constraint]:
+    given = op.argument("stride", 3, 1)
+    kernel = weight.shape[2:]
+    strides = given if isinstance(given, tuple | list) else (given,) * len(kernel)
+    for place, (size, stride) in enumerate(zip(kernel, strides, strict=True)):
+        x, y = op.input.axis(place - len(kernel)), op.output.axis(place - len(kernel))
+        if size == stride == 1 and x.size == y.size:  # hence no padding either
+            yield tie(x, y)
 
 
 def _grouped(op: Op, weight: TensorRef, groups: int, rows: int) -> Iterator[Constraint]:

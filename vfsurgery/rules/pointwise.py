@@ -25,7 +25,8 @@ UNARY = (
     "hardshrink softplus softshrink softsign tanhshrink logsigmoid threshold abs neg exp expm1 log log1p "
     "sqrt rsqrt square reciprocal sin cos erf sign round floor ceil clamp clamp_min clamp_max dropout "
     "dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout nan_to_num logical_not tan atan "
-    "asin acos sinh cosh log2 log10 exp2 erfc positive isnan isinf isfinite invert not bitwise_not bernoulli"
+    "asin acos sinh cosh log2 log10 exp2 erfc positive isnan isinf isfinite invert not bitwise_not bernoulli "
+    "long int short bool bfloat16"
 )
 BINARY = (
     "add sub mul div pow rsub rmul radd maximum minimum where lerp addcmul addcdiv eq ne lt le gt ge "

@@ -188,7 +188,7 @@ class OpReader:
         if not outputs and node.target is getattr:
             return None
         chain = self._chain(node)
-        if chain and self._continues(node):
+        if chain and self._moves_indices(node) and self._continues(node):
             return None
         pick = self._pick(node) if chain and not self._moves_indices(node) else None
         first = chain[0] if chain else node

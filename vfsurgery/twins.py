@@ -1,0 +1,178 @@
+"""What the proof of a large model runs on: the model itself where that is quick, else a smaller twin of it.
+
+Groups are properties of parameters, so a proof on small images is a proof of the same groups, as long as the network
+takes such images. Where it does not (a table of positions fits one size only), the same constructor makes a twin for
+small images, which is traced and grouped in its own right and counts only if its groups are those of the model. A model
+too large to be run gets a twin of fewer layers.
+
+Models are built with random weights that are cheap, since filling large matrices with truncated normal numbers takes
+longer than all the rest, and that are never faint: an error must be seen at the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vfsurgery.architectures import build_model
+from vfsurgery.discovery import discover
+from vfsurgery.errors import SurgeryError
+from vfsurgery.groups import GroupSet
+from vfsurgery.tracing.examples import example_inputs_of
+from vfsurgery.tracing.tracer import trace_module
+
+MOST = 400_000_000
+"""Numbers that a model may hold to be verified itself; a larger one is traced on the meta device."""
+ONE_IMAGE_FROM = 60_000_000
+"""Parameters from which on a proof takes a batch of one."""
+LARGE_INPUT = 500_000
+"""Numbers in one image or video from which on a proof takes a batch of one."""
+SIDES = (96, 128, 64)
+"""Sides of the images tried, the first that the network takes wins."""
+SHRINKS: tuple[dict[str, Any], ...] = (
+    {"depth": 2}, {"depths": (2, 2, 2, 2)}, {"depths": (1, 1, 1, 1)}, {"layers": (1, 1, 1, 1)}, {"depths": (2, 2, 2)},
+)  # fmt: skip
+"""Constructor arguments tried to make a shallow twin."""
+DRAWS = frozenset(["uniform_", "normal_", "trunc_normal_", "erfinv_", "mul_", "div_", "add_", "sub_", "clamp_"])
+"""What initializers do to a matrix that they fill with random numbers."""
+
+
+class TooLargeError(SurgeryError):
+    """A model holds more numbers than may be verified."""
+
+
+class DeferredDraws(TorchFunctionMode):
+    """Skips the random initialization of matrices; :meth:`fill` makes up for it.
+
+    Raises:
+        TooLargeError: more than ``most`` numbers were allocated.
+    """
+
+    def __init__(self, most: float = math.inf) -> None:
+        super().__init__()
+        self.most = most
+        self.allocated = 0
+        self._skipped: dict[int, nn.Parameter] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        target = args[0] if args else None
+        if name in DRAWS and isinstance(target, nn.Parameter) and target.ndim > 1:
+            self._skipped[id(target)] = target
+            return target
+        result = func(*args, **(kwargs or {}))
+        if name in ("zero_", "fill_"):
+            self._skipped.pop(id(target), None)
+        if name == "empty" and isinstance(result, Tensor):
+            self.allocated += result.numel()
+            if self.allocated > self.most:
+                raise TooLargeError(f"the model holds more than {self.most:,} numbers")
+        return result
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Uniform numbers as torch draws them by default: with bounds of ``1 / sqrt(fan in)``."""
+        for parameter in self._skipped.values():
+            fan_in = parameter[0].numel() if parameter.shape[0] > 1 else 4
+            bound = 1 / math.sqrt(fan_in)
+            parameter.uniform_(-bound, bound)
+
+
+def build_quickly(spec: str, *, meta: bool = False, **options: Any) -> nn.Module:
+    """Build a model in eval mode with cheap random weights, or with none on the meta device.
+
+    Raises:
+        TooLargeError: the model holds more than :data:`MOST` numbers, which is refused off the meta device.
+    """
+    torch.manual_seed(0)
+    if meta:
+        with torch.device("meta"):
+            return build_model(spec, **options).eval()
+    mode = DeferredDraws(MOST)
+    with mode:
+        model = build_model(spec, **options)
+    mode.fill()
+    return model.eval()
+
+
+def image_inputs(model: nn.Module, side: int | None = None, batch: int = 2) -> tuple[Tensor, ...]:
+    """The model's example inputs, cut to ``batch`` images and to squares of ``side`` where that is smaller."""
+    inputs = example_inputs_of(model)
+    if side is not None:
+        inputs = tuple(x[..., :side, :side] for x in inputs)
+    return tuple(x[:batch].contiguous() for x in inputs)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a proof runs on: a model, its groups, and inputs; ``name`` says what it is to the model surveyed."""
+
+    name: str
+    model: nn.Module
+    groups: GroupSet
+    inputs: tuple[Tensor, ...]
+
+
+def subjects(spec: str, model: nn.Module, groups: GroupSet) -> Iterator[Subject]:
+    """What proves the groups of a model, cheapest first; nothing if it is too large and has no smaller twin."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        yield from _shallow_twins(spec)
+        return
+    own = image_inputs(model)
+    batch = 1 if groups.parameter_count > ONE_IMAGE_FROM or own[0][0].numel() > LARGE_INPUT else 2
+    sides = _sides_below(own)
+    for side in sides:
+        inputs = image_inputs(model, side, batch)
+        if _runs(model, inputs):
+            yield Subject(f"{side}x{side} images", model, groups, inputs)
+            break
+    else:
+        twins = (_twin(spec, f"img_size={side} twin", [side], batch, img_size=side) for side in sides)
+        yield from (twin for twin in twins if twin is not None and _places(twin.groups) == _places(groups))
+    yield Subject("own size", model, groups, image_inputs(model, batch=batch))
+
+
+def _sides_below(inputs: tuple[Tensor, ...]) -> list[int]:
+    return [side for side in SIDES if side < min(inputs[0].shape[-2:])]
+
+
+def _runs(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception:
+        return False
+    return True
+
+
+def _shallow_twins(spec: str) -> Iterator[Subject]:
+    """The same network with fewer layers, for constructors that know such arguments."""
+    for shrink in SHRINKS:
+        name = ", ".join(f"{key}={value}" for key, value in shrink.items())
+        twin = _twin(spec, f"{name} twin", [*SIDES, None], 1, **shrink)
+        if twin is not None:
+            yield twin
+
+
+def _twin(spec: str, name: str, sides: Sequence[int | None], batch: int, **options: Any) -> Subject | None:
+    """The model with other constructor arguments, on the first images that it takes; ``None`` if there is none."""
+    try:
+        model = build_quickly(spec, **options)
+    except Exception:  # whatever a constructor says to an argument that it does not know
+        return None
+    for side in sides:
+        inputs = image_inputs(model, side, batch)
+        if _runs(model, inputs):
+            return Subject(name, model, discover(trace_module(model, inputs)), inputs)
+    return None
+
+
+def _places(groups: GroupSet) -> set[tuple[str, int, str]]:
+    """Where groups lie, apart from their sizes, which may depend on the size of images."""
+    return {(group.name, member.dim, member.parameter) for group in groups for member in group.members}
