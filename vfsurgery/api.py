@@ -18,9 +18,10 @@ from vfsurgery.merging import ExampleInputs, Merging
 from vfsurgery.passes import NORMALIZATIONS, Pass
 from vfsurgery.passes.producers import is_norm
 from vfsurgery.passes.recalibrate import batch_norm_nodes
-from vfsurgery.recording import record
+from vfsurgery.recording import hidden_norms, record, record_or_export
 from vfsurgery.report import Report
 from vfsurgery.tracing.examples import example_inputs_of
+from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.ops import OpReader
 from vfsurgery.tracing.selection import Leaf
 from vfsurgery.verification import Verification, prove
@@ -71,7 +72,8 @@ def find_groups(
     """Find all sets of weight axes that must be permuted together.
 
     Args:
-        model: As for :func:`trace`; a graph module from :func:`trace` is taken as it is.
+        model: As for :func:`trace`; a graph module from :func:`trace` is taken as it is. What ``trace`` cannot
+            record is analysed through ``torch.export``.
         example_inputs: As for :func:`trace`.
         leaf: As for :func:`trace`. A module kept whole needs a coupling rule for its class, else it is an unknown op.
         pins: What must not move: module paths, names of parameters or buffers, or patterns of either. Of a module, all
@@ -96,7 +98,8 @@ def find_groups(
                 explain("leaf= came too late: the model is traced", remedy="surgery.trace(..., leaf=...)")
             )
         return discover(model, strict=strict, pins=pins)
-    return discover(record(model, example_inputs_of(model, example_inputs), leaf), strict=strict, pins=pins)
+    graph_module = record_or_export(model, example_inputs_of(model, example_inputs), leaf)
+    return discover(graph_module, strict=strict, pins=pins)
 
 
 def verify(
@@ -296,6 +299,16 @@ def _normalizations(choice: Renormalization, graph_module: fx.GraphModule, data:
         choice = _default_normalization(graph_module, data is not None)
     steps: Iterable[str | Pass] = [choice] if isinstance(choice, str) or not isinstance(choice, Sequence) else choice
     passes = tuple(NORMALIZATIONS[step]() if isinstance(step, str) else step for step in steps)
+    hidden = hidden_norms(graph_module)
+    if passes and hidden:
+        raise OptionError(
+            explain(
+                "renormalize= cannot find the BatchNorm layers: it needs an fx trace, and fx cannot record this model",
+                layers=", ".join(hidden[:4]),
+                fx=graph_module.meta[EXPORTED],
+                remedy="pass renormalize=None, or keep the module that fx cannot record as one node with leaf=",
+            )
+        )
     for step in passes:
         if not isinstance(step, Pass):
             accepted = ", ".join(["auto", *NORMALIZATIONS])
@@ -309,6 +322,8 @@ def _normalizations(choice: Renormalization, graph_module: fx.GraphModule, data:
 
 def _default_normalization(graph_module: fx.GraphModule, has_data: bool) -> tuple[str, ...]:
     """What ``"auto"`` stands for; the README's table."""
+    if hidden_norms(graph_module):
+        return ()
     if batch_norm_nodes(graph_module):
         return ("reset",) if has_data else ()
     if any(is_norm(op) for op in OpReader(graph_module)):

@@ -23,11 +23,12 @@ from vfsurgery.groups import GroupSet
 from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline
 from vfsurgery.passes.base import calibration_images
-from vfsurgery.recording import record
+from vfsurgery.recording import hidden_norms, record_or_export
 from vfsurgery.report import Certificate, GroupMatch, Report
 from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode, write_into
 from vfsurgery.stats.collect import Site, Survey, group_sites, image_dtype, survey
 from vfsurgery.tracing.examples import example_inputs_of
+from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.selection import Leaf, listed
 from vfsurgery.verification import certify
 
@@ -70,7 +71,7 @@ class Merging:
         batches = None if data is None else Batches(data, device=device, dtype=dtype)
         inputs = _example(models[0], batches, given)
         try:
-            sources = [Source.of(model, record(model, inputs, leaf)) for model in models]
+            sources = [Source.of(model, record_or_export(model, inputs, leaf)) for model in models]
         except TraceError as error:
             if batches is None or given is not None:
                 raise
@@ -79,7 +80,7 @@ class Merging:
         groups = discover(sources[0].graph_module, pins=pins)
         modes = [module.training for module in models[0].modules()]
         merging = Merging(sources, groups, inputs, batches, seed, progress, modes)
-        merging.notes += _choices(leaf, pins)
+        merging.notes += [*_choices(leaf, pins), *_exported(sources[0])]
         merging.seconds.append(("trace and groups", time.perf_counter() - started))
         return merging
 
@@ -206,6 +207,16 @@ def _choices(leaf: Leaf | Sequence[Leaf], pins: str | Sequence[str]) -> list[str
     """For the report: what the user has kept whole and pinned."""
     notes = [f"kept as one node by the user: {getattr(entry, '__name__', entry)}" for entry in listed(leaf)]
     return [*notes, *(f"pinned by the user: {pattern}" for pattern in listed(pins))]
+
+
+def _exported(source: Source) -> list[str]:
+    """For the report: that ``torch.export`` stood in for ``fx``, why, and what that costs."""
+    reason = source.graph_module.meta.get(EXPORTED)
+    if reason is None:
+        return []
+    hidden = hidden_norms(source.graph_module)
+    notes = [f"recorded through torch.export, since fx cannot: {reason}"]
+    return [*notes, f"not renormalized: BatchNorm layers are hidden in {', '.join(hidden[:4])}"] if hidden else notes
 
 
 def _device(models: Sequence[nn.Module]) -> torch.device:

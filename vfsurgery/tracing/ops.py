@@ -153,6 +153,8 @@ class OpReader:
         """The node's value with tensors as references; picking from a tuple refers to the tuple's own tensor."""
         if node.op == "get_attr":
             tensor = operator.attrgetter(str(node.target))(self.graph_module)
+            if not isinstance(tensor, Tensor):  # a branch of a conditional
+                return None
             name = self.parameter_names.get(id(tensor))
             kind = "constant" if name is None else "parameter"
             return TensorRef(kind, name or str(node.target), tuple(tensor.shape))

@@ -83,7 +83,7 @@ def trace_module(
         ) from error
     finally:
         torch.set_rng_state(rng)
-    graph_module = _over_model(model, skeleton, graph)
+    graph_module = put_over_model(model, skeleton, graph)
     _replace_functional_dropout(graph_module)
     graph_module.meta["guards"] = tuple(tracer.guards)
     graph_module.graph.lint()
@@ -333,14 +333,14 @@ def put_over(model: nn.Module, graph_module: fx.GraphModule) -> fx.GraphModule:
     """The same graph over another model of the same structure, sharing that model's modules and tensors."""
     graph = fx.Graph(tracer_cls=fx.Tracer)
     graph.output(graph.graph_copy(graph_module.graph, val_map={}))
-    copied = _over_model(model, graph_module, graph)
+    copied = put_over_model(model, graph_module, graph)
     for mine, theirs in zip(copied.graph.nodes, graph_module.graph.nodes, strict=True):
         mine.meta = dict(theirs.meta)
     copied.meta = dict(graph_module.meta)
     return copied
 
 
-def _over_model(model: nn.Module, fallback: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def put_over_model(model: nn.Module, fallback: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """Put the graph over the model's own modules, parameters and buffers, and keep those that it does not use.
 
     What only the trace has (tensor constants, dropout modules made from functional dropout) comes from ``fallback``.
