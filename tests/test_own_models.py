@@ -11,9 +11,10 @@ from tiny_nets import Residual, images, lively, same_state
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery.axes import tie_all
+from vfsurgery.axes import Take, tie, tie_all
 from vfsurgery.errors import IncompatibleModelsError, OptionError, TraceError, UnknownOpError
 from vfsurgery.rules import registry
+from vfsurgery.tracing.ops import canonical_key
 
 X = torch.zeros(2, 6)
 
@@ -58,6 +59,43 @@ def rules() -> Iterator[None]:
     yield
     registry._RULES.clear()
     registry._RULES.update(before)
+
+
+@torch.library.custom_op("own_models::relu", mutates_args=())
+def reversed_units(x: Tensor) -> Tensor:
+    """Named like an op that has a rule, but moves units."""
+    return x.flip(-1)
+
+
+@reversed_units.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Reversed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return reversed_units(x)
+
+
+def test_an_operator_of_another_library_is_not_taken_for_torchs():
+    targets = (reversed_units, torch.ops.own_models.relu, torch.ops.own_models.relu.default)
+    assert {canonical_key(target) for target in targets} == {"own_models::relu"}
+    assert {canonical_key(target) for target in (torch.ops.aten.relu_, torch.ops.aten.relu.default)} == {"relu"}
+    with pytest.raises(
+        UnknownOpError, match=r"no coupling rule for own_models::relu(?s:.)*rule\(torch.ops.own_models.relu\)"
+    ):
+        surgery.find_groups(net(Reversed()), X, strict=True)
+
+
+def test_a_rule_for_an_operator_of_another_library(rules):
+    @surgery.rule(reversed_units)
+    def flipped(op):
+        yield from tie_all(op.input, op.output, skip=(1,))
+        yield tie(op.output.axis(1), Take(op.input.axis(1), tuple(reversed(range(op.input.shape[1])))))
+
+    groups = surgery.find_groups(net(Reversed()), X, strict=True)
+    assert sorted(group.size for group in groups) == [5, 8]
+    assert surgery.verify(net(Reversed()), groups, X)
 
 
 def moved(groups: surgery.GroupSet) -> set[str]:

@@ -277,7 +277,9 @@ class Discovery:
 def _unknown_op(op: Op) -> str:
     """What to say of an op without a rule: where it is, and the three ways out."""
     target = f"torch.{op.name}" if isinstance(op.key, str) and hasattr(torch, op.key) else repr(op.name)
-    if not isinstance(op.key, str):
+    if isinstance(op.key, str) and "::" in op.key:
+        target = "torch.ops." + op.key.replace("::", ".")
+    elif not isinstance(op.key, str):
         target = str(getattr(op.key, "__qualname__", op.key))
     return explain(
         f"no coupling rule for {op.name}",

@@ -30,6 +30,7 @@ RESHAPE_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity)
 _SHAPE_QUERIES = "size dim ndimension numel shape dtype device stride is_contiguous is_floating_point itemsize nelement"
 RESHAPES, PERMUTES = frozenset(_RESHAPES.split()), frozenset(_PERMUTES.split())
 SHAPE_QUERIES = frozenset(_SHAPE_QUERIES.split())
+TORCH_NAMESPACES = ("aten", "prims", "_operator")
 ALIASES = {"dim": "axis"}  # torch takes numpy's names too
 
 
@@ -41,8 +42,11 @@ def canonical_key(target: Any) -> Key:
     """
     if isinstance(target, str):
         return _plain(target)
-    if isinstance(target, torch._ops.OpOverload):
-        return _plain(target._schema.name.rpartition("::")[2])
+    target = getattr(target, "_opoverload", target)  # what torch.library.custom_op returns
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        qualified = target.name() if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
+        namespace, _, name = qualified.partition(".")[0].partition("::")
+        return _plain(name) if namespace in TORCH_NAMESPACES else f"{namespace}::{name}"
     module = getattr(target, "__module__", None) or type(target).__module__
     name = getattr(target, "__name__", "")
     if module in ("_operator", "operator"):
