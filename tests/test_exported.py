@@ -166,7 +166,7 @@ class Neither(Picky):
 def test_both_reasons_are_told_where_neither_works():
     message = r"(?s)cannot trace Neither: tensors only.*leaf=.*torch\.export fails too: \S+"
     with pytest.raises(TraceError, match=message):
-        surgery.find_groups(Neither(), images(2))
+        surgery.find_groups(Neither(), images(2), strict=True)
 
 
 def test_with_leaf_there_is_no_fall_back():
@@ -184,7 +184,7 @@ def test_sizes_that_depend_on_values_are_refused():
         export_module(Nonzero(), (images(2),), "a test")
 
 
-def test_the_model_is_left_alone_when_export_fails():
+def test_the_model_is_left_alone_when_export_fails(capfd):
     model = Neither().train()
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     state = torch.get_rng_state()
@@ -193,3 +193,4 @@ def test_the_model_is_left_alone_when_export_fails():
     assert same_state(model.state_dict(), before)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
+    assert capfd.readouterr().err == ""

@@ -11,10 +11,11 @@ from torch import fx, nn
 
 from vfsurgery.batches import Data
 from vfsurgery.discovery import discover
-from vfsurgery.errors import DataError, OptionError, explain
+from vfsurgery.errors import DataError, OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet, Permutation
 from vfsurgery.matching import MATCHERS, Matcher
 from vfsurgery.merging import ExampleInputs, Merging
+from vfsurgery.partial import find_partly
 from vfsurgery.passes import NORMALIZATIONS, Pass
 from vfsurgery.passes.producers import is_norm
 from vfsurgery.passes.recalibrate import batch_norm_nodes
@@ -23,7 +24,7 @@ from vfsurgery.report import Report
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.ops import OpReader
-from vfsurgery.tracing.selection import Leaf
+from vfsurgery.tracing.selection import Leaf, listed
 from vfsurgery.verification import Verification, prove
 
 Matchings: TypeAlias = str | Matcher
@@ -73,7 +74,8 @@ def find_groups(
 
     Args:
         model: As for :func:`trace`; a graph module from :func:`trace` is taken as it is. What ``trace`` cannot
-            record is analysed through ``torch.export``.
+            record is analysed through ``torch.export``, and what that cannot either (detection models) part by part:
+            what crosses the border of a part is pinned, and so are weights outside of all parts.
         example_inputs: As for :func:`trace`.
         leaf: As for :func:`trace`. A module kept whole needs a coupling rule for its class, else it is an unknown op.
         pins: What must not move: module paths, names of parameters or buffers, or patterns of either. Of a module, all
@@ -83,6 +85,7 @@ def find_groups(
 
     Raises:
         UnknownOpError: under ``strict``.
+        TraceError: no part of the model can be recorded; under ``strict``, or with ``leaf``, not all of it.
         OptionError: an entry of ``leaf`` or ``pins`` matches nothing.
 
     >>> import torch
@@ -98,7 +101,13 @@ def find_groups(
                 explain("leaf= came too late: the model is traced", remedy="surgery.trace(..., leaf=...)")
             )
         return discover(model, strict=strict, pins=pins)
-    graph_module = record_or_export(model, example_inputs_of(model, example_inputs), leaf)
+    inputs = example_inputs_of(model, example_inputs)
+    try:
+        graph_module = record_or_export(model, inputs, leaf)
+    except TraceError as error:
+        if strict or listed(leaf):
+            raise
+        return find_partly(model, inputs, error, pins)
     return discover(graph_module, strict=strict, pins=pins)
 
 

@@ -32,6 +32,11 @@ from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.selection import Leaf, listed
 from vfsurgery.verification import certify
 
+MERGE_PARTS = (
+    "  a part that can be recorded can be merged alone: merge(a.PART, b.PART, example_inputs=..., inplace=True)"
+)
+"""What to do about a model of which only parts can be recorded."""
+
 ExampleInputs: TypeAlias = Tensor | Sequence[Tensor]
 
 
@@ -74,8 +79,8 @@ class Merging:
             sources = [Source.of(model, record_or_export(model, inputs, leaf)) for model in models]
         except TraceError as error:
             if batches is None or given is not None:
-                raise
-            raise DataError(f"the model cannot run on images like those in the data\n{error}") from error
+                raise TraceError(f"{error}\n{MERGE_PARTS}") from error
+            raise DataError(f"the model cannot run on images like those in the data\n{error}\n{MERGE_PARTS}") from error
         check_same_graph(sources)
         groups = discover(sources[0].graph_module, pins=pins)
         modes = [module.training for module in models[0].modules()]
