@@ -11,7 +11,8 @@ An axis is one dim of one tensor. A rule relates axes through expressions that m
 
 ``tie(x, y)`` says that ``x`` and ``y`` are the same arrangement of the same units; ``pin(x, reason)`` that ``x`` must
 not move; ``indifferent(x)`` that the op does not care about the order of ``x`` (a sum over it). A dim that a rule
-does not mention is pinned: nothing is guessed.
+does not mention is pinned: nothing is guessed. ``mixes(x)`` adds that what is computed at one index along ``x`` depends
+on the others (a softmax), which matters where units inside each of them have an order of their own.
 """
 
 from __future__ import annotations
@@ -155,7 +156,14 @@ class Indifferent:
     axis: Expression
 
 
-Constraint: TypeAlias = Tie | Pin | Indifferent
+@dataclass(frozen=True, slots=True)
+class Mixes:
+    """Along these axes taken together every index influences every other."""
+
+    axes: tuple[Expression, ...]
+
+
+Constraint: TypeAlias = Tie | Pin | Indifferent | Mixes
 
 
 def tie(left: Expression, right: Expression) -> Tie:
@@ -179,6 +187,14 @@ def indifferent(axis: Expression) -> Indifferent:
     return Indifferent(axis)
 
 
+def mixes(*axes: Expression) -> Mixes:
+    """Say that the op normalizes over these axes, taken together: each index influences all others along them.
+
+    It does not tie or pin them; it forbids that an axis beside them is ordered differently for each of their indices.
+    """
+    return Mixes(axes)
+
+
 def tie_all(left: TensorRef, right: TensorRef, *, skip: tuple[int, ...] = ()) -> Iterator[Tie]:
     """Tie the dims of two tensors pairwise from the last one backwards, as broadcasting pairs them.
 
@@ -196,7 +212,7 @@ def mentioned(constraint: Constraint) -> Iterator[AxisRef | Fresh]:
     if isinstance(constraint, Tie):
         yield from references(constraint.left)
         yield from references(constraint.right)
-    else:
+    elif not isinstance(constraint, Mixes):  # which says nothing about the order
         yield from references(constraint.axis)
 
 

@@ -5,15 +5,17 @@
 2. :class:`~vfsurgery.layouts.Layouts` solves them: each axis becomes a concatenation of products of atoms.
 3. The *coupling graph* (networkx) has a node for each atom on each axis and an edge for each tie, labelled with its op.
    Its connected components that reach no pin and hold parameters are the permutation groups.
+4. :mod:`vfsurgery.nesting` says which of them lie inside the units of others.
 
 Dims that hold no units, such as a kernel's height and width, are not listed among the pinned axes.
 """
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
@@ -29,16 +31,19 @@ from vfsurgery.axes import (
     Fixed,
     Fresh,
     Indifferent,
+    Mixes,
     Pin,
     Product,
     Take,
     TensorRef,
     Tie,
     mentioned,
+    references,
 )
 from vfsurgery.errors import SurgeryError, UnknownOpError, explain
 from vfsurgery.groups import GroupSet, Member, PermutationGroup, PinnedAxis
 from vfsurgery.layouts import Atom, Layout, Layouts, Run, concat, product
+from vfsurgery.nesting import Nesting, Outer
 from vfsurgery.rules import rule_for
 from vfsurgery.tracing.ops import Op, OpReader
 from vfsurgery.tracing.selection import NO_PINS, Pinned, chosen_pins
@@ -90,6 +95,7 @@ class Discovery:
     def __post_init__(self) -> None:
         self._axes: dict[AxisRef | LocalAxis, Layout] = {}
         self._ties: list[tuple[str, tuple[AxisRef | LocalAxis, ...]]] = []
+        self._mixes: list[tuple[str, tuple[AxisRef | LocalAxis, ...]]] = []
         reader = OpReader(self.graph_module)
         for op in reader:
             self._apply(op)
@@ -150,8 +156,10 @@ class Discovery:
     def _constrain(self, constraint: Constraint, op: str) -> None:
         if isinstance(constraint, Tie):
             self.layouts.unify(self._layout(constraint.left, op), self._layout(constraint.right, op))
-            refs = dict.fromkeys(mentioned(constraint))
-            self._ties.append((op, tuple(ref if isinstance(ref, AxisRef) else LocalAxis(op, ref) for ref in refs)))
+            self._ties.append((op, _located(mentioned(constraint), op)))
+        elif isinstance(constraint, Mixes):
+            axes = _located((ref for axis in constraint.axes for ref in references(axis)), op)
+            self._mixes.append((op, tuple(axis for axis in axes if self._axis(axis))))
         elif isinstance(constraint, Pin):
             self.layouts.pin(self._layout(constraint.axis, op), constraint.reason)
         else:
@@ -218,35 +226,52 @@ class Discovery:
     def group_set(self) -> GroupSet:
         """The components of the coupling graph that hold parameters and reach no pin."""
         graph = self.coupling_graph()
-        order = {name: number for number, name in enumerate(self.graph_module.state_dict())}
-
-        def place(member: Member) -> tuple[object, ...]:
-            return (order[member.parameter], member.dim, member.start, member.indices)
-
-        nodes = {node.name: number for number, node in enumerate(self.graph_module.graph.nodes)}
-        found: list[tuple[tuple[Member, ...], tuple[Member, ...]]] = []
+        nesting = Nesting(self._axes, self._ties, self._mixes)
+        components: dict[int, list[AxisRef]] = {}
         for component in nx.connected_components(graph):
-            if any(graph.nodes[node]["pin"] is not None for node in component):
-                continue
-            members = [member for axis, serial in component for member in self._members(axis, serial, "parameter")]
-            if members:
-                values = [member for axis, serial in component for member in self._members(axis, serial, "node")]
-                values.sort(key=lambda member: (nodes[member.parameter], member.dim, member.start))
-                found.append((tuple(sorted(members, key=place)), tuple(values)))
-        found.sort(key=lambda entry: place(entry[0][0]))
+            axes = [axis for axis, _ in component if isinstance(axis, AxisRef) and axis.tensor.item < 0]
+            free = all(graph.nodes[node]["pin"] is None for node in component)
+            if free and any(axis.tensor.kind == "parameter" for axis in axes):
+                components[next(iter(component))[1]] = axes
+        outers = nesting.find({serial: self._size(axes[0], serial) for serial, axes in components.items()})
+        found = [self._group(serial, axes, outers.get(serial), nesting) for serial, axes in components.items()]
+        order = {name: number for number, name in enumerate(self.graph_module.state_dict())}
+        found.sort(key=lambda group: _place(group[1].members[0], order))
+        names = {serial: f"g{number}" for number, (serial, _) in enumerate(found)}
         groups = tuple(
-            PermutationGroup(f"g{i}", members[0].size, members, values) for i, (members, values) in enumerate(found)
+            replace(group, name=names[serial], outer=names[outers[serial].serial] if serial in outers else "")
+            for serial, group in found
         )
         return GroupSet(groups, tuple(self._pinned()), tuple(self.unknown_ops), *self._coverage(groups))
 
-    def _members(self, axis: AxisRef | LocalAxis, serial: int, kind: str) -> Iterator[Member]:
-        """The places of an atom on an axis of a parameter, or of a node whose value is one tensor."""
-        if isinstance(axis, LocalAxis) or axis.tensor.kind != kind or axis.tensor.item >= 0:
-            return
+    def _size(self, axis: AxisRef, serial: int) -> int:
+        return next(atom.size for atom in self._atoms(axis) if atom.serial == serial)
+
+    def _group(
+        self, serial: int, axes: list[AxisRef], outer: Outer | None, nesting: Nesting
+    ) -> tuple[int, PermutationGroup]:
+        """The group of one atom, yet without its name and that of its outer group."""
+        members = [member for axis in axes for member in self._members(axis, serial, outer, nesting)]
+        order = {name: number for number, name in enumerate(self.graph_module.state_dict())}
+        nodes = {node.name: number for number, node in enumerate(self.graph_module.graph.nodes)}
+        kinds = {axis.tensor.name: axis.tensor.kind for axis in axes}
+        own = sorted((m for m in members if kinds[m.parameter] == "parameter"), key=lambda m: _place(m, order))
+        values = sorted((m for m in members if kinds[m.parameter] == "node"), key=lambda m: _place(m, nodes))
+        size = own[0].size
+        blocks = self._size(next(iter(nesting.axes_of(outer.serial))), outer.serial) if outer and outer.separate else 1
+        return serial, PermutationGroup("", size, tuple(own), tuple(values), blocks=blocks)
+
+    def _members(self, axis: AxisRef, serial: int, outer: Outer | None, nesting: Nesting) -> Iterator[Member]:
+        """The places of an atom on an axis of a parameter or node."""
         for run in self._axes[axis]:
-            for place, atom in enumerate(run.atoms):
-                if atom.serial == serial:
-                    yield _member(axis, run, place)
+            serials = [atom.serial for atom in run.atoms]
+            for place in (place for place, found in enumerate(serials) if found == serial):
+                if outer is None or outer.serial in serials:
+                    yield _member(axis, run, place, serials.index(outer.serial) if outer else None)
+                    continue
+                block_axis = nesting.block_axis(axis, outer.serial) if outer.separate else None
+                member = _member(axis, run, place, None)
+                yield member if block_axis is None else replace(member, block_dim=block_axis.dim)
 
     def _pinned(self) -> Iterator[PinnedAxis]:
         tensors = (axis.tensor for axis in self._axes if isinstance(axis, AxisRef))
@@ -290,12 +315,28 @@ def _unknown_op(op: Op) -> str:
     )
 
 
-def _member(axis: AxisRef, run: Run, place: int) -> Member:
-    """Where the units of one factor of a run lie on the axis; listed index by index if the run is irregular."""
+def _located(refs: Iterable[AxisRef | Fresh], op: str) -> tuple[AxisRef | LocalAxis, ...]:
+    """References as they are known beyond the op that makes them, each once."""
+    return tuple(ref if isinstance(ref, AxisRef) else LocalAxis(op, ref) for ref in dict.fromkeys(refs))
+
+
+def _place(member: Member, order: Mapping[str, int]) -> tuple[object, ...]:
+    return (order[member.parameter], member.dim, member.start, member.indices)
+
+
+def _member(axis: AxisRef, run: Run, place: int, outer: int | None) -> Member:
+    """Where the units of factor ``place`` of a run lie on the axis, inside those of factor ``outer`` if there is one.
+
+    Listed index by index where the run is irregular, or where the outer factor is the faster one.
+    """
     grid = run.grid
-    start, size = int(run.at[0]), grid[place]
-    outer, inner = int(np.prod(grid[:place], dtype=int)), int(np.prod(grid[place + 1 :], dtype=int))
-    if np.array_equal(run.at, np.arange(start, start + len(run.at))):
-        return Member(axis.tensor.name, axis.dim, size, start, inner, outer)
-    by_unit = np.moveaxis(run.at.reshape(grid), place, 0).reshape(-1)
-    return Member(axis.tensor.name, axis.dim, size, start, inner, outer, tuple(by_unit.tolist()))
+    first = place if outer is None else outer
+    size, blocks = grid[place], 1 if outer is None else grid[outer]
+    before, between = math.prod(grid[:first]), 1 if outer is None else math.prod(grid[first + 1 : place])
+    name, start, inner = axis.tensor.name, int(run.at[0]), math.prod(grid[place + 1 :])
+    regular = np.array_equal(run.at, np.arange(start, start + len(run.at)))
+    if regular and (outer is None or outer < place):
+        return Member(name, axis.dim, size, start, inner, before, (), blocks, between)
+    factors = [place] if outer is None else [outer, place]
+    by_unit = np.moveaxis(run.at.reshape(grid), factors, range(len(factors))).reshape(-1)
+    return Member(name, axis.dim, size, start, indices=tuple(by_unit.tolist()), blocks=blocks)

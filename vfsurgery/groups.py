@@ -4,6 +4,11 @@ A *unit* is one index along a permutable axis. A :class:`Member` says where the 
 parameter or buffer; a :class:`PermutationGroup` collects all members whose units must be reordered alike; a
 :class:`GroupSet` is what :func:`vfsurgery.find_groups` returns. A :class:`Permutation` reorders one group's units.
 All of them are frozen, hashable, sorted and printable; none of them knows a model.
+
+Groups can be *nested*: each unit of an outer group (an attention head, a group of channels) is a block of units of inner
+groups (the dims inside the head). Where the function allows it every block has an order of its own: an inner order then
+lists ``blocks x size`` units and leaves each within its block. Otherwise one order of ``size`` units serves all blocks.
+The outer order moves whole blocks and is applied first: ``new[h, i] = old[outer[h], inner_h[i]]``.
 """
 
 from __future__ import annotations
@@ -26,11 +31,16 @@ class Member:
 
     Unit ``u`` of ``size`` owns the indices ``start + o * size * inner + u * inner + i`` for every ``o < outer`` and
     ``i < inner``: ``inner`` consecutive indices move as one block (a flattened map), and the whole run of units is
-    repeated ``outer`` times (the channels inside each group of a grouped convolution). An irregular layout, as channel
-    shuffles leave behind, lists every index in ``indices`` instead, unit by unit.
+    repeated ``outer`` times. An irregular layout, as channel shuffles leave behind, lists every index in ``indices``
+    instead, unit by unit.
+
+    Units of a nested group lie ``blocks`` times on the axis, once in each unit of the outer group, with ``between``
+    repetitions inside a block; or, with ``block_dim``, the blocks lie along another dim of the same parameter.
 
     >>> Member("fc.weight", 1, size=2, inner=3).positions().tolist()
     [[0, 1, 2], [3, 4, 5]]
+    >>> Member("qkv.weight", 0, size=2, blocks=2).positions().tolist()
+    [[0], [1], [2], [3]]
     """
 
     parameter: str
@@ -40,51 +50,90 @@ class Member:
     inner: int = 1
     outer: int = 1
     indices: tuple[int, ...] = ()
+    blocks: int = 1
+    between: int = 1
+    block_dim: int = -1
 
     def positions(self) -> np.ndarray:
-        """Indices along ``dim``, one row per unit: int64, shape ``(size, places per unit)``."""
+        """Indices along ``dim``, one row per unit, block by block: int64, ``(blocks * size, places per unit)``."""
         if self.indices:
-            return np.asarray(self.indices, dtype=np.int64).reshape(self.size, -1)
-        unit = np.arange(self.size)[:, None, None] * self.inner
-        outer = np.arange(self.outer)[None, :, None] * (self.size * self.inner)
-        inner = np.arange(self.inner)[None, None, :]
-        return (self.start + unit + outer + inner).reshape(self.size, -1)
+            return np.asarray(self.indices, dtype=np.int64).reshape(self.blocks * self.size, -1)
+        grid = (self.outer, self.blocks, self.between, self.size, self.inner)
+        by_unit = np.arange(self.start, self.end).reshape(grid).transpose(1, 3, 0, 2, 4)
+        return by_unit.reshape(self.blocks * self.size, -1)
 
     @property
     def end(self) -> int:
         """One past the last index of a regular layout."""
-        return self.start + self.outer * self.size * self.inner
+        return self.start + self.outer * self.blocks * self.between * self.size * self.inner
+
+    def order(self, permutation: Permutation) -> np.ndarray:
+        """The order of this member's rows of :meth:`positions`: one that serves all blocks is repeated in each."""
+        order = np.asarray(permutation.order)
+        if self.blocks == 1 or len(order) != self.size:
+            return order
+        return (np.arange(self.blocks)[:, None] * self.size + order).reshape(-1)
 
     def __str__(self) -> str:
         place = f"{self.parameter}[{self.dim}]"
+        if self.block_dim >= 0:
+            place += f" along [{self.block_dim}]"
         if self.indices:
             shown = ",".join(map(str, self.indices[:6])) + ("…" if len(self.indices) > 6 else "")
             return f"{place} at {shown}"
-        shape = f"{self.outer}x" * (self.outer > 1) + str(self.size) + f"x{self.inner}" * (self.inner > 1)
+        factors = [factor for factor in (self.outer, self.blocks, self.between) if factor > 1]
+        shape = "x".join(map(str, [*factors, self.size, *[self.inner] * (self.inner > 1)]))
         return f"{place} from {self.start}: {shape}" if (self.start or shape != str(self.size)) else place
 
 
 @dataclass(frozen=True, order=True)
 class PermutationGroup:
-    """All axes that must move together: reordering the ``size`` units in every member leaves the function unchanged.
+    """All axes that must move together: reordering the units in every member leaves the function unchanged.
 
     ``name`` is ``g0``, ``g1``, … in the order of the model's parameters; ``label`` is the first parameter that
     produces the units, for people. ``activations`` are the places of the units in the values of graph nodes, by node
     name and in graph order; statistics are read there.
+
+    A nested group names its ``outer`` group. ``blocks`` is the number of units of that group if each may order the
+    ``size`` units inside it by itself, and 1 if one order serves all.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
     activations: tuple[Member, ...] = field(default=(), compare=False, repr=False)
+    outer: str = ""
+    blocks: int = 1
+
+    @property
+    def units(self) -> int:
+        """Length of an order: the units of all blocks."""
+        return self.blocks * self.size
 
     @property
     def label(self) -> str:
         """The module that first produces these units, as in ``layer1.0.conv1``."""
         return self.members[0].parameter.rpartition(".")[0] or self.members[0].parameter
 
+    def accepts(self, order: Permutation) -> bool:
+        """Whether an order has the right length and leaves every unit within its block."""
+        if order.size != self.units:
+            return False
+        return self.blocks == 1 or all(new // self.size == old // self.size for new, old in enumerate(order.order))
+
+    def identity(self) -> Permutation:
+        """The order that changes nothing."""
+        return Permutation.identity(self.units)
+
+    def random(self, generator: torch.Generator) -> Permutation:
+        """A uniformly random order, each block's drawn by itself from ``generator`` alone."""
+        drawn = (Permutation.random(self.size, generator).order for _ in range(self.blocks))
+        return Permutation(tuple(block * self.size + unit for block, order in enumerate(drawn) for unit in order))
+
     def __str__(self) -> str:
-        return f"{self.name} ({self.label}, {self.size} units)"
+        size = f"{self.blocks} x {self.size}" if self.blocks > 1 else str(self.size)
+        inside = f" in {self.outer}" if self.outer else ""
+        return f"{self.name} ({self.label}, {size} units{inside})"
 
 
 @dataclass(frozen=True, order=True)
@@ -135,6 +184,15 @@ class GroupSet:
                 found.setdefault(member.parameter, []).append((group, member))
         return {name: tuple(entries) for name, entries in found.items()}
 
+    def blocks_of(self, name: str, member: Member, group: PermutationGroup) -> np.ndarray:
+        """Where the blocks of a nested group lie along ``member.block_dim`` of an entry: ``(blocks, places)``."""
+        outer = [
+            other.positions()
+            for owner, other in self.by_parameter[name]
+            if owner.name == group.outer and other.dim == member.block_dim
+        ]
+        return np.concatenate(outer, axis=1)
+
     @property
     def coverage(self) -> float:
         """Share of the model's parameters (not buffers) that lie in some group, 0 to 1."""
@@ -142,7 +200,7 @@ class GroupSet:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.groups)} permutation groups, {sum(g.size for g in self.groups)} units; "
+            f"{len(self.groups)} permutation groups, {sum(g.units for g in self.groups)} units; "
             f"{self.coverage:.1%} of {self.parameter_count:,} parameters lie in a group"
         ]
         for group in self.groups:
@@ -217,23 +275,27 @@ def random_permutations(groups: GroupSet, generator: torch.Generator) -> dict[st
     >>> random_permutations(GroupSet(()), torch.Generator().manual_seed(0))
     {}
     """
-    return {group.name: Permutation.random(group.size, generator) for group in groups}
+    return {group.name: group.random(generator) for group in groups}
 
 
-def gather_index(entries: tuple[tuple[PermutationGroup, Member], ...], dim: int, size: int, orders: Permutations):
+Entries = tuple[tuple[PermutationGroup, Member], ...]
+
+
+def gather_index(entries: Entries, dim: int, size: int, orders: Permutations) -> np.ndarray | None:
     """Positions to gather along ``dim`` (of length ``size``) so that all given orders are applied; ``None`` for none.
 
     Groups that share an axis (the product ``groups x channels`` of a grouped convolution) act on different
-    coordinates of it, so their orders commute and can be composed one after the other.
+    coordinates of it, so their orders commute; only a nested one waits until the outer one has moved its blocks.
+    Members whose blocks lie along another dim are left to :func:`permute_tensor`.
     """
     index: np.ndarray | None = None
-    for group, member in entries:
+    for group, member in sorted(entries, key=lambda entry: entry[0].outer != ""):
         order = orders.get(group.name)
-        if member.dim != dim or order is None or order.is_identity:
+        if member.dim != dim or member.block_dim >= 0 or order is None or order.is_identity:
             continue
         places = member.positions()
         step = np.arange(size)
-        step[places] = places[np.asarray(order.order)]
+        step[places] = places[member.order(order)]
         index = step if index is None else index[step]
     return index
 
@@ -252,4 +314,21 @@ def permute_tensor(name: str, tensor: Tensor, groups: GroupSet, orders: Permutat
         index = gather_index(entries, dim, tensor.shape[dim], orders)
         if index is not None:
             tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
+    for group, member in entries:
+        order = orders.get(group.name)
+        if member.block_dim >= 0 and order is not None and not order.is_identity:
+            tensor = _permute_blocks(tensor, member, order, groups.blocks_of(name, member, group))
     return tensor
+
+
+def _permute_blocks(tensor: Tensor, member: Member, order: Permutation, blocks: np.ndarray) -> Tensor:
+    """Reorder units along ``member.dim`` by another order for each block of indices along ``member.block_dim``."""
+    places = member.positions()
+    index = np.tile(np.arange(tensor.shape[member.dim]), (tensor.shape[member.block_dim], 1))
+    for block, rows in enumerate(blocks):
+        own = np.asarray(order.order[block * member.size : (block + 1) * member.size]) - block * member.size
+        index[np.ix_(rows, places.reshape(-1))] = places[own].reshape(-1)
+    shape = [1] * tensor.ndim
+    shape[member.block_dim], shape[member.dim] = index.shape
+    gather = torch.from_numpy(index if member.block_dim < member.dim else index.T.copy()).reshape(shape)
+    return torch.take_along_dim(tensor, gather.to(tensor.device), member.dim)

@@ -194,9 +194,11 @@ def _combined(model: nn.Module, parts: dict[str, GroupSet], reason: str, pinned:
     axes: list[PinnedAxis] = []
     unknown: list[str] = []
     for part, found in parts.items():
+        numbers = {group.name: f"g{len(groups) + place}" for place, group in enumerate(found)} | {"": ""}
         for group in found:
             members = tuple(replace(member, parameter=name[f"{part}.{member.parameter}"]) for member in group.members)
-            groups.append(PermutationGroup(f"g{len(groups)}", group.size, members))
+            renamed = {"name": numbers[group.name], "outer": numbers[group.outer]}
+            groups.append(replace(group, members=members, activations=(), **renamed))
         borders = {INPUT: f"input of {part}", OUTPUT: f"output of {part}"}
         for pin in found.pinned:
             why = borders.get(pin.reason, pin.reason)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +171,7 @@ def prove(
     keep_signals_alive(model, inputs, generator)
     state = canonical_state(model)
     expected = outputs_of(model, state, inputs)
-    orders = {name: _moving(order) for name, order in random_permutations(groups, generator).items()}
+    orders = {name: _moving(groups[name], order) for name, order in random_permutations(groups, generator).items()}
 
     def error(chosen: Mapping[str, Permutation], groups: GroupSet = groups) -> float:
         permuted = {name: permute_tensor(name, tensor, groups, chosen) for name, tensor in state.items()}
@@ -206,15 +206,18 @@ def _has_influence(
     return relative_error(outputs_of(model, {**state, member.parameter: changed}, inputs), expected) > 0
 
 
-def _moving(order: Permutation) -> Permutation:
-    """The order itself, or a rotation where chance has drawn the one that moves nothing."""
-    return Permutation((*range(1, order.size), 0)) if order.is_identity else order
+def _moving(group: PermutationGroup, order: Permutation) -> Permutation:
+    """The order itself, or a rotation of each block where chance has drawn the one that moves nothing."""
+    if not order.is_identity:
+        return order
+    size = group.size
+    return Permutation(tuple(unit + 1 if (unit + 1) % size else unit + 1 - size for unit in range(group.units)))
 
 
 def _without_producer(groups: GroupSet, broken: PermutationGroup) -> GroupSet:
     """The same groups, but one of them leaves the parameter that produces its units where it is."""
     members = tuple(member for member in broken.members if member.parameter != broken.members[0].parameter)
-    changed = PermutationGroup(broken.name, broken.size, members)
+    changed = replace(broken, members=members)
     return GroupSet(tuple(changed if group == broken else group for group in groups))
 
 
@@ -222,11 +225,12 @@ def _without_producer(groups: GroupSet, broken: PermutationGroup) -> GroupSet:
 def randomize(model: nn.Module, generator: torch.Generator) -> None:
     """Give vectors (norm parameters, biases, buffers) and constant matrices values that every permutation changes.
 
-    What is positive (scales, variances) comes to lie in [0.5, 1.5], the rest in [-0.5, 0.5]; other matrices keep their
-    values.
+    What is positive (scales, variances) comes to lie in [0.5, 1.5], the rest in [-0.5, 0.5]. Other matrices keep their
+    values but for a factor: the small ones of transformers, whose attention would hardly depend on queries and keys,
+    come to preserve the size of what they are applied to.
     """
     for tensor in canonical_state(model).values():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or not tensor.numel():
             continue
         noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
         if tensor.ndim <= 1:
@@ -234,6 +238,9 @@ def randomize(model: nn.Module, generator: torch.Generator) -> None:
             tensor.copy_(0.5 + noise if positive else noise - 0.5)
         elif bool((tensor == tensor.flatten()[0]).all()):
             tensor.copy_(noise - 0.5)
+        else:
+            fan_in = tensor.numel() / tensor.shape[0]
+            tensor.mul_((fan_in**-0.5 / tensor.std()).clamp_min(1.0))
 
 
 @torch.no_grad()

@@ -3,6 +3,9 @@
 A chain such as ``view -> transpose -> view`` is followed on *factors*: each input dim starts as one factor, a reshape
 cuts factors where the new dims need it, a permute reorders dims. In the end each input and output dim is a product of
 the same elementary factors. A dim whose factors come back in another order (a channel shuffle) is a fixed reordering.
+
+Where single indices are picked from a dim in the end (``q, k, v = qkv.view(B, N, 3, heads, d).unbind(2)``), what lies
+inside that factor belongs to one index alone: the input axis is ``heads_q x d_q + heads_k x d_k + heads_v x d_v``.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
-from vfsurgery.axes import AxisRef, Constraint, Expression, Fresh, Product, Take, pin, tie
+from vfsurgery.axes import AxisRef, Concat, Constraint, Expression, Fixed, Fresh, Product, Take, pin, tie
 from vfsurgery.rules.registry import rule
-from vfsurgery.tracing.ops import PERMUTES, RESHAPES, Op, Step
+from vfsurgery.tracing.ops import PERMUTES, PICK, RESHAPES, Op, Step
 
 
 @dataclass(eq=False, slots=True)
@@ -34,29 +37,60 @@ class Factor:
             yield from part.leaves()
 
 
-@rule(nn.Flatten, nn.Unflatten, nn.Identity, *RESHAPES, *PERMUTES)
+@rule(nn.Flatten, nn.Unflatten, nn.Identity, *RESHAPES, *PERMUTES, PICK)
 def movement(op: Op) -> Iterator[Constraint]:
     """Tie input and output dims through the elementary factors of the chain; pin them if a reshape fits none."""
     start = [Factor(size) for size in op.input.shape]
     end = _follow([[factor] for factor in start], op.steps)
     if end is None:
-        for axis in (*op.input.axes(), *op.output.axes()):
+        for axis in (*op.input.axes(), *(axis for tensor in op.outputs for axis in tensor.axes())):
             yield pin(axis, f"{op.name} cuts across units")
         return
     sources = [_leaves([factor]) for factor in start]
     targets = [_leaves(factors) for factors in end]
-    numbers = {leaf: number for number, leaf in enumerate(leaf for leaves in sources for leaf in leaves)}
-    reordered: set[int] = set()
-    for dim, leaves in enumerate(targets):
-        source = next((i for i, other in enumerate(sources) if leaves and set(other) == set(leaves)), None)
-        if source is None:
-            yield tie(op.output.axis(dim), _product(leaves, numbers))
-        else:
-            reordered.add(source)
-            yield tie(op.output.axis(dim), _reordered(op.input.axis(source), sources[source], leaves))
+    names = _Names(sources, targets.pop(op.pick.dim) if op.pick else [])
+    whole: set[int] = set()
+    for piece, output in enumerate(op.outputs):
+        index = op.pick.indices[piece] if op.pick else 0
+        for dim, leaves in enumerate(targets):
+            source = next((i for i, other in enumerate(sources) if leaves and set(other) == set(leaves)), None)
+            if source is None:
+                yield tie(output.axis(dim), names.product(leaves, index))
+            else:
+                whole.add(source)
+                yield tie(output.axis(dim), _reordered(op.input.axis(source), sources[source], leaves))
     for dim, leaves in enumerate(sources):
-        if dim not in reordered:
-            yield tie(op.input.axis(dim), _product(leaves, numbers))
+        if dim not in whole and set(leaves) - set(names.picked):
+            yield tie(op.input.axis(dim), names.source(leaves))
+
+
+class _Names:
+    """Names the elementary factors of a chain; those inside the factor that is picked from have one name per index."""
+
+    def __init__(self, sources: list[list[Factor]], picked: list[Factor]) -> None:
+        self.picked = picked
+        self._numbers = {leaf: number for number, leaf in enumerate(leaf for leaves in sources for leaf in leaves)}
+        self._inside: set[Factor] = set()
+        for leaves in sources:
+            if len(picked) == 1 and picked[0] in leaves:
+                self._inside = set(leaves[leaves.index(picked[0]) + 1 :])
+
+    def product(self, leaves: list[Factor], index: int) -> Expression:
+        """The product of factors as it is at one index of the factor that is picked from."""
+        return Product(tuple(self._name(leaf, index) for leaf in leaves))
+
+    def source(self, leaves: list[Factor]) -> Expression:
+        """An input axis: the factors before the one that is picked from, times what lies at each of its indices."""
+        place = next((place for place, leaf in enumerate(leaves) if leaf in self.picked), None)
+        if place is None or not self._inside:
+            return self.product(leaves, 0)
+        parts = tuple(self.product(leaves[place + 1 :], index) for index in range(leaves[place].size))
+        return Product((*(self._name(leaf, 0) for leaf in leaves[:place]), Concat(parts)))
+
+    def _name(self, leaf: Factor, index: int) -> Expression:
+        if leaf in self.picked:
+            return Fixed(leaf.size, "single positions are picked")
+        return Fresh(f"factor {self._numbers[leaf]}" + f" at {index}" * (leaf in self._inside), leaf.size)
 
 
 def _follow(dims: list[list[Factor]], steps: tuple[Step, ...]) -> list[list[Factor]] | None:
@@ -97,10 +131,6 @@ def _regroup(factors: list[Factor], shape: tuple[int, ...]) -> list[list[Factor]
 
 def _leaves(factors: list[Factor]) -> list[Factor]:
     return [leaf for factor in factors for leaf in factor.leaves() if leaf.size > 1]
-
-
-def _product(leaves: list[Factor], numbers: dict[Factor, int]) -> Expression:
-    return Product(tuple(Fresh(f"factor {numbers[leaf]}", leaf.size) for leaf in leaves))
 
 
 def _reordered(axis: AxisRef, source: list[Factor], target: list[Factor]) -> Expression:

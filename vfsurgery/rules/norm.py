@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from vfsurgery.axes import Constraint, Fresh, Product, tie, tie_all
+from vfsurgery.axes import Constraint, Fresh, Product, mixes, tie, tie_all
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 
@@ -23,6 +23,7 @@ def channel_norm(op: Op) -> Iterator[Constraint]:
     for parameter in op.parameters.values():
         if parameter.ndim == 1:
             yield tie(parameter.axis(0), op.input.axis(1))
+    yield mixes(op.input.axis(0), *op.input.axes()[2:])
 
 
 @rule("batch_norm", "instance_norm")
@@ -32,12 +33,14 @@ def functional_channel_norm(op: Op) -> Iterator[Constraint]:
     yield from tie_all(x, op.output)
     for parameter in op.inputs[1:]:
         yield tie(parameter.axis(0), x.axis(1))
+    yield mixes(x.axis(0), *x.axes()[2:])
 
 
 @rule(nn.LayerNorm, nn.RMSNorm, "layer_norm", "rms_norm")
 def layer_norm(op: Op) -> Iterator[Constraint]:
     """Mean and variance over the last dims do not depend on their order; scale and shift follow them."""
     yield from tie_all(op.input, op.output)
+    yield mixes(*op.input.axes()[-len(op.argument("normalized_shape", 1)) :])
     for name, position in (("weight", 2), ("bias", 3)):
         parameter = op.param(name, position)
         if parameter is not None:
@@ -49,8 +52,10 @@ def group_norm(op: Op) -> Iterator[Constraint]:
     """Whole groups may change places, and channels inside the groups alike in all of them."""
     groups = op.argument("num_groups", 1)
     channels = op.input.axis(1)
+    inside = Fresh("channel", channels.size // groups)
     yield from tie_all(op.input, op.output)
-    yield tie(channels, Product((Fresh("group", groups), Fresh("channel", channels.size // groups))))
+    yield tie(channels, Product((Fresh("group", groups), inside)))
+    yield mixes(inside, *op.input.axes()[2:])
     for name, position in (("weight", 2), ("bias", 3)):
         parameter = op.param(name, position)
         if parameter is not None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from vfsurgery.axes import Constraint, Fixed, Product, tie, tie_all
+from vfsurgery.axes import Constraint, Fixed, Product, mixes, tie, tie_all
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 
@@ -63,6 +63,12 @@ def _extremum(op: Op) -> Iterator[Constraint]:
 def equivariant(op: Op) -> Iterator[Constraint]:
     """Softmax and vector normalization divide by a sum over one dim: reordering that dim reorders the result."""
     yield from tie_all(op.input, op.output)
+    place, default = (2, 1) if op.key == "normalize" else (1, None)
+    dim = op.argument("dim", place, default)
+    if dim is None:  # it depends on the number of dims which one that is: any of them
+        yield from map(mixes, op.input.axes())
+    else:
+        yield mixes(*(op.input.axis(own) for own in (dim if isinstance(dim, tuple | list) else (dim,))))
 
 
 @rule(nn.PReLU, "prelu")

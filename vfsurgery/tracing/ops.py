@@ -2,7 +2,8 @@
 
 ``torch.relu``, ``x.relu_()``, ``F.relu`` and ``aten.relu`` share the key ``"relu"``; a module is known by its class.
 Purely index-moving nodes (reshape, permute, …) that follow each other are shown to rules as one op, since only together
-do they tell what happens: ``view, transpose, view`` is a channel shuffle.
+do they tell what happens: ``view, transpose, view`` is a channel shuffle. Picks of single indices at the end of such a
+chain belong to it too: ``view, permute, unbind`` takes packed queries, keys and values apart.
 """
 
 from __future__ import annotations
@@ -71,6 +72,18 @@ class Step:
     order: tuple[int, ...] | None = None
 
 
+PICK = "pick"
+"""Key of a chain of index movements that ends in picks."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Single indices picked from dim ``dim``: the op's output ``i`` is index ``indices[i]``, without that dim."""
+
+    dim: int
+    indices: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Op:
     """One operation of a traced model, as coupling rules see it.
@@ -88,6 +101,7 @@ class Op:
     path: str = ""
     parameters: dict[str, TensorRef] = field(default_factory=dict[str, TensorRef])
     steps: tuple[Step, ...] = ()
+    pick: Pick | None = None
 
     @property
     def inputs(self) -> tuple[TensorRef, ...]:
@@ -182,18 +196,20 @@ class OpReader:
         chain = self._chain(node)
         if chain and self._continues(node):
             return None
+        pick = self._pick(node) if chain and not self._moves_indices(node) else None
         first = chain[0] if chain else node
         module = self.modules[str(node.target)] if node.op == "call_module" else None
         return Op(
             node=node,
-            key=key,
+            key=key if pick is None else PICK,
             args=self._resolve(first.args[:1] if chain else first.args),  # of a second one only the shape counts
             kwargs={} if chain else self._resolve(dict(first.kwargs)),
             outputs=outputs,
             module=module,
             path=str(node.target) if module is not None else module_path(node),
             parameters=self._module_parameters(module, str(node.target)),
-            steps=tuple(self._step(link) for link in chain),
+            steps=tuple(self._step(link) for link in chain if self._moves_indices(link)),
+            pick=pick,
         )
 
     def _is_alias(self, node: fx.Node) -> bool:
@@ -218,13 +234,42 @@ class OpReader:
         return key in RESHAPES or key in PERMUTES or key in RESHAPE_MODULES
 
     def _continues(self, node: fx.Node) -> bool:
-        """Whether the only tensor use of this index movement is another one, which will speak for both."""
-        users = [user for user in node.users if user.op == "output" or isinstance(user.meta.get(VALUE), TensorValue)]
-        return len(users) == 1 and self._moves_indices(users[0]) and users[0].args[0] is node
+        """Whether what follows this index movement will speak for it: the next movement, or picks from one dim."""
+        users = [user for user in node.users if not self._is_shape_query(user)]
+        if any(user.op == "output" or user.args[0] is not node for user in users):
+            return False
+        if len(users) == 1 and self._moves_indices(users[0]):
+            return True
+        picks = [self._pick(user) for user in users]
+        return len({pick.dim for pick in picks if pick is not None}) == 1 and None not in picks
+
+    def _is_shape_query(self, node: fx.Node) -> bool:
+        return node.op != "output" and self._key(node) in SHAPE_QUERIES
+
+    def _pick(self, node: fx.Node) -> Pick | None:
+        """What a node picks, if that is single indices along one dim of a tensor."""
+        if node.op not in ("call_function", "call_method") or not isinstance(node.args[0], fx.Node):
+            return None
+        source = node.args[0].meta.get(VALUE)
+        if not isinstance(source, TensorValue):
+            return None
+        key, ndim = self._key(node), len(source.shape)
+        if key not in ("unbind", "select", "getitem"):
+            return None
+        arguments = map_arg((*node.args[1:], *node.kwargs.values()), lambda argument: argument.meta.get(VALUE))
+        if key == "unbind":
+            dim = (arguments[0] if arguments else 0) % ndim
+            return Pick(dim, tuple(range(source.shape[dim])))
+        if key == "select":
+            return Pick(arguments[0] % ndim, (arguments[1] % source.shape[arguments[0]],))
+        index = arguments[0] if isinstance(arguments[0], tuple) else (arguments[0],)
+        picked = [place for place, item in enumerate(index) if isinstance(item, int) and not isinstance(item, bool)]
+        whole = all(item == slice(None) for place, item in enumerate(index) if place not in picked)
+        return Pick(picked[0], (index[picked[0]] % source.shape[picked[0]],)) if whole and len(picked) == 1 else None
 
     def _chain(self, node: fx.Node) -> list[fx.Node]:
-        """The index movements that end in ``node``, first to last; empty if it is none."""
-        if not self._moves_indices(node):
+        """The index movements that end in ``node``, or in the picks it makes, first to last; empty if it is neither."""
+        if not self._moves_indices(node) and self._pick(node) is None:
             return []
         chain = [node]
         while isinstance(chain[0].args[0], fx.Node):
@@ -232,7 +277,7 @@ class OpReader:
             if not (self._moves_indices(before) and self._continues(before)):
                 break
             chain.insert(0, before)
-        return chain
+        return chain if len(chain) > 1 or self._moves_indices(node) else []
 
     def _step(self, node: fx.Node) -> Step:
         shape = node.meta[VALUE].shape
