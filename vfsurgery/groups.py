@@ -21,6 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+UNKNOWN_OP_REMEDY = "register a rule with @surgery.rule, see docs/write_a_rule.md; leaf= and pins= are other ways out"
+"""What to do about an op without a coupling rule."""
+
 
 @dataclass(frozen=True, order=True)
 class Member:
@@ -214,6 +217,7 @@ class GroupSet:
         if self.unknown_ops:
             lines.append("ops without a coupling rule (all that they touch is pinned):")
             lines.extend(f"    {op}" for op in self.unknown_ops)
+            lines.append(f"    {UNKNOWN_OP_REMEDY}")
         return "\n".join(lines)
 
 

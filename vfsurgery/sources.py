@@ -162,7 +162,7 @@ def _step(node: fx.Node, graph_module: fx.GraphModule) -> str:
     described = f"{node.op} {getattr(node.target, '__name__', node.target)} {node.args} {node.kwargs}"
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
-        return f"{described} {type(module).__name__}({TRAINING_ONLY.sub('', module.extra_repr())})"
+        return f"{described} {TRAINING_ONLY.sub('', repr(module))}"  # with all modules inside
     return f"{described} {node.meta.get(VALUE)}" if node.op == "placeholder" else described
 
 
