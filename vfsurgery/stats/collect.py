@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -58,19 +58,23 @@ class Observer(fx.Interpreter):
 class Survey:
     """Statistics of all sources from one pass over the data.
 
-    ``correlations`` has one entry per source after the first: for each name the cross moments of the first source's
-    units (a) and that source's (b). ``moments`` has one entry per source. ``images`` were seen.
+    ``correlations`` has one entry per source after the first: for each name, and each of its sites, the cross moments
+    of the first source's units (a) and that source's (b). ``moments`` has one entry per source. ``images`` were seen.
     """
 
-    correlations: list[dict[str, CrossMoments]]
+    correlations: list[dict[str, tuple[CrossMoments, ...]]]
     moments: list[dict[str, Moments]]
     images: int
+
+
+Reading: TypeAlias = tuple[str, int]
+"""A name, and which of its sites."""
 
 
 def survey(
     sources: Sequence[fx.GraphModule],
     batches: Iterable[Tensor],
-    pairs: Mapping[str, Site],
+    pairs: Mapping[str, Sequence[Site]],
     units: Mapping[str, Site],
 ) -> Survey:
     """Gather all statistics of all sources, each source run once on each batch.
@@ -81,22 +85,28 @@ def survey(
         pairs: Where to correlate the units of the first source with those of every other one, by name.
         units: Where to take moments of the units of every source, by name.
     """
-    result = Survey([{} for _ in sources[1:]], [{} for _ in sources], 0)
+    readings = {(name, place): site for name, sites in pairs.items() for place, site in enumerate(sites)}
+    crossed: list[dict[Reading, CrossMoments]] = [{} for _ in sources[1:]]
+    moments: list[dict[str, Moments]] = [{} for _ in sources]
     seen = 0
     for images in batches:
-        reference: dict[str, Centred] = {}
+        reference: dict[Reading, Centred] = {}
         for number, source in enumerate(sources):
             watch = Watch()
             for name, site in units.items():
-                watch.add(site.node, _take_moments(name, site, result.moments[number]))
-            for name, site in pairs.items():
+                watch.add(site.node, _take_moments(name, site, moments[number]))
+            for reading, site in readings.items():
                 if number:
-                    watch.add(site.node, _correlate(name, site, reference, result.correlations[number - 1]))
+                    watch.add(site.node, _correlate(reading, site, reference, crossed[number - 1]))
                 else:
-                    watch.add(site.node, _keep(name, site, reference))
+                    watch.add(site.node, _keep(reading, site, reference))
             Observer(source, watch).run(images.to(image_dtype(source)))
         seen += len(images)
-    return Survey(result.correlations, result.moments, seen)
+    correlations = [
+        {name: tuple(found[name, place] for place in range(len(sites))) for name, sites in pairs.items()}
+        for found in crossed
+    ]
+    return Survey(correlations, moments, seen)
 
 
 class Watch(dict[str, Callable[[Tensor], "Tensor | None"]]):
@@ -122,19 +132,19 @@ def _take_moments(name: str, site: Site, totals: dict[str, Moments]) -> Callable
     return see
 
 
-def _keep(name: str, site: Site, reference: dict[str, Centred]) -> Callable[[Tensor], None]:
+def _keep(reading: Reading, site: Site, reference: dict[Reading, Centred]) -> Callable[[Tensor], None]:
     def see(value: Tensor) -> None:
-        reference[name] = Centred.of(value, site.places, site.dim)
+        reference[reading] = Centred.of(value, site.places, site.dim)
 
     return see
 
 
 def _correlate(
-    name: str, site: Site, reference: dict[str, Centred], totals: dict[str, CrossMoments]
+    reading: Reading, site: Site, reference: dict[Reading, Centred], totals: dict[Reading, CrossMoments]
 ) -> Callable[[Tensor], None]:
     def see(value: Tensor) -> None:
-        batch = CrossMoments.of(reference[name], Centred.of(value, site.places, site.dim))
-        totals[name] = totals[name].merge(batch) if name in totals else batch
+        batch = CrossMoments.of(reference[reading], Centred.of(value, site.places, site.dim))
+        totals[reading] = totals[reading].merge(batch) if reading in totals else batch
 
     return see
 
@@ -148,34 +158,36 @@ NONLINEAR = "relu relu6 leakyrelu rrelu elu selu celu gelu silu mish tanh hardsw
 """Activations that cut off or bend, by name without underscores; gates (sigmoids) are not among them."""
 
 
-def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.device) -> dict[str, Site]:
-    """Where each group's units are read for matching: after a non-linearity, on the largest map, latest in the graph.
+def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.device) -> dict[str, tuple[Site, ...]]:
+    """Where each group's units are read for matching: after its first non-linearity and after its last.
 
-    Qu & Horvath match post-activation units, a residual stream at its last block (CPAL 2025, A.2). Groups without a
+    Qu & Horvath match post-activation units, a residual stream at its last block (CPAL 2025, A.2). But what the early
+    blocks read counts as much as what the late ones do, so streams are read at both ends. Groups without a
     non-linearity of their own (linear bottlenecks) are read at their largest and latest value.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
     modules = dict(graph_module.named_modules())
-    sites: dict[str, Site] = {}
+    sites: dict[str, tuple[Site, ...]] = {}
     for group in groups:
-        best = _best_activation(group, nodes, modules)
-        if best is not None:
-            length = nodes[best.parameter].meta[VALUE].shape[best.dim]
-            sites[group.name] = Site.of(best, length, device)
+        members = _read_at(group, nodes, modules)
+        if members:
+            lengths = [nodes[member.parameter].meta[VALUE].shape[member.dim] for member in members]
+            sites[group.name] = tuple(
+                Site.of(member, length, device) for member, length in zip(members, lengths, strict=True)
+            )
     return sites
 
 
-def _best_activation(
-    group: PermutationGroup, nodes: Mapping[str, fx.Node], modules: Mapping[str, Any]
-) -> Member | None:
-    def rank(entry: tuple[int, Member]) -> tuple[bool, int, int]:
-        place, member = entry
-        node = nodes[member.parameter]
-        per_unit = torch.Size(node.meta[VALUE].shape).numel() // node.meta[VALUE].shape[member.dim]
-        return _is_nonlinear(node, modules), per_unit, place
+def _read_at(group: PermutationGroup, nodes: Mapping[str, fx.Node], modules: Mapping[str, Any]) -> list[Member]:
+    def per_unit(member: Member) -> int:
+        shape = torch.Size(nodes[member.parameter].meta[VALUE].shape)
+        return shape.numel() // shape[member.dim]
 
-    candidates = [entry for entry in enumerate(group.activations) if nodes[entry[1].parameter].op != "get_attr"]
-    return max(candidates, key=rank)[1] if candidates else None
+    candidates = [member for member in group.activations if nodes[member.parameter].op != "get_attr"]
+    bent = [member for member in candidates if _is_nonlinear(nodes[member.parameter], modules)]
+    if bent:
+        return bent[:1] if len(bent) == 1 else [bent[0], bent[-1]]
+    return [max(reversed(candidates), key=per_unit)] if candidates else []
 
 
 def _is_nonlinear(node: fx.Node, modules: Mapping[str, Any]) -> bool:
