@@ -53,7 +53,7 @@ class Merging:
     modes: list[bool]
     seconds: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
     notes: list[str] = field(default_factory=list[str])
-    pairs: dict[str, Site] = field(default_factory=dict[str, Site])
+    pairs: dict[str, tuple[Site, ...]] = field(default_factory=dict[str, tuple[Site, ...]])
     units: dict[str, Site] = field(default_factory=dict[str, Site])
     _survey: Survey | None = None
     _target: Source | None = None

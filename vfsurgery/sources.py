@@ -87,7 +87,9 @@ def check_weights(models: Sequence[nn.Module]) -> None:
 
 
 def _check_finite(number: int, state: dict[str, Tensor]) -> None:
-    finite = {name: torch.isfinite(tensor).all() for name, tensor in state.items() if tensor.is_floating_point()}
+    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()}
+    # NaN spreads into both ends of the range, so no mask of a tensor's size is needed
+    finite = {name: torch.isfinite(torch.stack(torch.aminmax(tensor))).all() for name, tensor in floats.items()}
     if bool(torch.stack([*finite.values()]).all()):  # a single wait for the device
         return
     name = next(name for name, verdict in finite.items() if not verdict)
