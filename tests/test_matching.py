@@ -12,10 +12,11 @@ from torch import Tensor, nn
 import vfsurgery as surgery
 from vfsurgery.errors import InvalidWeightsError, OptionError
 from vfsurgery.groups import GroupSet, Permutation, permute_tensor, random_permutations
-from vfsurgery.matching import MATCHERS, Given, Identity, Matching, Problem, WeightMatching
+from vfsurgery.matching import MATCHERS, ActivationMatching, Given, Identity, Matching, Problem, WeightMatching
 from vfsurgery.matching.assignment import assign
 from vfsurgery.matching.similarity import Similarity
 from vfsurgery.sources import canonical_state
+from vfsurgery.stats.correlation import Centred, CrossMoments
 
 RELATIVE = {torch.float32: 1e-5, torch.float64: 1e-12}
 """Error of sums of products, relative to their size."""
@@ -268,3 +269,21 @@ def test_unknown_matchers_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(OptionError, match=r"(?s)unknown matching 'weigths'.*did you mean 'weights'\?"):
         MATCHERS["weigths"]
     assert {"weights", "activations", "identity"} <= set(MATCHERS)
+
+
+@pytest.mark.parametrize("strong", [0, 1], ids=["where it begins", "where it ends"])
+def test_a_group_is_matched_on_the_mean_correlation_of_its_readings(strong: int) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
+    groups = surgery.find_groups(model, torch.randn(2, 3))
+    samples = torch.randn(2, 400, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 400, generator=torch.Generator().manual_seed(1))
+
+    def reading(b: Tensor) -> CrossMoments:
+        return CrossMoments.of(Centred.of(samples, None, 0), Centred.of(b, None, 0))
+
+    readings = [reading(samples + 2 * noise)] * 2  # weakly for the units as they are
+    readings[strong] = reading(samples.flip(0))  # strongly for the swap
+    states = [canonical_state(model)] * 2
+    (found,) = ActivationMatching().match(Problem(groups, states, lambda: [{"g0": tuple(readings)}]))
+    assert found.permutations["g0"].order == (1, 0)
+    assert 0.4 < found.gains[0].after < 0.6  # the strong reading gives 1, the weak one about nothing

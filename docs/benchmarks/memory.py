@@ -1,10 +1,12 @@
 """Peak memory of a merge, beside the two sources, as a multiple of one model's size.
 
-Each merge runs in a process of its own. When the sources are built, and one tiny merge has loaded what a first merge
-loads, its resident memory is the base; the process's highest resident memory after the merge, less the base, is what
-the merge took. That counts all allocators (torch, numpy, scipy) and the activations of the forward passes, which is why
-merges with data take more and why the batch size matters. Expected without data and not in place: one model and the
-largest similarity matrix, in float64. Resident memory is read from /proc: Linux only.
+Two figures, each from a process of its own per merge. *Tensors*: the most that torch had allocated at one time, from
+its profiler, which sees every allocation, scratch inside ops included; similarity matrices for scipy are among them.
+*Resident*: when the sources are built, and one tiny merge has loaded what a first merge loads, the process's resident
+memory is the base; its highest resident memory after the merge, less the base, counts everything: also Python's
+objects, code that libraries generate for the shapes they meet, and what the allocator keeps for later. Both hold the
+activations of the forward passes, which is why merges with data take more and why the batch size matters. Expected
+without data: one model and the largest similarity matrix, in float64. Resident memory is read from /proc: Linux only.
 
     python docs/benchmarks/memory.py
     python docs/benchmarks/memory.py --model torchvision:vgg16 --images 4
@@ -20,6 +22,8 @@ from pathlib import Path
 
 import torch
 from timing import begin, parser
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import vfsurgery as surgery
 from vfsurgery.architectures import build_model
@@ -52,18 +56,31 @@ def memory(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def measure_here(case: Case, spec: str, size: int, count: int, threads: int) -> dict[str, float]:
+def measure_here(case: Case, spec: str, size: int, count: int, threads: int, *, tensors: bool) -> dict[str, float]:
     """Merge once in this process and return sizes in MiB."""
     torch.set_num_threads(threads)
     _warm_up()
-    models = []
+    models: list[nn.Module] = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         models.append(build_model(spec).eval())
     images = torch.randn(count, 3, size, size)
-    base = memory("VmRSS")
-    merged = surgery.merge(
-        *models,
+    if tensors:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            merged = _merge(case, models, images)
+        peak = _most_allocated(record)
+    else:
+        base = memory("VmRSS")
+        merged = _merge(case, models, images)
+        peak = memory("VmHWM") - base
+    one = sum(tensor.numel() * tensor.element_size() for tensor in models[0].state_dict().values())
+    units = max(group.size for group in surgery.report_of(merged).groups)
+    return {"model": one / MIB, "peak": peak / MIB, "similarity": 8 * units**2 / MIB}
+
+
+def _merge(case: Case, models: list[nn.Module], images: torch.Tensor) -> nn.Module:
+    return surgery.merge(
+        models,
         data=[images] if case.needs_data else None,
         example_inputs=images[:1],
         matching=case.matching,
@@ -71,10 +88,17 @@ def measure_here(case: Case, spec: str, size: int, count: int, threads: int) -> 
         inplace=case.inplace,
         progress=False,
     )
-    peak = memory("VmHWM")
-    one = sum(tensor.numel() * tensor.element_size() for tensor in models[0].state_dict().values())
-    units = max(group.size for group in surgery.report_of(merged).groups)
-    return {"model": one / MIB, "peak": (peak - base) / MIB, "similarity": 8 * units**2 / MIB}
+
+
+def _most_allocated(record: profile) -> int:
+    """The largest running sum of all allocations and releases."""
+    assert record.profiler is not None
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 def _warm_up() -> None:
@@ -84,11 +108,18 @@ def _warm_up() -> None:
 
 
 def measure(case: Case, options: list[str]) -> None:
-    """Measure one case in a process of its own and print it."""
+    """Measure one case in processes of its own and print it."""
+    resident, tensors = (_run(case, [*options, *extra]) for extra in ([], ["--tensors"]))
+    peaks = [f"{name} {found['peak']:.1f} MiB = {found['peak'] / found['model']:.2f} models" for name, found in
+             (("tensors", tensors), ("resident", resident))]  # fmt: skip
+    sizes = f"one model {resident['model']:.1f}, largest similarity matrix {resident['similarity']:.1f} MiB"
+    print(f"{case.name:<26} peak of {', '.join(peaks)}; {sizes}", flush=True)
+
+
+def _run(case: Case, options: list[str]) -> dict[str, float]:
     command = [sys.executable, __file__, *options, "--case", json.dumps(asdict(case))]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    sizes = f"one model {found['model']:.1f}, largest similarity matrix {found['similarity']:.1f} MiB"
-    print(f"{case.name:<26} peak {found['peak']:.1f} MiB, {found['peak'] / found['model']:.2f} models; {sizes}")
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return json.loads(lines[-1])
 
 
 def main() -> None:
@@ -98,10 +129,11 @@ def main() -> None:
     made.add_argument("--size", type=int, default=224, help="height and width of the images (default: %(default)s)")
     made.add_argument("--images", type=int, default=8, help="calibration images, one batch (default: %(default)s)")
     made.add_argument("--case", help="measure this case in this process and print JSON; used by the script itself")
+    made.add_argument("--tensors", action="store_true", help="with --case: count tensors, not resident memory")
     options = made.parse_args()
     if options.case:
-        case = Case(**json.loads(options.case))
-        print(json.dumps(measure_here(case, options.model, options.size, options.images, options.threads)))
+        case, shape = Case(**json.loads(options.case)), (options.size, options.images)
+        print(json.dumps(measure_here(case, options.model, *shape, options.threads, tensors=options.tensors)))
         return
     begin(options.threads)
     for case in CASES:

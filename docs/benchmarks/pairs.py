@@ -1,11 +1,13 @@
 """Merge the two trained CIFAR-10 pairs of a shared folder in every way, and print what each merge keeps.
 
 Statistics come from 5,000 random training images, accuracy and loss from the 10,000 test images, all in float32. Weight
-matching is run with several seeds, which decide the order of its sweeps: mean and standard deviation are given. Seconds
-are of one merge, matching and tracing included. Where the folder is missing, the script says so and stops.
+matching is run with several seeds, which decide the order of its sweeps, activation matching with ``--draws`` random
+sets of images: mean and standard deviation are given. Seconds are of one merge, matching and tracing included. Where
+the folder is missing, the script says so and stops.
 
     python docs/benchmarks/pairs.py --quick
     python docs/benchmarks/pairs.py --pair vgg11_half --output pairs.json
+    python docs/benchmarks/pairs.py --pair tv_resnet18 --draws 5 --seeds 1
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -180,18 +183,28 @@ def _files(archive: Path) -> Iterator[tuple[str, str, bytes]]:
                 yield part, name, file.read()
 
 
-def measure_pair(name: str, shared: Path, images: Images, seeds: Sequence[int]) -> list[Step]:
-    """Score the sources, their ensemble and all merges of one pair, printing the table's rows as they come."""
+Run: TypeAlias = tuple[list[Tensor], int]
+"""The calibration images and the seed of one merge."""
+
+
+def measure_pair(name: str, shared: Path, images: list[Images], seeds: Sequence[int]) -> list[Step]:
+    """Score the sources, their ensemble and all merges of one pair, printing the table's rows as they come.
+
+    Weight matching runs once per seed, activation matching once per set of images; the test images are the first set's.
+    """
+    runs: dict[str, list[Run]] = {
+        "identity": [(images[0].calibration, 0)],
+        "weights": [(images[0].calibration, seed) for seed in seeds],
+        "activations": [(drawn.calibration, 0) for drawn in images],
+    }
     a, b = load_pair(shared, name)
     print(f"\n### {name}\n\n| | accuracy (%) | public codes (%) | loss | wall s | CPU s |\n|---|---|---|---|---|---|")
     steps: list[Step] = []
-    scores = compare({"source a": a, "source b": b}, images.test)
+    scores = compare({"source a": a, "source b": b}, images[0].test)
     for (label, score), public in zip(scores.items(), SOURCES[name], strict=True):
         _add(steps, Step(label, [score.accuracy], score.loss), public)
     for merge in MERGES[name]:
-        _add(
-            steps, measure_merge(a, b, merge, images, seeds if merge.matching == "weights" else seeds[:1]), merge.public
-        )
+        _add(steps, measure_merge(a, b, merge, images[0].test, runs[merge.matching]), merge.public)
     return steps
 
 
@@ -200,18 +213,20 @@ def _add(steps: list[Step], step: Step, public: str) -> None:
     steps.append(step)
 
 
-def measure_merge(a: nn.Module, b: nn.Module, merge: Merge, images: Images, seeds: Sequence[int]) -> Step:
-    """Merge once per seed; only the order of visits in weight matching depends on it."""
+def measure_merge(
+    a: nn.Module, b: nn.Module, merge: Merge, test: list[tuple[Tensor, Tensor]], runs: Sequence[Run]
+) -> Step:
+    """Merge once per run and score each result."""
     scores: list[Score] = []
     watch = Stopwatch()
-    for seed in seeds:
+    for calibration, seed in runs:
         with watch:
             merged = surgery.merge(
-                a, b, data=images.calibration, matching=merge.matching, renormalize=merge.renormalize, seed=seed
+                a, b, data=calibration, matching=merge.matching, renormalize=merge.renormalize, seed=seed
             )
-        scores.append(surgery.evaluate(merged, images.test))
+        scores.append(surgery.evaluate(merged, test))
     loss = statistics.mean(score.loss for score in scores)
-    return Step(merge.name, [score.accuracy for score in scores], loss, watch.wall / len(seeds), watch.cpu / len(seeds))
+    return Step(merge.name, [score.accuracy for score in scores], loss, watch.wall / len(runs), watch.cpu / len(runs))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -224,10 +239,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)  # rather fail now than after the measurements
     seeds, test = (range(1), 2000) if options.quick else (range(options.seeds), 10_000)
-    images = load_images(options.shared, options.cache, calibration=options.calibration, test=test)
+    images = [
+        load_images(options.shared, options.cache, calibration=options.calibration, test=test, seed=draw)
+        for draw in range(options.draws)
+    ]
     results = {name: measure_pair(name, options.shared, images, seeds) for name in options.pair or MERGES}
     if options.output:
-        settings = {"seeds": len(seeds), "test": test, "calibration": options.calibration, "torch": torch.__version__}
+        settings = {"seeds": len(seeds), "draws": options.draws, "test": test, "calibration": options.calibration}
+        settings["torch"] = torch.__version__
         steps = {name: [asdict(step) for step in found] for name, found in results.items()}
         options.output.write_text(json.dumps({"settings": settings, "pairs": steps}, indent=2) + "\n")
 
@@ -244,6 +263,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("--pair", action="append", choices=list(MERGES), help="measure this pair only; may be repeated")
     made.add_argument("--seeds", type=int, default=5, help="runs of each weight matching (default: %(default)s)")
+    made.add_argument(
+        "--draws", type=int, default=1, help="sets of images for activation matching (default: %(default)s)"
+    )
     made.add_argument("--calibration", type=int, default=5000, help="images for statistics (default: %(default)s)")
     made.add_argument("--quick", action="store_true", help="one seed and 2,000 test images: a look, not a measurement")
     made.add_argument("--output", type=Path, metavar="FILE", help="also write the figures as JSON")
