@@ -29,12 +29,14 @@ from vfsurgery.discovery import discover
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.tracing.tracer import trace_module
-from vfsurgery.twins import TooLargeError, build_quickly, image_inputs, subjects
+from vfsurgery.twins import BYTES, TooLargeError, build_hollow, build_quickly, image_inputs, shallow_twins, subjects
 from vfsurgery.verification import Verification, prove
 
 SOURCES = ("timm", "torchvision")
 PRELOADED = ["torch", "timm", "torchvision.models", "vfsurgery.zoo"]
 GIB = 2**30
+MEMORY = 8.0
+"""GiB that the process of one model may allocate."""
 CONTROLS = 3
 """Groups that are broken on purpose in the proof of one model."""
 
@@ -72,17 +74,19 @@ class Survey:
         return Survey(**{name: read.get(types[name], str)(text) for name, text in row.items()})
 
 
-def survey_model(spec: str) -> Survey:
+def survey_model(spec: str, memory: float = MEMORY) -> Survey:
     """Build one model with random weights, find its groups at its own input size and verify them, here and now.
 
     All groups are permuted together, with negative controls; see :func:`vfsurgery.verification.prove`. A model too
-    large for that is traced on the meta device, and a smaller twin is verified.
+    large for that in ``memory`` GiB is traced without weights, and a smaller twin is verified.
     """
     started = time.perf_counter()
+    most = memory * GIB / BYTES
+    hollow = False
     try:
-        model = build_quickly(spec)
+        model = build_quickly(spec, most=most)
     except TooLargeError:
-        model = build_quickly(spec, meta=True)
+        model, hollow = build_hollow(spec), True
     inputs = image_inputs(model)
     built = time.perf_counter()
     graph_module = trace_module(model, inputs)
@@ -100,7 +104,7 @@ def survey_model(spec: str) -> Survey:
         reasons=_reasons(groups),
     )
     proof, name = None, ""
-    for subject in subjects(spec, model, groups):
+    for subject in shallow_twins(spec, most) if hollow else subjects(spec, model, groups):
         proof = prove(subject.model, subject.groups, subject.inputs, each=False, controls=CONTROLS)
         name = subject.name
         if proof:  # else rounding may have grown past the tolerance, which other images would show; an error stays
@@ -153,7 +157,7 @@ def survey_zoo(
     names: Sequence[str],
     table: Path,
     *,
-    memory: float = 8.0,
+    memory: float = MEMORY,
     limit: float = 300.0,
     jobs: int = 1,
     done: Callable[[Survey], None] = lambda survey: None,
@@ -223,7 +227,7 @@ def _work(name: str, memory: float, sender: Connection) -> None:
         os.dup2(silence.fileno(), 1)
         os.dup2(silence.fileno(), 2)
     try:
-        survey = survey_model(name)
+        survey = survey_model(name, memory)
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, MemoryError) or "allocate memory" in text:
