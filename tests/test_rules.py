@@ -485,25 +485,24 @@ def test_a_rule_of_ones_own(rules: None) -> None:
 
 class Named(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return named(x)["both"]
+        return named(x)["rest"][0]
 
 
-def named(x: Tensor) -> dict[str, Tensor]:
-    return {"both": torch.cat([x, x], 1).roll(1, 1)}
+def named(x: Tensor) -> dict[str, Any]:
+    return {"first": x[:, 0], "rest": [torch.cat([x, x], 1).roll(1, 0)]}
 
 
 torch.fx.wrap("named")
 
 
-def test_a_tensor_that_no_op_is_known_to_make_is_pinned(rules: None) -> None:
+def test_a_rule_for_an_op_that_returns_tensors_by_name(rules: None) -> None:
     @surgery.rule(named)
-    def silent(op: Op) -> Iterator[Constraint]:
-        yield from ()
+    def copies(op: Op) -> Iterator[Constraint]:
+        yield tie(op.outputs[1].axis(1), Product((Fixed(2, "copies"), op.input.axis(1))))
 
     model, x = conv(Named(), width=16), torch.randn(MAP)
     groups = surgery.find_groups(model, x)
-    assert [group.size for group in groups] == [6]
-    assert any("made in a way that is not understood" in pin.reason for pin in groups.pinned), str(groups)
+    assert [group.size for group in groups] == [8, 6]
     assert surgery.verify(model, groups, x)
 
 

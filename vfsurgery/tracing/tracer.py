@@ -46,7 +46,7 @@ FUNCTIONAL_DROPOUT: dict[Callable[..., Any], type[nn.Module]] = {
     F.alpha_dropout: nn.AlphaDropout,
     F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
-FACTORIES = "arange empty eye full linspace ones rand randint randn randperm tril_indices triu_indices zeros"
+FACTORIES = "arange empty eye full linspace ones rand randint randn randperm tensor tril_indices triu_indices zeros"
 """Functions that make tensors from sizes: torch's argument parser takes no proxies for numbers, so they are wrapped."""
 STATIC_ATTRIBUTES = frozenset({"ndim", "is_cuda", "is_sparse", "is_quantized", "is_nested", "requires_grad", "layout"})
 
