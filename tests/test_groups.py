@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from tiny_nets import Outputs
 
 from vfsurgery.groups import (
     GroupSet,
@@ -122,6 +123,21 @@ def test_groups_on_two_dims_are_both_applied() -> None:
     tensor = torch.randn(3, 3)
     permuted = permute_tensor("w", tensor, groups, {"g0": Permutation((1, 2, 0)), "g1": Permutation((0, 2, 1))})
     assert torch.equal(permuted, tensor[[1, 2, 0]][:, [0, 2, 1]])
+
+
+def test_dims_that_are_no_neighbours_are_both_applied() -> None:
+    groups = GroupSet((group("g0", Member("w", 1, 3)), group("g1", Member("w", 3, 2))))
+    tensor = torch.randn(2, 3, 4, 2, 5)
+    permuted = permute_tensor("w", tensor, groups, {"g0": Permutation((1, 2, 0)), "g1": Permutation((1, 0))})
+    assert torch.equal(permuted, tensor[:, [1, 2, 0]][:, :, :, [1, 0]])
+
+
+def test_two_dims_are_reordered_without_a_second_tensor_of_that_size() -> None:
+    groups = GroupSet((group("g0", Member("w", 0, 30)), group("g1", Member("w", 1, 20))))
+    tensor = torch.randn(30, 20, 9)
+    with Outputs() as outputs:
+        permute_tensor("w", tensor, groups, random_permutations(groups, torch.Generator().manual_seed(0)))
+    assert len([size for size in outputs.sizes if size >= tensor.numel()]) == 1
 
 
 def test_one_group_on_both_dims_permutes_rows_and_columns() -> None:

@@ -15,10 +15,10 @@ PACKAGE = ROOT / "vfsurgery"
 
 LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report"),
-    *("tracing", "rules", "nesting", "discovery"),
+    *("tracing", "rules", "nesting", "discovery", "recording", "partial"),
     *("batches", "stats", "matching", "sources", "passes", "verification", "merging", "api"),
     *("checkpoints", "figures", "evaluation"),
-    *("architectures", "data", "demo", "training", "comparison", "recipe", "zoo"),
+    *("architectures", "data", "demo", "training", "comparison", "recipe", "twins", "zoo"),
     "__main__",
 ]
 """From the bottom up; a package's own modules may import each other."""

@@ -13,6 +13,7 @@ import torch
 from tiny_nets import (
     Chain,
     LayerNormed,
+    Outputs,
     Residual,
     groups_of,
     images,
@@ -41,7 +42,7 @@ from vfsurgery.errors import (
 from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, random_permutations
 from vfsurgery.matching import Given
 from vfsurgery.passes import Context, Pass, Rescale
-from vfsurgery.sources import canonical_state
+from vfsurgery.sources import canonical_state, check_weights
 from vfsurgery.verification import TOLERANCE
 
 SAME = TOLERANCE[torch.float32]
@@ -599,3 +600,10 @@ def test_a_merge_on_a_gpu_happens_in_place_and_there(name: str, matching: str) -
 def test_sources_on_two_devices_are_refused() -> None:
     with pytest.raises(IncompatibleModelsError, match=r"(?s)the sources live on several devices: cpu, cuda:0.*remedy"):
         surgery.merge(Residual(), Residual().cuda(), example_inputs=images(2), progress=False)
+
+
+def test_weights_are_checked_without_a_tensor_of_their_size() -> None:
+    models = [nn.Linear(50, 40), nn.Linear(50, 40)]
+    with Outputs() as outputs:
+        check_weights(models)
+    assert outputs.sizes and max(outputs.sizes) < models[0].weight.numel()

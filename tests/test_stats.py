@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_nets import groups_of, images, net
-from torch import Tensor
+from torch import Tensor, nn
 
 import vfsurgery as surgery
 from vfsurgery.stats.collect import Observer, Site, group_sites, image_dtype, survey
@@ -195,7 +195,7 @@ def test_a_survey_finds_what_hooks_find() -> None:
     models = [net("chain", seed) for seed in range(3)]
     traces = [surgery.trace(model, images(2)) for model in models]
     units = {"conv": Site("_0", 1), "fc": Site("_8", 1)}
-    pairs = {"relu": Site("_3", 1), "hidden": Site("_9", 1)}
+    pairs = {"relu": (Site("_3", 1),), "hidden": (Site("_9", 1), Site("_8", 1))}
     batches = list(images(48).split([20, 10, 18]))
     with torch.no_grad():
         found = survey(traces, batches, pairs, units)
@@ -210,9 +210,11 @@ def test_a_survey_finds_what_hooks_find() -> None:
     for correlations, output in zip(found.correlations, outputs[1:], strict=True):
         assert set(correlations) == {"relu", "hidden"}
         x, y = (seen["3"].movedim(1, 0).flatten(1) for seen in (outputs[0], output))
-        assert correlates_right(correlations["relu"], x, y, torch.float32)
-        assert correlates_right(correlations["hidden"], outputs[0]["9"].T, output["9"].T, torch.float32)
-        assert not correlates_right(correlations["relu"], y.flip(0), x, torch.float32)
+        (relu,), (hidden, before) = correlations["relu"], correlations["hidden"]
+        assert correlates_right(relu, x, y, torch.float32)
+        assert correlates_right(hidden, outputs[0]["9"].T, output["9"].T, torch.float32)
+        assert correlates_right(before, outputs[0]["8"].T, output["8"].T, torch.float32)
+        assert not correlates_right(relu, y.flip(0), x, torch.float32)
 
 
 def test_every_source_runs_once_on_every_batch() -> None:
@@ -232,24 +234,31 @@ def test_every_source_runs_once_on_every_batch() -> None:
     assert calls == {(number, path): 4 for number in range(3) for path in ("0", "8", "10")}
 
 
-def test_groups_are_read_after_their_non_linearity_on_their_largest_map() -> None:
+def test_groups_are_read_after_their_non_linearity() -> None:
     model = net("chain")
     sites = group_sites(surgery.trace(model, images(2)), groups_of(model), torch.device("cpu"))
-    assert {name: (site.node, site.dim, site.places) for name, site in sites.items()} == {
-        "g0": ("_1", 1, None),
-        "g1": ("_3", 1, None),
-        "g2": ("_5", 1, None),
-        "g3": ("_9", 1, None),
+    assert {name: [(site.node, site.dim, site.places) for site in found] for name, found in sites.items()} == {
+        "g0": [("_1", 1, None)],
+        "g1": [("_3", 1, None)],
+        "g2": [("_5", 1, None)],
+        "g3": [("_9", 1, None)],
     }
 
 
-def test_a_residual_stream_is_read_at_its_last_block() -> None:
+def test_a_group_without_a_non_linearity_is_read_once_at_its_largest_and_latest_value() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AvgPool2d(2), nn.Conv2d(4, 2, 1))
+    sites = group_sites(surgery.trace(model, images(2)), groups_of(model), torch.device("cpu"))
+    assert {name: [site.node for site in found] for name, found in sites.items()} == {"g0": ["_1"]}
+
+
+def test_a_residual_stream_is_read_where_it_begins_and_where_it_ends() -> None:
     model = net("residual")
     graph_module = surgery.trace(model, images(2))
     sites = group_sites(graph_module, groups_of(model), torch.device("cpu"))
     relus = [node.name for node in graph_module.graph.nodes if "relu" in node.name]
     # in graph order: stem, inside block 1, after block 1, inside block 2, after block 2
-    assert [sites[f"g{number}"].node for number in range(4)] == [relus[2], relus[1], relus[3], relus[4]]
+    read = [[relus.index(site.node) for site in sites[f"g{number}"]] for number in range(4)]
+    assert read == [[0, 2], [1], [3], [4]]
 
 
 def test_channels_inside_groups_are_read_block_by_block_and_whole_groups_nowhere_else() -> None:
@@ -261,7 +270,10 @@ def test_channels_inside_groups_are_read_block_by_block_and_whole_groups_nowhere
         ("g2", "g0", 2),
     }
     assert "g0" not in sites  # wherever a group shows, its channels do
-    assert [(sites[name].node, sites[name].places) for name in ("g1", "g2")] == [("relu", None), ("relu_1", None)]
+    assert [(site.node, site.places) for name in ("g1", "g2") for site in sites[name]] == [
+        ("relu", None),
+        ("relu_1", None),
+    ]
 
 
 def test_a_watcher_may_replace_a_value() -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vfsurgery as surgery
 from vfsurgery.groups import GroupSet, Permutation, permute_tensor, random_permutations
@@ -171,3 +173,22 @@ def same_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> b
     return list(found) == list(expected) and all(
         found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in expected.items()
     )
+
+
+class Outputs(TorchDispatchMode):
+    """Notes how many numbers each tensor holds that an op makes while the mode is on; views make nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        made = (tensor for tensor in _tensors(result) if tensor.untyped_storage().data_ptr() not in given)
+        self.sizes += [tensor.numel() for tensor in made]
+        return result
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

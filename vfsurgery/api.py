@@ -11,17 +11,20 @@ from torch import fx, nn
 
 from vfsurgery.batches import Data
 from vfsurgery.discovery import discover
-from vfsurgery.errors import DataError, OptionError, explain
+from vfsurgery.errors import DataError, OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet, Permutation
 from vfsurgery.matching import MATCHERS, Matcher
 from vfsurgery.merging import ExampleInputs, Merging
+from vfsurgery.partial import find_partly
 from vfsurgery.passes import NORMALIZATIONS, Pass
 from vfsurgery.passes.producers import is_norm
 from vfsurgery.passes.recalibrate import batch_norm_nodes
+from vfsurgery.recording import hidden_norms, record, record_or_export
 from vfsurgery.report import Report
 from vfsurgery.tracing.examples import example_inputs_of
+from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.ops import OpReader
-from vfsurgery.tracing.tracer import trace_module
+from vfsurgery.tracing.selection import Leaf, listed
 from vfsurgery.verification import Verification, prove
 
 Matchings: TypeAlias = str | Matcher
@@ -30,13 +33,17 @@ Renormalization: TypeAlias = str | Pass | Sequence[str | Pass] | None
 _REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
 
 
-def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.GraphModule:
+def trace(
+    model: nn.Module, example_inputs: ExampleInputs | None = None, *, leaf: Leaf | Sequence[Leaf] = ()
+) -> fx.GraphModule:
     """Record a model's forward as a graph that shares the model's modules and parameters.
 
     Args:
         model: Any torchvision or timm model, or your own. It is not run and not changed.
         example_inputs: One tensor per positional argument of the forward; by default images of the size that timm's or
             torchvision's configuration names. Only shapes and dtypes matter.
+        leaf: Modules to keep as one node each: classes, module paths, or patterns of paths as in ``"blocks.*.attn"``.
+            torch's own modules, and those of a class that has a coupling rule, are kept so anyway.
 
     Returns:
         A graph module with the model's ``state_dict`` keys, that works in training and in eval mode and for any batch
@@ -45,35 +52,63 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> fx.G
     Raises:
         ExampleInputError: no example input is given and the model says nothing.
         TraceError: the forward cannot be recorded.
+        OptionError: an entry of ``leaf`` matches nothing.
 
     >>> import torch
     >>> graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4))
     >>> [node.name for node in graph.graph.nodes]
     ['input_1', '_0', '_1', '_2', 'output']
     """
-    return trace_module(model, example_inputs_of(model, example_inputs))
+    return record(model, example_inputs_of(model, example_inputs), leaf)
 
 
-def find_groups(model: nn.Module, example_inputs: ExampleInputs | None = None, *, strict: bool = False) -> GroupSet:
+def find_groups(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    leaf: Leaf | Sequence[Leaf] = (),
+    pins: str | Sequence[str] = (),
+    strict: bool = False,
+) -> GroupSet:
     """Find all sets of weight axes that must be permuted together.
 
     Args:
-        model: As for :func:`trace`; a graph module from :func:`trace` is taken as it is.
+        model: As for :func:`trace`; a graph module from :func:`trace` is taken as it is. What ``trace`` cannot
+            record is analysed through ``torch.export``, and what that cannot either (detection models) part by part:
+            what crosses the border of a part is pinned, and so are weights outside of all parts.
         example_inputs: As for :func:`trace`.
+        leaf: As for :func:`trace`. A module kept whole needs a coupling rule for its class, else it is an unknown op.
+        pins: What must not move: module paths, names of parameters or buffers, or patterns of either. Of a module, all
+            parameters are pinned and all activations inside it; an unknown op there counts as answered.
         strict: Raise at an op without a coupling rule; otherwise all that it touches is pinned, and it is named in the
             result's ``unknown_ops``.
 
     Raises:
         UnknownOpError: under ``strict``.
+        TraceError: no part of the model can be recorded; under ``strict``, or with ``leaf``, not all of it.
+        OptionError: an entry of ``leaf`` or ``pins`` matches nothing.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> print(find_groups(net, torch.randn(2, 4)).groups[0])
     g0 (0, 8 units)
+    >>> print(find_groups(net, torch.randn(2, 4), pins="2").pinned[0])
+    0.weight[0] x8: pinned by the user (2)
     """
     if isinstance(model, fx.GraphModule) and "guards" in model.meta:
-        return discover(model, strict=strict)
-    return discover(trace(model, example_inputs), strict=strict)
+        if leaf:
+            raise OptionError(
+                explain("leaf= came too late: the model is traced", remedy="surgery.trace(..., leaf=...)")
+            )
+        return discover(model, strict=strict, pins=pins)
+    inputs = example_inputs_of(model, example_inputs)
+    try:
+        graph_module = record_or_export(model, inputs, leaf)
+    except TraceError as error:
+        if strict or listed(leaf):
+            raise
+        return find_partly(model, inputs, error, pins)
+    return discover(graph_module, strict=strict, pins=pins)
 
 
 def verify(
@@ -102,6 +137,8 @@ def match(
     data: Data | None = None,
     matching: Matchings = "auto",
     example_inputs: ExampleInputs | None = None,
+    leaf: Leaf | Sequence[Leaf] = (),
+    pins: str | Sequence[str] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Permutation]:
@@ -111,7 +148,7 @@ def match(
         For each group's name the order, ``aligned[r] = b[order[r]]``. Hand it to ``matching=Given(...)`` to merge
         several times with one matching.
     """
-    work = Merging.prepare(_models(a, b), data, example_inputs, seed, progress)
+    work = Merging.prepare(_models(a, b), data, example_inputs, seed, progress, leaf, pins)
     matcher = _matcher(matching, data)
     with work.running():
         work.plan(matcher, ())
@@ -129,6 +166,8 @@ def merge(
     renormalize: Renormalization = "auto",
     preserve: int = 0,
     example_inputs: ExampleInputs | None = None,
+    leaf: Leaf | Sequence[Leaf] = (),
+    pins: str | Sequence[str] = (),
     inplace: bool = False,
     seed: int = 0,
     progress: bool = True,
@@ -153,6 +192,8 @@ def merge(
             run in order, ``None``, or ``"auto"``, which chooses by architecture; the README has the table.
         preserve: Number of first layers to keep of each source; only 0 is available in this version.
         example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured.
+        leaf: As for :func:`trace`.
+        pins: As for :func:`find_groups`: units that stay in the order they have. The report lists them.
         inplace: Write the result into model a, whose tensors keep their storage, once all has succeeded. Otherwise all
             sources stay as they are. Either way the peak is the sources, one model more, and what a batch needs.
         seed: Seeds the order of visits in weight matching. torch's global random state is neither used nor changed.
@@ -180,7 +221,7 @@ def merge(
     models = _models(a, b)
     shares = _shares(len(models), alpha, weights)
     matcher = _matcher(matching, data)
-    work = Merging.prepare(models, data, example_inputs, seed, progress)
+    work = Merging.prepare(models, data, example_inputs, seed, progress, leaf, pins)
     passes = _normalizations(renormalize, work.sources[0].graph_module, data)
     with work.running():
         work.plan(matcher, passes)
@@ -267,6 +308,16 @@ def _normalizations(choice: Renormalization, graph_module: fx.GraphModule, data:
         choice = _default_normalization(graph_module, data is not None)
     steps: Iterable[str | Pass] = [choice] if isinstance(choice, str) or not isinstance(choice, Sequence) else choice
     passes = tuple(NORMALIZATIONS[step]() if isinstance(step, str) else step for step in steps)
+    hidden = hidden_norms(graph_module)
+    if passes and hidden:
+        raise OptionError(
+            explain(
+                "renormalize= cannot find the BatchNorm layers: it needs an fx trace, and fx cannot record this model",
+                layers=", ".join(hidden[:4]),
+                fx=graph_module.meta[EXPORTED],
+                remedy="pass renormalize=None, or keep the module that fx cannot record as one node with leaf=",
+            )
+        )
     for step in passes:
         if not isinstance(step, Pass):
             accepted = ", ".join(["auto", *NORMALIZATIONS])
@@ -280,6 +331,8 @@ def _normalizations(choice: Renormalization, graph_module: fx.GraphModule, data:
 
 def _default_normalization(graph_module: fx.GraphModule, has_data: bool) -> tuple[str, ...]:
     """What ``"auto"`` stands for; the README's table."""
+    if hidden_norms(graph_module):
+        return ()
     if batch_norm_nodes(graph_module):
         return ("reset",) if has_data else ()
     if any(is_norm(op) for op in OpReader(graph_module)):

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
 import numpy as np
+import torch
 from torch import fx
 
 from vfsurgery.axes import (
@@ -45,24 +46,28 @@ from vfsurgery.layouts import Atom, Layout, Layouts, Run, concat, product
 from vfsurgery.nesting import Nesting, Outer
 from vfsurgery.rules import rule_for
 from vfsurgery.tracing.ops import Op, OpReader
+from vfsurgery.tracing.selection import NO_PINS, Pinned, chosen_pins
 
 NO_UNITS = "holds no units"
 INPUT, OUTPUT, UNUSED = "network input", "network output", "not used in the forward"
 CONSTANT = "constant tensor"
 UNREAD = "made in a way that is not understood"
+BY_USER = "pinned by the user ({})"
 
 
-def discover(graph_module: fx.GraphModule, *, strict: bool = False) -> GroupSet:
+def discover(graph_module: fx.GraphModule, *, strict: bool = False, pins: str | Sequence[str] = ()) -> GroupSet:
     """Find the permutation groups of a traced model.
 
     Args:
         graph_module: What :func:`vfsurgery.trace` returns.
         strict: Raise at the first op without a coupling rule instead of pinning what it touches.
+        pins: Module paths, parameter names or patterns of them whose axes must not move.
 
     Raises:
         UnknownOpError: under ``strict``; names the op, its node and module, and the remedy.
+        OptionError: an entry of ``pins`` matches nothing.
     """
-    return Discovery(graph_module, strict=strict).group_set()
+    return Discovery(graph_module, strict=strict, pins=chosen_pins(graph_module, pins)).group_set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,7 @@ class Discovery:
 
     graph_module: fx.GraphModule
     strict: bool = False
+    pins: Pinned = NO_PINS
     layouts: Layouts = field(default_factory=Layouts)
     unknown_ops: list[str] = field(default_factory=list[str])
 
@@ -99,6 +105,8 @@ class Discovery:
                     self._pin_all(tensor, f"{UNREAD} ({tensor.name})")
             known.update(tensor.name for tensor in op.outputs)
             self._apply(op)
+            self._pin_inside(op)
+        self._pin_chosen_parameters()
         for node in self.graph_module.graph.nodes:
             if node.op in ("placeholder", "output"):
                 reason = INPUT if node.op == "placeholder" else OUTPUT
@@ -127,18 +135,29 @@ class Discovery:
             self._pin_rest(tensor, seen, NO_UNITS)
 
     def _unknown(self, op: Op) -> None:
+        if self.pins.pattern_of(op.path) is not None:  # the user has said what to do about it
+            return
         if self.strict:
-            raise UnknownOpError(
-                explain(
-                    f"no coupling rule for {op.name}",
-                    node=f"{op.node.name} in {op.path or 'the top module'}",
-                    inputs=", ".join(str(tensor.shape) for tensor in op.inputs),
-                    remedy=f"register one with @surgery.rule({op.name}), or drop strict=True to pin what it touches",
-                )
-            )
+            raise UnknownOpError(_unknown_op(op))
         self.unknown_ops.append(str(op))
         for tensor in (*op.inputs, *op.outputs, *op.parameters.values()):
             self._pin_all(tensor, f"no coupling rule for {op.name} ({op.path or op.node.name})")
+
+    def _pin_inside(self, op: Op) -> None:
+        """Pin all that an op inside a module of ``pins=`` touches."""
+        pattern = self.pins.pattern_of(op.path)
+        if pattern is not None:
+            for tensor in (*op.inputs, *op.outputs, *op.parameters.values()):
+                self._pin_all(tensor, BY_USER.format(pattern))
+
+    def _pin_chosen_parameters(self) -> None:
+        for axis in list(self._axes):
+            if (
+                isinstance(axis, AxisRef)
+                and axis.tensor.kind == "parameter"
+                and axis.tensor.name in self.pins.parameters
+            ):
+                self.layouts.pin(self._axis(axis), BY_USER.format(self.pins.parameters[axis.tensor.name]))
 
     def _constrain(self, constraint: Constraint, op: str) -> None:
         if isinstance(constraint, Tie):
@@ -286,6 +305,22 @@ class Discovery:
         grouped = {member.parameter for group in groups for member in group.members}
         sizes = {name: parameter.numel() for name, parameter in self.graph_module.named_parameters()}
         return sum(sizes.values()), sum(size for name, size in sizes.items() if name in grouped)
+
+
+def _unknown_op(op: Op) -> str:
+    """What to say of an op without a rule: where it is, and the three ways out."""
+    target = f"torch.{op.name}" if isinstance(op.key, str) and hasattr(torch, op.key) else repr(op.name)
+    if isinstance(op.key, str) and "::" in op.key:
+        target = "torch.ops." + op.key.replace("::", ".")
+    elif not isinstance(op.key, str):
+        target = str(getattr(op.key, "__qualname__", op.key))
+    return explain(
+        f"no coupling rule for {op.name}",
+        node=f"{op.node.name} in {op.path or 'the top module'}",
+        inputs=", ".join(str(tensor.shape) for tensor in op.inputs),
+        remedy=f"register one with @surgery.rule({target}), see docs/write_a_rule.md; or name the module around it in "
+        f"leaf= and write its rule; or pins={op.path or '...'!r}; or drop strict=True to pin what it touches",
+    )
 
 
 def _located(refs: Iterable[AxisRef | Fresh], op: str) -> tuple[AxisRef | LocalAxis, ...]:

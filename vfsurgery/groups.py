@@ -21,6 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+UNKNOWN_OP_REMEDY = "register a rule with @surgery.rule, see docs/write_a_rule.md; leaf= and pins= are other ways out"
+"""What to do about an op without a coupling rule."""
+
 
 @dataclass(frozen=True, order=True)
 class Member:
@@ -214,6 +217,7 @@ class GroupSet:
         if self.unknown_ops:
             lines.append("ops without a coupling rule (all that they touch is pinned):")
             lines.extend(f"    {op}" for op in self.unknown_ops)
+            lines.append(f"    {UNKNOWN_OP_REMEDY}")
         return "\n".join(lines)
 
 
@@ -311,15 +315,27 @@ def permute_tensor(name: str, tensor: Tensor, groups: GroupSet, orders: Permutat
         orders: One order per group name; ``new[r] = old[order[r]]``.
     """
     entries = groups.by_parameter.get(name, ())
-    for dim in sorted({member.dim for _, member in entries}):
-        index = gather_index(entries, dim, tensor.shape[dim], orders)
-        if index is not None:
-            tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
+    found = {
+        dim: gather_index(entries, dim, tensor.shape[dim], orders) for dim in {member.dim for _, member in entries}
+    }
+    indices = {dim: torch.from_numpy(index).to(tensor.device) for dim, index in found.items() if index is not None}
+    if len(indices) == 1:
+        tensor = tensor.index_select(*indices.popitem())
+    elif indices:
+        tensor = _gather(tensor, indices)
     for group, member in entries:
         order = orders.get(group.name)
         if member.block_dim >= 0 and order is not None and not order.is_identity:
             tensor = _permute_blocks(tensor, member, order, groups.blocks_of(name, member, group))
     return tensor
+
+
+def _gather(tensor: Tensor, indices: Mapping[int, Tensor]) -> Tensor:
+    """Reorder several dims at once: one by one would need memory for another tensor of this size."""
+    first, last = min(indices), max(indices)
+    grid = [indices.get(dim, torch.arange(tensor.shape[dim], device=tensor.device)) for dim in range(first, last + 1)]
+    shaped = [index.view(-1, *[1] * (last - first - place)) for place, index in enumerate(grid)]
+    return tensor[(*[slice(None)] * first, *shaped)]
 
 
 def _permute_blocks(tensor: Tensor, member: Member, order: Permutation, blocks: np.ndarray) -> Tensor:

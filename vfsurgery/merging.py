@@ -23,12 +23,19 @@ from vfsurgery.groups import GroupSet
 from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline
 from vfsurgery.passes.base import calibration_images
+from vfsurgery.recording import hidden_norms, record_or_export
 from vfsurgery.report import Certificate, GroupMatch, Report
 from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode, write_into
 from vfsurgery.stats.collect import Site, Survey, group_sites, image_dtype, survey
 from vfsurgery.tracing.examples import example_inputs_of
-from vfsurgery.tracing.tracer import trace_module
+from vfsurgery.tracing.exported import EXPORTED
+from vfsurgery.tracing.selection import Leaf, listed
 from vfsurgery.verification import certify
+
+MERGE_PARTS = (
+    "  a part that can be recorded can be merged alone: merge(a.PART, b.PART, example_inputs=..., inplace=True)"
+)
+"""What to do about a model of which only parts can be recorded."""
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Tensor]
 
@@ -45,14 +52,21 @@ class Merging:
     progress: bool
     modes: list[bool]
     seconds: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
-    pairs: dict[str, Site] = field(default_factory=dict[str, Site])
+    notes: list[str] = field(default_factory=list[str])
+    pairs: dict[str, tuple[Site, ...]] = field(default_factory=dict[str, tuple[Site, ...]])
     units: dict[str, Site] = field(default_factory=dict[str, Site])
     _survey: Survey | None = None
     _target: Source | None = None
 
     @staticmethod
     def prepare(
-        models: Sequence[nn.Module], data: Data | None, given: ExampleInputs | None, seed: int, progress: bool
+        models: Sequence[nn.Module],
+        data: Data | None,
+        given: ExampleInputs | None,
+        seed: int,
+        progress: bool,
+        leaf: Leaf | Sequence[Leaf] = (),
+        pins: str | Sequence[str] = (),
     ) -> Merging:
         """Check, trace and group the sources."""
         started = time.perf_counter()
@@ -62,15 +76,16 @@ class Merging:
         batches = None if data is None else Batches(data, device=device, dtype=dtype)
         inputs = _example(models[0], batches, given)
         try:
-            sources = [Source.of(model, trace_module(model, inputs)) for model in models]
+            sources = [Source.of(model, record_or_export(model, inputs, leaf)) for model in models]
         except TraceError as error:
             if batches is None or given is not None:
-                raise
-            raise DataError(f"the model cannot run on images like those in the data\n{error}") from error
+                raise TraceError(f"{error}\n{MERGE_PARTS}") from error
+            raise DataError(f"the model cannot run on images like those in the data\n{error}\n{MERGE_PARTS}") from error
         check_same_graph(sources)
-        groups = discover(sources[0].graph_module)
+        groups = discover(sources[0].graph_module, pins=pins)
         modes = [module.training for module in models[0].modules()]
         merging = Merging(sources, groups, inputs, batches, seed, progress, modes)
+        merging.notes += [*_choices(leaf, pins), *_exported(sources[0])]
         merging.seconds.append(("trace and groups", time.perf_counter() - started))
         return merging
 
@@ -174,7 +189,11 @@ class Merging:
             matches=matches,
             certificates=certificates,
             created_biases=tuple(context.created_biases),
-            notes=(*context.notes, *([f"statistics of {self._survey.images} images"] if self._survey else [])),
+            notes=(
+                *self.notes,
+                *context.notes,
+                *([f"statistics of {self._survey.images} images"] if self._survey else []),
+            ),
             guards=self.sources[0].graph_module.meta["guards"],
             seed=self.seed,
             versions=tuple((name, _version(name)) for name in ("vfsurgery", "torch", "scipy", "networkx")),
@@ -187,6 +206,22 @@ def _example(model: nn.Module, batches: Batches | None, given: ExampleInputs | N
         images, _ = next(iter(batches))
         return (images[:2],)
     return example_inputs_of(model, given)
+
+
+def _choices(leaf: Leaf | Sequence[Leaf], pins: str | Sequence[str]) -> list[str]:
+    """For the report: what the user has kept whole and pinned."""
+    notes = [f"kept as one node by the user: {getattr(entry, '__name__', entry)}" for entry in listed(leaf)]
+    return [*notes, *(f"pinned by the user: {pattern}" for pattern in listed(pins))]
+
+
+def _exported(source: Source) -> list[str]:
+    """For the report: that ``torch.export`` stood in for ``fx``, why, and what that costs."""
+    reason = source.graph_module.meta.get(EXPORTED)
+    if reason is None:
+        return []
+    hidden = hidden_norms(source.graph_module)
+    notes = [f"recorded through torch.export, since fx cannot: {reason}"]
+    return [*notes, f"not renormalized: BatchNorm layers are hidden in {', '.join(hidden[:4])}"] if hidden else notes
 
 
 def _device(models: Sequence[nn.Module]) -> torch.device:

@@ -18,14 +18,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import networkx as nx
 
 from vfsurgery.axes import AxisRef, TensorRef
 from vfsurgery.layouts import Atom, Layout, Run
-
-Ref = TypeVar("Ref", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ class Nesting:
 
     def __init__(
         self,
-        layouts: Mapping[Hashable, Layout],
+        layouts: Mapping[Any, Layout],
         ties: Sequence[tuple[str, tuple[Hashable, ...]]],
         mixes: Sequence[tuple[str, tuple[Hashable, ...]]],
     ) -> None:

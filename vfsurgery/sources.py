@@ -87,7 +87,9 @@ def check_weights(models: Sequence[nn.Module]) -> None:
 
 
 def _check_finite(number: int, state: dict[str, Tensor]) -> None:
-    finite = {name: torch.isfinite(tensor).all() for name, tensor in state.items() if tensor.is_floating_point()}
+    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()}
+    # NaN spreads into both ends of the range, so no mask of a tensor's size is needed
+    finite = {name: torch.isfinite(torch.stack(torch.aminmax(tensor))).all() for name, tensor in floats.items()}
     if bool(torch.stack([*finite.values()]).all()):  # a single wait for the device
         return
     name = next(name for name, verdict in finite.items() if not verdict)
@@ -162,7 +164,7 @@ def _step(node: fx.Node, graph_module: fx.GraphModule) -> str:
     described = f"{node.op} {getattr(node.target, '__name__', node.target)} {node.args} {node.kwargs}"
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
-        return f"{described} {type(module).__name__}({TRAINING_ONLY.sub('', module.extra_repr())})"
+        return f"{described} {TRAINING_ONLY.sub('', repr(module))}"  # with all modules inside
     return f"{described} {node.meta.get(VALUE)}" if node.op == "placeholder" else described
 
 

@@ -78,7 +78,9 @@ def measure(name: str, count: int | None, repeats: int) -> None:
         print(f"  {label}: {watch}; {watch.wall / bare.wall:.2f} x wall, {watch.cpu / bare.cpu:.2f} x CPU")
 
 
-def _observe(graphs: list[fx.GraphModule], images: Tensor, pairs: dict[str, Site], units: dict[str, Site]) -> object:
+def _observe(
+    graphs: list[fx.GraphModule], images: Tensor, pairs: dict[str, tuple[Site, ...]], units: dict[str, Site]
+) -> object:
     return survey(graphs, [images], pairs, units)
 
 

@@ -1,7 +1,8 @@
 """Activation matching: pair the units whose activations correlate most over the same inputs.
 
 For each group one linear assignment maximises the summed Pearson correlation of post-activation units (Li et al.,
-"Convergent learning", 2015; Qu & Horvath, CPAL 2025, A.2). Activations do not depend on how other layers' units are
+"Convergent learning", 2015; Qu & Horvath, CPAL 2025, A.2). The units of a residual stream are read where it begins and
+where it ends, and the correlations there are averaged. Activations do not depend on how other layers' units are
 numbered, so one pass over the data serves all groups. Nested groups are assigned from the inside out
 (:mod:`vfsurgery.matching.nested`). Groups that no activation shows, as the heads inside an ``nn.MultiheadAttention``,
 are matched by their weights once the others are known.
@@ -9,13 +10,15 @@ are matched by their weights once the others are known.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from vfsurgery.groups import Permutation
 from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem
 from vfsurgery.matching.nested import BlockAssignment, Family, families
-from vfsurgery.matching.weights import WeightMatching
+from vfsurgery.matching.weights import match_rest
 from vfsurgery.stats.correlation import CrossMoments
 
 
@@ -34,7 +37,7 @@ class ActivationMatching:
         ]
 
 
-def _match_source(problem: Problem, source: int, moments: Mapping[str, CrossMoments]) -> Matching:
+def _match_source(problem: Problem, source: int, moments: Mapping[str, Sequence[CrossMoments]]) -> Matching:
     permutations: dict[str, Permutation] = {}
     gains: list[Gain] = []
     for family in families(problem.groups):
@@ -47,7 +50,7 @@ def _match_source(problem: Problem, source: int, moments: Mapping[str, CrossMome
         permutations |= {group.name: found["" if group is family.outer else group.name] for group in known}
         permutations[family.outer.name] = found[""]
         unmoved = {"" if group is family.outer else group.name: group.identity() for group in (*known, family.outer)}
-        count = sum(len(moments[group.name].products) for group in known)
+        count = sum(len(moments[group.name][0].products) for group in known)
         before, after = (assignment.total(orders) / count for orders in (unmoved, found))
         gains += [
             Gain(group.name, before, after, permutations[group.name].moved)
@@ -56,17 +59,24 @@ def _match_source(problem: Problem, source: int, moments: Mapping[str, CrossMome
         ]
     if len(permutations) == len(problem.groups):
         return Matching(permutations, tuple(gains))
-    rest = WeightMatching().match_rest(problem, source, permutations)
+    rest = match_rest(problem, source, permutations)
     return Matching(rest.permutations, (*gains, *rest.gains))
 
 
-def _assignment(family: Family, moments: Mapping[str, CrossMoments]) -> BlockAssignment:
+def _assignment(family: Family, moments: Mapping[str, Sequence[CrossMoments]]) -> BlockAssignment:
     """The assignment of one family on correlations; groups that no activation shows are left out."""
     outer = moments.get(family.outer.name)
     inners = [group for group in family.inners if group.name in moments]
     return BlockAssignment(
         family.outer.size,
-        None if outer is None else outer.correlation(),
-        {group.name: moments[group.name].correlation() for group in inners},
+        None if outer is None else _mean_correlation(outer),
+        {group.name: _mean_correlation(moments[group.name]) for group in inners},
         {group.name: None for group in inners if group.blocks == 1},
     )
+
+
+def _mean_correlation(readings: Sequence[CrossMoments]) -> Tensor:
+    total = readings[0].correlation()
+    for reading in readings[1:]:
+        total += reading.correlation()
+    return total / len(readings) if len(readings) > 1 else total

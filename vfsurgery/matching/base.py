@@ -42,12 +42,13 @@ class Problem:
 
     ``states`` are the sources' parameters and buffers by canonical state-dict key, the reference first.
     ``correlations()`` runs the sources over the calibration data, once, and gives for every source but the first the
-    cross moments of each group. ``seed`` is the only source of randomness.
+    cross moments of each group, one for every place where its units are read. ``seed`` is the only source of
+    randomness.
     """
 
     groups: GroupSet
     states: Sequence[Mapping[str, Tensor]]
-    correlations: Callable[[], Sequence[Mapping[str, CrossMoments]]]
+    correlations: Callable[[], Sequence[Mapping[str, Sequence[CrossMoments]]]]
     seed: int = 0
     advance: Callable[[str], None] = field(default=lambda message: None)
 

@@ -34,6 +34,7 @@ from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem
 from vfsurgery.matching.nested import BlockAssignment, Family, families, joined, whole_order
 from vfsurgery.matching.similarity import Similarity, States, is_matrix, member_rows
 
+MAX_SWEEPS, TOLERANCE = 100, 1e-3
 ROUNDS = 5
 """Most rounds over the inner groups of a family whose parameters have units of several of them."""
 
@@ -47,28 +48,39 @@ class WeightMatching:
     when no group can improve by more, or after ``max_sweeps``.
     """
 
-    max_sweeps: int = 100
-    tolerance: float = 1e-3
+    max_sweeps: int = MAX_SWEEPS
+    tolerance: float = TOLERANCE
     name: str = field(default="weights", init=False)
     needs_data: bool = field(default=False, init=False)
 
     def match(self, problem: Problem) -> list[Matching]:
         """Match every source to the first; the order of visits comes from ``problem.seed``."""
-        return [self.match_rest(problem, source, {}) for source in range(1, len(problem.states))]
+        return [
+            match_rest(problem, source, {}, self.max_sweeps, self.tolerance) for source in range(1, len(problem.states))
+        ]
 
-    def match_rest(self, problem: Problem, source: int, known: Mapping[str, Permutation]) -> Matching:
-        """Match one source to the first, the orders of some groups being known and kept.
 
-        Args:
-            problem: As for :meth:`match`.
-            source: Which of ``problem.states``.
-            known: Orders by group name.
+def match_rest(
+    problem: Problem,
+    source: int,
+    known: Mapping[str, Permutation],
+    max_sweeps: int = MAX_SWEEPS,
+    tolerance: float = TOLERANCE,
+) -> Matching:
+    """Match one source to the first by their weights, the orders of some groups being known and kept.
 
-        Returns:
-            Orders of all groups, the known ones among them; gains of those that were found.
-        """
-        states = (problem.states[0], problem.states[source])
-        return _Descent(problem.groups, states, self.tolerance, known).run(problem, self.max_sweeps)
+    Args:
+        problem: As for :meth:`Matcher.match`.
+        source: Which of ``problem.states``.
+        known: Orders by group name.
+        max_sweeps: As in :class:`WeightMatching`.
+        tolerance: As in :class:`WeightMatching`.
+
+    Returns:
+        Orders of all groups, the known ones among them; gains of those that were found.
+    """
+    states = (problem.states[0], problem.states[source])
+    return _Descent(problem.groups, states, tolerance, known).run(problem, max_sweeps)
 
 
 class _Descent:

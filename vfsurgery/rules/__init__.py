@@ -11,3 +11,4 @@ from vfsurgery.rules import pool as pool
 from vfsurgery.rules import recurrent as recurrent
 from vfsurgery.rules.registry import rule as rule
 from vfsurgery.rules.registry import rule_for as rule_for
+from vfsurgery.rules.registry import ruled_modules as ruled_modules

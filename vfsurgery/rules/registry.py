@@ -21,7 +21,7 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     """Register a coupling rule for operations, in whatever spelling.
 
     A rule is a pure function from one :class:`~vfsurgery.tracing.ops.Op` to the ties and pins of its axes. Dims that
-    it does not mention are pinned.
+    it does not mention are pinned. A module whose class has a rule is kept as one node in every trace.
 
     Args:
         targets: Module classes (subclasses do not inherit the rule, except those of BatchNorm), functions, or names
@@ -59,6 +59,15 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
         return function
 
     return enter
+
+
+def ruled_modules(model: nn.Module) -> frozenset[str]:
+    """Paths of the modules, other than torch's own, whose very class has a rule."""
+
+    def is_ruled(module: nn.Module) -> bool:
+        return type(module) in _RULES and not type(module).__module__.startswith("torch.nn.")
+
+    return frozenset(path for path, module in model.named_modules() if path and is_ruled(module))
 
 
 def rule_for(op: Op) -> Rule | None:

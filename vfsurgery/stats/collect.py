@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
-from vfsurgery.groups import GroupSet, Member
+from vfsurgery.groups import GroupSet, Member, PermutationGroup
 from vfsurgery.stats.correlation import Centred, CrossMoments
 from vfsurgery.stats.moments import Moments
-from vfsurgery.tracing.ops import canonical_key
+from vfsurgery.tracing.ops import Key, canonical_key
 from vfsurgery.tracing.values import VALUE
 
 
@@ -58,19 +58,23 @@ class Observer(fx.Interpreter):
 class Survey:
     """Statistics of all sources from one pass over the data.
 
-    ``correlations`` has one entry per source after the first: for each name the cross moments of the first source's
-    units (a) and that source's (b). ``moments`` has one entry per source. ``images`` were seen.
+    ``correlations`` has one entry per source after the first: for each name, and each of its sites, the cross moments
+    of the first source's units (a) and that source's (b). ``moments`` has one entry per source. ``images`` were seen.
     """
 
-    correlations: list[dict[str, CrossMoments]]
+    correlations: list[dict[str, tuple[CrossMoments, ...]]]
     moments: list[dict[str, Moments]]
     images: int
+
+
+Reading: TypeAlias = tuple[str, int]
+"""A name, and which of its sites."""
 
 
 def survey(
     sources: Sequence[fx.GraphModule],
     batches: Iterable[Tensor],
-    pairs: Mapping[str, Site],
+    pairs: Mapping[str, Sequence[Site]],
     units: Mapping[str, Site],
 ) -> Survey:
     """Gather all statistics of all sources, each source run once on each batch.
@@ -81,22 +85,28 @@ def survey(
         pairs: Where to correlate the units of the first source with those of every other one, by name.
         units: Where to take moments of the units of every source, by name.
     """
-    result = Survey([{} for _ in sources[1:]], [{} for _ in sources], 0)
+    readings = {(name, place): site for name, sites in pairs.items() for place, site in enumerate(sites)}
+    crossed: list[dict[Reading, CrossMoments]] = [{} for _ in sources[1:]]
+    moments: list[dict[str, Moments]] = [{} for _ in sources]
     seen = 0
     for images in batches:
-        reference: dict[str, Centred] = {}
+        reference: dict[Reading, Centred] = {}
         for number, source in enumerate(sources):
             watch = Watch()
             for name, site in units.items():
-                watch.add(site.node, _take_moments(name, site, result.moments[number]))
-            for name, site in pairs.items():
+                watch.add(site.node, _take_moments(name, site, moments[number]))
+            for reading, site in readings.items():
                 if number:
-                    watch.add(site.node, _correlate(name, site, reference, result.correlations[number - 1]))
+                    watch.add(site.node, _correlate(reading, site, reference, crossed[number - 1]))
                 else:
-                    watch.add(site.node, _keep(name, site, reference))
+                    watch.add(site.node, _keep(reading, site, reference))
             Observer(source, watch).run(images.to(image_dtype(source)))
         seen += len(images)
-    return Survey(result.correlations, result.moments, seen)
+    correlations = [
+        {name: tuple(found[name, place] for place in range(len(sites))) for name, sites in pairs.items()}
+        for found in crossed
+    ]
+    return Survey(correlations, moments, seen)
 
 
 class Watch(dict[str, Callable[[Tensor], "Tensor | None"]]):
@@ -122,19 +132,19 @@ def _take_moments(name: str, site: Site, totals: dict[str, Moments]) -> Callable
     return see
 
 
-def _keep(name: str, site: Site, reference: dict[str, Centred]) -> Callable[[Tensor], None]:
+def _keep(reading: Reading, site: Site, reference: dict[Reading, Centred]) -> Callable[[Tensor], None]:
     def see(value: Tensor) -> None:
-        reference[name] = Centred.of(value, site.places, site.dim)
+        reference[reading] = Centred.of(value, site.places, site.dim)
 
     return see
 
 
 def _correlate(
-    name: str, site: Site, reference: dict[str, Centred], totals: dict[str, CrossMoments]
+    reading: Reading, site: Site, reference: dict[Reading, Centred], totals: dict[Reading, CrossMoments]
 ) -> Callable[[Tensor], None]:
     def see(value: Tensor) -> None:
-        batch = CrossMoments.of(reference[name], Centred.of(value, site.places, site.dim))
-        totals[name] = totals[name].merge(batch) if name in totals else batch
+        batch = CrossMoments.of(reference[reading], Centred.of(value, site.places, site.dim))
+        totals[reading] = totals[reading].merge(batch) if reading in totals else batch
 
     return see
 
@@ -148,11 +158,13 @@ NONLINEAR = "relu relu6 leakyrelu rrelu elu selu celu gelu silu mish tanh hardsw
 """Activations that cut off or bend, by name without underscores; gates (sigmoids) are not among them."""
 
 
-def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.device) -> dict[str, Site]:
-    """Where each group's units are read for matching: after a non-linearity, on the largest map, latest in the graph.
+def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.device) -> dict[str, tuple[Site, ...]]:
+    """Where each group's units are read for matching: after its first non-linearity and after its last.
 
-    Qu & Horvath match post-activation units, a residual stream at its last block (CPAL 2025, A.2). Groups without a
-    non-linearity of their own (linear bottlenecks) are read at their largest and latest value.
+    Qu & Horvath match post-activation units, a residual stream at its last block (CPAL 2025, A.2). But what the early
+    blocks read counts as much as what the late ones do, so streams are read at both ends. Groups without a
+    non-linearity of their own are read after their first and last sum (the streams of transformers), else at their
+    largest and latest value; queries and keys both count.
 
     Nested groups are read where their units lie inside the blocks on one axis, all of them at once, and no other group
     of the same blocks lies there. The outer group is read only where no inner one lies: elsewhere blocks could be
@@ -160,21 +172,26 @@ def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.de
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
     modules = dict(graph_module.named_modules())
-    sites: dict[str, Site] = {}
+    sites: dict[str, tuple[Site, ...]] = {}
     for group in groups:
-        values = [m for m in group.activations if nodes[m.parameter].op != "get_attr"]
-        inside = [m for other in groups if other.outer == (group.outer or group.name) for m in other.activations]
-        if group.outer:
-            others = [member for member in inside if member not in values]
-            candidates = [m for m in values if m.blocks > 1 and not any(_mixed_with(m, other) for other in others)]
-        else:
-            hidden = {member.parameter for member in inside}
-            candidates = [m for m in values if m.parameter not in hidden]
-        if candidates:
-            best = max(enumerate(candidates), key=lambda entry: _rank(*entry, nodes, modules))[1]
-            length = nodes[best.parameter].meta[VALUE].shape[best.dim]
-            sites[group.name] = Site.of(best, length, device)
+        members = _read_at(_candidates(group, groups, nodes), nodes, modules)
+        if members:
+            lengths = [nodes[member.parameter].meta[VALUE].shape[member.dim] for member in members]
+            sites[group.name] = tuple(
+                Site.of(member, length, device) for member, length in zip(members, lengths, strict=True)
+            )
     return sites
+
+
+def _candidates(group: PermutationGroup, groups: GroupSet, nodes: Mapping[str, fx.Node]) -> list[Member]:
+    """Where a group's units can be compared before any order is known."""
+    values = [m for m in group.activations if nodes[m.parameter].op != "get_attr"]
+    inside = [m for other in groups if other.outer == (group.outer or group.name) for m in other.activations]
+    if group.outer:
+        others = [member for member in inside if member not in values]
+        return [m for m in values if m.blocks > 1 and not any(_mixed_with(m, other) for other in others)]
+    hidden = {member.parameter for member in inside}
+    return [m for m in values if m.parameter not in hidden]
 
 
 def _mixed_with(member: Member, other: Member) -> bool:
@@ -182,16 +199,32 @@ def _mixed_with(member: Member, other: Member) -> bool:
     return member.parameter == other.parameter and (member.dim != other.dim or member.overlaps(other))
 
 
-def _rank(
-    place: int, member: Member, nodes: Mapping[str, fx.Node], modules: Mapping[str, Any]
-) -> tuple[bool, int, int]:
-    node = nodes[member.parameter]
-    per_unit = torch.Size(node.meta[VALUE].shape).numel() // node.meta[VALUE].shape[member.dim]
-    return _is_nonlinear(node, modules), per_unit, place
+def _read_at(candidates: list[Member], nodes: Mapping[str, fx.Node], modules: Mapping[str, Any]) -> Sequence[Member]:
+    def per_unit(member: Member) -> int:
+        shape = torch.Size(nodes[member.parameter].meta[VALUE].shape)
+        return shape.numel() // shape[member.dim]
+
+    bent = [member for member in candidates if _is_nonlinear(nodes[member.parameter], modules)]
+    sums = [member for member in candidates if _key(nodes[member.parameter]) == "add"]
+    if bent or sums:
+        return _ends(bent or sums)
+    if not candidates:
+        return ()
+    best = max(reversed(candidates), key=per_unit)
+    return _ends([member for member in candidates if member.parameter == best.parameter])
+
+
+def _ends(members: Sequence[Member]) -> Sequence[Member]:
+    """The first and the last of several."""
+    return members if len(members) == 1 else (members[0], members[-1])
+
+
+def _key(node: fx.Node) -> Key:
+    return canonical_key(node.target) if node.op in ("call_function", "call_method") else ""
 
 
 def _is_nonlinear(node: fx.Node, modules: Mapping[str, Any]) -> bool:
     if node.op == "call_module":
         return type(modules[str(node.target)]).__name__.lower() in NONLINEAR.split()
-    key = canonical_key(node.target) if node.op in ("call_function", "call_method") else ""
+    key = _key(node)
     return isinstance(key, str) and key.replace("_", "") in NONLINEAR.split()

@@ -31,6 +31,7 @@ RESHAPE_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity)
 _SHAPE_QUERIES = "size dim ndimension numel shape dtype device stride is_contiguous is_floating_point itemsize nelement"
 RESHAPES, PERMUTES = frozenset(_RESHAPES.split()), frozenset(_PERMUTES.split())
 SHAPE_QUERIES = frozenset(_SHAPE_QUERIES.split())
+TORCH_NAMESPACES = ("aten", "prims", "_operator")
 ALIASES = {"dim": "axis"}  # torch takes numpy's names too
 
 
@@ -42,8 +43,11 @@ def canonical_key(target: Any) -> Key:
     """
     if isinstance(target, str):
         return _plain(target)
-    if isinstance(target, torch._ops.OpOverload):
-        return _plain(target._schema.name.rpartition("::")[2])
+    target = getattr(target, "_opoverload", target)  # what torch.library.custom_op returns
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        qualified = target.name() if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
+        namespace, _, name = qualified.partition(".")[0].partition("::")
+        return _plain(name) if namespace in TORCH_NAMESPACES else f"{namespace}::{name}"
     module = getattr(target, "__module__", None) or type(target).__module__
     name = getattr(target, "__name__", "")
     if module in ("_operator", "operator"):
@@ -167,6 +171,8 @@ class OpReader:
         """The node's value with tensors as references; picking from a tuple refers to the tuple's own tensor."""
         if node.op == "get_attr":
             tensor = operator.attrgetter(str(node.target))(self.graph_module)
+            if not isinstance(tensor, Tensor):  # a branch of a conditional
+                return None
             name = self.parameter_names.get(id(tensor))
             kind = "constant" if name is None else "parameter"
             return TensorRef(kind, name or str(node.target), tuple(tensor.shape))
@@ -250,7 +256,7 @@ class OpReader:
         key, ndim = self._key(node), len(source.shape)
         if key not in ("unbind", "select", "getitem"):
             return None
-        arguments = map_arg((*node.args[1:], *node.kwargs.values()), lambda argument: argument.meta.get(VALUE))
+        arguments: Any = map_arg((*node.args[1:], *node.kwargs.values()), lambda argument: argument.meta.get(VALUE))
         if key == "unbind":
             dim = (arguments[0] if arguments else 0) % ndim
             return Pick(dim, tuple(range(source.shape[dim])))

@@ -30,10 +30,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import _symbolic_trace
 from torch.fx.proxy import Attribute
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from vfsurgery.errors import TraceError, explain
 from vfsurgery.tracing.values import KEPT_WHOLE, RETURNS_INPUT, VALUE, abstract
@@ -51,12 +51,16 @@ FACTORIES = "arange empty eye full linspace ones rand randint randn randperm ten
 STATIC_ATTRIBUTES = frozenset({"ndim", "is_cuda", "is_sparse", "is_quantized", "is_nested", "requires_grad", "layout"})
 
 
-def trace_module(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> fx.GraphModule:
+def trace_module(
+    model: nn.Module, example_inputs: tuple[Tensor, ...], leaves: frozenset[str] = frozenset()
+) -> fx.GraphModule:
     """Trace ``model``; the graph module shares the model's submodules, parameters and buffers.
 
     Args:
         model: Any module whose forward takes tensors. It is not run, copied or changed.
         example_inputs: One tensor per positional argument; only shapes and dtypes matter.
+        leaves: Paths of modules to keep as single nodes. One that cannot run on shapes alone runs once, as a copy, on
+            zeros.
 
     Returns:
         A graph module with the model's ``state_dict`` keys and training mode. Each node's ``meta["vfsurgery"]`` holds
@@ -65,7 +69,7 @@ def trace_module(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> fx.Gra
     Raises:
         TraceError: the forward cannot be recorded; says at which module.
     """
-    tracer = ValueTracer(example_inputs)
+    tracer = ValueTracer(example_inputs, leaves, model)
     skeleton = tracer.skeleton(model)
     rng = torch.get_rng_state()
     try:
@@ -77,12 +81,13 @@ def trace_module(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> fx.Gra
                 f"cannot trace {type(model).__name__}: {error}",
                 module=tracer.current_path,
                 inputs=", ".join(str(tuple(x.shape)) for x in example_inputs),
-                remedy="check that the model runs on inputs of this shape, or pass example_inputs=",
+                remedy="check that the model runs on inputs of this shape, or pass example_inputs=; name a module that "
+                "cannot be recorded in leaf= to keep it as one node",
             )
         ) from error
     finally:
         torch.set_rng_state(rng)
-    graph_module = _over_model(model, skeleton, graph)
+    graph_module = put_over_model(model, skeleton, graph)
     _replace_functional_dropout(graph_module)
     graph_module.meta["guards"] = tuple(tracer.guards)
     graph_module.graph.lint()
@@ -154,8 +159,11 @@ class ValueTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, example_inputs: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, example_inputs: tuple[Tensor, ...], leaves: frozenset[str] = frozenset(), model: nn.Module | None = None
+    ) -> None:
         super().__init__(autowrap_modules=(math,))
+        self.leaves, self.model = leaves, model
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.inputs = tuple(self.mode.from_tensor(x) for x in example_inputs)
         self.guards: list[str] = []
@@ -197,6 +205,8 @@ class ValueTracer(fx.Tracer):
                 setattr(torch, name, function)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.leaves:
+            return True
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             return True
         if _asks_for_training(m) and not any(True for _ in m.parameters()):
@@ -246,7 +256,8 @@ class ValueTracer(fx.Tracer):
             value = self._compute(kind, target, _values(args), _values(kwargs))
             proxy.__dict__["value"] = value
             proxy.node.meta[VALUE] = abstract(value)
-            proxy.node.meta[RETURNS_INPUT] = kind == "call_module" and len(args) == 1 and value is _values(args[0])
+            returns_input = kind == "call_module" and len(args) == 1 and value is _values(args[0])
+            proxy.node.meta[RETURNS_INPUT] = returns_input and target not in self.leaves  # which may write into it
         return proxy
 
     def _compute(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -260,9 +271,25 @@ class ValueTracer(fx.Tracer):
                 owner = self.root
                 for atom in target.split("."):
                     owner = getattr(owner, atom)
+                if kind == "call_module" and target in self.leaves:
+                    return self._run_leaf(target, owner, args, kwargs)
                 return owner.forward(*args, **kwargs) if kind == "call_module" else owner
         finally:
             self._computing = False
+
+    def _run_leaf(self, path: str, leaf: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A leaf whose forward looks at values, which fake tensors lack, runs on zeros as a copy of the real module."""
+        try:
+            return leaf.forward(*args, **kwargs)
+        except Exception:
+            if self.model is None:
+                raise
+            with unset_fake_temporarily():
+                real = copy.deepcopy(self.model.get_submodule(path)).eval()
+                zeros = lambda x: torch.zeros(x.shape, dtype=x.dtype, device=x.device)  # noqa: E731
+                result = real(*tree_map_only(Tensor, zeros, args), **tree_map_only(Tensor, zeros, kwargs))
+            self.guards.append(f"{path} gives what it gives for zeros")
+            return tree_map_only(Tensor, self.mode.from_tensor, result)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -325,14 +352,14 @@ def put_over(model: nn.Module, graph_module: fx.GraphModule) -> fx.GraphModule:
     """The same graph over another model of the same structure, sharing that model's modules and tensors."""
     graph = fx.Graph(tracer_cls=fx.Tracer)
     graph.output(graph.graph_copy(graph_module.graph, val_map={}))
-    copied = _over_model(model, graph_module, graph)
+    copied = put_over_model(model, graph_module, graph)
     for mine, theirs in zip(copied.graph.nodes, graph_module.graph.nodes, strict=True):
         mine.meta = dict(theirs.meta)
     copied.meta = dict(graph_module.meta)
     return copied
 
 
-def _over_model(model: nn.Module, fallback: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def put_over_model(model: nn.Module, fallback: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """Put the graph over the model's own modules, parameters and buffers, and keep those that it does not use.
 
     What only the trace has (tensor constants, dropout modules made from functional dropout) comes from ``fallback``.
