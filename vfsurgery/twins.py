@@ -24,8 +24,8 @@ from vfsurgery.architectures import build_model
 from vfsurgery.discovery import discover
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet
+from vfsurgery.recording import record_or_export
 from vfsurgery.tracing.examples import example_inputs_of
-from vfsurgery.tracing.tracer import trace_module
 
 BYTES = 26
 """Bytes of memory that the proof of a model takes for each number that it holds."""
@@ -173,7 +173,7 @@ def _twin(spec: str, name: str, sides: Sequence[int | None], batch: int, **optio
     for side in sides:
         inputs = image_inputs(model, side, batch)
         if _runs(model, inputs):
-            return Subject(name, model, discover(trace_module(model, inputs)), inputs)
+            return Subject(name, model, discover(record_or_export(model, inputs)), inputs)
     return None
 
 

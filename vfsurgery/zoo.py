@@ -28,7 +28,7 @@ import torch
 from vfsurgery.discovery import discover
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups import GroupSet
-from vfsurgery.tracing.tracer import trace_module
+from vfsurgery.recording import record_or_export
 from vfsurgery.twins import BYTES, TooLargeError, build_hollow, build_quickly, image_inputs, shallow_twins, subjects
 from vfsurgery.verification import Verification, prove
 
@@ -89,7 +89,7 @@ def survey_model(spec: str, memory: float = MEMORY) -> Survey:
         model, hollow = build_hollow(spec), True
     inputs = image_inputs(model)
     built = time.perf_counter()
-    graph_module = trace_module(model, inputs)
+    graph_module = record_or_export(model, inputs)
     groups = discover(graph_module)
     found = time.perf_counter()
     survey = Survey(
