@@ -24,6 +24,7 @@ from vfsurgery.architectures import build_model
 from vfsurgery.discovery import discover
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet
+from vfsurgery.partial import parts_of
 from vfsurgery.recording import record_or_export
 from vfsurgery.tracing.examples import example_inputs_of
 
@@ -140,6 +141,17 @@ def subjects(spec: str, model: nn.Module, groups: GroupSet) -> Iterator[Subject]
         twins = (_twin(spec, f"img_size={side} twin", [side], batch, img_size=side) for side in sides)
         yield from (twin for twin in twins if twin is not None and _places(twin.groups) == _places(groups))
     yield Subject("own size", model, groups, image_inputs(model, batch=batch))
+
+
+def part_subjects(model: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[Subject]:
+    """The parts of a model that cannot be recorded whole; all of its groups are proven if those of each part are."""
+    for part in parts_of(model, inputs):
+        if part.groups.groups:
+            seeds = (torch.Generator().manual_seed(seed) for seed in range(len(part.shapes[0])))
+            given = tuple(
+                torch.randn(shape, generator=seed) for (shape, *_), seed in zip(part.shapes[0], seeds, strict=True)
+            )
+            yield Subject(part.path, model.get_submodule(part.path), part.groups, given)
 
 
 def _sides_below(inputs: tuple[Tensor, ...]) -> list[int]:

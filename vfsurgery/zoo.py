@@ -26,10 +26,21 @@ from typing import Any
 import torch
 
 from vfsurgery.discovery import discover
-from vfsurgery.errors import OptionError, explain
+from vfsurgery.errors import OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet
+from vfsurgery.partial import find_partly
 from vfsurgery.recording import record_or_export
-from vfsurgery.twins import BYTES, TooLargeError, build_hollow, build_quickly, image_inputs, shallow_twins, subjects
+from vfsurgery.twins import (
+    BYTES,
+    Subject,
+    TooLargeError,
+    build_hollow,
+    build_quickly,
+    image_inputs,
+    part_subjects,
+    shallow_twins,
+    subjects,
+)
 from vfsurgery.verification import Verification, prove
 
 SOURCES = ("timm", "torchvision")
@@ -89,35 +100,58 @@ def survey_model(spec: str, memory: float = MEMORY) -> Survey:
         model, hollow = build_hollow(spec), True
     inputs = image_inputs(model)
     built = time.perf_counter()
-    graph_module = record_or_export(model, inputs)
-    groups = discover(graph_module)
+    graph_module = None
+    try:
+        graph_module = record_or_export(model, inputs)
+        groups = discover(graph_module)
+    except TraceError as error:
+        groups = find_partly(model, inputs, error)
     found = time.perf_counter()
-    survey = Survey(
+    if graph_module is None:
+        name, proof = _prove_all(part_subjects(model, inputs))
+    else:
+        name, proof = _prove_one(shallow_twins(spec, most) if hollow else subjects(spec, model, groups))
+    return Survey(
         model=spec,
         groups=len(groups),
         coverage=round(groups.coverage, 6),
-        nodes=len(graph_module.graph.nodes),
+        nodes=len(graph_module.graph.nodes) if graph_module else 0,
         parameters=groups.parameter_count,
         build_seconds=round(built - started, 3),
         seconds=round(found - built, 3),
-        unknown_ops=" ".join(sorted({op.partition(" at node")[0] for op in groups.unknown_ops})),
-        reasons=_reasons(groups),
-    )
-    proof, name = None, ""
-    for subject in shallow_twins(spec, most) if hollow else subjects(spec, model, groups):
-        proof = prove(subject.model, subject.groups, subject.inputs, each=False, controls=CONTROLS)
-        name = subject.name
-        if proof:  # else rounding may have grown past the tolerance, which other images would show; an error stays
-            break
-    return dataclasses.replace(
-        survey,
         error=proof.error if proof is not None else float("nan"),
         control_error=proof.control_error if proof is not None else float("nan"),
         verified=bool(proof),
         subject=name,
         verify_seconds=round(time.perf_counter() - found, 3),
+        unknown_ops=" ".join(sorted({op.partition(" at node")[0] for op in groups.unknown_ops})),
+        reasons=_reasons(groups),
         failure=_failure(proof),
     )
+
+
+def _prove(subject: Subject) -> Verification:
+    return prove(subject.model, subject.groups, subject.inputs, each=False, controls=CONTROLS)
+
+
+def _prove_one(subjects: Iterable[Subject]) -> tuple[str, Verification | None]:
+    """The first proof that succeeds, else the last one.
+
+    Where rounding has grown past the tolerance other images may show that it was no more than that; an error stays.
+    """
+    name, proof = "", None
+    for subject in subjects:
+        name, proof = subject.name, _prove(subject)
+        if proof:
+            break
+    return name, proof
+
+
+def _prove_all(parts: Iterable[Subject]) -> tuple[str, Verification | None]:
+    """The worst of the proofs of all parts."""
+    proofs = {part.name: _prove(part) for part in parts}
+    name = f"each of its parts: {', '.join(proofs)}"
+    return name, min(proofs.values(), key=lambda proof: (bool(proof), -proof.error), default=None)
 
 
 def _reasons(groups: GroupSet) -> str:
