@@ -7,7 +7,6 @@ BatchNorm changes nothing), each group alone and all together, with a negative c
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -287,19 +286,29 @@ def randomize(model: nn.Module, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def keep_signals_alive(model: nn.Module, inputs: tuple[Tensor, ...], generator: torch.Generator) -> None:
-    """Bring the running statistics of BatchNorm layers near those of ``inputs``, each unit off by a factor of its own.
+    """Set the running statistics of BatchNorm layers near those of ``inputs``, each unit off by a factor of its own.
 
     With statistics far from the activations, what depends on the input fades from layer to layer, and an error in a
-    deep group would hide below the tolerance.
+    deep group would hide below the tolerance; or it grows, and rounding with it. Each layer is set when its turn comes,
+    on what the layers before it, set already, make of the inputs.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None]
-    for norm in norms:
-        norm.training, norm.momentum, norm.num_batches_tracked = True, 1.0, None
-    with contextlib.suppress(ValueError):  # one value per channel: such statistics do not exist, the random ones stay
-        model(*inputs)
-    for norm in norms:
-        norm.training = False
+
+    def set_statistics(norm: nn.modules.batchnorm._BatchNorm, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        if x.numel() == x.shape[1]:  # one value per channel: such statistics do not exist, the random ones stay
+            return
+        var, mean = torch.var_mean(x, dim=[dim for dim in range(x.ndim) if dim != 1], correction=0)
+        var = var.clamp_min(FAINT * float(var.mean()))
+        noise = torch.rand((2, len(var)), generator=generator, dtype=torch.float64).to(var)
         assert norm.running_mean is not None and norm.running_var is not None
-        noise = torch.rand((2, *norm.running_var.shape), generator=generator, dtype=torch.float64).to(norm.running_var)
-        norm.running_mean.add_(0.2 * (noise[0] - 0.5) * norm.running_var.sqrt())
-        norm.running_var.mul_(0.9 + 0.2 * noise[1])
+        norm.running_mean.copy_(mean + 0.2 * (noise[0] - 0.5) * var.sqrt())
+        norm.running_var.copy_(var * (0.9 + 0.2 * noise[1]))
+
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None]
+    hooks = [norm.register_forward_pre_hook(set_statistics) for norm in norms]
+    try:
+        with eval_mode(model):
+            model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
