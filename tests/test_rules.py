@@ -255,6 +255,16 @@ CASES: dict[str, Case] = {
         [8],
     ),
     "heads": (attention, TOKENS, [2, 3]),
+    "positions cut into other grids": (
+        lambda: conv(then(lambda x: x.view(*x.shape[:2], 2, 32).flatten(2).view(*x.shape[:2], 8, 8)), nn.ReLU()),
+        MAP,
+        [6, 8],
+    ),
+    "positions cut across": (
+        lambda: conv(then(lambda x: x[..., :6].reshape(*x.shape[:2], 6, 8).permute(0, 1, 3, 2)), nn.ReLU()),
+        MAP,
+        [6, 8],
+    ),
     "heads, picked one by one": (picked_heads, TOKENS, [2, 3, 3]),
     "channel shuffle": (lambda: conv(nn.ChannelShuffle(2), nn.ReLU()), MAP, [6, 8]),
     "channel shuffle by views": (lambda: conv(then(shuffle), nn.ReLU()), MAP, [6, 8]),
