@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from vfsurgery.axes import Constraint, Fixed, Product, tie, tie_all
 from vfsurgery.errors import OptionError, SurgeryError, UnknownOpError
 from vfsurgery.rules import registry
 from vfsurgery.tracing.ops import Op, canonical_key
+from vfsurgery.tracing.values import KEPT_WHOLE
 
 MAP = (2, 3, 8, 8)
 TOKENS = (2, 5, 4)
@@ -93,6 +95,15 @@ def shuffle(x: Tensor) -> Tensor:
     return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
+def picked_heads() -> nn.Module:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        qkv = m.first(x).reshape(x.shape[0], x.shape[1], 3, 2, 3).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0] * 3**-0.5, qkv[1], qkv[2]
+        return m.last(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    return Apply(forward, first=nn.Linear(4, 18), last=nn.Linear(6, 3))
+
+
 def swap_halves(x: Tensor) -> Tensor:
     first, second = x.chunk(2, 1)
     return torch.cat([second, first.relu()], 1)
@@ -159,6 +170,19 @@ def flat(size: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(size), nn.Flatten(), nn.Linear(8 * (8 // size) ** 2, 3)
     )
+
+
+def recurrent(layer: nn.Module, width: int, pick: Callable[[Tensor, Any], Tensor] = lambda y, state: y) -> nn.Module:
+    """A layer that reads a sequence; ``pick`` chooses from its outputs and last states."""
+    return Apply(
+        lambda m, x: m.last(pick(*m.layer(m.first(x)))), first=nn.Linear(4, 6), layer=layer, last=nn.Linear(width, 3)
+    )
+
+
+def positions_by_grid(m: nn.Module, x: Tensor) -> Tensor:
+    rows, columns = torch.meshgrid(torch.arange(x.shape[1]), torch.arange(2), indexing="ij")
+    picked = F.one_hot(rows + columns, 8).to(x) @ m.table
+    return x + picked.mean(1)
 
 
 def spatial(*between: nn.Module) -> nn.Module:
@@ -231,6 +255,17 @@ CASES: dict[str, Case] = {
         [8],
     ),
     "heads": (attention, TOKENS, [2, 3]),
+    "positions cut into other grids": (
+        lambda: conv(then(lambda x: x.view(*x.shape[:2], 2, 32).flatten(2).view(*x.shape[:2], 8, 8)), nn.ReLU()),
+        MAP,
+        [6, 8],
+    ),
+    "positions cut across": (
+        lambda: conv(then(lambda x: x[..., :6].reshape(*x.shape[:2], 6, 8).permute(0, 1, 3, 2)), nn.ReLU()),
+        MAP,
+        [6, 8],
+    ),
+    "heads, picked one by one": (picked_heads, TOKENS, [2, 3, 3]),
     "channel shuffle": (lambda: conv(nn.ChannelShuffle(2), nn.ReLU()), MAP, [6, 8]),
     "channel shuffle by views": (lambda: conv(then(shuffle), nn.ReLU()), MAP, [6, 8]),
     "pixel shuffle": (lambda: conv(nn.PixelShuffle(2), out=16, width=4), MAP, [4, 6]),
@@ -251,18 +286,38 @@ CASES: dict[str, Case] = {
     "tied parameters": (lambda: twice(tied=True), VECTOR, [8]),
     "functional convs": (functional_convs, MAP, [6, 8]),
     "functional linears": (functional_linears, VECTOR, [8]),
+    "lstm": (lambda: recurrent(nn.LSTM(6, 8, 2, batch_first=True, bidirectional=True), 16), TOKENS, [6, 8, 8, 8, 8]),
+    "lstm, projected": (lambda: recurrent(nn.LSTM(6, 8, batch_first=True, proj_size=5), 5), TOKENS, [5, 6, 8]),
+    "gru": (lambda: recurrent(nn.GRU(6, 8, batch_first=True), 8), TOKENS, [6, 8]),
+    "rnn": (lambda: recurrent(nn.RNN(6, 8, 2, bias=False), 8), TOKENS, [6, 8, 8]),
+    "last state": (lambda: recurrent(nn.GRU(6, 8, 2, batch_first=True), 8, lambda y, state: state[-1]), TOKENS, [6, 8]),
+    "last state and cell": (
+        lambda: recurrent(nn.LSTM(6, 8, bidirectional=True), 8, lambda y, state: state[0][1] * state[1][0]),
+        TOKENS,
+        [6, 8],
+    ),
+    "positions by number": (lambda: dense(Apply(positions_by_grid, table=parameter(8, 8))), TOKENS, [8]),
+    "conv along another dim": (
+        lambda: dense(Apply(lambda m, x: m.mix(x), mix=nn.Conv1d(5, 5, 1)), nn.ReLU()),
+        TOKENS,
+        [8],
+    ),
+    "casts": (lambda: dense(then(lambda x: x * (x > 0).long() + (x.int() * 2).float())), VECTOR, [8]),
 }
 
 
 @pytest.fixture
 def rules() -> Iterator[None]:
     """Give the rules back as they were."""
-    before = dict(registry._RULES)
+    before, whole = dict(registry._RULES), set(KEPT_WHOLE)
     yield
     registry._RULES.clear()
     registry._RULES.update(before)
+    KEPT_WHOLE.clear()
+    KEPT_WHOLE.update(whole)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("name", CASES)
 def test_groups_are_found_and_proven(name: str) -> None:
     build, shape, expected = CASES[name]
@@ -323,6 +378,24 @@ MUST_PIN: dict[str, Pinning] = {
         VECTOR,
         "positions differ in pad",
         False,
+    ),
+    "a convolution over units": (
+        lambda: dense(Apply(lambda m, x: m.mix(x), mix=nn.Conv1d(5, 5, 3, padding=1))),
+        TOKENS,
+        "positions differ in torch.nn.modules.conv.Conv1d",
+        False,
+    ),
+    "a strided convolution over units": (
+        lambda: dense(Apply(lambda m, x: m.mix(x), mix=nn.Conv1d(5, 5, 1, stride=2)), width=4),
+        TOKENS,
+        "positions differ in torch.nn.modules.conv.Conv1d",
+        False,
+    ),
+    "numbers as units": (
+        lambda: dense(then(lambda x: F.one_hot(x.argmax(-1), 8).to(x))),
+        VECTOR,
+        "argmax",
+        True,
     ),
     "reshape across units": (
         lambda: dense(then(lambda x: x.view(-1, 4, 6).mean(1)), out=8, width=6),
@@ -409,13 +482,37 @@ torch.fx.wrap("twice_of")
 
 def test_a_rule_of_ones_own(rules: None) -> None:
     model, x = conv(Twice(), width=16), torch.randn(MAP)
-    assert [group.size for group in surgery.find_groups(model, x)] == [6]
+    assert "cat" in {node.target.__name__ for node in surgery.trace(model, x).graph.nodes if callable(node.target)}
 
     @surgery.rule(twice_of)
     def copies(op: Op) -> Iterator[Constraint]:
         yield tie(op.output.axis(1), Product((Fixed(2, "copies"), op.input.axis(1))))
 
     groups = surgery.find_groups(model, x, strict=True)
+    assert twice_of in {node.target for node in surgery.trace(model, x).graph.nodes}
+    assert [group.size for group in groups] == [8, 6]
+    assert surgery.verify(model, groups, x)
+
+
+class Named(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return named(x)["rest"][0]
+
+
+def named(x: Tensor) -> dict[str, Any]:
+    return {"first": x[:, 0], "rest": [torch.cat([x, x], 1).roll(1, 0)]}
+
+
+torch.fx.wrap("named")
+
+
+def test_a_rule_for_an_op_that_returns_tensors_by_name(rules: None) -> None:
+    @surgery.rule(named)
+    def copies(op: Op) -> Iterator[Constraint]:
+        yield tie(op.outputs[1].axis(1), Product((Fixed(2, "copies"), op.input.axis(1))))
+
+    model, x = conv(Named(), width=16), torch.randn(MAP)
+    groups = surgery.find_groups(model, x)
     assert [group.size for group in groups] == [8, 6]
     assert surgery.verify(model, groups, x)
 

@@ -58,6 +58,22 @@ def find_partly(
     return found
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a model: its path, its groups under its own names, and what it was called with in the run."""
+
+    path: str
+    groups: GroupSet
+    shapes: tuple[Shapes, ...]
+
+
+def parts_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Part]:
+    """The outermost parts of a model, each of which computes the same whatever order its groups have."""
+    run = watch(model, inputs)
+    found = Search(run, chosen_pins(model, ()), canonical_parameters(model)).parts(model)
+    return [Part(path, groups, tuple(call for call in run.calls[path] if call is not None)) for path, groups in found]
+
+
 @dataclass
 class Run(TorchDispatchMode):
     """What happened while a model ran: which modules were called with what, and who used whose tensors.

@@ -24,11 +24,12 @@ from vfsurgery.architectures import build_model
 from vfsurgery.discovery import discover
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet
+from vfsurgery.partial import parts_of
+from vfsurgery.recording import record_or_export
 from vfsurgery.tracing.examples import example_inputs_of
-from vfsurgery.tracing.tracer import trace_module
 
-MOST = 400_000_000
-"""Numbers that a model may hold to be verified itself; a larger one is traced on the meta device."""
+BYTES = 26
+"""Bytes of memory that the proof of a model takes for each number that it holds."""
 ONE_IMAGE_FROM = 60_000_000
 """Parameters from which on a proof takes a batch of one."""
 LARGE_INPUT = 500_000
@@ -84,21 +85,28 @@ class DeferredDraws(TorchFunctionMode):
             parameter.uniform_(-bound, bound)
 
 
-def build_quickly(spec: str, *, meta: bool = False, **options: Any) -> nn.Module:
-    """Build a model in eval mode with cheap random weights, or with none on the meta device.
+def build_quickly(spec: str, *, most: float = math.inf, **options: Any) -> nn.Module:
+    """Build a model in eval mode with cheap random weights.
 
     Raises:
-        TooLargeError: the model holds more than :data:`MOST` numbers, which is refused off the meta device.
+        TooLargeError: the model holds more than ``most`` numbers.
     """
     torch.manual_seed(0)
-    if meta:
-        with torch.device("meta"):
-            return build_model(spec, **options).eval()
-    mode = DeferredDraws(MOST)
+    mode = DeferredDraws(most)
     with mode:
         model = build_model(spec, **options)
     mode.fill()
     return model.eval()
+
+
+def build_hollow(spec: str) -> nn.Module:
+    """Build a model in eval mode without weights: on the meta device, or else in memory that is never touched."""
+    try:
+        with torch.device("meta"):
+            return build_model(spec).eval()
+    except Exception:  # constructors that compute with what they have drawn
+        with DeferredDraws():
+            return build_model(spec).eval()
 
 
 def image_inputs(model: nn.Module, side: int | None = None, batch: int = 2) -> tuple[Tensor, ...]:
@@ -120,10 +128,7 @@ class Subject:
 
 
 def subjects(spec: str, model: nn.Module, groups: GroupSet) -> Iterator[Subject]:
-    """What proves the groups of a model, cheapest first; nothing if it is too large and has no smaller twin."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        yield from _shallow_twins(spec)
-        return
+    """What proves the groups of a model, cheapest first."""
     own = image_inputs(model)
     batch = 1 if groups.parameter_count > ONE_IMAGE_FROM or own[0][0].numel() > LARGE_INPUT else 2
     sides = _sides_below(own)
@@ -136,6 +141,17 @@ def subjects(spec: str, model: nn.Module, groups: GroupSet) -> Iterator[Subject]
         twins = (_twin(spec, f"img_size={side} twin", [side], batch, img_size=side) for side in sides)
         yield from (twin for twin in twins if twin is not None and _places(twin.groups) == _places(groups))
     yield Subject("own size", model, groups, image_inputs(model, batch=batch))
+
+
+def part_subjects(model: nn.Module, inputs: tuple[Tensor, ...]) -> Iterator[Subject]:
+    """The parts of a model that cannot be recorded whole; all of its groups are proven if those of each part are."""
+    for part in parts_of(model, inputs):
+        if part.groups.groups:
+            seeds = (torch.Generator().manual_seed(seed) for seed in range(len(part.shapes[0])))
+            given = tuple(
+                torch.randn(shape, generator=seed) for (shape, *_), seed in zip(part.shapes[0], seeds, strict=True)
+            )
+            yield Subject(part.path, model.get_submodule(part.path), part.groups, given)
 
 
 def _sides_below(inputs: tuple[Tensor, ...]) -> list[int]:
@@ -151,11 +167,11 @@ def _runs(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
     return True
 
 
-def _shallow_twins(spec: str) -> Iterator[Subject]:
-    """The same network with fewer layers, for constructors that know such arguments."""
+def shallow_twins(spec: str, most: float) -> Iterator[Subject]:
+    """The same network with fewer layers and no more than ``most`` numbers, if its constructor knows how."""
     for shrink in SHRINKS:
         name = ", ".join(f"{key}={value}" for key, value in shrink.items())
-        twin = _twin(spec, f"{name} twin", [*SIDES, None], 1, **shrink)
+        twin = _twin(spec, f"{name} twin", [*SIDES, None], 1, most=most, **shrink)
         if twin is not None:
             yield twin
 
@@ -169,7 +185,7 @@ def _twin(spec: str, name: str, sides: Sequence[int | None], batch: int, **optio
     for side in sides:
         inputs = image_inputs(model, side, batch)
         if _runs(model, inputs):
-            return Subject(name, model, discover(trace_module(model, inputs)), inputs)
+            return Subject(name, model, discover(record_or_export(model, inputs)), inputs)
     return None
 
 

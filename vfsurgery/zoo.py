@@ -26,15 +26,28 @@ from typing import Any
 import torch
 
 from vfsurgery.discovery import discover
-from vfsurgery.errors import OptionError, explain
+from vfsurgery.errors import OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet
-from vfsurgery.tracing.tracer import trace_module
-from vfsurgery.twins import TooLargeError, build_quickly, image_inputs, subjects
+from vfsurgery.partial import find_partly
+from vfsurgery.recording import record_or_export
+from vfsurgery.twins import (
+    BYTES,
+    Subject,
+    TooLargeError,
+    build_hollow,
+    build_quickly,
+    image_inputs,
+    part_subjects,
+    shallow_twins,
+    subjects,
+)
 from vfsurgery.verification import Verification, prove
 
 SOURCES = ("timm", "torchvision")
 PRELOADED = ["torch", "timm", "torchvision.models", "vfsurgery.zoo"]
 GIB = 2**30
+MEMORY = 8.0
+"""GiB that the process of one model may allocate."""
 CONTROLS = 3
 """Groups that are broken on purpose in the proof of one model."""
 
@@ -72,48 +85,73 @@ class Survey:
         return Survey(**{name: read.get(types[name], str)(text) for name, text in row.items()})
 
 
-def survey_model(spec: str) -> Survey:
+def survey_model(spec: str, memory: float = MEMORY) -> Survey:
     """Build one model with random weights, find its groups at its own input size and verify them, here and now.
 
     All groups are permuted together, with negative controls; see :func:`vfsurgery.verification.prove`. A model too
-    large for that is traced on the meta device, and a smaller twin is verified.
+    large for that in ``memory`` GiB is traced without weights, and a smaller twin is verified.
     """
     started = time.perf_counter()
+    most = memory * GIB / BYTES
+    hollow = False
     try:
-        model = build_quickly(spec)
+        model = build_quickly(spec, most=most)
     except TooLargeError:
-        model = build_quickly(spec, meta=True)
+        model, hollow = build_hollow(spec), True
     inputs = image_inputs(model)
     built = time.perf_counter()
-    graph_module = trace_module(model, inputs)
-    groups = discover(graph_module)
+    graph_module = None
+    try:
+        graph_module = record_or_export(model, inputs)
+        groups = discover(graph_module)
+    except TraceError as error:
+        groups = find_partly(model, inputs, error)
     found = time.perf_counter()
-    survey = Survey(
+    if graph_module is None:
+        name, proof = _prove_all(part_subjects(model, inputs))
+    else:
+        name, proof = _prove_one(shallow_twins(spec, most) if hollow else subjects(spec, model, groups))
+    return Survey(
         model=spec,
         groups=len(groups),
         coverage=round(groups.coverage, 6),
-        nodes=len(graph_module.graph.nodes),
+        nodes=len(graph_module.graph.nodes) if graph_module else 0,
         parameters=groups.parameter_count,
         build_seconds=round(built - started, 3),
         seconds=round(found - built, 3),
-        unknown_ops=" ".join(sorted({op.partition(" at node")[0] for op in groups.unknown_ops})),
-        reasons=_reasons(groups),
-    )
-    proof, name = None, ""
-    for subject in subjects(spec, model, groups):
-        proof = prove(subject.model, subject.groups, subject.inputs, each=False, controls=CONTROLS)
-        name = subject.name
-        if proof:  # else rounding may have grown past the tolerance, which other images would show; an error stays
-            break
-    return dataclasses.replace(
-        survey,
         error=proof.error if proof is not None else float("nan"),
         control_error=proof.control_error if proof is not None else float("nan"),
         verified=bool(proof),
         subject=name,
         verify_seconds=round(time.perf_counter() - found, 3),
+        unknown_ops=" ".join(sorted({op.partition(" at node")[0] for op in groups.unknown_ops})),
+        reasons=_reasons(groups),
         failure=_failure(proof),
     )
+
+
+def _prove(subject: Subject) -> Verification:
+    return prove(subject.model, subject.groups, subject.inputs, each=False, controls=CONTROLS)
+
+
+def _prove_one(subjects: Iterable[Subject]) -> tuple[str, Verification | None]:
+    """The first proof that succeeds, else the last one.
+
+    Where rounding has grown past the tolerance other images may show that it was no more than that; an error stays.
+    """
+    name, proof = "", None
+    for subject in subjects:
+        name, proof = subject.name, _prove(subject)
+        if proof:
+            break
+    return name, proof
+
+
+def _prove_all(parts: Iterable[Subject]) -> tuple[str, Verification | None]:
+    """The worst of the proofs of all parts."""
+    proofs = {part.name: _prove(part) for part in parts}
+    name = f"each of its parts: {', '.join(proofs)}"
+    return name, min(proofs.values(), key=lambda proof: (bool(proof), -proof.error), default=None)
 
 
 def _reasons(groups: GroupSet) -> str:
@@ -153,7 +191,7 @@ def survey_zoo(
     names: Sequence[str],
     table: Path,
     *,
-    memory: float = 8.0,
+    memory: float = MEMORY,
     limit: float = 300.0,
     jobs: int = 1,
     done: Callable[[Survey], None] = lambda survey: None,
@@ -223,7 +261,7 @@ def _work(name: str, memory: float, sender: Connection) -> None:
         os.dup2(silence.fileno(), 1)
         os.dup2(silence.fileno(), 2)
     try:
-        survey = survey_model(name)
+        survey = survey_model(name, memory)
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, MemoryError) or "allocate memory" in text:

@@ -17,17 +17,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
-from vfsurgery.axes import AxisRef, Concat, Constraint, Expression, Fixed, Fresh, Product, Take, pin, tie
+from vfsurgery.axes import AxisRef, Concat, Constraint, Expression, Fixed, Fresh, Product, Take, tie
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import PERMUTES, PICK, RESHAPES, Op, Step
 
 
 @dataclass(eq=False, slots=True)
 class Factor:
-    """One factor of a dim; ``parts`` once a reshape has cut it."""
+    """One factor of a dim; ``parts`` once a reshape has cut it, ``mixed`` if one has cut across its units."""
 
     size: int
     parts: list[Factor] = field(default_factory=list["Factor"])
+    mixed: bool = False
 
     def leaves(self) -> Iterator[Factor]:
         """The elementary factors, slowest first."""
@@ -39,16 +40,14 @@ class Factor:
 
 @rule(nn.Flatten, nn.Unflatten, nn.Identity, *RESHAPES, *PERMUTES, PICK)
 def movement(op: Op) -> Iterator[Constraint]:
-    """Tie input and output dims through the elementary factors of the chain; pin them if a reshape fits none."""
+    """Tie input and output dims through the elementary factors of the chain; pin those that a reshape cuts across."""
+    if 0 in op.input.shape:
+        return
     start = [Factor(size) for size in op.input.shape]
     end = _follow([[factor] for factor in start], op.steps)
-    if end is None:
-        for axis in (*op.input.axes(), *(axis for tensor in op.outputs for axis in tensor.axes())):
-            yield pin(axis, f"{op.name} cuts across units")
-        return
     sources = [_leaves([factor]) for factor in start]
     targets = [_leaves(factors) for factors in end]
-    names = _Names(sources, targets.pop(op.pick.dim) if op.pick else [])
+    names = _Names(sources, targets.pop(op.pick.dim) if op.pick else [], f"{op.name} cuts across units")
     whole: set[int] = set()
     for piece, output in enumerate(op.outputs):
         index = op.pick.indices[piece] if op.pick else 0
@@ -67,8 +66,9 @@ def movement(op: Op) -> Iterator[Constraint]:
 class _Names:
     """Names the elementary factors of a chain; those inside the factor that is picked from have one name per index."""
 
-    def __init__(self, sources: list[list[Factor]], picked: list[Factor]) -> None:
+    def __init__(self, sources: list[list[Factor]], picked: list[Factor], mixed: str) -> None:
         self.picked = picked
+        self._mixed = mixed
         self._numbers = {leaf: number for number, leaf in enumerate(leaf for leaves in sources for leaf in leaves)}
         self._inside: set[Factor] = set()
         for leaves in sources:
@@ -88,37 +88,60 @@ class _Names:
         return Product((*(self._name(leaf, 0) for leaf in leaves[:place]), Concat(parts)))
 
     def _name(self, leaf: Factor, index: int) -> Expression:
+        if leaf.mixed:
+            return Fixed(leaf.size, self._mixed)
         if leaf in self.picked:
             return Fixed(leaf.size, "single positions are picked")
         return Fresh(f"factor {self._numbers[leaf]}" + f" at {index}" * (leaf in self._inside), leaf.size)
 
 
-def _follow(dims: list[list[Factor]], steps: tuple[Step, ...]) -> list[list[Factor]] | None:
+def _follow(dims: list[list[Factor]], steps: tuple[Step, ...]) -> list[list[Factor]]:
     for step in steps:
         if step.order is not None:
             dims = [dims[dim] for dim in step.order]
-            continue
-        regrouped = _regroup(_leaves([factor for factors in dims for factor in factors]), step.shape)
-        if regrouped is None:
-            return None
-        dims = regrouped
+        else:
+            dims = _reshape(_leaves([factor for factors in dims for factor in factors]), step.shape)
     return dims
 
 
-def _regroup(factors: list[Factor], shape: tuple[int, ...]) -> list[list[Factor]] | None:
+def _reshape(factors: list[Factor], shape: tuple[int, ...]) -> list[list[Factor]]:
+    """Distribute factors over dims of the given sizes.
+
+    Sizes are multiplied on both sides until they agree, which splits the reshape into independent ones of a few factors
+    and dims each. Where factors cannot be cut to fit (7 x 8 into 8 x 7), they are mixed and new ones take their place.
+    """
+    queue, dims = list(factors), list[list[Factor]]()
+    group: list[int] = []
+    for size in shape:
+        group.append(size)
+        taken, product = 0, 1
+        while product < math.prod(group):
+            product *= queue[taken].size
+            taken += 1
+        if product == math.prod(group):
+            dims += _regroup(queue[:taken], group) or _mix(queue[:taken], group)
+            queue, group = queue[taken:], []
+    return dims
+
+
+def _mix(factors: list[Factor], shape: list[int]) -> list[list[Factor]]:
+    for leaf in _leaves(factors):
+        leaf.mixed = True
+    return [[Factor(size, mixed=True)] for size in shape]
+
+
+def _regroup(factors: list[Factor], shape: list[int]) -> list[list[Factor]] | None:
     """Distribute factors over dims of the given sizes, cutting them where needed; ``None`` if they do not fit."""
     queue = list(factors)
     dims: list[list[Factor]] = []
     for size in shape:
         dim: list[Factor] = []
         while size > 1:
-            if not queue:
-                return None
             factor = queue.pop(0)
             if factor.size > size:
                 if factor.size % size:
                     return None
-                factor.parts = [Factor(size), Factor(factor.size // size)]
+                factor.parts = [Factor(size, mixed=factor.mixed), Factor(factor.size // size, mixed=factor.mixed)]
                 queue.insert(0, factor.parts[1])
                 factor = factor.parts[0]
             if size % factor.size:

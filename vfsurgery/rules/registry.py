@@ -10,6 +10,7 @@ from torch import nn
 from vfsurgery.axes import Constraint
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.tracing.ops import Key, Op, canonical_key
+from vfsurgery.tracing.values import KEPT_WHOLE
 
 Rule: TypeAlias = Callable[[Op], Iterable[Constraint]]
 
@@ -54,6 +55,7 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
                     )
                 )
             _RULES[key] = function
+            KEPT_WHOLE.add(target)
         return function
 
     return enter

@@ -18,6 +18,9 @@ BATCH = 2
 FRAMES = 16
 """Frames of a video in an example, as torchvision's video networks were trained with."""
 
+FLOW_SIZE = (3, 128, 128)
+"""Size of the two frames that torchvision's optical flow networks take: the smallest that they allow."""
+
 
 def example_inputs_of(model: nn.Module, given: Tensor | Iterable[Tensor] | None = None) -> tuple[Tensor, ...]:
     """The given example inputs as a tuple, else random images of the size that the model is configured for.
@@ -42,13 +45,14 @@ def example_inputs_of(model: nn.Module, given: Tensor | Iterable[Tensor] | None 
                 remedy="pass example_inputs=, for example torch.randn(2, 3, 224, 224), or data=",
             )
         )
-    return (random_images((BATCH, *size), model),)
+    images = 2 if type(model).__module__.startswith("torchvision.models.optical_flow") else 1
+    return tuple(random_images((BATCH, *size), model, seed) for seed in range(images))
 
 
-def random_images(shape: tuple[int, ...], model: nn.Module) -> Tensor:
+def random_images(shape: tuple[int, ...], model: nn.Module, seed: int = 0) -> Tensor:
     """Standard normal images on the model's device and in its dtype, from a generator of their own."""
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(first.device, first.dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(first.device, first.dtype)
 
 
 def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
@@ -70,6 +74,8 @@ def _torchvision_size(model: nn.Module) -> tuple[int, ...] | None:
         if isinstance(value, type) and issubclass(value, enum.Enum) and value.__name__.endswith("_Weights")
         for member in value
     ]
+    if module.__name__.startswith("torchvision.models.optical_flow"):  # pairs of frames, of no fixed size
+        return FLOW_SIZE
     count = sum(p.numel() for p in model.parameters())
     weights.sort(key=lambda weight: abs(weight.value.meta.get("num_params", 0) - count))
     for weight in weights:

@@ -181,7 +181,7 @@ class OpReader:
         value = node.meta.get(VALUE)
         if isinstance(value, TensorValue):
             return TensorRef("node", node.name, value.shape)
-        if isinstance(value, tuple | list):
+        if isinstance(value, tuple | list | dict):
             return _enumerate_tensors(node.name, value, [-1])
         return value
 
@@ -213,7 +213,7 @@ class OpReader:
         )
 
     def _is_alias(self, node: fx.Node) -> bool:
-        return node.target is operator.getitem and isinstance(self._resolve(node.args[0]), tuple | list)
+        return node.target is operator.getitem and isinstance(self._resolve(node.args[0]), tuple | list | dict)
 
     def _has_tensor_input(self, node: fx.Node) -> bool:
         return any(True for _ in _tensors(self._resolve((node.args, dict(node.kwargs)))))
@@ -339,4 +339,6 @@ def _enumerate_tensors(name: str, tree: Any, counter: list[int]) -> Any:
         return TensorRef("node", name, tree.shape, counter[0])
     if isinstance(tree, tuple | list):
         return tuple(_enumerate_tensors(name, item, counter) for item in tree)
+    if isinstance(tree, dict):
+        return {key: _enumerate_tensors(name, item, counter) for key, item in tree.items()}
     return tree

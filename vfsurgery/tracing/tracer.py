@@ -12,6 +12,9 @@ Three decisions keep the graph faithful to the model:
 - modules of ``torch.nn``, every BatchNorm subclass, and parameter-free modules whose forward asks for ``self.training``
   (stochastic depth) stay single nodes, so ``train()`` and ``eval()`` keep their meaning;
 - a call of functional dropout becomes a dropout module for the same reason.
+
+Functions that ``torch.fx.wrap`` marks, because plain symbolic tracing stops inside them, are traced through, except
+those that have a coupling rule of their own.
 """
 
 from __future__ import annotations
@@ -28,11 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx import _symbolic_trace
 from torch.fx.proxy import Attribute
 from torch.utils._pytree import tree_map, tree_map_only
 
 from vfsurgery.errors import TraceError, explain
-from vfsurgery.tracing.values import RETURNS_INPUT, VALUE, abstract
+from vfsurgery.tracing.values import KEPT_WHOLE, RETURNS_INPUT, VALUE, abstract
 
 FUNCTIONAL_DROPOUT: dict[Callable[..., Any], type[nn.Module]] = {
     F.dropout: nn.Dropout,
@@ -42,7 +46,7 @@ FUNCTIONAL_DROPOUT: dict[Callable[..., Any], type[nn.Module]] = {
     F.alpha_dropout: nn.AlphaDropout,
     F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
-FACTORIES = "arange empty eye full linspace ones rand randint randn randperm tril_indices triu_indices zeros"
+FACTORIES = "arange empty eye full linspace ones rand randint randn randperm tensor tril_indices triu_indices zeros"
 """Functions that make tensors from sizes: torch's argument parser takes no proxies for numbers, so they are wrapped."""
 STATIC_ATTRIBUTES = frozenset({"ndim", "is_cuda", "is_sparse", "is_quantized", "is_nested", "requires_grad", "layout"})
 
@@ -69,7 +73,7 @@ def trace_module(
     skeleton = tracer.skeleton(model)
     rng = torch.get_rng_state()
     try:
-        with tracer.recording_factories():
+        with tracer.recording_factories(), _unwrapped_functions():
             graph = tracer.trace(skeleton)
     except Exception as error:
         raise TraceError(
@@ -299,6 +303,21 @@ class ValueTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val if self._computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+@contextmanager
+def _unwrapped_functions() -> Generator[None]:
+    """Let ``torch.fx.wrap`` hold only for functions that have a coupling rule, and for builtins."""
+    wrapped = _symbolic_trace._wrapped_fns_to_patch
+    before = dict(wrapped)
+    try:
+        for (number, name), namespace in before.items():
+            if name in namespace and namespace[name] not in KEPT_WHOLE:
+                del wrapped[number, name]
+        yield
+    finally:
+        wrapped.clear()
+        wrapped.update(before)
 
 
 def _values(arguments: Any) -> Any:

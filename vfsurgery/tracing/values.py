@@ -13,6 +13,9 @@ VALUE = "vfsurgery"
 RETURNS_INPUT = "vfsurgery_returns_input"
 """Key in ``node.meta``: the module returned its only argument itself, as stochastic depth does in eval mode."""
 
+KEPT_WHOLE: set[Any] = set()
+"""Functions that have a coupling rule: where ``torch.fx.wrap`` marks one, it stays a single node of the trace."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorValue:
