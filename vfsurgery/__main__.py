@@ -242,10 +242,15 @@ def survey_zoo(
     if output.is_dir():
         raise OptionError(explain(f"{output} is a folder", remedy="name a CSV file with -o"))
 
-    def done(survey: zoo.Survey) -> None:
-        verdict = f"{survey.groups} groups, {survey.coverage:.1%}" if survey.verified else survey.failure
-        click.echo(f"{survey.model}: {verdict}")
+    surveyed = 0
 
+    def done(survey: zoo.Survey) -> None:
+        nonlocal surveyed
+        surveyed += 1
+        verdict = f"{survey.groups} groups, {survey.coverage:.1%}" if survey.verified else survey.failure
+        click.echo(f"[{surveyed}] {survey.model}: {verdict}")
+
+    click.echo(f"{len(wanted)} models; those that {output} lists are not run again")
     found = zoo.survey_zoo(wanted, output, memory=memory, limit=limit, jobs=jobs, done=done)
     click.echo(f"{sum(survey.verified for survey in found)} of {len(found)} verified; written to {output}")
     if page is not None:
