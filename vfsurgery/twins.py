@@ -36,6 +36,8 @@ LARGE_INPUT = 500_000
 """Numbers in one image or video from which on a proof takes a batch of one."""
 SIDES = (96, 128, 64)
 """Sides of the images tried, the first that the network takes wins."""
+SIDE_NAMES = ("img_size", "image_size")
+"""What constructors call the side of the images that a network is made for."""
 SHRINKS: tuple[dict[str, Any], ...] = (
     {"depth": 2}, {"depths": (2, 2, 2, 2)}, {"depths": (1, 1, 1, 1)}, {"layers": (1, 1, 1, 1)}, {"depths": (2, 2, 2)},
 )  # fmt: skip
@@ -138,7 +140,8 @@ def subjects(spec: str, model: nn.Module, groups: GroupSet) -> Iterator[Subject]
             yield Subject(f"{side}x{side} images", model, groups, inputs)
             break
     else:
-        twins = (_twin(spec, f"img_size={side} twin", [side], batch, img_size=side) for side in sides)
+        chosen = [(name, side) for name in SIDE_NAMES for side in sides]
+        twins = (_twin(spec, f"{name}={side} twin", [side], batch, **{name: side}) for name, side in chosen)
         yield from (twin for twin in twins if twin is not None and _places(twin.groups) == _places(groups))
     yield Subject("own size", model, groups, image_inputs(model, batch=batch))
 
