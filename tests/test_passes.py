@@ -545,6 +545,28 @@ def test_producers_say_which_layers_feed_a_batch_norm_and_which_end_the_network(
     assert {path for path, p in found.items() if p.is_norm} == set(TARGETS["residual"])
 
 
+class OwnNorm(nn.LayerNorm):
+    """A norm layer that is traced through, as timm's are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, OwnNorm])
+def test_a_norm_layer_is_one_in_either_spelling(norm: type[nn.LayerNorm]) -> None:
+    a, b = (nn.Sequential(nn.Linear(4, 8), norm(8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
+    data = [torch.randn(64, 4)]
+    graph = surgery.trace(a, data[0])
+    found = find_producers(graph, surgery.find_groups(graph))
+    assert [(p.weight, p.bias, p.dim, p.is_norm) for p in found] == [
+        ("0.weight", "0.bias", 1, False), ("1.weight", "1.bias", 1, True), ("3.weight", "3.bias", 1, False)
+    ]  # fmt: skip
+    assert surgery.report_of(merged := surgery.merge(a, b, data=data, progress=False)).renormalize == ("repair",)
+    plain = surgery.merge(a, b, example_inputs=data[0], progress=False)
+    assert surgery.report_of(plain).renormalize == ()
+    assert merged(data[0]).isfinite().all()
+
+
 class Shared(nn.Module):
     """One convolution used twice."""
 

@@ -16,6 +16,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import networkx as nx
@@ -243,14 +244,23 @@ class Discovery:
                 components[next(iter(component))[1]] = axes
         outers = nesting.find({serial: self._size(axes[0], serial) for serial, axes in components.items()})
         found = [self._group(serial, axes, outers.get(serial), nesting) for serial, axes in components.items()]
-        order = {name: number for number, name in enumerate(self.graph_module.state_dict())}
-        found.sort(key=lambda group: _place(group[1].members[0], order))
+        found.sort(key=lambda group: _place(group[1].members[0], self._entries))
         names = {serial: f"g{number}" for number, (serial, _) in enumerate(found)}
         groups = tuple(
             replace(group, name=names[serial], outer=names[outers[serial].serial] if serial in outers else "")
             for serial, group in found
         )
         return GroupSet(groups, tuple(self._pinned()), tuple(self.unknown_ops), *self._coverage(groups))
+
+    @cached_property
+    def _entries(self) -> dict[str, int]:
+        """The place of every parameter and buffer in the state dict."""
+        return {name: number for number, name in enumerate(self.graph_module.state_dict())}
+
+    @cached_property
+    def _nodes(self) -> dict[str, int]:
+        """The place of every node in the graph."""
+        return {node.name: number for number, node in enumerate(self.graph_module.graph.nodes)}
 
     def _size(self, axis: AxisRef, serial: int) -> int:
         return next(atom.size for atom in self._atoms(axis) if atom.serial == serial)
@@ -260,11 +270,9 @@ class Discovery:
     ) -> tuple[int, PermutationGroup]:
         """The group of one atom, yet without its name and that of its outer group."""
         members = [member for axis in axes for member in self._members(axis, serial, outer, nesting)]
-        order = {name: number for number, name in enumerate(self.graph_module.state_dict())}
-        nodes = {node.name: number for number, node in enumerate(self.graph_module.graph.nodes)}
         kinds = {axis.tensor.name: axis.tensor.kind for axis in axes}
-        own = sorted((m for m in members if kinds[m.parameter] == "parameter"), key=lambda m: _place(m, order))
-        values = sorted((m for m in members if kinds[m.parameter] == "node"), key=lambda m: _place(m, nodes))
+        own = sorted((m for m in members if kinds[m.parameter] == "parameter"), key=lambda m: _place(m, self._entries))
+        values = sorted((m for m in members if kinds[m.parameter] == "node"), key=lambda m: _place(m, self._nodes))
         size = own[0].size
         blocks = self._size(next(iter(nesting.axes_of(outer.serial))), outer.serial) if outer and outer.separate else 1
         return serial, PermutationGroup("", size, tuple(own), tuple(values), blocks=blocks)

@@ -15,6 +15,7 @@ GroupNorm, and the dims inside attention heads are the cases met in practice.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,10 +63,13 @@ class Nesting:
                     self._ops[ref.tensor].add(op)
         for op, refs in mixes:
             self._mixed[op].append(set().union(*(self._serials[ref] for ref in refs)))
+        self._slower: dict[tuple[int, int], bool] = {}
         for ref, serials in self._serials.items():
             if isinstance(ref, AxisRef):
                 for serial in serials:
                     self._axes[serial].append(ref)
+                if ref.tensor.kind == "parameter":
+                    self._compare_factors(layouts[ref])
 
     def find(self, sizes: Mapping[int, int]) -> dict[int, Outer]:
         """The outer atom of each of the given atoms that has one.
@@ -98,19 +102,22 @@ class Nesting:
         beside = (self._serials.get(axis, set()) for tensor in tensors for axis in tensor.axes())
         return set().union(*beside) & set(sizes) - {inner}
 
+    def _compare_factors(self, layout: Layout) -> None:
+        """Note for each pair of atoms in a run whether the second is the slower; the first run with both decides."""
+        for run in layout:
+            factors = dict.fromkeys(atom.serial for atom in run.atoms)
+            for outer, inner in itertools.combinations(factors, 2):
+                self._slower.setdefault((inner, outer), True)
+                self._slower.setdefault((outer, inner), False)
+
     def _shares_runs(self, inner: int, outer: int) -> bool:
         """Whether a parameter has runs of both in which the outer one is the slower."""
-        for axis in self._axes[inner]:
-            for run in self.layouts[axis]:
-                serials = [atom.serial for atom in run.atoms]
-                if axis.tensor.kind == "parameter" and {inner, outer} <= set(serials):
-                    return serials.index(outer) < serials.index(inner)
-        return False
+        return self._slower.get((inner, outer), False)
 
     def _separate(self, inner: int, outer: int) -> bool:
-        tensors = {axis.tensor for axis in self._axes[inner]}
         if not all(self._accompanies(axis, inner, outer) for axis in self._axes[inner]):
             return False
+        tensors = {axis.tensor for axis in self._axes[inner]}
         for op in set().union(*(self._ops[tensor] for tensor in tensors)):
             if any(outer in mixed and inner not in mixed for mixed in self._mixed[op]):
                 return False

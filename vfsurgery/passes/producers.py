@@ -25,6 +25,8 @@ TRANSPOSED = (
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 )  # fmt: skip
 NORM = (nn.LayerNorm, nn.GroupNorm)
+FUNCTIONAL_NORM = ("layer_norm", "group_norm")
+"""As subclasses of the modules call them: timm's norm layers are traced through."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ def is_batch_norm(module: nn.Module | None) -> bool:
 
 def is_norm(op: Op) -> bool:
     """Whether an op is a normalization layer with a scale and a shift per unit."""
+    if op.key in FUNCTIONAL_NORM:
+        scale, shift = op.param("weight", 2), op.param("bias", 3)
+        return all(tensor is not None and tensor.kind == "parameter" for tensor in (scale, shift))
     return (isinstance(op.module, NORM) or is_batch_norm(op.module)) and "weight" in op.parameters
 
 
@@ -119,12 +124,14 @@ def _is_layer(op: Op) -> bool:
 
 
 def _weight(op: Op) -> str | None:
-    tensor = op.param("weight", 1) if _is_layer(op) or op.module is not None else None
+    if not (_is_layer(op) or op.module is not None or op.key in FUNCTIONAL_NORM):
+        return None
+    tensor = op.param("weight", 1 if _is_layer(op) else 2)
     return tensor.name if tensor is not None and tensor.kind == "parameter" else None
 
 
 def _unit_dim(op: Op, weight_dims: int) -> int:
-    if op.key in LINEAR or isinstance(op.module, nn.LayerNorm):
+    if op.key in (*LINEAR, "layer_norm") or isinstance(op.module, nn.LayerNorm):
         return op.output.ndim - 1
     if is_norm(op):
         return 1
