@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import vfsurgery as surgery
+from vfsurgery.api import Renormalization
 from vfsurgery.data import digits
 from vfsurgery.evaluation import compare
 from vfsurgery.groups import GroupSet, Permutations
 from vfsurgery.matching import Given, Matching, Problem
 from vfsurgery.matching.nested import BlockAssignment, families
 from vfsurgery.matching.weights import match_rest
+from vfsurgery.passes import Repair
 from vfsurgery.training import from_seed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,20 +42,25 @@ RATE = 2e-3
 
 
 def vit() -> nn.Module:
-    """16 tokens of 2x2 pixels and a class token; four blocks with four heads of 12 dims: 114,000 parameters."""
+    """16 tokens of 2x2 pixels and a class token; four blocks with four heads of 12 dims: 115,000 parameters."""
     return VisionTransformer(
         img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=48, depth=4, num_heads=4, weight_init="jax"
     )
 
 
 def convnext() -> nn.Module:
-    """Four stages of two blocks, from 8x8 maps of 24 channels to one place with 64: 226,000 parameters."""
+    """Four stages of two blocks, from 8x8 maps of 24 channels to one place with 64: 170,000 parameters."""
     return ConvNeXt(in_chans=1, num_classes=10, depths=(2, 2, 2, 2), dims=(24, 32, 48, 64), patch_size=1)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"vit": vit, "convnext": convnext}
 PAIRS = ((0, 1), (2, 3), (0, 2))
-NORMALIZATIONS: dict[str, str | None] = {"none": None, "REPAIR": "repair", "RESCALE": "rescale", "RESHIFT": "reshift"}
+NORMALIZATIONS: dict[str, Renormalization] = {
+    "none": None,
+    "REPAIR (the default)": "repair",
+    "REPAIR, output layer too": Repair(include_output=True),
+    "RESCALE": "rescale",
+}
 
 
 def learn(model: nn.Module, train: TensorDataset, epochs: int, seed: int) -> nn.Module:
@@ -120,7 +127,7 @@ def measure(a: nn.Module, b: nn.Module, data: Data) -> tuple[Accuracies, Accurac
         heads_kept = HeadsKept(matching, orders)
         dims_only = surgery.match(a, b, data=data.calibration, matching=heads_kept, progress=False)
         for row, chosen in nested_orders(orders, dims_only, groups).items():
-            for column in NORMALIZATIONS:
+            for column in ("none", "REPAIR (the default)"):
                 nested[f"{matching}: {row}", column] = accuracy_of(a, b, chosen, column, data)
     return table, nested
 
@@ -182,11 +189,24 @@ class HeadsKept:
         return [Matching(known)]
 
 
+def look_closer(a: nn.Module, b: nn.Module, data: Data) -> None:
+    """Print for one pair how well each group's units correlate, and what merges nearer to the first source keep."""
+    print("\n### first pair, on activations\n\n| share of b | accuracy |\n|---|---|")
+    for alpha in (0.1, 0.2, 0.3, 0.5):
+        merged = surgery.merge(a, b, alpha=alpha, data=data.calibration, progress=False)
+        print(f"| {alpha} | {100 * surgery.evaluate(merged, data.test, progress=False).accuracy:.1f} |", flush=True)
+    print("\n| group | mean correlation of paired units |\n|---|---|")
+    report = surgery.report_of(merged)
+    for found in report.matches:
+        print(f"| {report.groups[found.group]} | {found.after:.2f} |")
+
+
 def print_table(title: str, found: Sequence[Accuracies]) -> None:
     """Print mean, lowest and highest of each cell over the pairs."""
-    print(f"\n### {title}\n\n| | {' | '.join(NORMALIZATIONS)} |\n|{'---|' * (len(NORMALIZATIONS) + 1)}")
+    columns = list(dict.fromkeys(column for _, column in found[0]))
+    print(f"\n### {title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for row in dict.fromkeys(row for row, _ in found[0]):
-        cells = (cell([table[row, column] for table in found if (row, column) in table]) for column in NORMALIZATIONS)
+        cells = (cell([table[row, column] for table in found if (row, column) in table]) for column in columns)
         print(f"| {row} | {' | '.join(cells)} |", flush=True)
 
 
@@ -219,6 +239,7 @@ def main() -> None:
         print_table(name, [table for table, _ in found])
         if found[0][1]:
             print_table(f"{name}, orders inside attention", [nested for _, nested in found])
+            look_closer(models[pairs[0][0]], models[pairs[0][1]], data)
 
 
 if __name__ == "__main__":
