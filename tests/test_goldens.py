@@ -22,7 +22,7 @@ from vfsurgery.verification import (
 
 PRINTED = [
     "alexnet", "vgg11_bn", "resnet18", "resnext50_32x4d", "densenet121", "squeezenet1_1", "mobilenet_v3_small",
-    "efficientnet_b0", "regnet_y_400mf", "shufflenet_v2_x0_5",
+    "efficientnet_b0", "regnet_y_400mf", "shufflenet_v2_x0_5", "vit_b_16", "swin_t",
 ]  # fmt: skip
 PROVEN = [
     "vgg11", "resnet18", "resnext50_32x4d", "densenet121", "squeezenet1_0", "mobilenet_v2", "mobilenet_v3_small",

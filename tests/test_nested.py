@@ -21,6 +21,7 @@ from vfsurgery.matching.assignment import assign
 from vfsurgery.matching.nested import BlockAssignment, whole_order
 from vfsurgery.matching.weights import FamilyProblem, families
 from vfsurgery.sources import canonical_state
+from vfsurgery.stats.collect import group_sites
 from vfsurgery.verification import randomize
 
 TOKENS = (3, 7, 6)
@@ -245,6 +246,24 @@ def test_noise_does_not_hide_planted_nested_permutations(name: str) -> None:
     orders = surgery.match(model, other, matching="weights", example_inputs=x, progress=False)
     back = canonical_state(permuted(planted(model, groups, 5), groups, orders))
     assert all(torch.equal(back[key], tensor) for key, tensor in canonical_state(model).items())
+
+
+def test_attention_is_read_where_heads_and_dims_lie_on_one_axis_and_streams_at_both_ends() -> None:
+    model, x, groups = build("unbind")
+    sites = group_sites(surgery.trace(model, x), groups, torch.device("cpu"))
+    inner = {
+        group.name: [
+            (site.node, site.dim, site.places[0].tolist()) for site in sites[group.name] if site.places is not None
+        ]
+        for group in groups
+        if group.outer
+    }
+    queries_and_keys = [("qkv", 2, [0]), ("qkv", 2, [INNER])]
+    assert queries_and_keys in inner.values()
+    (heads,) = {group.outer for group in groups if group.outer}
+    assert heads not in sites  # whole heads can be compared only once their dims are paired
+    stream = next(group for group in groups if group.size == 8)
+    assert [site.node for site in sites[stream.name]] == ["relu"]
 
 
 def test_three_sources_with_nested_groups_merge_into_the_first() -> None:
