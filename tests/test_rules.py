@@ -190,6 +190,11 @@ def spatial(*between: nn.Module) -> nn.Module:
     return conv(then(lambda x: x.permute(0, 2, 3, 1)), *between, then(lambda x: x.permute(0, 3, 1, 2)))
 
 
+def zero_part(x: Tensor) -> Tensor:
+    x[:, 3:].zero_()
+    return x.relu()
+
+
 Case = tuple[Callable[[], nn.Module], tuple[int, ...], list[int]]
 
 CASES: dict[str, Case] = {
@@ -278,6 +283,7 @@ CASES: dict[str, Case] = {
     "softmax over channels": (lambda: conv(then(lambda x: x.softmax(1))), MAP, [6, 8]),
     "expand": (lambda: conv(then(lambda x: x.relu() + x.mean((2, 3), keepdim=True).expand_as(x))), MAP, [6, 8]),
     "repeat": (lambda: conv(then(lambda x: x.repeat(1, 2, 1, 1)), width=16), MAP, [2, 6, 8]),
+    "zeros written": (lambda: dense(then(lambda x: zero_part(x.clone())), out=8), VECTOR, [3, 5]),
     "gate": (lambda: conv(gate(8)), MAP, [5, 6, 8]),
     "residual": (lambda: conv(residual()), MAP, [5, 6, 8]),
     "scale per channel": (lambda: conv(Apply(lambda m, x: x * m.gamma, gamma=parameter(8, 1, 1))), MAP, [6, 8]),

@@ -205,7 +205,9 @@ def fold(op: Op) -> Iterator[Constraint]:
         yield tie(op.input.axis(0), op.output.axis(0))
 
 
-@rule("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+@rule(
+    "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "zero", "fill"
+)
 def filled(op: Op) -> Iterator[Constraint]:
     """The same number everywhere: any order is the right one, and of a tensor given only the shape counts."""
     for tensor in (*op.inputs, *op.outputs):
