@@ -119,10 +119,15 @@ def differences(found: nn.Module, expected: nn.Module) -> tuple[str, ...]:
 
 @torch.no_grad()
 def constant_units(graph: torch.fx.GraphModule, groups: GroupSet, images: Tensor) -> int:
-    """How many units have one value on all images where matching reads them."""
-    sites = group_sites(graph, groups, images.device)
+    """How many units have one value on all images wherever matching reads them."""
+    places = group_sites(graph, groups, images.device)
+    sites = {f"{name} {number}": site for name, found in places.items() for number, site in enumerate(found)}
     (moments,) = survey([graph], [images], {}, sites).moments
-    return sum(int((unit.var <= CONSTANT * (unit.mean**2 + 1)).sum()) for unit in moments.values())
+    constant = {name: unit.var <= CONSTANT * (unit.mean**2 + 1) for name, unit in moments.items()}
+    return sum(
+        int(torch.stack([constant[f"{name} {number}"] for number in range(len(found))]).all(0).sum())
+        for name, found in places.items()
+    )
 
 
 def row(spec: str, trials: Sequence[Trial]) -> str:

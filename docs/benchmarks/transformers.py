@@ -182,7 +182,10 @@ class HeadsKept:
             return [match_rest(problem, 1, known)]
         (moments,) = problem.correlations()
         for family in nested:
-            correlations = {group.name: moments[group.name].correlation() for group in family.inners}
+            correlations = {
+                group.name: torch.stack([place.correlation() for place in moments[group.name]]).mean(0)
+                for group in family.inners
+            }
             stay = torch.eye(family.outer.size) * len(inner) * family.units  # outweighs all that heads could gain
             found = BlockAssignment(family.outer.size, stay, correlations).solve()
             known |= {group.name: found[group.name] for group in family.inners}
