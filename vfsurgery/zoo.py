@@ -283,7 +283,7 @@ def page(surveys: Iterable[Survey]) -> str:
         "on* says what the proof ran on: the model itself (on images of its own size or smaller ones), or a twin that",
         "the same constructor makes with other arguments.",
         "",
-        "| source | models | verified | wrong | over 95 % of parameters grouped | median s to trace and group |",
+        "| source | models surveyed | verified | wrong | over 95 % of parameters grouped | median s to trace and group |",
         "|---|---|---|---|---|---|",
         *_totals(rows),
     ]
@@ -314,7 +314,8 @@ def _totals(rows: Sequence[Survey]) -> Iterable[str]:
         wide = sum(row.coverage > 0.95 for row in proven)
         seconds = sorted(row.seconds for row in proven)
         middle = f"{seconds[len(seconds) // 2]:.2f}" if seconds else ""
-        yield f"| {source} | {len(mine)} | {len(proven)} | {wrong} | {wide} | {middle} |"
+        surveyed = f"{len(mine)} of {len(model_names([source]))}" if source in SOURCES else len(mine)
+        yield f"| {source} | {surveyed} | {len(proven)} | {wrong} | {wide} | {middle} |"
 
 
 def _cell(text: str) -> str:
