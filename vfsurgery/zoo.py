@@ -283,7 +283,7 @@ def page(surveys: Iterable[Survey]) -> str:
         "on* says what the proof ran on: the model itself (on images of its own size or smaller ones), or a twin that",
         "the same constructor makes with other arguments.",
         "",
-        "| source | models surveyed | verified | wrong | over 95 % of parameters grouped | median s, trace and groups |",
+        "| source | surveyed | verified | wrong | over 95 % of parameters grouped | median s, trace and groups |",
         "|---|---|---|---|---|---|",
         *_totals(rows),
     ]
