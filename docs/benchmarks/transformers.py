@@ -1,9 +1,9 @@
 """Merge small transformers, ConvNeXts and GroupNorm nets trained on digits, and print what each merge keeps.
 
-Four networks of each architecture learn scikit-learn's 8x8 digits from different seeds; three pairs are merged in every way. Accuracy (%) is
-on 500 test images, statistics come from 297 others; a cell is the mean over the pairs with the lowest and the highest.
-A second table says what nested groups add: orders of heads (or of groups of channels), of the dims inside them, or of
-both are left out of one and the same matching. Trained weights are kept for the next time.
+Four networks of each architecture learn scikit-learn's 8x8 digits from different seeds; three pairs are merged in every
+way. Accuracy (%) is on 500 test images, statistics come from 297 others; a cell is the mean over the pairs with the
+lowest and the highest. A second table says what nested groups add: orders of heads (or of groups of channels), of the
+dims inside them, or of both are left out of one and the same matching. Trained weights are kept for the next time.
 
     python docs/benchmarks/transformers.py
     python docs/benchmarks/transformers.py --network vit --epochs 5 --pairs 1
