@@ -310,3 +310,14 @@ def test_every_axis_inside_an_expression_is_mentioned() -> None:
 def test_a_tensor_prints_its_name_shape_and_item() -> None:
     assert str(TENSOR) == "fc.weight (3, 4)"
     assert str(TensorRef("node", "chunk", (2,), 1)) == "chunk#1 (2,)"
+
+
+def test_a_chain_of_ties_of_any_length_is_followed() -> None:
+    layouts = Layouts()
+    axes = [layouts.axis(4) for _ in range(3000)]
+    for before, after in zip(axes, axes[1:], strict=False):
+        layouts.unify(before, after)
+    layouts.pin(axes[-1], "the end")
+    assert not free(layouts, axes[0])
+    apart = layouts.axis(4)
+    assert free(layouts, apart)

@@ -85,10 +85,18 @@ class Layouts:
         return tuple(Run(part.atoms, run.at[part.at]) for part in inner)
 
     def _expand(self, atom: Atom) -> Layout:
-        if atom.bound is None:
-            return (Run((atom,), np.arange(atom.size)),)
-        atom.bound = self.resolve(atom.bound)
-        return atom.bound
+        """What an atom turned out to be; a chain of atoms that are each the next one is followed without recursion."""
+        chain: list[Atom] = []
+        while (following := _same_as(atom)) is not None:
+            chain.append(atom)
+            atom = following
+        if atom.bound is not None:
+            found = atom.bound = self.resolve(atom.bound)
+        else:
+            found = (Run((atom,), np.arange(atom.size)),)
+        for link in chain:
+            link.bound = found
+        return found
 
     def pin(self, layout: Layout, reason: str) -> None:
         """Forbid every atom of the layout to move."""
@@ -230,6 +238,14 @@ class Layouts:
         variable, value = (mine, other) if mine.pin is None else (other, mine)
         variable.bound = (Run((value,), np.arange(value.size)),)
         return True
+
+
+def _same_as(atom: Atom) -> Atom | None:
+    """The atom that a bound one is, index by index, if it is a single one."""
+    if atom.bound is None or len(atom.bound) != 1 or len(atom.bound[0].atoms) != 1:
+        return None
+    run = atom.bound[0]
+    return run.atoms[0] if np.array_equal(run.at, np.arange(atom.size)) else None
 
 
 def concat(layouts: list[Layout]) -> Layout:
