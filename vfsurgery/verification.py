@@ -273,14 +273,15 @@ def randomize(model: nn.Module, generator: torch.Generator) -> None:
     for tensor in canonical_state(model).values():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        least, most = torch.aminmax(tensor)
-        if tensor.ndim > 1 and float(most) > float(least) and max(-float(least), float(most)) >= FAINT:
+        noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+        if tensor.ndim <= 1:
+            positive = bool((tensor > 0).all())  # scales and variances
+            tensor.copy_(0.5 + noise if positive else noise - 0.5)
+        elif bool((tensor == tensor.flatten()[0]).all()) or float(tensor.abs().max()) < FAINT:
+            tensor.copy_(noise - 0.5)
+        else:
             usual = (3 * tensor.numel() / tensor.shape[0]) ** -0.5  # as torch draws linear layers by default
             tensor.mul_((usual / tensor.std()).clamp_min(1.0))
-            continue
-        positive = tensor.ndim <= 1 and float(least) > 0  # scales and variances
-        noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-        tensor.copy_(0.5 + noise if positive else noise - 0.5)
 
 
 @torch.no_grad()
