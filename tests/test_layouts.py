@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -315,7 +317,7 @@ def test_a_tensor_prints_its_name_shape_and_item() -> None:
 def test_a_chain_of_ties_of_any_length_is_followed() -> None:
     layouts = Layouts()
     axes = [layouts.axis(4) for _ in range(3000)]
-    for before, after in zip(axes, axes[1:], strict=False):
+    for before, after in itertools.pairwise(axes):
         layouts.unify(before, after)
     layouts.pin(axes[-1], "the end")
     assert not free(layouts, axes[0])
