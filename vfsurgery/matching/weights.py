@@ -167,6 +167,11 @@ class FamilyProblem:
             group.name: Similarity(group, groups, states, self._plain(group, inside=False), names)
             for group in family.inners
         }
+        self._similarities = (self._outer, *self._inner.values(), *self._flat.values())
+        parameters = {member.parameter for _, member in self.joint}
+        self._partners = {
+            name: {owner.name for owner, _ in groups.by_parameter[name]} - set(names) for name in parameters
+        }
         self._seen: tuple[Permutation | None, ...] = ()
         self._joint_moved = False
 
@@ -177,8 +182,7 @@ class FamilyProblem:
     @property
     def headroom(self) -> float:
         """A bound on what other orders can gain; infinite when a joint parameter has changed."""
-        bound = sum(similarity.headroom for similarity in (self._outer, *self._inner.values(), *self._flat.values()))
-        return float("inf") if self._joint_moved else bound
+        return float("inf") if self._joint_moved else sum(similarity.headroom for similarity in self._similarities)
 
     def bring_up_to_date(self, orders: Mapping[str, Permutation], present: Mapping[str, Permutation] | None) -> bool:
         """Apply what other groups have moved; return whether anything is known yet."""
@@ -190,9 +194,9 @@ class FamilyProblem:
             self._inner[group.name].bring_up_to_date(orders, whole)
             self._flat[group.name].bring_up_to_date(orders, inner)
         if self.joint:
-            seen = tuple(orders.get(name) for name in sorted(self._partners()))
+            seen = tuple(orders.get(name) for name in sorted(set().union(*self._partners.values())))
             self._joint_moved, self._seen = seen != self._seen, seen
-        return any(s.total is not None for s in (self._outer, *self._inner.values(), *self._flat.values()))
+        return any(similarity.total is not None for similarity in self._similarities)
 
     def total(self, found: Mapping[str, Permutation], orders: Mapping[str, Permutation]) -> float:
         """The similarity of all parameters of the family under the given orders of its groups."""
@@ -210,7 +214,7 @@ class FamilyProblem:
         self, present: Mapping[str, Permutation] | None, orders: Mapping[str, Permutation]
     ) -> dict[str, Permutation]:
         """The best orders found, by group name."""
-        for similarity in (self._outer, *self._inner.values(), *self._flat.values()):
+        for similarity in self._similarities:
             similarity.headroom = 0.0
         if not self.family.inners:
             assert self._outer.total is not None
@@ -295,17 +299,7 @@ class FamilyProblem:
 
     def _known_joint(self, orders: Mapping[str, Permutation]) -> list[tuple[PermutationGroup, Member]]:
         """Joint members of parameters whose other groups all have an order."""
-        family = {group.name for group in self.family.groups}
-        return [
-            (group, member)
-            for group, member in self.joint
-            if {owner.name for owner, _ in self.groups.by_parameter[member.parameter]} - family <= orders.keys()
-        ]
-
-    def _partners(self) -> set[str]:
-        family = {group.name for group in self.family.groups}
-        parameters = {member.parameter for _, member in self.joint}
-        return {owner.name for name in parameters for owner, _ in self.groups.by_parameter[name]} - family
+        return [(group, member) for group, member in self.joint if self._partners[member.parameter] <= orders.keys()]
 
 
 def _whole_blocks(family: Family, groups: GroupSet) -> list[Member]:
