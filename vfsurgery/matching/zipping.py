@@ -201,9 +201,9 @@ class _Search:
 
     ``matrix[i, j]`` is the similarity of clusters i < j; what lies below the diagonal is never read. Finding the best
     pair anew costs O(n^2). But a merge into i changes only pairs with i and j, so most rows keep their best. A row that
-    loses it is marked stale and not searched at once: what it had bounds from above what it has, for where a pair with
-    i gains (negative similarities do, times alpha) the row is told so. Only a stale row that comes to the top is
-    searched again, one or two per merge as a rule.
+    loses it is marked stale and not searched at once: what it had bounds from above what it has. Only a stale row that
+    comes to the top is searched again, one or two per merge as a rule. Where a pair with i gains, as negative
+    similarities do times alpha, the bound is raised.
     """
 
     def __init__(self, matrix: Matrix, origins: npt.NDArray[np.intp], alpha: float, budget: int) -> None:
@@ -252,9 +252,7 @@ class _Search:
         self._update_rows(i, j, similar)
         self.clusters[i] += self.clusters.pop(j)
         source = int(self.origins[i])
-        within = source == self.origins[j]
-        self.origins[j] = -1
-        if within:
+        if source == self.origins[j]:
             self.budgets[source] -= 1
             if self.budgets[source] <= 0:
                 self._forbid_within(source)
@@ -275,15 +273,11 @@ class _Search:
 
     def _update_rows(self, i: int, j: int, similar: Matrix) -> None:
         """Let every row know what the merge of j into i has changed in it."""
-        best, partner, stale = self.best, self.partner, self.stale
-        best[j] = FORBIDDEN
-        # rows whose best is now i, exactly: all others are below it, or as good but, in a row not stale, known to be so
-        rows = np.flatnonzero(similar[:i] >= best[:i])
-        rows = rows[(similar[rows] > best[rows]) | ~stale[rows]]
-        stale |= (partner == i) | (partner == j)
-        partner[rows] = np.where(similar[rows] > best[rows], i, np.minimum(partner[rows], i))
-        best[rows] = similar[rows]
-        stale[rows] = False
+        self.best[j] = FORBIDDEN
+        self.stale |= (self.partner == i) | (self.partner == j)
+        # what now reaches a row's best raises the bound, or comes before what is as good
+        self.stale[:i] |= similar[:i] >= self.best[:i]
+        np.maximum(self.best[:i], similar[:i], out=self.best[:i])
         self._set_row(i, similar[i + 1 :])
 
     def _forbid_within(self, source: int) -> None:
