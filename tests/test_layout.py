@@ -15,7 +15,7 @@ PACKAGE = ROOT / "vfsurgery"
 
 LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report"),
-    *("tracing", "rules", "nesting", "discovery", "recording", "partial"),
+    *("tracing", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial"),
     *("batches", "stats", "matching", "sources", "passes", "verification", "merging", "api"),
     *("checkpoints", "figures", "evaluation"),
     *("architectures", "data", "demo", "training", "comparison", "recipe", "twins", "zoo"),
@@ -26,7 +26,7 @@ LADDER = [
 ONLY_IN = {
     "scipy": ["matching/assignment.py"],
     "yaml": ["recipe.py"],
-    "networkx": ["discovery.py", "nesting.py"],
+    "networkx": ["discovery.py", "nesting.py", "roles.py"],
     "pydantic": ["recipe.py"],
     "click": ["__main__.py"],
     "tqdm": ["batches.py"],

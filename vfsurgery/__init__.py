@@ -17,11 +17,15 @@ from vfsurgery.evaluation import evaluate as evaluate
 from vfsurgery.groups import GroupSet as GroupSet
 from vfsurgery.groups import Permutation as Permutation
 from vfsurgery.groups import PermutationGroup as PermutationGroup
+from vfsurgery.maps import UnitMap as UnitMap
 from vfsurgery.matching import ActivationMatching as ActivationMatching
+from vfsurgery.matching import CCAMatching as CCAMatching
 from vfsurgery.matching import Given as Given
 from vfsurgery.matching import Identity as Identity
 from vfsurgery.matching import Matcher as Matcher
 from vfsurgery.matching import WeightMatching as WeightMatching
+from vfsurgery.matching import ZipMatching as ZipMatching
+from vfsurgery.passes import Regress as Regress
 from vfsurgery.passes import Repair as Repair
 from vfsurgery.passes import Rescale as Rescale
 from vfsurgery.passes import Reset as Reset

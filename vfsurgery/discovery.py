@@ -45,6 +45,7 @@ from vfsurgery.errors import SurgeryError, UnknownOpError, explain
 from vfsurgery.groups import GroupSet, Member, PermutationGroup, PinnedAxis
 from vfsurgery.layouts import Atom, Layout, Layouts, Run, concat, product
 from vfsurgery.nesting import Nesting, Outer
+from vfsurgery.roles import Roles
 from vfsurgery.rules import rule_for
 from vfsurgery.tracing.ops import Op, OpReader
 from vfsurgery.tracing.selection import NO_PINS, Pinned, chosen_pins
@@ -92,6 +93,7 @@ class Discovery:
     strict: bool = False
     pins: Pinned = NO_PINS
     layouts: Layouts = field(default_factory=Layouts)
+    roles: Roles = field(default_factory=Roles)
     unknown_ops: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
@@ -125,9 +127,11 @@ class Discovery:
             return
         seen: set[AxisRef | Fresh] = set()
         try:
-            for constraint in rule(op):
+            constraints = list(rule(op))
+            for constraint in constraints:
                 seen.update(mentioned(constraint))
                 self._constrain(constraint, op.node.name)
+            self.roles.see(op, constraints, rule.__module__)
         except (SurgeryError, AssertionError, IndexError, TypeError, ValueError) as error:
             raise SurgeryError(explain(f"coupling rule of {op.name} failed: {error}", op=op)) from error
         for tensor in (*op.inputs, *op.outputs):
@@ -243,11 +247,17 @@ class Discovery:
             if free and any(axis.tensor.kind == "parameter" for axis in axes):
                 components[next(iter(component))[1]] = axes
         outers = nesting.find({serial: self._size(axes[0], serial) for serial, axes in components.items()})
+        nested = {serial for inner, outer in outers.items() for serial in (inner, outer.serial)}
         found = [self._group(serial, axes, outers.get(serial), nesting) for serial, axes in components.items()]
         found.sort(key=lambda group: _place(group[1].members[0], self._entries))
         names = {serial: f"g{number}" for number, (serial, _) in enumerate(found)}
         groups = tuple(
-            replace(group, name=names[serial], outer=names[outers[serial].serial] if serial in outers else "")
+            replace(
+                group,
+                name=names[serial],
+                outer=names[outers[serial].serial] if serial in outers else "",
+                mappable=serial not in nested and self.roles.closed.isdisjoint(components[serial]),
+            )
             for serial, group in found
         )
         return GroupSet(groups, tuple(self._pinned()), tuple(self.unknown_ops), *self._coverage(groups))
@@ -279,15 +289,14 @@ class Discovery:
 
     def _members(self, axis: AxisRef, serial: int, outer: Outer | None, nesting: Nesting) -> Iterator[Member]:
         """The places of an atom on an axis of a parameter or node."""
+        role = self.roles.of.get(axis, "")
         for run in self._axes[axis]:
             serials = [atom.serial for atom in run.atoms]
             for place in (place for place, found in enumerate(serials) if found == serial):
-                if outer is None or outer.serial in serials:
-                    yield _member(axis, run, place, serials.index(outer.serial) if outer else None)
-                    continue
-                block_axis = nesting.block_axis(axis, outer.serial) if outer.separate else None
-                member = _member(axis, run, place, None)
-                yield member if block_axis is None else replace(member, block_dim=block_axis.dim)
+                inside = outer is not None and outer.serial in serials
+                member = _member(axis, run, place, serials.index(outer.serial) if outer and inside else None)
+                block_axis = nesting.block_axis(axis, outer.serial) if outer and outer.separate and not inside else None
+                yield replace(member, role=role, block_dim=member.block_dim if block_axis is None else block_axis.dim)
 
     def _pinned(self) -> Iterator[PinnedAxis]:
         tensors = (axis.tensor for axis in self._axes if isinstance(axis, AxisRef))

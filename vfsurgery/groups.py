@@ -34,6 +34,8 @@ class Member:
     repeated ``outer`` times. An irregular layout, as channel shuffles leave behind, lists every index in ``indices``
     instead, unit by unit.
 
+    ``role`` says what a weight does with the units: see :mod:`vfsurgery.roles`; empty for activations.
+
     Units of a nested group lie ``blocks`` times on the axis, once in each unit of the outer group, with ``between``
     repetitions inside a block; or, with ``block_dim``, the blocks lie along another dim of the same parameter.
 
@@ -53,6 +55,7 @@ class Member:
     blocks: int = 1
     between: int = 1
     block_dim: int = -1
+    role: str = field(default="", compare=False, repr=False)
 
     def positions(self) -> np.ndarray:
         """Indices along ``dim``, one row per unit, block by block: int64, ``(blocks * size, places per unit)``."""
@@ -101,6 +104,8 @@ class PermutationGroup:
 
     A nested group names its ``outer`` group. ``blocks`` is the number of units of that group if each may order the
     ``size`` units inside it by itself, and 1 if one order serves all.
+
+    ``mappable`` says whether the units may be mapped by any matrix, not only reordered.
     """
 
     name: str
@@ -109,6 +114,7 @@ class PermutationGroup:
     activations: tuple[Member, ...] = field(default=(), compare=False, repr=False)
     outer: str = ""
     blocks: int = 1
+    mappable: bool = field(default=False, compare=False, repr=False)
 
     @property
     def units(self) -> int:

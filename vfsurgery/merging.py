@@ -20,6 +20,7 @@ from vfsurgery.batches import Batches, Data, progress_line
 from vfsurgery.discovery import discover
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, TraceError, explain
 from vfsurgery.groups import GroupSet
+from vfsurgery.maps import balanced, permutations_of
 from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline
 from vfsurgery.passes.base import calibration_images
@@ -30,7 +31,7 @@ from vfsurgery.stats.collect import Site, Survey, group_sites, image_dtype, surv
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.selection import Leaf, listed
-from vfsurgery.verification import certify
+from vfsurgery.verification import certify, drift
 
 MERGE_PARTS = (
     "  a part that can be recorded can be merged alone: merge(a.PART, b.PART, example_inputs=..., inplace=True)"
@@ -112,34 +113,49 @@ class Merging:
         for step in passes:
             self.units.update(step.reads(graph_module, self.groups))
 
-    def survey(self) -> Survey:
+    def survey(self, joint: bool = False) -> Survey:
         """The statistics of all sources, from one pass over the data when first asked for."""
         if self._survey is None:
             started = time.perf_counter()
             images = calibration_images(self.data, "statistics of the sources", self.progress)
             graph_modules = [source.graph_module for source in self.sources]
-            self._survey = survey(graph_modules, images, self.pairs, self.units)
+            self._survey = survey(graph_modules, images, self.pairs, self.units, joint)
             self.seconds.append(("statistics", time.perf_counter() - started))
         return self._survey
 
     def match(self, matcher: Matcher) -> list[Matching]:
         """Find every source's order of units."""
         if matcher.needs_data:
-            self.survey()
+            self.survey(joint=getattr(matcher, "needs_joint", False))
         with self.clock("matching"), progress_line("matching", self.progress) as advance:
             states = [source.state for source in self.sources]
             correlations = lambda: self.survey().correlations  # noqa: E731
-            return matcher.match(Problem(self.groups, states, correlations, self.seed, advance))
+            joint = lambda: self.survey().crossed  # noqa: E731
+            return matcher.match(Problem(self.groups, states, correlations, self.seed, advance, joint))
 
     def certify(self, matchings: Sequence[Matching]) -> tuple[Certificate, ...]:
-        """Prove that each source computes the same after its reordering."""
+        """Prove that each source computes the same after its reordering, and measure what maps do to it."""
         with self.clock("certificate"):
             self._target = self.sources[0].clone()  # the result's tensors serve as scratch until the average is written
             scratch = self._target.state
+            for number, matching in enumerate(self._of_all_sources(matchings)):
+                mapped = len(matching.permutations) - len(permutations_of(matching.permutations))
+                if mapped:
+                    error = drift(self.sources[number], self.groups, matching.permutations, self.inputs)
+                    self.notes.append(
+                        f"source {number}: {mapped} groups are mapped by matrices, which do not preserve its function; "
+                        f"mapped, its output differs from its own by {error:.1%} of the largest"
+                    )
             return tuple(
-                certify(number, self.sources[number], self.groups, matching.permutations, self.inputs, scratch)
-                for number, matching in enumerate(matchings, start=1)
+                certify(
+                    number, self.sources[number], self.groups, permutations_of(matching.permutations), self.inputs, scratch
+                )
+                for number, matching in enumerate(self._of_all_sources(matchings)[1:], start=1)
             )
+
+    def _of_all_sources(self, matchings: Sequence[Matching]) -> list[Matching]:
+        """With one for the first source, which has none unless it is mapped too."""
+        return [*[Matching({})] * (len(self.sources) - len(matchings)), *matchings]
 
     def combine(
         self, shares: tuple[float, ...], matchings: list[Matching], passes: tuple[Pass, ...], inplace: bool
@@ -152,7 +168,7 @@ class Merging:
             self.survey()
         reference = self.sources[0].model
         target, self._target = self._target or self.sources[0].clone(), None
-        orders = [{}, *(matching.permutations for matching in matchings)]
+        orders = balanced([matching.permutations for matching in self._of_all_sources(matchings)], shares)
         context = Context(self.groups, self.sources, shares, orders, self.survey, self.data, self.progress)
         with self.clock("average and renormalize"), eval_mode(target.model, target.graph_module):
             Pipeline((Average(), *passes, Fold())).run(target.graph_module, context)
@@ -176,7 +192,7 @@ class Merging:
             GroupMatch(
                 number, g.group, self.groups[g.group].label, self.groups[g.group].units, g.before, g.after, g.moved
             )
-            for number, matching in enumerate(matchings, start=1)
+            for number, matching in enumerate(self._of_all_sources(matchings))
             for g in matching.gains
         )
         return Report(

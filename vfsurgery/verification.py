@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from vfsurgery.errors import CertificateError, explain
 from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, permute_tensor, random_permutations
+from vfsurgery.maps import Order, map_tensor
 from vfsurgery.report import Certificate
 from vfsurgery.sources import Source, canonical_state, eval_mode
 
@@ -28,6 +29,10 @@ TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 FAINT = 1e-3
 """A matrix whose largest number is smaller (a class token at initialization) changes too little where it is moved."""
+LAST_PLACE = 2.0**-52
+"""Relative change of a float64 number in its last place."""
+ROUNDING_FACTOR = 100
+"""How many times the effect of one change in the last place rounding may explain: sums round at every term."""
 CONTROLS = 8
 """How many groups are broken on purpose in a verification, at most."""
 
@@ -79,6 +84,16 @@ def relative_error(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> f
 def _checkable(tensor: Tensor) -> Tensor:
     """Half precision as float32; the rest as it is."""
     return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
+
+
+def drift(
+    source: Source, groups: GroupSet, orders: Mapping[str, Order], inputs: tuple[Tensor, ...]
+) -> float:
+    """Relative difference between the outputs of a source under maps of its units and its own."""
+    state = {name: _checkable(tensor) for name, tensor in source.state.items()}
+    inputs = tuple(_checkable(x) for x in inputs)
+    mapped = {name: map_tensor(name, tensor, groups, orders) for name, tensor in state.items()}
+    return relative_error(outputs_of(source.model, mapped, inputs), outputs_of(source.model, state, inputs))
 
 
 def certify(
@@ -154,6 +169,9 @@ class Verification:
 
     ``error`` is the largest relative output error, made by ``worst_group``; ``control_error`` the smallest one of the
     groups that were broken on purpose, and must lie above ``tolerance``; it is infinite where no group can be broken.
+    ``rounding`` is measured where ``error`` exceeds the tolerance: the output error when nothing moves but every weight
+    is off in its last place. Where that is as large, the model is ``undecided``: it computes what no tolerance can tell
+    from rounding.
     """
 
     error: float
@@ -161,12 +179,20 @@ class Verification:
     control_error: float
     tolerance: float
     groups: int
+    rounding: float = 0.0
 
     def __bool__(self) -> bool:
         return self.error <= self.tolerance and self.control_error > self.tolerance
 
+    @property
+    def undecided(self) -> bool:
+        """Whether the error is no larger than what rounding alone can make of this model."""
+        return self.tolerance < self.error <= ROUNDING_FACTOR * self.rounding
+
     def __str__(self) -> str:
         verdict = "proven" if self else "NOT proven"
+        if self.undecided:
+            verdict = f"UNDECIDED, rounding alone makes {self.rounding:.1e}"
         worst = f" ({self.worst_group})" if self.worst_group else ""
         return (
             f"{self.groups} groups {verdict}: largest relative error {self.error:.1e}{worst}, "
@@ -230,7 +256,17 @@ def _prove(
         if control > TOLERANCE[torch.float64] or _has_influence(model, state, group, inputs, expected):
             broken.append(control)
     control = min(broken, default=0.0 if breakable else float("inf"))
-    return Verification(errors[worst], worst, control, TOLERANCE[torch.float64], len(groups))
+    rounding = 0.0
+    if errors[worst] > TOLERANCE[torch.float64]:
+        rounding = error({name: _off_in_its_last_place(tensor, generator) for name, tensor in state.items()})
+    return Verification(errors[worst], worst, control, TOLERANCE[torch.float64], len(groups), rounding)
+
+
+def _off_in_its_last_place(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.float64).to(tensor) * 2 - 1
+    return tensor * (1 + LAST_PLACE * signs)
 
 
 def _has_influence(

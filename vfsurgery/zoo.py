@@ -166,6 +166,11 @@ def _failure(proof: Verification | None) -> str:
         return "too large to verify, and its library makes no smaller twin"
     if proof:
         return ""
+    if proof.undecided:
+        return (
+            f"undecided: error {proof.error:.0e}, and a change of the weights in their last place makes "
+            f"{proof.rounding:.0e}"
+        )
     wrong = proof.error > proof.tolerance
     return f"not verified: {proof.worst_group}" if wrong else "not proven: a group broken on purpose changes nothing"
 

@@ -6,6 +6,8 @@ from vfsurgery.matching.base import Gain as Gain
 from vfsurgery.matching.base import Matcher as Matcher
 from vfsurgery.matching.base import Matching as Matching
 from vfsurgery.matching.base import Problem as Problem
+from vfsurgery.matching.cca import CCAMatching as CCAMatching
 from vfsurgery.matching.identity import Given as Given
 from vfsurgery.matching.identity import Identity as Identity
 from vfsurgery.matching.weights import WeightMatching as WeightMatching
+from vfsurgery.matching.zipit import ZipMatching as ZipMatching

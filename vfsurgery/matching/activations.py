@@ -10,7 +10,7 @@ are matched by their weights once the others are known.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -33,11 +33,24 @@ class ActivationMatching:
     def match(self, problem: Problem) -> list[Matching]:
         """One assignment per family and source; gains are mean correlations of paired units."""
         return [
-            _match_source(problem, source, moments) for source, moments in enumerate(problem.correlations(), start=1)
+            match_on(problem, source, moments) for source, moments in enumerate(problem.correlations(), start=1)
         ]
 
 
-def _match_source(problem: Problem, source: int, moments: Mapping[str, Sequence[CrossMoments]]) -> Matching:
+def match_on(
+    problem: Problem,
+    source: int,
+    moments: Mapping[str, Sequence[CrossMoments]],
+    done: Collection[str] = (),
+) -> Matching:
+    """Match one source to the first on the given cross moments; groups without any are matched by their weights.
+
+    Args:
+        problem: As for :meth:`Matcher.match`.
+        source: Which of ``problem.states``.
+        moments: By group name, one for each place where its units are read.
+        done: Names of groups that are none of this matching's business.
+    """
     permutations: dict[str, Permutation] = {}
     gains: list[Gain] = []
     for family in families(problem.groups):
@@ -57,10 +70,12 @@ def _match_source(problem: Problem, source: int, moments: Mapping[str, Sequence[
             for group in family.groups
             if group.name in permutations
         ]
-    if len(permutations) == len(problem.groups):
+    if len(permutations) + len(done) == len(problem.groups):
         return Matching(permutations, tuple(gains))
-    rest = match_rest(problem, source, permutations)
-    return Matching(rest.permutations, (*gains, *rest.gains))
+    known = {**permutations, **{name: problem.groups[name].identity() for name in done}}
+    rest = match_rest(problem, source, known)
+    found = {name: order for name, order in rest.permutations.items() if name not in done}
+    return Matching(found, (*gains, *rest.gains))
 
 
 def _assignment(family: Family, moments: Mapping[str, Sequence[CrossMoments]]) -> BlockAssignment:
@@ -69,13 +84,14 @@ def _assignment(family: Family, moments: Mapping[str, Sequence[CrossMoments]]) -
     inners = [group for group in family.inners if group.name in moments]
     return BlockAssignment(
         family.outer.size,
-        None if outer is None else _mean_correlation(outer),
-        {group.name: _mean_correlation(moments[group.name]) for group in inners},
+        None if outer is None else mean_correlation(outer),
+        {group.name: mean_correlation(moments[group.name]) for group in inners},
         {group.name: None for group in inners if group.blocks == 1},
     )
 
 
-def _mean_correlation(readings: Sequence[CrossMoments]) -> Tensor:
+def mean_correlation(readings: Sequence[CrossMoments]) -> Tensor:
+    """Pearson correlation of two sources' units, ``(units, units)``, averaged over the places they are read at."""
     total = readings[0].correlation()
     for reading in readings[1:]:
         total += reading.correlation()

@@ -13,7 +13,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from vfsurgery.groups import GroupSet, Permutation
+from vfsurgery.groups import GroupSet
+from vfsurgery.maps import Order
 from vfsurgery.registry import Registry
 from vfsurgery.stats.correlation import CrossMoments
 
@@ -30,9 +31,9 @@ class Gain:
 
 @dataclass(frozen=True)
 class Matching:
-    """The orders found for one source, by group name, and what each of them gained."""
+    """The orders (or maps) found for one source, by group name, and what each of them gained."""
 
-    permutations: Mapping[str, Permutation]
+    permutations: Mapping[str, Order]
     gains: tuple[Gain, ...] = ()
 
 
@@ -42,8 +43,8 @@ class Problem:
 
     ``states`` are the sources' parameters and buffers by canonical state-dict key, the reference first.
     ``correlations()`` runs the sources over the calibration data, once, and gives for every source but the first the
-    cross moments of each group, one for every place where its units are read. ``seed`` is the only source of
-    randomness.
+    cross moments of each group, one for every place where its units are read. ``joint()`` gives those of all pairs of
+    sources ``i <= j``, each source with itself among them. ``seed`` is the only source of randomness.
     """
 
     groups: GroupSet
@@ -51,6 +52,7 @@ class Problem:
     correlations: Callable[[], Sequence[Mapping[str, Sequence[CrossMoments]]]]
     seed: int = 0
     advance: Callable[[str], None] = field(default=lambda message: None)
+    joint: Callable[[], Mapping[tuple[int, int], Mapping[str, Sequence[CrossMoments]]]] = dict
 
     def generator(self) -> torch.Generator:
         """A fresh generator seeded with ``seed``."""
@@ -59,7 +61,10 @@ class Problem:
 
 @runtime_checkable
 class Matcher(Protocol):
-    """Anything with a name, a statement whether it needs data, and a ``match``."""
+    """Anything with a name, a statement whether it needs data, and a ``match``.
+
+    One that asks for ``problem.joint()`` says so by an attribute ``needs_joint = True``.
+    """
 
     @property
     def name(self) -> str:
@@ -72,7 +77,7 @@ class Matcher(Protocol):
         ...
 
     def match(self, problem: Problem) -> list[Matching]:
-        """One :class:`Matching` per source after the first."""
+        """One :class:`Matching` per source after the first; one per source if the first is mapped too."""
         ...
 
 

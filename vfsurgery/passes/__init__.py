@@ -9,6 +9,7 @@ from vfsurgery.passes.base import Pipeline as Pipeline
 from vfsurgery.passes.calibrate_biases import CalibrateBiases as CalibrateBiases
 from vfsurgery.passes.fold import Fold as Fold
 from vfsurgery.passes.recalibrate import Reset as Reset
+from vfsurgery.passes.regress import Regress as Regress
 from vfsurgery.passes.renormalize import Repair as Repair
 from vfsurgery.passes.renormalize import Rescale as Rescale
 from vfsurgery.passes.renormalize import Reshift as Reshift
@@ -17,5 +18,5 @@ from vfsurgery.registry import Registry
 NORMALIZATIONS: Registry[Callable[[], Pass]] = Registry("renormalization")
 """Normalizations by name; a class or function that makes a pass."""
 
-for _normalization in (Reset, Repair, Rescale, Reshift, CalibrateBiases):
+for _normalization in (Reset, Repair, Rescale, Reshift, CalibrateBiases, Regress):
     NORMALIZATIONS.register(_normalization.name)(_normalization)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx
 
-from vfsurgery.groups import GroupSet, Permutation, permute_tensor
+from vfsurgery.groups import GroupSet
+from vfsurgery.maps import Order, UnitMap, map_tensor
 from vfsurgery.passes.base import Context, Pass
+from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.sources import canonical_state
 
 
@@ -36,6 +38,9 @@ class Average(Pass):
                 write_mean(target, name, states, context.weights, context.groups, context.permutations)
             elif target.data_ptr() != states[0][name].data_ptr():
                 target.copy_(states[0][name])
+        if any(isinstance(order, UnitMap) for orders in context.permutations for order in orders.values()):
+            for norm in batch_norm_nodes(graph_module).values():
+                cast(Tensor, norm.running_var).clamp_min_(0)  # a sum with negative coefficients; RESET sets it anew
         return graph_module
 
 
@@ -45,7 +50,7 @@ def write_mean(
     states: Sequence[Mapping[str, Tensor]],
     weights: Sequence[float],
     groups: GroupSet,
-    orders: Sequence[Mapping[str, Permutation]],
+    orders: Sequence[Mapping[str, Order]],
 ) -> None:
     """Write the weighted mean of one entry of the sources' states, each under its orders, into ``target``.
 
@@ -55,6 +60,6 @@ def write_mean(
     total = target.zero_() if dtype == target.dtype else torch.zeros_like(target, dtype=dtype)
     for state, weight, order in zip(states, weights, orders, strict=True):
         if weight:
-            total.add_(permute_tensor(name, state[name], groups, order).to(target.device, dtype), alpha=weight)
+            total.add_(map_tensor(name, state[name], groups, order).to(target.device, dtype), alpha=weight)
     if total is not target:
         target.copy_(total)

@@ -15,7 +15,8 @@ from torch import Tensor, fx
 
 from vfsurgery.batches import Batches, progress
 from vfsurgery.errors import DataError, explain
-from vfsurgery.groups import GroupSet, Permutation
+from vfsurgery.groups import GroupSet
+from vfsurgery.maps import Order
 from vfsurgery.sources import Source
 from vfsurgery.stats.collect import Site, Survey
 
@@ -40,15 +41,15 @@ class Pass:
 class Context:
     """What passes may look at while a merge runs, and where they leave what they found.
 
-    ``weights`` are the sources' shares and sum to one. ``permutations`` holds for every source the order of its units
-    by group name, an empty one for the first. ``survey()`` has the statistics that the passes announced to read.
+    ``weights`` are the sources' shares and sum to one. ``permutations`` holds for every source the order (or map) of its
+    units by group name, usually none for the first. ``survey()`` has the statistics that the passes announced to read.
     ``notes`` are sentences for the report.
     """
 
     groups: GroupSet
     sources: Sequence[Source]
     weights: Sequence[float]
-    permutations: Sequence[Mapping[str, Permutation]]
+    permutations: Sequence[Mapping[str, Order]]
     survey: Callable[[], Survey]
     data: Batches | None = None
     progress: bool = True

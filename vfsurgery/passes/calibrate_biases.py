@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.groups import permute_tensor
+from vfsurgery.maps import map_tensor
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.producers import find_producers
 from vfsurgery.sources import canonical_state
@@ -49,7 +49,7 @@ class CalibrateBiases(Pass):
             name = str(producer.bias)
             total = torch.zeros_like(state[name], dtype=torch.promote_types(state[name].dtype, torch.float32))
             for source, weight, order in zip(context.sources, context.weights, context.permutations, strict=True):
-                aligned = permute_tensor(name, source.state[name], context.groups, order)
+                aligned = map_tensor(name, source.state[name], context.groups, order)
                 total.add_(aligned.to(total), alpha=weight**producer.depth)
             state[name].copy_(total)
         context.notes.append(f"bias-calibration: {len(biased)} biases, no data")

@@ -47,10 +47,7 @@ class Reset(Pass):
             )
         moments = self._measure(graph_module, context, norms)
         for node, norm in norms.items():
-            found = moments[node]
-            unbiased = found.squares / max(found.count - 1, 1)
-            cast(Tensor, norm.running_mean).copy_(found.mean)
-            cast(Tensor, norm.running_var).copy_(unbiased)
+            set_running(norm, moments[node])
         context.notes.append(f"reset: {len(norms)} BatchNorm layers")
         return graph_module
 
@@ -91,6 +88,12 @@ class Reset(Pass):
             for norm, counter in counters.items():
                 norm.training, norm.num_batches_tracked = False, counter
         return totals
+
+
+def set_running(norm: BatchNorm, moments: Moments) -> None:
+    """Write mean and unbiased variance of a norm's input into its running statistics."""
+    cast(Tensor, norm.running_mean).copy_(moments.mean)
+    cast(Tensor, norm.running_var).copy_(moments.squares / max(moments.count - 1, 1))
 
 
 def batch_norm_nodes(graph_module: fx.GraphModule) -> dict[str, BatchNorm]:

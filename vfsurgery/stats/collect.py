@@ -58,13 +58,19 @@ class Observer(fx.Interpreter):
 class Survey:
     """Statistics of all sources from one pass over the data.
 
-    ``correlations`` has one entry per source after the first: for each name, and each of its sites, the cross moments
-    of the first source's units (a) and that source's (b). ``moments`` has one entry per source. ``images`` were seen.
+    ``crossed`` has for each pair of sources (the first with every other one, or all pairs, each source with itself
+    among them) and each name, for each of its sites, the cross moments of both sources' units. ``moments`` has one
+    entry per source. ``images`` were seen.
     """
 
-    correlations: list[dict[str, tuple[CrossMoments, ...]]]
+    crossed: dict[tuple[int, int], dict[str, tuple[CrossMoments, ...]]]
     moments: list[dict[str, Moments]]
     images: int
+
+    @property
+    def correlations(self) -> list[dict[str, tuple[CrossMoments, ...]]]:
+        """Of the first source with every other one, in order."""
+        return [self.crossed[0, number] for number in range(1, len(self.moments))]
 
 
 Reading: TypeAlias = tuple[str, int]
@@ -76,6 +82,7 @@ def survey(
     batches: Iterable[Tensor],
     pairs: Mapping[str, Sequence[Site]],
     units: Mapping[str, Site],
+    joint: bool = False,
 ) -> Survey:
     """Gather all statistics of all sources, each source run once on each batch.
 
@@ -84,29 +91,31 @@ def survey(
         batches: Images, ``(batch, channels, height, width)``, on that device.
         pairs: Where to correlate the units of the first source with those of every other one, by name.
         units: Where to take moments of the units of every source, by name.
+        joint: Correlate the units of every source with those of every source, itself included.
     """
     readings = {(name, place): site for name, sites in pairs.items() for place, site in enumerate(sites)}
-    crossed: list[dict[Reading, CrossMoments]] = [{} for _ in sources[1:]]
+    numbers = range(len(sources))
+    chosen = [(i, j) for i in numbers for j in numbers if i <= j and (joint or i == 0 < j)]
+    crossed: dict[tuple[int, int], dict[Reading, CrossMoments]] = {pair: {} for pair in chosen}
     moments: list[dict[str, Moments]] = [{} for _ in sources]
     seen = 0
     for images in batches:
-        reference: dict[Reading, Centred] = {}
+        kept: dict[tuple[int, Reading], Centred] = {}
         for number, source in enumerate(sources):
             watch = Watch()
             for name, site in units.items():
                 watch.add(site.node, _take_moments(name, site, moments[number]))
+            partners = {i: crossed[i, j] for i, j in chosen if j == number}
+            last = not any(i == number < j for i, j in chosen)
             for reading, site in readings.items():
-                if number:
-                    watch.add(site.node, _correlate(reading, site, reference, crossed[number - 1]))
-                else:
-                    watch.add(site.node, _keep(reading, site, reference))
+                watch.add(site.node, _correlate(reading, site, number, kept, partners, last))
             Observer(source, watch).run(images.to(image_dtype(source)))
         seen += len(images)
-    correlations = [
-        {name: tuple(found[name, place] for place in range(len(sites))) for name, sites in pairs.items()}
-        for found in crossed
-    ]
-    return Survey(correlations, moments, seen)
+    by_pair = {
+        pair: {name: tuple(found[name, place] for place in range(len(sites))) for name, sites in pairs.items()}
+        for pair, found in crossed.items()
+    }
+    return Survey(by_pair, moments, seen)
 
 
 class Watch(dict[str, Callable[[Tensor], "Tensor | None"]]):
@@ -132,19 +141,23 @@ def _take_moments(name: str, site: Site, totals: dict[str, Moments]) -> Callable
     return see
 
 
-def _keep(reading: Reading, site: Site, reference: dict[Reading, Centred]) -> Callable[[Tensor], None]:
-    def see(value: Tensor) -> None:
-        reference[reading] = Centred.of(value, site.places, site.dim)
-
-    return see
-
-
 def _correlate(
-    reading: Reading, site: Site, reference: dict[Reading, Centred], totals: dict[Reading, CrossMoments]
+    reading: Reading,
+    site: Site,
+    number: int,
+    kept: dict[tuple[int, Reading], Centred],
+    partners: Mapping[int, dict[Reading, CrossMoments]],
+    last: bool,
 ) -> Callable[[Tensor], None]:
+    """Cross moments of one source's units with those of earlier sources, and its own kept for later ones."""
+
     def see(value: Tensor) -> None:
-        batch = CrossMoments.of(reference[reading], Centred.of(value, site.places, site.dim))
-        totals[reading] = totals[reading].merge(batch) if reading in totals else batch
+        own = Centred.of(value, site.places, site.dim)
+        if not last:
+            kept[number, reading] = own
+        for partner, totals in partners.items():
+            batch = CrossMoments.of(own if partner == number else kept[partner, reading], own)
+            totals[reading] = totals[reading].merge(batch) if reading in totals else batch
 
     return see
 
