@@ -20,6 +20,7 @@ from vfsurgery.batches import Batches, Data, progress_line
 from vfsurgery.discovery import discover
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, TraceError, explain
 from vfsurgery.groups import GroupSet
+from vfsurgery.holdout import split
 from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline
 from vfsurgery.passes.base import calibration_images
@@ -55,6 +56,7 @@ class Merging:
     notes: list[str] = field(default_factory=list[str])
     pairs: dict[str, tuple[Site, ...]] = field(default_factory=dict[str, tuple[Site, ...]])
     units: dict[str, Site] = field(default_factory=dict[str, Site])
+    held_out: Batches | None = None
     _survey: Survey | None = None
     _target: Source | None = None
 
@@ -111,6 +113,8 @@ class Merging:
             self.pairs = group_sites(graph_module, self.groups, self.sources[0].device)
         for step in passes:
             self.units.update(step.reads(graph_module, self.groups))
+        if any(step.holds_out() for step in passes):
+            self.data, self.held_out = split(self.data)
 
     def survey(self) -> Survey:
         """The statistics of all sources, from one pass over the data when first asked for."""
@@ -154,8 +158,10 @@ class Merging:
         target, self._target = self._target or self.sources[0].clone(), None
         orders = [{}, *(matching.permutations for matching in matchings)]
         context = Context(self.groups, self.sources, shares, orders, self.survey, self.data, self.progress)
+        context.held_out = self.held_out
         with self.clock("average and renormalize"), eval_mode(target.model, target.graph_module):
-            Pipeline((Average(), *passes, Fold())).run(target.graph_module, context)
+            folded = (step for normalization in passes for step in (normalization, Fold()))  # the next reads weights
+            Pipeline((Average(), *folded)).run(target.graph_module, context)
         if inplace:
             write_into(reference, target.model, context.created_biases)
             return reference, context

@@ -8,7 +8,7 @@ nor is one whose output goes into a BatchNorm and nowhere else: that norm undoes
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +117,20 @@ def weight_depths(graph_module: fx.GraphModule) -> dict[str, int]:
         before = max((depths[source.name] for source in node.all_input_nodes), default=0)
         depths[node.name] = before + (node.name in layers)
     return depths
+
+
+def in_stages(graph_module: fx.GraphModule, producers: Sequence[Producer]) -> list[list[Producer]]:
+    """The producers, those that reach each other by no path together, first those that depend on no other."""
+    by_node = {producer.node: producer for producer in producers}
+    stages: dict[int, list[Producer]] = {}
+    depths: dict[str, int] = {}
+    for node in graph_module.graph.nodes:
+        depth = max((depths[source.name] for source in node.all_input_nodes), default=0)
+        producer = by_node.get(node.name)
+        if producer is not None:
+            stages.setdefault(depth, []).append(producer)
+        depths[node.name] = depth + (producer is not None)
+    return [stages[depth] for depth in sorted(stages)]
 
 
 def _is_layer(op: Op) -> bool:
