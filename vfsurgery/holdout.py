@@ -20,7 +20,7 @@ EVERY = 5
 
 
 class Part:
-    """The held-out images of some batches, or the rest of them; batches of which nothing is left are skipped."""
+    """The held-out images of some batches, or the rest, without labels; a batch with nothing left is skipped."""
 
     def __init__(self, batches: Batches, every: int, held_out: bool) -> None:
         self.batches, self.every, self.held_out = batches, every, held_out
@@ -32,16 +32,16 @@ class Part:
             raise TypeError("the data does not say how many batches it has")
         return length
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor] | tuple[Tensor]]:
+    def __iter__(self) -> Iterator[Tensor]:
         """One pass, on whatever device the batches are."""
         seen, found = 0, False
-        for images, labels in self.batches:
+        for images, _ in self.batches:
             places = torch.arange(seen, seen + len(images))
             chosen = ((places % self.every == self.every - 1) == self.held_out).nonzero().flatten().to(images.device)
             seen += len(images)
             if len(chosen):
                 found = True
-                yield (images[chosen],) if labels is None else (images[chosen], labels[chosen.to(labels.device)])
+                yield images[chosen]
         if not found:
             raise DataError(
                 explain(

@@ -55,7 +55,8 @@ class Affine(nn.Module):
         """Scale and shift; shape and dtype of ``x`` are kept."""
         shape = [1] * x.ndim
         shape[self.dim] = -1
-        return (x * self.scale.view(shape) + self.shift.view(shape)).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)  # scales are float64: they would make all of x so
+        return (x * self.scale.to(wide).view(shape) + self.shift.to(wide).view(shape)).to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,8 @@ class Measured(Renormalize):
         self, graph_module: fx.GraphModule, context: Context, targets: Sequence[Producer]
     ) -> Iterator[tuple[Producer, Moments, Goal]]:
         """Run the merged model, stage by stage if ``sequential``."""
-        goals = {target.node: self.goal(_aligned(target, context), context.weights) for target in targets}
+        found = context.survey().moments
+        goals = {target.node: self.goal(_aligned(target, found, context), context.weights) for target in targets}
         for stage in in_stages(graph_module, targets) if self.sequential else [targets]:
             moments = self._measure(graph_module, context, stage, goals)
             yield from ((target, moments[target.node], goals[target.node]) for target in stage)
@@ -243,13 +245,11 @@ def above_rounding(moments: Moments, goal: Tensor, dtype: torch.dtype) -> Moment
     return replace(moments, squares=torch.where(moments.std > floor, moments.squares, 0.0))
 
 
-def _aligned(target: Producer, context: Context) -> list[Moments]:
-    """The moments of every source, its units in the merged model's order."""
-    found: list[Moments] = []
-    for survey, orders in zip(context.survey().moments, context.permutations, strict=True):
-        moments, order = survey[target.node], target.order(context.groups, orders)
-        found.append(moments if order is None else moments.take(order.to(moments.mean.device)))
-    return found
+def _aligned(target: Producer, found: Sequence[Mapping[str, Moments]], context: Context) -> list[Moments]:
+    """What was found in every source, its units in the merged model's order."""
+    orders = [target.order(context.groups, orders) for orders in context.permutations]
+    each = [moments[target.node] for moments in found]
+    return [m if order is None else m.take(order.to(m.mean.device)) for m, order in zip(each, orders, strict=True)]
 
 
 def insert_affine(graph_module: fx.GraphModule, node_name: str, affine: Affine) -> None:
