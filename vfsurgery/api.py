@@ -189,8 +189,9 @@ def merge(
             ones.
         matching: ``"activations"`` (correlation of activations on ``data``), ``"weights"`` (no data), ``"identity"``
             (no reordering), a matcher, or ``"auto"``: activations with data and weights without.
-        renormalize: ``"reset"``, ``"repair"``, ``"rescale"``, ``"reshift"``, ``"bias-calibration"``, a list of those
-            run in order, ``None``, or ``"auto"``, which chooses by architecture; the README has the table.
+        renormalize: ``"reset"``, ``"repair"``, ``"closed-form-repair"``, ``"rescale"``, ``"reshift"``,
+            ``"bias-calibration"``, ``"bias-removal"``, a pass such as ``Repair(sequential=True)``, a list of those run
+            in order, ``None``, or ``"auto"``, which chooses by architecture; docs/renormalization.md has the table.
         preserve: Number of first layers to keep of each source; only 0 is available in this version.
         example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured.
         leaf: As for :func:`trace`.
