@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_nets import NETS, Grouped, LayerNormed, Residual, groups_of, images, net, planted, state_of
+from tiny_nets import NETS, Grouped, LayerNormed, Residual, groups_of, images, lively, net, planted, state_of
 from torch import Tensor, nn
 
 import vfsurgery as surgery
@@ -196,6 +196,7 @@ def _joint_of(a: Tensor, b: Tensor):
 
 @pytest.mark.parametrize("matcher", MATCHERS)
 def test_three_sources_and_unequal_weights(matcher):
+    """ZipIt! scales what is merged already by alpha: only with 1 do three copies of a unit find each other."""
     a = net("chain")
     groups = groups_of(a)
     sources = [a, planted(a, groups, 1), planted(a, groups, 2)]
@@ -203,7 +204,7 @@ def test_three_sources_and_unequal_weights(matcher):
         sources,
         weights=(0.5, 0.3, 0.2),
         data=[images(400)],
-        matching=MATCHERS[matcher],
+        matching=surgery.ZipMatching(alpha=1.0, beta=0.0) if matcher == "zipit" else MATCHERS[matcher],
         renormalize=None,
         progress=False,
     )
@@ -247,3 +248,21 @@ def test_every_net_of_the_tests_merges_with_every_map_matcher():
                 assert bool(torch.isfinite(merged(images(4))).all()), (name, matcher)
 
 
+def test_a_matching_found_once_serves_several_merges():
+    a, b = net("chain"), net("chain", 1)
+    options = {"data": [images(200)], "progress": False}
+    found = surgery.match(a, b, matching="zipit", **options)
+    assert isinstance(found, tuple)
+    assert len(found) == 2
+    again = surgery.merge(a, b, matching=surgery.Given(found), renormalize="rescale", **options)
+    direct = surgery.merge(a, b, matching="zipit", renormalize="rescale", **options)
+    for name, tensor in direct.state_dict().items():
+        assert torch.allclose(tensor, again.state_dict()[name], atol=1e-6)
+
+
+def test_a_map_for_a_group_that_lets_only_permutations_through_is_refused():
+    a, b = lively(LayerNormed()), lively(LayerNormed(), 1)
+    (group,) = groups_of(a)
+    given = surgery.Given({group.name: UnitMap(torch.eye(group.size), torch.eye(group.size))})
+    with pytest.raises(SurgeryError, match="lets only permutations through"):
+        surgery.merge(a, b, data=[images(16)], matching=given, progress=False)

@@ -25,7 +25,9 @@ from vfsurgery.matching import Identity as Identity
 from vfsurgery.matching import Matcher as Matcher
 from vfsurgery.matching import WeightMatching as WeightMatching
 from vfsurgery.matching import ZipMatching as ZipMatching
+from vfsurgery.passes import ClosedFormRepair as ClosedFormRepair
 from vfsurgery.passes import Regress as Regress
+from vfsurgery.passes import RemoveBiases as RemoveBiases
 from vfsurgery.passes import Repair as Repair
 from vfsurgery.passes import Rescale as Rescale
 from vfsurgery.passes import Reset as Reset

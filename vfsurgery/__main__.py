@@ -154,7 +154,8 @@ def _data_options(command: C) -> C:
     "--renormalize",
     default="auto",
     show_default=True,
-    help="auto, none, or steps in order with commas between: reset, repair, rescale, reshift, bias-calibration.",
+    help="auto, none, or steps in order with commas between: reset, repair, closed-form-repair, rescale, reshift, "
+    "bias-calibration, bias-removal.",
 )
 @click.option("--seed", default=0, show_default=True, help="Decides random orders.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1.")

@@ -12,8 +12,8 @@ from torch import fx, nn
 from vfsurgery.batches import Data
 from vfsurgery.discovery import discover
 from vfsurgery.errors import DataError, OptionError, TraceError, explain
-from vfsurgery.groups import GroupSet, Permutation
-from vfsurgery.matching import MATCHERS, Matcher
+from vfsurgery.groups import GroupSet
+from vfsurgery.matching import MATCHERS, Matcher, Orders
 from vfsurgery.merging import ExampleInputs, Merging
 from vfsurgery.partial import find_partly
 from vfsurgery.passes import NORMALIZATIONS, Pass
@@ -142,18 +142,20 @@ def match(
     pins: str | Sequence[str] = (),
     seed: int = 0,
     progress: bool = True,
-) -> dict[str, Permutation]:
+) -> Orders:
     """Find the order of b's units that matches a's; arguments and errors as for :func:`merge`.
 
     Returns:
-        For each group's name the order, ``aligned[r] = b[order[r]]``. Hand it to ``matching=Given(...)`` to merge
-        several times with one matching.
+        For each group's name the order, ``aligned[r] = b[order[r]]``, or a :class:`~vfsurgery.maps.UnitMap`. A tuple of
+        such mappings for more than two sources (one for each after the first), and for matchers that map the first
+        source too (one for each). Hand it to ``matching=Given(...)`` to merge several times with one matching.
     """
     work = Merging.prepare(_models(a, b), data, example_inputs, seed, progress, leaf, pins)
     matcher = _matcher(matching, data)
     with work.running():
         work.plan(matcher, ())
-        return dict(work.match(matcher)[0].permutations)
+        found = tuple(dict(matching.permutations) for matching in work.match(matcher))
+    return found[0] if len(found) == 1 else found
 
 
 def merge(
@@ -189,8 +191,9 @@ def merge(
             ones.
         matching: ``"activations"`` (correlation of activations on ``data``), ``"weights"`` (no data), ``"identity"``
             (no reordering), a matcher, or ``"auto"``: activations with data and weights without.
-        renormalize: ``"reset"``, ``"repair"``, ``"rescale"``, ``"reshift"``, ``"bias-calibration"``, a list of those
-            run in order, ``None``, or ``"auto"``, which chooses by architecture; the README has the table.
+        renormalize: ``"reset"``, ``"repair"``, ``"closed-form-repair"``, ``"rescale"``, ``"reshift"``,
+            ``"bias-calibration"``, ``"bias-removal"``, a pass such as ``Repair(sequential=True)``, a list of those run
+            in order, ``None``, or ``"auto"``, which chooses by architecture; docs/renormalization.md has the table.
         preserve: Number of first layers to keep of each source; only 0 is available in this version.
         example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured.
         leaf: As for :func:`trace`.

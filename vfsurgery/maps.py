@@ -1,7 +1,7 @@
 """Linear maps between the units of a source and those of a merged model; a permutation is the special case.
 
-At each group the merged units are ``y = sum_i w_i M_i y_i`` and a source's units come back as ``y_i = U_i y`` (Stoica et
-al., "ZipIt!", 2024, section 4; Qu & Horvath, CPAL 2025, section 5.4). Weights that write the group's units become
+At each group the merged units are ``y = sum_i w_i M_i y_i`` and a source's units come back as ``y_i = U_i y`` (Stoica
+et al., "ZipIt!", 2024, section 4; Qu & Horvath, CPAL 2025, section 5.4). Weights that write the group's units become
 ``M_i W_i``, weights that read them ``W_i U_i``, and what scales or shifts single units ``M_i v_i``
 (:mod:`vfsurgery.roles`).
 """

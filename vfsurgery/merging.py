@@ -7,7 +7,7 @@ the certificate of every source, come before anything is written.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +20,8 @@ from vfsurgery.batches import Batches, Data, progress_line
 from vfsurgery.discovery import discover
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, TraceError, explain
 from vfsurgery.groups import GroupSet
-from vfsurgery.maps import balanced, permutations_of
+from vfsurgery.holdout import split
+from vfsurgery.maps import Order, UnitMap, balanced, permutations_of
 from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline
 from vfsurgery.passes.base import calibration_images
@@ -56,6 +57,7 @@ class Merging:
     notes: list[str] = field(default_factory=list[str])
     pairs: dict[str, tuple[Site, ...]] = field(default_factory=dict[str, tuple[Site, ...]])
     units: dict[str, Site] = field(default_factory=dict[str, Site])
+    held_out: Batches | None = None
     _survey: Survey | None = None
     _target: Source | None = None
 
@@ -112,6 +114,8 @@ class Merging:
             self.pairs = group_sites(graph_module, self.groups, self.sources[0].device)
         for step in passes:
             self.units.update(step.reads(graph_module, self.groups))
+        if any(step.holds_out() for step in passes):
+            self.data, self.held_out = split(self.data)
 
     def survey(self, joint: bool = False) -> Survey:
         """The statistics of all sources, from one pass over the data when first asked for."""
@@ -138,19 +142,23 @@ class Merging:
         with self.clock("certificate"):
             self._target = self.sources[0].clone()  # the result's tensors serve as scratch until the average is written
             scratch = self._target.state
+            certificates: list[Certificate] = []
             for number, matching in enumerate(self._of_all_sources(matchings)):
-                mapped = len(matching.permutations) - len(permutations_of(matching.permutations))
-                if mapped:
-                    error = drift(self.sources[number], self.groups, matching.permutations, self.inputs)
-                    self.notes.append(
-                        f"source {number}: {mapped} groups are mapped by matrices, which do not preserve its function; "
-                        f"mapped, its output differs from its own by {error:.1%} of the largest"
-                    )
-            return tuple(
-                certify(
-                    number, self.sources[number], self.groups, permutations_of(matching.permutations), self.inputs, scratch
-                )
-                for number, matching in enumerate(self._of_all_sources(matchings)[1:], start=1)
+                source, orders = self.sources[number], permutations_of(matching.permutations)
+                if number:
+                    certificates.append(certify(number, source, self.groups, orders, self.inputs, scratch))
+                self._note_drift(number, matching.permutations)
+            return tuple(certificates)
+
+    def _note_drift(self, number: int, orders: Mapping[str, Order]) -> None:
+        """Say in the report how far maps of units take a source from what it computes."""
+        moved = [order for order in orders.values() if isinstance(order, UnitMap) and order.moved]
+        if moved:
+            error = drift(self.sources[number], self.groups, orders, self.inputs)
+            changed = f"differs from its own by {error:.1%} of the largest" if error < float("inf") else "is not finite"
+            self.notes.append(
+                f"source {number}: {len(moved)} groups are mapped by matrices, which do not preserve its function; "
+                f"mapped, its output {changed}"
             )
 
     def _of_all_sources(self, matchings: Sequence[Matching]) -> list[Matching]:
@@ -170,8 +178,10 @@ class Merging:
         target, self._target = self._target or self.sources[0].clone(), None
         orders = balanced([matching.permutations for matching in self._of_all_sources(matchings)], shares)
         context = Context(self.groups, self.sources, shares, orders, self.survey, self.data, self.progress)
+        context.held_out = self.held_out
         with self.clock("average and renormalize"), eval_mode(target.model, target.graph_module):
-            Pipeline((Average(), *passes, Fold())).run(target.graph_module, context)
+            folded = (step for normalization in passes for step in (normalization, Fold()))  # the next reads weights
+            Pipeline((Average(), *folded)).run(target.graph_module, context)
         if inplace:
             write_into(reference, target.model, context.created_biases)
             return reference, context

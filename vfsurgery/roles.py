@@ -26,7 +26,7 @@ READS, WRITES, SCALES = "reads", "writes", "scales"
 
 PASSING_RULES = ("vfsurgery.rules.linear", "vfsurgery.rules.pool", "vfsurgery.rules.movement")
 """Modules of :mod:`vfsurgery.rules` whose ops are linear in the units, or treat each by itself."""
-PASSING_OPS = frozenset("add sub cat concat concatenate stack chunk split split_with_sizes tensor_split".split())
+PASSING_OPS = ("add", "sub", "cat", "concat", "concatenate", "chunk", "split", "split_with_sizes", "tensor_split")
 
 
 @dataclass
@@ -51,9 +51,10 @@ class Roles:
             sides = {_side(ref, op) for ref in component} - {""}
             role = SCALES if len(sides) > 1 else READS if sides == {"input"} else WRITES
             for ref in component:
-                if isinstance(ref, AxisRef) and ref.tensor.kind == "parameter":
-                    if self.of.setdefault(ref, role) != role:  # a shared weight that plays two parts
-                        self.closed.add(ref)
+                if isinstance(ref, Fresh) or ref.tensor.kind != "parameter":
+                    continue
+                if self.of.setdefault(ref, role) != role:  # a shared weight that plays two parts
+                    self.closed.add(ref)
 
     def _passes(self, op: Op, module: str) -> bool:
         if op.key in PASSING_OPS or isinstance(op.module, nn.modules.batchnorm._BatchNorm):

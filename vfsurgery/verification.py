@@ -86,9 +86,7 @@ def _checkable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
 
 
-def drift(
-    source: Source, groups: GroupSet, orders: Mapping[str, Order], inputs: tuple[Tensor, ...]
-) -> float:
+def drift(source: Source, groups: GroupSet, orders: Mapping[str, Order], inputs: tuple[Tensor, ...]) -> float:
     """Relative difference between the outputs of a source under maps of its units and its own."""
     state = {name: _checkable(tensor) for name, tensor in source.state.items()}
     inputs = tuple(_checkable(x) for x in inputs)

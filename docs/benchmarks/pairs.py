@@ -32,6 +32,7 @@ from timing import Stopwatch, begin, parser
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.api import Renormalization
 from vfsurgery.evaluation import Score, compare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +63,7 @@ class Merge:
 
     name: str
     matching: str
-    renormalize: str | tuple[str, ...] | None
+    renormalize: Renormalization
     public: str = ""
 
 
@@ -77,6 +78,13 @@ MERGES: dict[str, tuple[Merge, ...]] = {
         Merge("activations + bias calibration", "activations", "bias-calibration", "52.0"),
         Merge("activations + RESCALE", "activations", "rescale", "71.4"),
         Merge("activations + REPAIR", "activations", "repair", "71.3"),
+        Merge("activations + bias removal", "activations", "bias-removal"),
+        Merge("activations + closed-form REPAIR", "activations", "closed-form-repair"),
+        Merge("activations + RESCALE, sequential", "activations", surgery.Rescale(sequential=True)),
+        Merge("activations + REPAIR, sequential", "activations", surgery.Repair(sequential=True)),
+        Merge("activations + RESCALE, average goals", "activations", surgery.Rescale(average=True)),
+        Merge("activations + REPAIR, average goals", "activations", surgery.Repair(average=True)),
+        Merge("activations + REPAIR, goals of a", "activations", surgery.Repair(reference=0)),
     ),
     "tv_resnet18": (
         Merge("naive", "identity", None, "10.3"),

@@ -9,5 +9,6 @@ from vfsurgery.matching.base import Problem as Problem
 from vfsurgery.matching.cca import CCAMatching as CCAMatching
 from vfsurgery.matching.identity import Given as Given
 from vfsurgery.matching.identity import Identity as Identity
+from vfsurgery.matching.identity import Orders as Orders
 from vfsurgery.matching.weights import WeightMatching as WeightMatching
 from vfsurgery.matching.zipit import ZipMatching as ZipMatching

@@ -32,9 +32,7 @@ class ActivationMatching:
 
     def match(self, problem: Problem) -> list[Matching]:
         """One assignment per family and source; gains are mean correlations of paired units."""
-        return [
-            match_on(problem, source, moments) for source, moments in enumerate(problem.correlations(), start=1)
-        ]
+        return [match_on(problem, source, moments) for source, moments in enumerate(problem.correlations(), start=1)]
 
 
 def match_on(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.groups import Permutation
+from vfsurgery.maps import Order, UnitMap
 from vfsurgery.matching.base import MATCHERS, Matching, Problem
 
 
@@ -23,22 +25,28 @@ class Identity:
         return [Matching({}) for _ in problem.states[1:]]
 
 
+Orders: TypeAlias = Mapping[str, Order] | tuple[Mapping[str, Order], ...]
+"""What :class:`Given` takes and :func:`vfsurgery.match` returns."""
+
+
 @dataclass(frozen=True)
 class Given:
-    """Orders known beforehand, one mapping per source after the first (a single mapping for two sources).
+    """Orders or maps known beforehand: one mapping per source after the first, a single one for two sources.
+
+    A tuple of one per source gives the first source's, too.
 
     Raises:
         OptionError: when matching: a group does not exist, has another size, or the number of sources differs.
     """
 
-    permutations: Mapping[str, Permutation] | tuple[Mapping[str, Permutation], ...]
+    permutations: Orders
     name: str = field(default="given", init=False)
     needs_data: bool = field(default=False, init=False)
 
     def match(self, problem: Problem) -> list[Matching]:
         """The given orders, checked against the groups."""
         per_source = self.permutations if isinstance(self.permutations, tuple) else (self.permutations,)
-        if len(per_source) != len(problem.states) - 1:
+        if not 0 <= len(problem.states) - len(per_source) <= 1:
             raise OptionError(f"{len(per_source)} sets of permutations given for {len(problem.states) - 1} sources")
         groups = {group.name: group for group in problem.groups}
         for permutations in per_source:
@@ -52,7 +60,15 @@ class Given:
                             remedy=did_you_mean(name, groups),
                         )
                     )
-                if not group.accepts(permutation):
+                if isinstance(permutation, UnitMap) and not group.mappable:
+                    raise OptionError(
+                        explain(
+                            f"a map of units was given for group {name!r}, which lets only permutations through",
+                            group=group,
+                            remedy="pass a Permutation",
+                        )
+                    )
+                if isinstance(permutation, Permutation) and not group.accepts(permutation):
                     raise OptionError(
                         explain(
                             f"a permutation moves units of group {name!r} out of their block",

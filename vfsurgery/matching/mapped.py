@@ -1,13 +1,13 @@
 """What matchers share that map units by matrices: which groups they may, and permutations for the others.
 
-A general map needs more of a network than a permutation does (:mod:`vfsurgery.roles`). Groups that let only permutations
-through are matched as in activation matching, so that such a matcher works on every model.
+A general map needs more of a network than a permutation does (:mod:`vfsurgery.roles`). Groups that let only
+permutations through are matched as in activation matching, so that such a matcher works on every model.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +34,7 @@ class Joint:
         """Covariance of all units of all sources, ``(sources * units, sources * units)`` float64."""
         return self._assemble(lambda moments: moments.products / moments.a.count)
 
-    def _assemble(self, matrix: object) -> Tensor:
-        assert callable(matrix)
+    def _assemble(self, matrix: Callable[[CrossMoments], Tensor]) -> Tensor:
         rows: list[list[Tensor]] = [[torch.empty(0)] * self.sources for _ in range(self.sources)]
         for (i, j), readings in self.pairs.items():
             block = torch.stack([matrix(reading) for reading in readings]).mean(0)

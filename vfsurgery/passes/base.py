@@ -36,14 +36,18 @@ class Pass:
         """Where the step needs the moments of every source, by name; they come with the one pass over the data."""
         return {}
 
+    def holds_out(self) -> bool:
+        """Whether the step makes a choice on images that no statistic may see; every fifth one is then held out."""
+        return False
+
 
 @dataclass
 class Context:
     """What passes may look at while a merge runs, and where they leave what they found.
 
-    ``weights`` are the sources' shares and sum to one. ``permutations`` holds for every source the order (or map) of its
-    units by group name, usually none for the first. ``survey()`` has the statistics that the passes announced to read.
-    ``notes`` are sentences for the report.
+    ``weights`` are the sources' shares and sum to one. ``permutations`` holds for every source the order (or map) of
+    its units by group name, usually none for the first. ``survey()`` has the statistics that the passes announced to
+    read. ``notes`` are sentences for the report. Where a step holds images out, ``data`` is without them.
     """
 
     groups: GroupSet
@@ -55,10 +59,15 @@ class Context:
     progress: bool = True
     notes: list[str] = field(default_factory=list[str])
     created_biases: list[str] = field(default_factory=list[str])
+    held_out: Batches | None = None
 
     def images(self, label: str) -> Iterator[Tensor]:
         """One pass over the calibration images, with a progress bar."""
         return calibration_images(self.data, label, self.progress)
+
+    def held_out_images(self, label: str) -> Iterator[Tensor]:
+        """One pass over the held-out images, with a progress bar."""
+        return calibration_images(self.held_out, label, self.progress)
 
 
 def calibration_images(data: Batches | None, label: str, show: bool) -> Iterator[Tensor]:

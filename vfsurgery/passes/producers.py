@@ -8,13 +8,14 @@ nor is one whose output goes into a BatchNorm and nowhere else: that norm undoes
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from vfsurgery.groups import GroupSet, Permutation, gather_index
+from vfsurgery.groups import GroupSet, gather_index
+from vfsurgery.maps import Order, UnitMap, map_units, permutations_of
 from vfsurgery.stats.collect import Site
 from vfsurgery.tracing.ops import Op, OpReader
 
@@ -54,10 +55,22 @@ class Producer:
         """Where its units are read."""
         return Site(self.node, self.dim)
 
-    def order(self, groups: GroupSet, orders: Mapping[str, Permutation]) -> Tensor | None:
-        """The order that a source's output units are brought into; ``None`` if they stay."""
-        index = gather_index(groups.by_parameter.get(self.weight, ()), self.rows, self.units, orders)
+    def order(self, groups: GroupSet, orders: Mapping[str, Order]) -> Tensor | None:
+        """The order that a source's output units are brought into by permutations; ``None`` if they stay."""
+        entries = groups.by_parameter.get(self.weight, ())
+        index = gather_index(entries, self.rows, self.units, permutations_of(orders))
         return None if index is None else torch.from_numpy(index)
+
+    def is_mapped(self, groups: GroupSet, orders: Mapping[str, Order]) -> bool:
+        """Whether a matrix maps a source's output units, so that their moments are not known beforehand."""
+        entries = groups.by_parameter.get(self.weight, ())
+        return any(m.dim == self.rows and isinstance(orders.get(group.name), UnitMap) for group, m in entries)
+
+    def aligned(self, value: Tensor, groups: GroupSet, orders: Mapping[str, Order]) -> Tensor:
+        """A source's output with its units brought to those of the merged model; the shape stays."""
+        units = value.movedim(self.dim, 0)
+        mapped = map_units(units, self.weight, self.rows, groups, orders)
+        return value if mapped is units else mapped.movedim(0, self.dim)
 
 
 def find_producers(graph_module: fx.GraphModule, groups: GroupSet) -> list[Producer]:
@@ -117,6 +130,20 @@ def weight_depths(graph_module: fx.GraphModule) -> dict[str, int]:
         before = max((depths[source.name] for source in node.all_input_nodes), default=0)
         depths[node.name] = before + (node.name in layers)
     return depths
+
+
+def in_stages(graph_module: fx.GraphModule, producers: Sequence[Producer]) -> list[list[Producer]]:
+    """The producers, those that reach each other by no path together, first those that depend on no other."""
+    by_node = {producer.node: producer for producer in producers}
+    stages: dict[int, list[Producer]] = {}
+    depths: dict[str, int] = {}
+    for node in graph_module.graph.nodes:
+        depth = max((depths[source.name] for source in node.all_input_nodes), default=0)
+        producer = by_node.get(node.name)
+        if producer is not None:
+            stages.setdefault(depth, []).append(producer)
+        depths[node.name] = depth + (producer is not None)
+    return [stages[depth] for depth in sorted(stages)]
 
 
 def _is_layer(op: Op) -> bool:

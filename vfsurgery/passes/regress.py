@@ -139,12 +139,9 @@ class _Fit:
             values[node] = affine(values[node])
 
     def _source_moments(self, source: int, producer: Producer) -> Moments:
-        node = self.sources[source].run_through(producer.node)
-        everywhere = (
-            self._aligned(value.movedim(producer.dim, -1).flatten(0, -2), producer, source)
-            for value in self.sources[source].of(node)
-        )
-        return _moments(everywhere, 1)
+        node, orders = self.sources[source].run_through(producer.node), self.context.permutations[source]
+        values = (producer.aligned(value, self.context.groups, orders) for value in self.sources[source].of(node))
+        return _moments(values, producer.dim)
 
     def solve(self, producer: Producer, op: Op) -> None:
         """Fit a dense layer's weight and bias."""
@@ -156,9 +153,7 @@ class _Fit:
         goals: list[Moments | None] = [None] * len(self.sources)
         count = sum(len(images) for images in self.merged._batches)
         for number, inputs in enumerate(self.merged.of(cast(fx.Node, node.args[0]))):
-            outputs = [
-                values.values[number][target] for values, target in zip(self.sources, targets, strict=True)
-            ]
+            outputs = [values.values[number][target] for values, target in zip(self.sources, targets, strict=True)]
             places = self._places(outputs[0], producer.dim, SAMPLES * columns // count + 1)
             rows = [
                 self._aligned(_units(value, producer.dim, places), producer, source)

@@ -9,15 +9,17 @@ not variances):
 - RESHIFT ``f - E f + mean(E f_k)`` (CPAL 2025, A.3).
 
 One pass over the data suffices for all layers: each batch flows on normalized by its own statistics, as in a BatchNorm
-in training, while exact moments over all batches accumulate. The correction is inserted as an affine node after the
-layer; :class:`~vfsurgery.passes.fold.Fold` then moves it into the weights.
+in training, while exact moments over all batches accumulate. ``sequential`` spends a pass per layer instead and is
+exact. The correction is inserted as an affine node after the layer; :class:`~vfsurgery.passes.fold.Fold` then moves it
+into the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,12 +27,17 @@ from torch import Tensor, fx, nn
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.passes.base import Context, Pass
-from vfsurgery.passes.producers import Producer, find_producers
-from vfsurgery.stats.collect import Observer, Site
+from vfsurgery.passes.mixture import Mixture
+from vfsurgery.passes.producers import Producer, find_producers, in_stages
+from vfsurgery.stats.collect import Site
 from vfsurgery.stats.moments import Moments, weighted_goal
+from vfsurgery.stats.prefix import Prefix
 
 CONSTANT = 1e-4
 """A unit whose standard deviation is below this share of its goal counts as constant and is not scaled."""
+
+Goal: TypeAlias = tuple[Tensor, Tensor]
+"""What the units of one layer should have: means and standard deviations, ``(units,)`` float64."""
 
 
 class Affine(nn.Module):
@@ -49,101 +56,157 @@ class Affine(nn.Module):
         """Scale and shift; shape and dtype of ``x`` are kept."""
         shape = [1] * x.ndim
         shape[self.dim] = -1
-        return (x * self.scale.view(shape) + self.shift.view(shape)).to(x.dtype)
-
-
-Correction = Callable[[Moments, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From a unit's moments, goal mean and goal standard deviation to its scale and shift."""
+        wide = torch.promote_types(x.dtype, torch.float32)  # scales are float64: they would make all of x so
+        return (x * self.scale.to(wide).view(shape) + self.shift.to(wide).view(shape)).to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Renormalize(Pass):
     """Match unit statistics of the merged model to its sources'.
 
-    Targets are all producers but the network's output layer, unless ``include_output``.
+    Targets are all producers but the network's output layer, unless ``include_output``. For the goals ``mu`` and
+    ``sigma``, by default the sources' weighted means:
+
+    - ``reference`` takes those of this one source instead, 0 for the first;
+    - ``average`` gives all units of a layer one goal: ``sigma <- mean_c sigma_c``,
+      ``mu_c <- sign(mu_c) mean_c |mu_c|``;
+    - ``factor`` multiplies both.
+
+    Raises:
+        OptionError: ``factor`` is not a positive number, or ``reference`` is negative.
     """
 
     name: ClassVar[str] = "renormalize"
     needs_data: ClassVar[bool] = True
     include_output: bool = False
+    average: bool = False
+    factor: float = 1.0
+    reference: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor > 0):
+            raise OptionError(explain(f"factor must be a positive number but is {self.factor}", remedy="1 is neutral"))
+        if self.reference is not None and self.reference < 0:
+            raise OptionError(
+                explain(f"reference must be the number of a source but is {self.reference}", remedy="0 is the first")
+            )
 
     def correct(self, moments: Moments, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift that bring ``moments`` to the goal ``mean`` and ``std``."""
         raise TypeError(f"{type(self).__name__} does not say how to correct")
 
-    def reads(self, graph_module: fx.GraphModule, groups: GroupSet) -> Mapping[str, Site]:
-        """The targets' output units."""
-        return {target.node: target.site for target in self._targets(graph_module, groups)}
+    def statistics(
+        self, graph_module: fx.GraphModule, context: Context, targets: Sequence[Producer]
+    ) -> Iterator[tuple[Producer, Moments, Goal]]:
+        """Every target with the moments of its merged units and their goals.
+
+        What is yielded is corrected before the next is asked for.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how to find statistics")
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> fx.GraphModule:
         """Measure the merged model against the sources and insert one affine node per target.
 
         Raises:
-            OptionError: there is nothing to correct.
+            OptionError: there is nothing to correct, or ``reference`` is not the number of a source.
         """
-        targets = self._targets(graph_module, context.groups)
+        targets = self.targets(graph_module, context.groups)
         if not targets:
             raise OptionError(
                 explain(f"{self.name} found no layer to correct", remedy="use renormalize='reset' or renormalize=None")
             )
-        goals = {target.node: self._goal(target, context) for target in targets}
-        moments = self._measure(graph_module, context, targets, goals)
-        for target in targets:
-            scale, shift = self.correct(moments[target.node], *goals[target.node])
-            insert_affine(graph_module, target.node, Affine(scale, shift, target.dim))
+        if self.reference is not None and self.reference >= len(context.sources):
+            raise OptionError(
+                explain(
+                    f"{self.name} has source {self.reference} as its reference, and there is no such source",
+                    accepted=f"0 to {len(context.sources) - 1}",
+                )
+            )
+        for target, moments, goal in self.statistics(graph_module, context, targets):
+            insert_affine(graph_module, target.node, Affine(*self.correct(moments, *goal), target.dim))
         context.notes.append(f"{self.name}: {len(targets)} layers")
         return graph_module
 
-    def _targets(self, graph_module: fx.GraphModule, groups: GroupSet) -> list[Producer]:
+    def targets(self, graph_module: fx.GraphModule, groups: GroupSet) -> list[Producer]:
+        """The layers to correct, in graph order."""
         producers = find_producers(graph_module, groups)
         return [p for p in producers if not p.feeds_norm and (self.include_output or not p.is_output)]
 
-    def _goal(self, target: Producer, context: Context) -> tuple[Tensor, Tensor]:
-        """The sources' weighted mean and standard deviation, their units in the merged model's order."""
-        aligned: list[Moments] = []
-        for moments, orders in zip(context.survey().moments, context.permutations, strict=True):
-            order = target.order(context.groups, orders)
-            found = moments[target.node]
-            aligned.append(found if order is None else found.take(order.to(found.mean.device)))
-        return weighted_goal(aligned, context.weights)
-
-    def _measure(
-        self,
-        graph_module: fx.GraphModule,
-        context: Context,
-        targets: Sequence[Producer],
-        goals: dict[str, tuple[Tensor, Tensor]],
-    ) -> dict[str, Moments]:
-        totals: dict[str, Moments] = {}
-
-        def watcher(target: Producer) -> Callable[[Tensor], Tensor]:
-            def correct_batch(value: Tensor) -> Tensor:
-                batch = Moments.of(value, dim=target.dim)
-                totals[target.node] = totals[target.node].merge(batch) if target.node in totals else batch
-                return Affine(*self.correct(batch, *goals[target.node]), target.dim)(value)
-
-            return correct_batch
-
-        observer = Observer(graph_module, {target.node: watcher(target) for target in targets})
-        for images in context.images(f"{self.name} of the merged model"):
-            observer.run(images)
-        return totals
+    def goal(self, aligned: Sequence[Moments], weights: Sequence[float]) -> Goal:
+        """From the moments of the aligned sources and their shares to what the merged units should have."""
+        if self.reference is not None:
+            aligned, weights = [aligned[self.reference]], [1.0]
+        mean, std = weighted_goal(aligned, weights)
+        if self.average:
+            mean, std = mean.sign() * mean.abs().mean(), std.mean().expand_as(std)
+        return self.factor * mean, self.factor * std
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repair(Renormalize):
+class Measured(Renormalize):
+    """Renormalization by what the merged model itself does on the data.
+
+    Goals come with the pass over the sources. The merged model is run once, each batch flowing on corrected by its own
+    statistics; those of a later layer are then only about those that the final corrections of earlier layers bring
+    forth. With ``sequential`` layers are measured one after the other, all earlier ones corrected for good, so that
+    goals are met exactly: a pass over the data per layer (layers side by side share one), each up to that layer, which
+    for ``L`` layers is the work of about ``L / 2`` whole passes.
+    """
+
+    sequential: bool = False
+
+    def reads(self, graph_module: fx.GraphModule, groups: GroupSet) -> Mapping[str, Site]:
+        """The targets' output units."""
+        return {target.node: target.site for target in self.targets(graph_module, groups)}
+
+    def statistics(
+        self, graph_module: fx.GraphModule, context: Context, targets: Sequence[Producer]
+    ) -> Iterator[tuple[Producer, Moments, Goal]]:
+        """Run the merged model, stage by stage if ``sequential``."""
+        goals = {
+            target.node: self.goal(moments, context.weights)
+            for target, moments in zip(targets, _aligned(targets, context, self.name), strict=True)
+        }
+        for stage in in_stages(graph_module, targets) if self.sequential else [targets]:
+            moments = self._measure(graph_module, context, stage, goals)
+            yield from ((target, moments[target.node], goals[target.node]) for target in stage)
+
+    def _measure(
+        self, graph_module: fx.GraphModule, context: Context, stage: Sequence[Producer], goals: Mapping[str, Goal]
+    ) -> dict[str, Moments]:
+        totals: dict[str, Moments] = {}
+        types: dict[str, torch.dtype] = {}
+
+        def watcher(target: Producer) -> Callable[[Tensor], Tensor]:
+            goal = goals[target.node]
+
+            def correct_batch(value: Tensor) -> Tensor:
+                batch = Moments.of(value, dim=target.dim)
+                totals[target.node] = totals[target.node].merge(batch) if target.node in totals else batch
+                types[target.node] = value.dtype
+                return Affine(*self.correct(above_rounding(batch, goal[1], value.dtype), *goal), target.dim)(value)
+
+            return correct_batch
+
+        observer = Prefix(graph_module, {target.node: watcher(target) for target in stage})
+        for images in context.images(f"{self.name} of the merged model"):
+            observer.run(images)
+        return {node: above_rounding(found, goals[node][1], types[node]) for node, found in totals.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair(Measured):
     """Give every unit the mean and the standard deviation of its sources."""
 
     name: ClassVar[str] = "repair"
 
     def correct(self, moments: Moments, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """``s = goal std / std``, ``t = goal mean - s * mean``."""
-        scale = _ratio(std, moments.std)
-        return scale, mean - scale * moments.mean
+        return to_both(moments, mean, std)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rescale(Renormalize):
+class Rescale(Measured):
     """Give every unit the standard deviation of its sources, and leave its mean to follow."""
 
     name: ClassVar[str] = "rescale"
@@ -154,7 +217,7 @@ class Rescale(Renormalize):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reshift(Renormalize):
+class Reshift(Measured):
     """Give every unit the mean of its sources."""
 
     name: ClassVar[str] = "reshift"
@@ -164,9 +227,43 @@ class Reshift(Renormalize):
         return torch.ones_like(std), mean - moments.mean
 
 
+def to_both(moments: Moments, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of REPAIR: ``s = goal std / std``, ``t = goal mean - s * mean``."""
+    scale = _ratio(std, moments.std)
+    return scale, mean - scale * moments.mean
+
+
 def _ratio(goal: Tensor, std: Tensor) -> Tensor:
     """``goal / std``, and 1 for units that are constant: dividing by their noise would blow up their offset."""
     return torch.where(std > CONSTANT * goal, goal / std.clamp_min(torch.finfo(std.dtype).tiny), 1.0)
+
+
+def above_rounding(moments: Moments, goal: Tensor, dtype: torch.dtype) -> Moments:
+    """Moments in which units that vary by no more than ``dtype`` rounds do not vary at all.
+
+    What is left of weights that cancel is as small as the rounding of the goal's numbers, and beside a large mean
+    everything that small is noise.
+    """
+    floor = torch.finfo(dtype).eps * torch.maximum(goal, moments.mean.abs())
+    return replace(moments, squares=torch.where(moments.std > floor, moments.squares, 0.0))
+
+
+def _aligned(targets: Sequence[Producer], context: Context, label: str) -> list[list[Moments]]:
+    """For each target the moments of every source's units, brought to the units of the merged model."""
+    if any(target.is_mapped(context.groups, orders) for target in targets for orders in context.permutations):
+        mixture = Mixture(targets, context)
+        for images in context.images(f"{label}: statistics of the mapped sources"):
+            mixture.see(images)
+        return [[moments[target.node] for moments in mixture.sources] for target in targets]
+    found = context.survey().moments
+    result: list[list[Moments]] = []
+    for target in targets:
+        orders = [target.order(context.groups, orders) for orders in context.permutations]
+        each = [moments[target.node] for moments in found]
+        result.append(
+            [m if order is None else m.take(order.to(m.mean.device)) for m, order in zip(each, orders, strict=True)]
+        )
+    return result
 
 
 def insert_affine(graph_module: fx.GraphModule, node_name: str, affine: Affine) -> None:
