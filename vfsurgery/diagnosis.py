@@ -272,7 +272,7 @@ def diagnose(
     >>> [(layer.name, layer.ratio, layer.variance_ratio) for layer in found.layers]
     [('0', 1.0, 1.0), ('2', 1.0, 1.0)]
     >>> print(found.verdict)
-    Nothing vanishes: the feature norm is 1 times the sources' at the last layer, 2. The lowest ratio is 1, ...
+    Nothing vanishes: of all layers, 0 (0% of the depth) has the lowest ratio, 1; at the last one, 2, ...
     """
     networks = [model, *([sources] if isinstance(sources, nn.Module) else sources)]
     if len(networks) < 2:

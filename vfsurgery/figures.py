@@ -145,7 +145,8 @@ def _draw_ratios(axes: Axes, found: Diagnosis, before: Diagnosis | None) -> None
 
 
 def _draw_offsets(axes: Axes, found: Diagnosis, before: Diagnosis | None) -> None:
-    for quantity, style in (("feature", "-"), ("offset", ":")):
+    drawn: list[tuple[Literal["feature", "offset"], str]] = [("feature", "-"), ("offset", ":")]
+    for quantity, style in drawn:
         own = [getattr(layer.model, quantity) for layer in found.layers]
         sources = [layer.source(quantity) for layer in found.layers]
         for values, colour, who in ((sources, "black", "sources"), (own, AFTER, "model")):

@@ -37,21 +37,20 @@ def in_words(found: Diagnosis) -> str:
     if broken is not None:
         return f"The model's values are not finite from {_place(broken)} on: it holds or makes NaN or infinity."
     last, start = found.layers[-1], found.vanishes_at()
-    kept = f"{last.ratio:.2g} times the sources' at the last layer, {last.name}"
+    kept = f"at the last one, {last.name}, the model has {last.ratio:.2g} times the feature norm of its sources"
     if start is None and not found.bound[-1] < FADED:
         lowest = min(found.layers, key=lambda layer: math.inf if math.isnan(layer.ratio) else layer.ratio)
-        bottom = f"The lowest ratio is {lowest.ratio:.2g}, at {_place(lowest)}."
-        return f"Nothing vanishes: the feature norm is {kept}. {bottom}"
+        return f"Nothing vanishes: of all layers, {_place(lowest)} has the lowest ratio, {lowest.ratio:.2g}; {kept}."
     if start is None:
-        words = f"Features fade but do not vanish: their norm is {kept}."
+        words = f"Features fade but do not vanish along the layers: {kept}."
     else:
         words = (
-            f"Features vanish: from {_place(start)} on, no layer's feature norm reaches {VANISHED:.0%} of the "
-            f"sources'. It is {kept}."
+            f"Features vanish: from {_place(start)} on, no layer has {VANISHED:.0%} of the feature norm of its sources; "
+            f"{kept}."
         )
     offset = (
-        f"There the input moves the values by {last.model.feature:.2g} about an offset of {last.model.offset:.2g} "
-        f"(sources: {last.source('feature'):.2g} about {last.source('offset'):.2g})."
+        f"There the input moves the values by {last.model.feature:.2g} around an offset of {last.model.offset:.2g}, "
+        f"in the sources by {last.source('feature'):.2g} around {last.source('offset'):.2g}."
     )
     return f"{words} {offset} Recommended for this kind of network: {ADVICE[found.recommended]}"
 
