@@ -76,7 +76,7 @@ def svg(draw: Draw, name: str) -> str:
 
     The text stays text, so that it can be searched and read aloud.
     """
-    figure = Figure(figsize=(6.2, 3.7), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     draw(figure.subplots())
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # the salt makes ids repeatable

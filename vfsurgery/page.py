@@ -109,7 +109,7 @@ def wiring(report: Report, found: Diagnosis) -> list[Wires]:
     """The groups as a table: layers in order of execution, and which groups each reads and writes.
 
     A weight is written along its first dim and read along the others, that of a transposed convolution the other way
-    round; what has one dim, as a bias has, is written.
+    round; what has one dim, as a bias has, is written. A norm layer writes what it reads.
     """
     kinds = {layer.name: layer.kind for layer in found.layers}
     rows = {name: Wires(name, kind) for name, kind in kinds.items()}
@@ -124,7 +124,8 @@ def wiring(report: Report, found: Diagnosis) -> list[Wires]:
         kind = kinds.get(path, "")
         row = rows.setdefault(path, Wires(path, kind))
         written = dim == (1 if kind == "transposed conv" and leaf == "weight" else 0)
-        (row.writes if written else row.reads)[chip.name] = chip
+        for side in (row.reads, row.writes) if "norm" in kind else (row.writes if written else row.reads,):
+            side[chip.name] = chip
     return [row for row in rows.values() if row.reads or row.writes]
 
 

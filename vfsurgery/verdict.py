@@ -45,8 +45,8 @@ def in_words(found: Diagnosis) -> str:
         words = f"Features fade but do not vanish along the layers: {kept}."
     else:
         words = (
-            f"Features vanish: from {_place(start)} on, no layer has {VANISHED:.0%} of the feature norm of its sources; "
-            f"{kept}."
+            f"Features vanish: from {_place(start)} on, no layer has {VANISHED:.0%} of the feature norm of its "
+            f"sources; {kept}."
         )
     offset = (
         f"There the input moves the values by {last.model.feature:.2g} around an offset of {last.model.offset:.2g}, "
