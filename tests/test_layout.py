@@ -17,7 +17,7 @@ LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report"),
     *("tracing", "rules", "nesting", "discovery", "recording", "partial"),
     *("batches", "stats", "matching", "sources", "passes", "verification", "merging", "api"),
-    *("checkpoints", "figures", "evaluation", "flip_rates", "page", "verdict", "diagnosis"),
+    *("checkpoints", "figures", "evaluation", "flip_rates", "verdict", "page", "diagnosis"),
     *("architectures", "data", "demo", "training", "comparison", "recipe", "twins", "zoo"),
     "__main__",
 ]

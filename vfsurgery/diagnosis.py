@@ -27,7 +27,7 @@ from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import IncompatibleModelsError, OptionError, explain
 from vfsurgery.sources import eval_mode
 from vfsurgery.stats.layers import BATCH_NORM, LayerStatistics, Reading
-from vfsurgery.verdict import VANISHED, in_words
+from vfsurgery.verdict import VANISHED, State, in_words, state_of
 
 if TYPE_CHECKING:
     from vfsurgery.evaluation import Barrier, Score
@@ -143,6 +143,11 @@ class Diagnosis:
         return "reset" if BATCH_NORM in kinds else "repair" if "norm" in kinds else "rescale"
 
     @property
+    def state(self) -> State:
+        """What became of the features, in one word."""
+        return state_of(self)
+
+    @property
     def verdict(self) -> str:
         """In words: where features vanish, and what to do about it and why; or that nothing vanishes."""
         return in_words(self)
@@ -159,6 +164,7 @@ class Diagnosis:
             {
                 "model": self.model,
                 "images": self.images,
+                "state": self.state,
                 "verdict": self.verdict,
                 "recommended": self.recommended,
                 "entries": self.entries,

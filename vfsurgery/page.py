@@ -19,6 +19,7 @@ from markupsafe import Markup
 from vfsurgery.checkpoints import write_text
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.figures import Draw, barrier_panels, diagnosis_panels, draw_costs, svg
+from vfsurgery.verdict import VANISHED
 
 if TYPE_CHECKING:
     from vfsurgery.diagnosis import Diagnosis, LayerDiagnosis
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 CostRow: TypeAlias = tuple[int, float, float, float]
 """Layers preserved, FLOPs and parameters relative to one source, accuracy from 0 to 1."""
+
+TONES = {"broken": "bad", "vanished": "bad", "faded": "fair", "grown": "fair", "kept": "good"}
+"""Colour of the verdict."""
 
 GOLDEN_ANGLE = 137.508
 """Degrees between the hues of consecutive groups: however many there are, neighbours differ."""
@@ -62,7 +66,8 @@ def write_page(
         .render(
             found=found,
             before=before,
-            tone=_tone(found),
+            tone=TONES[found.state],
+            vanished=VANISHED,
             layers=_layer_rows(found, before),
             report=report,
             wiring=wiring(report, found) if report else [],
@@ -173,13 +178,6 @@ def _cost_rows(rows: Iterable[Sequence[float]]) -> list[CostRow]:
 def _figures(panels: Mapping[str, Draw], name: str) -> list[tuple[str, Markup]]:
     """Titles and SVG elements."""
     return [(title, Markup(svg(draw, f"{name}{number}"))) for number, (title, draw) in enumerate(panels.items())]
-
-
-def _tone(found: Diagnosis) -> str:
-    """The colour of the verdict, by the word that it begins with."""
-    if found.verdict.startswith("Nothing"):
-        return "good"
-    return "fair" if found.verdict.startswith("Features fade") else "bad"
 
 
 def _environment() -> Environment:

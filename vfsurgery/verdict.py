@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from vfsurgery.diagnosis import Diagnosis, LayerDiagnosis
@@ -13,6 +13,12 @@ VANISHED = 0.1
 
 FADED = 0.5
 """Below this share at the end, features count as faded."""
+
+GROWN = 10
+"""Above this multiple of the sources' feature norm, features count as grown."""
+
+State: TypeAlias = Literal["broken", "vanished", "faded", "grown", "kept"]
+"""What became of the features; broken where values are not finite."""
 
 ADVICE = {
     "reset": (
@@ -31,19 +37,35 @@ ADVICE = {
 """What to do and why, by the name of the pass (Qu & Horvath, CPAL 2025, section 5.3)."""
 
 
+def state_of(found: Diagnosis) -> State:
+    """What :attr:`vfsurgery.diagnosis.Diagnosis.state` is."""
+    if _first_broken(found) is not None:
+        return "broken"
+    if found.vanishes_at() is not None:
+        return "vanished"
+    if found.bound[-1] < FADED:
+        return "faded"
+    return "grown" if found.bound[0] > GROWN else "kept"
+
+
 def in_words(found: Diagnosis) -> str:
     """What :attr:`vfsurgery.diagnosis.Diagnosis.verdict` says."""
-    broken = next((layer for layer in found.layers if not math.isfinite(layer.model.feature)), None)
+    state, broken, start, last = state_of(found), _first_broken(found), found.vanishes_at(), found.layers[-1]
+    kept = f"at the last one, {last.name}, the model has {last.ratio:.3g} times the feature norm of its sources"
     if broken is not None:
         return f"The model's values are not finite from {_place(broken)} on: it holds or makes NaN or infinity."
-    last, start = found.layers[-1], found.vanishes_at()
-    kept = f"at the last one, {last.name}, the model has {last.ratio:.2g} times the feature norm of its sources"
-    if start is None and not found.bound[-1] < FADED:
-        lowest = min(found.layers, key=lambda layer: math.inf if math.isnan(layer.ratio) else layer.ratio)
-        return f"Nothing vanishes: of all layers, {_place(lowest)} has the lowest ratio, {lowest.ratio:.2g}; {kept}."
-    if start is None:
-        words = f"Features fade but do not vanish along the layers: {kept}."
-    else:
+    if state in ("kept", "grown"):
+        finite = [layer for layer in found.layers if not math.isnan(layer.ratio)] or [last]
+        lowest, highest = (choose(finite, key=lambda layer: layer.ratio) for choose in (min, max))
+        words = f"of all layers, {_place(lowest)} has the lowest ratio, {lowest.ratio:.3g}; {kept}."
+        if state == "kept":
+            return f"Nothing vanishes: {words}"
+        return (
+            f"Nothing vanishes, but features have grown, {highest.ratio:.3g} times at {_place(highest)}: {words} "
+            "Statistics of too few images, or of units that are nearly constant, do this."
+        )
+    words = f"Features fade but do not vanish along the layers: {kept}."
+    if start is not None:
         words = (
             f"Features vanish: from {_place(start)} on, no layer has {VANISHED:.0%} of the feature norm of its "
             f"sources; {kept}."
@@ -53,6 +75,10 @@ def in_words(found: Diagnosis) -> str:
         f"in the sources by {last.source('feature'):.2g} around {last.source('offset'):.2g}."
     )
     return f"{words} {offset} Recommended for this kind of network: {ADVICE[found.recommended]}"
+
+
+def _first_broken(found: Diagnosis) -> LayerDiagnosis | None:
+    return next((layer for layer in found.layers if not math.isfinite(layer.model.feature)), None)
 
 
 def _place(layer: LayerDiagnosis) -> str:
