@@ -16,6 +16,7 @@ from vfsurgery.diagnosis import diagnose as diagnose
 from vfsurgery.errors import SurgeryError as SurgeryError
 from vfsurgery.evaluation import barrier as barrier
 from vfsurgery.evaluation import evaluate as evaluate
+from vfsurgery.flip_rates import Flips as Flips
 from vfsurgery.flip_rates import flips as flips
 from vfsurgery.groups import GroupSet as GroupSet
 from vfsurgery.groups import Permutation as Permutation

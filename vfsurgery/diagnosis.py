@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -27,13 +27,16 @@ from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import IncompatibleModelsError, OptionError, explain
 from vfsurgery.sources import eval_mode
 from vfsurgery.stats.layers import BATCH_NORM, LayerStatistics, Reading
-from vfsurgery.verdict import VANISHED, State, in_words, state_of
+from vfsurgery.verdict import VANISHED, Remedy, State, in_words, state_of
 
 if TYPE_CHECKING:
     from vfsurgery.evaluation import Barrier, Score
     from vfsurgery.flip_rates import Flips
     from vfsurgery.page import CostRow
     from vfsurgery.report import Report
+
+Distance: TypeAlias = Literal["paper", "code"]
+"""How the smoothed bound counts layers: to the last one, or to one beyond it."""
 
 DEPTHS = tuple(step / 20 for step in range(1, 21))
 """Relative depths at which the paper shows its curves: 5 %, 10 %, ..., 100 %."""
@@ -109,7 +112,7 @@ class Diagnosis:
         """The tight bound of every layer: the largest ratio from it on, ``e_l = max(e_{l+1}, r_l)``, ``e_L = r_L``."""
         return self._backwards(lambda beyond, position: beyond)
 
-    def smoothed(self, gamma: float = 1.4, distance: Literal["paper", "code"] = "paper") -> tuple[float, ...]:
+    def smoothed(self, gamma: float = 1.4, distance: Distance = "paper") -> tuple[float, ...]:
         """The paper's smoothed bound, ``e_l = max(s_l, r_l)``, of every layer.
 
         ``s_l = gamma e_{l+1} + (1 - gamma) e_{l+1} (1 - 1 / d) = e_{l+1} (1 + (gamma - 1) / d)``, with ``l = 1..L``.
@@ -137,7 +140,7 @@ class Diagnosis:
         return next((layer for layer, bound in pairs if bound < threshold), None)
 
     @property
-    def recommended(self) -> Literal["reset", "repair", "rescale"]:
+    def recommended(self) -> Remedy:
         """The renormalization for a network of this kind; whether it is needed is for :attr:`verdict` to say."""
         kinds = {layer.kind for layer in self.layers}
         return "reset" if BATCH_NORM in kinds else "repair" if "norm" in kinds else "rescale"

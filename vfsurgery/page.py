@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from vfsurgery.checkpoints import write_text
 from vfsurgery.errors import OptionError, explain
@@ -175,9 +174,9 @@ def _cost_rows(rows: Iterable[Sequence[float]]) -> list[CostRow]:
     return found
 
 
-def _figures(panels: Mapping[str, Draw], name: str) -> list[tuple[str, Markup]]:
+def _figures(panels: Mapping[str, Draw], name: str) -> list[tuple[str, str]]:
     """Titles and SVG elements."""
-    return [(title, Markup(svg(draw, f"{name}{number}"))) for number, (title, draw) in enumerate(panels.items())]
+    return [(title, svg(draw, f"{name}{number}")) for number, (title, draw) in enumerate(panels.items())]
 
 
 def _environment() -> Environment:

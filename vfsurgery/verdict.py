@@ -20,7 +20,10 @@ GROWN = 10
 State: TypeAlias = Literal["broken", "vanished", "faded", "grown", "kept"]
 """What became of the features; broken where values are not finite."""
 
-ADVICE = {
+Remedy: TypeAlias = Literal["reset", "repair", "rescale"]
+"""Name of a renormalization."""
+
+ADVICE: dict[Remedy, str] = {
     "reset": (
         "RESET (renormalize='reset'): the statistics in its BatchNorm layers do not fit the changed weights; measured "
         "anew they restore mean and deviation of every unit, which works best in BatchNorm networks."
