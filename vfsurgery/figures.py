@@ -55,7 +55,7 @@ def draw_diagnosis(found: Diagnosis, path: str | Path) -> Path:
         CheckpointError: The file cannot be written; nothing is left of it then.
     """
     panels = diagnosis_panels(found)
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
     for axes, (title, draw) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         axes.set_title(title, loc="left", fontsize=12)
         draw(axes)
@@ -76,7 +76,7 @@ def svg(draw: Draw, name: str) -> str:
 
     The text stays text, so that it can be searched and read aloud.
     """
-    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.7), layout="constrained")
     draw(figure.subplots())
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # the salt makes ids repeatable
@@ -136,7 +136,7 @@ def _draw_ratios(axes: Axes, found: Diagnosis, before: Diagnosis | None) -> None
     axes.plot(_depths(found), found.ratios, color=AFTER, marker="o", label="ratio", **POINTS)
     axes.plot(_depths(found), found.smoothed(), color=AFTER, linestyle="--", linewidth=1.5, label="smoothed bound")
     if before is None:
-        axes.plot(_depths(found), found.bound, color=GREY, drawstyle="steps-pre", linewidth=1, label="tight bound")
+        axes.plot(_depths(found), found.bound, color=GREY, linestyle="-.", linewidth=1.2, label="tight bound")
     axes.axhline(1, color="black", linestyle=":", linewidth=1)
     if max([ratio for ratio in found.ratios if math.isfinite(ratio)], default=1) > 20:
         axes.set_yscale("log")
@@ -176,7 +176,7 @@ def _finish(axes: Axes, legend: bool = True) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.17))
 
 
 def _draw_panel(axes: Axes, quantity: Literal["accuracy", "loss"], found: Barrier) -> None:

@@ -54,24 +54,26 @@ def state_of(found: Diagnosis) -> State:
 def in_words(found: Diagnosis) -> str:
     """What :attr:`vfsurgery.diagnosis.Diagnosis.verdict` says."""
     state, broken, start, last = state_of(found), _first_broken(found), found.vanishes_at(), found.layers[-1]
-    kept = f"at the last one, {last.name}, the model has {last.ratio:.3g} times the feature norm of its sources"
     if broken is not None:
         return f"The model's values are not finite from {_place(broken)} on: it holds or makes NaN or infinity."
+    at_last = f"{last.ratio:.3g} times at the last layer, {last.name}"
     if state in ("kept", "grown"):
-        finite = [layer for layer in found.layers if not math.isnan(layer.ratio)] or [last]
-        lowest, highest = (choose(finite, key=lambda layer: layer.ratio) for choose in (min, max))
-        words = f"of all layers, {_place(lowest)} has the lowest ratio, {lowest.ratio:.3g}; {kept}."
+        known = [layer for layer in found.layers if not math.isnan(layer.ratio)] or [last]
+        lowest, highest = (choose(known, key=lambda layer: layer.ratio) for choose in (min, max))
         if state == "kept":
-            return f"Nothing vanishes: {words}"
+            return (
+                f"Nothing vanishes: in every layer the feature norm is at least {lowest.ratio:.3g} times that of the "
+                f"sources, as at {_place(lowest)}; it is {at_last}."
+            )
         return (
-            f"Nothing vanishes, but features have grown, {highest.ratio:.3g} times at {_place(highest)}: {words} "
-            "Statistics of too few images, or of units that are nearly constant, do this."
+            f"Nothing vanishes, but features have grown: at {_place(highest)} their norm is {highest.ratio:.3g} times "
+            f"that of the sources, {at_last}. Statistics of too few images, or of units that hardly vary, can do this."
         )
-    words = f"Features fade but do not vanish along the layers: {kept}."
+    words = f"Features fade but do not vanish: beside the sources', their norm is {at_last}."
     if start is not None:
         words = (
             f"Features vanish: from {_place(start)} on, no layer has {VANISHED:.0%} of the feature norm of its "
-            f"sources; {kept}."
+            f"sources; it is {at_last}."
         )
     offset = (
         f"There the input moves the values by {last.model.feature:.2g} around an offset of {last.model.offset:.2g}, "
