@@ -213,7 +213,7 @@ def test_diagnose_prints_the_verdict_and_writes_a_page(pair, tmp_path):
     page = tmp_path / "page.html"
     result = call("diagnose", pair[0], *pair, *DEMO, "--data", "digits", "--limit", "64", "--quiet", "-o", page)
     assert result.exit_code == 0, result.output
-    assert result.output.startswith("TinyConvNet beside 2 source(s), 64 images\n  Nothing vanishes")
+    assert result.output.startswith("TinyConvNet beside 2 sources, 64 images\n  Nothing vanishes")
     assert "Nothing vanishes" in page.read_text()
     result = call("diagnose", pair[0], pair[0], *DEMO, "--data", "digits", "--limit", "64", "--quiet", "--json")
     assert json.loads(result.output)["curves"]["ratio"] == [1.0] * 20

@@ -362,7 +362,7 @@ def test_a_diagnosis_prints_a_table_and_is_plain_json():
     nn.init.zeros_(model[10].weight)
     found = surgery.diagnose(model, source, tiny_nets.images())
     lines = str(found).splitlines()
-    assert lines[0] == "Chain beside 1 source(s), 96 images"
+    assert lines[0] == "Chain beside 1 source, 96 images"
     assert lines[1].strip().startswith("Features vanish: from 10 (100% of the depth) on")
     assert lines[-1].split()[:6] == ["10", "linear", "100%", "0", "0", "0"]
     plain = json.loads(found.to_json())
@@ -380,3 +380,12 @@ def test_a_diagnosis_is_drawn(tmp_path):
     path = surgery.diagnose(model, model, tiny_nets.images()).plot(tmp_path / "deep" / "diagnosis.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("ratios", [[0.0, 0.0], [math.nan, math.nan], [1.0, math.inf], [1e9, 1e-9], [0.5]])
+def test_any_values_are_drawn_printed_and_said(tmp_path, ratios):
+    found = diagnosis(ratios)
+    assert found.plot(tmp_path / "diagnosis.svg").exists()
+    assert found.page(tmp_path / "page.html", before=found).exists()
+    assert found.verdict in str(found)
+    assert json.loads(found.to_json())["state"] == found.state

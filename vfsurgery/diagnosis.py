@@ -227,9 +227,10 @@ class Diagnosis:
         )
 
     def __str__(self) -> str:
+        sources = len(self.layers[0].sources)
         width = max(len("layer"), *(len(layer.name) for layer in self.layers))
         lines = [
-            f"{self.model} beside {len(self.layers[0].sources)} source(s), {self.images} images",
+            f"{self.model} beside {sources} source{'s' * (sources > 1)}, {self.images} images",
             f"  {self.verdict}",
             f"  {'layer':<{width}}  {'kind':<15}{'depth':>6}{'ratio':>10}{'bound':>10}{'smoothed':>10}"
             f"{'feature':>11}{'sources':>11}{'offset':>11}{'sources':>11}{'variance ratio':>16}",

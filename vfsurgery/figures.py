@@ -31,6 +31,9 @@ POINTS: dict[str, Any] = {"markersize": 3.5, "linewidth": 1.8}
 LINE = 0.055
 """Least distance of two labels, as a fraction of the panel's height."""
 
+FLAT = 5
+"""Above this, a linear axis would press ratios between 0 and 1 flat."""
+
 Label = tuple[float, str, str]
 """Height in data coordinates, text, colour."""
 
@@ -138,7 +141,7 @@ def _draw_ratios(axes: Axes, found: Diagnosis, before: Diagnosis | None) -> None
     if before is None:
         axes.plot(_depths(found), found.bound, color=GREY, linestyle="-.", linewidth=1.2, label="tight bound")
     axes.axhline(1, color="black", linestyle=":", linewidth=1)
-    if max([ratio for ratio in found.ratios if math.isfinite(ratio)], default=1) > 20:
+    if max([height for height in found.smoothed() if math.isfinite(height)], default=1) > FLAT:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
