@@ -53,7 +53,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(found[key], tensor)
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["merge"], ["groups"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["merge"], ["diagnose"], ["groups"]])
 def test_every_help_teaches_by_example(command):
     result = call(*command, "--help")
     assert result.exit_code == 0
@@ -207,6 +207,24 @@ def test_wrong_merge_is_explained_and_writes_nothing(pair, tmp_path, monkeypatch
     assert result.exit_code == code
     assert "Traceback" not in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_diagnose_prints_the_verdict_and_writes_a_page(pair, tmp_path):
+    page = tmp_path / "page.html"
+    result = call("diagnose", pair[0], *pair, *DEMO, "--data", "digits", "--limit", "64", "--quiet", "-o", page)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("TinyConvNet beside 2 sources, 64 images\n  Nothing vanishes")
+    assert "Nothing vanishes" in page.read_text()
+    result = call("diagnose", pair[0], pair[0], *DEMO, "--data", "digits", "--limit", "64", "--quiet", "--json")
+    assert json.loads(result.output)["curves"]["ratio"] == [1.0] * 20
+
+
+def test_diagnose_needs_images_and_overwrites_no_input(pair):
+    result = call("diagnose", *pair, *DEMO)
+    assert (result.exit_code, result.output.splitlines()[0]) == (2, "error: a diagnosis needs images")
+    result = call("diagnose", *pair, *DEMO, "--data", "digits", "-o", pair[1])
+    assert result.exit_code == 1
+    assert "would be overwritten by the page" in result.output
 
 
 def test_missing_checkpoint(pair, tmp_path):

@@ -17,7 +17,7 @@ LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report"),
     *("tracing", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial"),
     *("batches", "holdout", "stats", "matching", "sources", "passes", "verification", "merging", "api"),
-    *("checkpoints", "figures", "evaluation"),
+    *("checkpoints", "figures", "evaluation", "flip_rates", "verdict", "page", "diagnosis"),
     *("architectures", "data", "demo", "training", "comparison", "recipe", "twins", "zoo"),
     "__main__",
 ]
@@ -31,8 +31,9 @@ ONLY_IN = {
     "click": ["__main__.py"],
     "tqdm": ["batches.py"],
     "matplotlib": ["figures.py"],
+    "jinja2": ["page.py"],
 }
-NEVER_WHEN_IMPORTED = ("timm", "torchvision", "sklearn", "matplotlib")
+NEVER_WHEN_IMPORTED = ("timm", "torchvision", "sklearn", "matplotlib", "jinja2")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

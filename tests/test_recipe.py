@@ -162,6 +162,7 @@ def test_yaml_makes_plain_values_only(tmp_path):
 
 def test_results_are_written(ran):
     assert sorted(path.name for path in ran.output.iterdir()) == [
+        "conv.html",
         "conv.safetensors",
         "conv_barrier.png",
         "report.json",
@@ -171,6 +172,8 @@ def test_results_are_written(ran):
     assert report["recipe"]["pairs"][0]["seeds"] == [3, 4]
     assert list(report["pairs"][0]["scores"]) == ["source a", "source b", "ensemble", "naive", "weights + repair"]
     assert (ran.output / "conv_barrier.png").read_bytes().startswith(b"\x89PNG")
+    assert ran.comparisons[0].diagnosis.verdict.split(":")[0] in (ran.output / "conv.html").read_text()
+    assert [rates["old"] for rates in report["pairs"][0]["flips"]["rates"]] == ["source a", "source b"]
 
 
 def test_written_weights_are_those_of_the_last_merge(ran):

@@ -11,9 +11,13 @@ from vfsurgery.api import merge as merge
 from vfsurgery.api import report_of as report_of
 from vfsurgery.api import trace as trace
 from vfsurgery.api import verify as verify
+from vfsurgery.diagnosis import Diagnosis as Diagnosis
+from vfsurgery.diagnosis import diagnose as diagnose
 from vfsurgery.errors import SurgeryError as SurgeryError
 from vfsurgery.evaluation import barrier as barrier
 from vfsurgery.evaluation import evaluate as evaluate
+from vfsurgery.flip_rates import Flips as Flips
+from vfsurgery.flip_rates import flips as flips
 from vfsurgery.groups import GroupSet as GroupSet
 from vfsurgery.groups import Permutation as Permutation
 from vfsurgery.groups import PermutationGroup as PermutationGroup

@@ -1,4 +1,4 @@
-"""The command line: ``vfsurgery run``, ``merge``, ``groups`` and ``zoo``."""
+"""The command line: ``vfsurgery run``, ``merge``, ``diagnose``, ``groups`` and ``zoo``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from vfsurgery.api import find_groups, merge, report_of
 from vfsurgery.architectures import FORMS, build_model
 from vfsurgery.checkpoints import check_writable, load_into, load_state_dict, save_state_dict, write_text
 from vfsurgery.data import digits, image_folder, loader, preprocessing
+from vfsurgery.diagnosis import diagnose
 from vfsurgery.errors import CheckpointError, ExampleInputError, OptionError, SurgeryError, explain
 from vfsurgery.recipe import Recipe
 
@@ -208,6 +209,52 @@ def merge_checkpoints(
     save_state_dict(merged.state_dict(), output, {"model": model, "sources": f"{a.name}, {b.name}"})
     write_text(report_path, report.to_json() + "\n")
     click.echo(f"{report}\n\nwritten to {output} and {report_path}")
+
+
+@main.command("diagnose", epilog=EPILOG)
+@click.argument("merged", type=click.Path(path_type=Path))
+@click.argument("sources", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--model", required=True, help=f"The architecture of all: {FORMS}.")
+@click.option("--num-classes", type=int, help="Passed on to the architecture.")
+@_data_options
+@click.option("--seed", default=0, show_default=True, help="Decides which images are drawn.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--quiet", is_flag=True, help="Show no progress bars.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write one self-contained HTML page.")
+def diagnose_checkpoint(
+    merged: Path,
+    sources: tuple[Path, ...],
+    model: str,
+    num_classes: int | None,
+    seed: int,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+    output: Path | None,
+    **data_options: Any,
+) -> None:
+    """Say where the features of the checkpoint MERGED vanish, layer by layer, beside its SOURCES.
+
+    MERGED may as well be a pruned network, and SOURCES the one before pruning. Needs --data.
+
+    \b
+    Examples:
+      vfsurgery diagnose ab.safetensors a.safetensors b.safetensors \\
+          --model timm:resnet18 --data imagefolder:photos/train -o ab.html
+    """
+    _import_from_here()
+    if output is not None and output.resolve() in [path.resolve() for path in (merged, *sources)]:
+        raise CheckpointError(explain(f"{output} would be overwritten by the page", remedy="name another file with -o"))
+    network, *others = (_source(path, model, num_classes, _device(device)) for path in (merged, *sources))
+    data = _calibration(model, network, seed=seed, **data_options)
+    if data is None:
+        raise OptionError(explain("a diagnosis needs images", remedy="--data imagefolder:PATH, or --data digits"))
+    found = diagnose(network, others, data, progress=not quiet)
+    click.echo(found.to_json() if as_json else str(found))
+    if output is not None:
+        found.page(output)
+        click.echo(f"\nwritten to {output}", err=as_json)
 
 
 @main.command("zoo", epilog=EPILOG)

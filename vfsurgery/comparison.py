@@ -10,7 +10,9 @@ from torch import nn
 
 from vfsurgery.api import merge, report_of
 from vfsurgery.batches import Data
+from vfsurgery.diagnosis import Diagnosis, diagnose
 from vfsurgery.evaluation import Barrier, Score, barrier, compare, evaluate
+from vfsurgery.flip_rates import Flips, flips
 from vfsurgery.report import Report
 
 
@@ -18,13 +20,16 @@ from vfsurgery.report import Report
 class Comparison:
     """Scores of two sources, their ensemble and their merges; printed as a table.
 
-    ``merged`` is the last merge, ``report`` its report, and ``barrier`` the line between the sources merged that way.
+    ``merged`` is the last merge, ``report`` its report, ``diagnosis`` says what is left of the sources' features,
+    ``flips`` what it gets wrong that they got right, and ``barrier`` is the line between them, merged that way.
     """
 
     name: str
     scores: Mapping[str, Score]
     barrier: Barrier
     report: Report
+    diagnosis: Diagnosis
+    flips: Flips
     merged: nn.Module = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -34,6 +39,8 @@ class Comparison:
             "scores": {label: asdict(score) for label, score in self.scores.items()},
             "barrier": self.barrier.to_dict(),
             "report": self.report.to_dict(),
+            "diagnosis": self.diagnosis.to_dict(),
+            "flips": self.flips.to_dict(),
         }
 
     def __str__(self) -> str:
@@ -71,7 +78,10 @@ def compare_merges(
         merged = merge(a, b, data=calibration, alpha=alpha, seed=seed, progress=progress, **options)
         scores[label] = evaluate(merged, test, progress=progress)
     line = barrier(a, b, test, calibration=calibration, seed=seed, progress=progress, **list(merges.values())[-1])
-    return Comparison(name, scores, line, report_of(merged), merged)
+    sources = {"source a": a, "source b": b}
+    diagnosis = diagnose(merged, list(sources.values()), calibration, progress=progress)
+    flipped = flips(sources, merged, test, progress=progress)
+    return Comparison(name, scores, line, report_of(merged), diagnosis, flipped, merged)
 
 
 def _table(scores: Mapping[str, Score]) -> Iterator[str]:

@@ -126,13 +126,13 @@ def _scores(
     progress: bool,
 ) -> list[Score]:
     """One pass: a score per model and, if there are weights, one more for the weighted mean of the logits."""
-    device = torch.device(device) if device is not None else _device_of(models[0])
-    models = [model if _device_of(model) == device else copy.deepcopy(model).to(device) for model in models]
+    device = torch.device(device) if device is not None else device_of(models[0])
+    models = [model if device_of(model) == device else copy.deepcopy(model).to(device) for model in models]
     batches = Batches(data, device=device)
     tallies = [_Tally() for _ in range(len(models) + (weights is not None))]
     with eval_mode(*models):
         for images, labels in progress_bar(batches.labeled(), "evaluating", batches.length(), progress):
-            outputs = [_logits(model, images) for model in models]
+            outputs = [logits_of(model, images) for model in models]
             if weights is not None:
                 outputs.append(_mean_logits(outputs, weights))
             for tally, logits in zip(tallies, outputs, strict=True):
@@ -175,7 +175,8 @@ class _Tally:
         return Score(accuracy=correct / self.count, loss=loss / self.count, count=self.count)
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first tensor lives."""
     return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
 
 
@@ -184,7 +185,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
     return next(floating, torch.get_default_dtype())
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Run the model in its own dtype and return float logits, shape ``(N, classes)``."""
     try:
         output: object = model(images.to(_dtype_of(model)))
@@ -353,7 +354,7 @@ def barrier(
 
 
 def _first_images(model: nn.Module, data: Data) -> Tensor:
-    images, _ = next(iter(Batches(data, device=_device_of(model), dtype=_dtype_of(model))))
+    images, _ = next(iter(Batches(data, device=device_of(model), dtype=_dtype_of(model))))
     return images[:2]
 
 

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vfsurgery.checkpoints import atomic
 
 if TYPE_CHECKING:
+    from vfsurgery.diagnosis import Diagnosis
     from vfsurgery.evaluation import Barrier
 
 COLOURS = {"naive": "#D55E00", "aligned": "#0072B2", "renormalized": "#009E73"}
 """From the palette of Okabe and Ito, told apart by colour-blind readers too."""
 
+BEFORE, AFTER = "#D55E00", "#0072B2"
+
 GREY = "#666666"
+
+POINTS: dict[str, Any] = {"markersize": 3.5, "linewidth": 1.8}
 
 LINE = 0.055
 """Least distance of two labels, as a fraction of the panel's height."""
+
+FLAT = 5
+"""Above this, a linear axis would press ratios between 0 and 1 flat."""
 
 Label = tuple[float, str, str]
 """Height in data coordinates, text, colour."""
@@ -37,9 +48,138 @@ def draw_barrier(found: Barrier, path: str | Path) -> Path:
     left, right = figure.subplots(1, 2)
     _draw_panel(left, "accuracy", found)
     _draw_panel(right, "loss", found)
+    return _save(figure, path)
+
+
+def draw_diagnosis(found: Diagnosis, path: str | Path) -> Path:
+    """Draw the panels of :func:`diagnosis_panels` side by side into ``path``; its ending is the format, else PNG.
+
+    Raises:
+        CheckpointError: The file cannot be written; nothing is left of it then.
+    """
+    panels = diagnosis_panels(found)
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    for axes, (title, draw) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        axes.set_title(title, loc="left", fontsize=12)
+        draw(axes)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
     with atomic(path) as partial:
         figure.savefig(partial, format=partial.suffix[1:] or "png", dpi=150)
     return Path(path)
+
+
+Draw: TypeAlias = Callable[[Axes], None]
+
+
+def svg(draw: Draw, name: str) -> str:
+    """Draw one panel as an SVG element to put into a page: no size of its own, all its ids beginning with ``name``.
+
+    The text stays text, so that it can be searched and read aloud.
+    """
+    figure = Figure(figsize=(5.6, 3.7), layout="constrained")
+    draw(figure.subplots())
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # the salt makes ids repeatable
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    drawn = text.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawn, count=1), count=1
+    )
+    return re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{name}-", drawn)
+
+
+def diagnosis_panels(found: Diagnosis, before: Diagnosis | None = None) -> Mapping[str, Draw]:
+    """The panels of a diagnosis by their titles, each over relative depth."""
+
+    def of_depth(panel: Callable[[Axes, Diagnosis, Diagnosis | None], None]) -> Draw:
+        def draw(axes: Axes) -> None:
+            panel(axes, found, before)
+            axes.set_xlabel("relative depth (%)", fontsize=11)
+            axes.set_xlim(-2, 102)
+            _finish(axes)
+
+        return draw
+
+    return {
+        "feature norm relative to the sources": of_depth(_draw_ratios),
+        "feature and offset": of_depth(_draw_offsets),
+        "variance ratio (REPAIR)": of_depth(_draw_variances),
+    }
+
+
+def barrier_panels(found: Barrier) -> Mapping[str, Draw]:
+    """Accuracy and loss along alpha, by their titles."""
+    return {
+        "accuracy between the sources": lambda axes: _draw_panel(axes, "accuracy", found),
+        "loss between the sources": lambda axes: _draw_panel(axes, "loss", found),
+    }
+
+
+def draw_costs(axes: Axes, rows: Sequence[tuple[int, float, float, float]]) -> None:
+    """Draw accuracy over FLOPs, each point with the number of preserved layers."""
+    axes.plot([row[1] for row in rows], [100 * row[3] for row in rows], color=AFTER, marker="o", linewidth=2)
+    for preserved, flops, _, accuracy in rows:
+        axes.annotate(
+            str(preserved), (flops, 100 * accuracy), (0, 7), textcoords="offset points", ha="center", fontsize=9
+        )
+    axes.set_xlabel("FLOPs relative to one source", fontsize=11)
+    axes.set_ylabel("accuracy (%)", fontsize=11)
+    axes.margins(y=0.15)
+    _finish(axes, legend=False)
+
+
+def _draw_ratios(axes: Axes, found: Diagnosis, before: Diagnosis | None) -> None:
+    if before is not None:
+        axes.plot(_depths(before), before.ratios, color=BEFORE, marker="s", label="ratio before", **POINTS)
+        axes.plot(_depths(before), before.smoothed(), color=BEFORE, linestyle="--", linewidth=1.2, label="its bound")
+    axes.plot(_depths(found), found.ratios, color=AFTER, marker="o", label="ratio", **POINTS)
+    axes.plot(_depths(found), found.smoothed(), color=AFTER, linestyle="--", linewidth=1.5, label="smoothed bound")
+    if before is None:
+        axes.plot(_depths(found), found.bound, color=GREY, linestyle="-.", linewidth=1.2, label="tight bound")
+    axes.axhline(1, color="black", linestyle=":", linewidth=1)
+    if max([height for height in found.smoothed() if math.isfinite(height)], default=1) > FLAT:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def _draw_offsets(axes: Axes, found: Diagnosis, before: Diagnosis | None) -> None:
+    drawn: list[tuple[Literal["feature", "offset"], str]] = [("feature", "-"), ("offset", ":")]
+    for quantity, style in drawn:
+        own = [getattr(layer.model, quantity) for layer in found.layers]
+        sources = [layer.source(quantity) for layer in found.layers]
+        for values, colour, who in ((sources, "black", "sources"), (own, AFTER, "model")):
+            shown = [value if value > 0 else math.nan for value in values]  # a logarithmic axis has no 0
+            axes.plot(_depths(found), shown, style, color=colour, linewidth=1.8, label=f"{quantity}, {who}")
+    axes.set_yscale("log")
+
+
+def _draw_variances(axes: Axes, found: Diagnosis, before: Diagnosis | None) -> None:
+    for which, colour, label in ((before, BEFORE, "before"), (found, AFTER, "model" if before is None else "after")):
+        if which is not None:
+            ratios = [layer.variance_ratio for layer in which.layers]
+            axes.plot(_depths(which), ratios, color=colour, marker="o", label=label, **POINTS)
+    axes.axhline(1, color="black", linestyle=":", linewidth=1)
+    shown = [layer.variance_ratio for which in (found, before) if which is not None for layer in which.layers]
+    if _spans_decades(shown):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def _depths(found: Diagnosis) -> list[float]:
+    return [100 * layer.depth for layer in found.layers]
+
+
+def _finish(axes: Axes, legend: bool = True) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if legend:
+        axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.17))
 
 
 def _draw_panel(axes: Axes, quantity: Literal["accuracy", "loss"], found: Barrier) -> None:

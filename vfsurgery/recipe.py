@@ -222,11 +222,18 @@ class RecipeRun:
         }
 
     def write(self) -> None:
-        """Write per pair the last merge's weights and the barrier plot, and ``report.json`` for all."""
+        """Write per pair the last merge's weights, barrier plot and page, and ``report.json`` for all."""
         for comparison in self.comparisons:
             base = self.output / comparison.name
             save_state_dict(comparison.merged.state_dict(), f"{base}.safetensors", {"recipe": self.recipe.name})
             comparison.barrier.plot(f"{base}_barrier.png")
+            comparison.diagnosis.page(
+                f"{base}.html",
+                report=comparison.report,
+                scores=comparison.scores,
+                barrier=comparison.barrier,
+                flips=comparison.flips,
+            )
         write_text(self.output / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __str__(self) -> str:

@@ -1,0 +1,90 @@
+"""A diagnosis in words: where features vanish, which renormalization is recommended for such a network, and why."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from vfsurgery.diagnosis import Diagnosis, LayerDiagnosis
+
+VANISHED = 0.1
+"""Below this share of the sources' feature norm, features count as vanished."""
+
+FADED = 0.5
+"""Below this share at the end, features count as faded."""
+
+GROWN = 10
+"""Above this multiple of the sources' feature norm, features count as grown."""
+
+State: TypeAlias = Literal["broken", "vanished", "faded", "grown", "kept"]
+"""What became of the features; broken where values are not finite."""
+
+Remedy: TypeAlias = Literal["reset", "repair", "rescale"]
+"""Name of a renormalization."""
+
+ADVICE: dict[Remedy, str] = {
+    "reset": (
+        "RESET (renormalize='reset'): the statistics in its BatchNorm layers do not fit the changed weights; measured "
+        "anew they restore mean and deviation of every unit, which works best in BatchNorm networks."
+    ),
+    "repair": (
+        "REPAIR (renormalize='repair'): its norm layers keep no statistics that could be measured anew, so every unit "
+        "is given back the sources' mean and deviation before the norm."
+    ),
+    "rescale": (
+        "RESCALE (renormalize='rescale'): in networks without norm layers, giving every unit back its deviation works "
+        "best, and better than REPAIR; without data, bias calibration comes near."
+    ),
+}
+"""What to do and why, by the name of the pass (Qu & Horvath, CPAL 2025, section 5.3)."""
+
+
+def state_of(found: Diagnosis) -> State:
+    """What :attr:`vfsurgery.diagnosis.Diagnosis.state` is."""
+    if _first_broken(found) is not None:
+        return "broken"
+    if found.vanishes_at() is not None:
+        return "vanished"
+    if found.bound[-1] < FADED:
+        return "faded"
+    return "grown" if found.bound[0] > GROWN else "kept"
+
+
+def in_words(found: Diagnosis) -> str:
+    """What :attr:`vfsurgery.diagnosis.Diagnosis.verdict` says."""
+    state, broken, start, last = state_of(found), _first_broken(found), found.vanishes_at(), found.layers[-1]
+    if broken is not None:
+        return f"The model's values are not finite from {_place(broken)} on: it holds or makes NaN or infinity."
+    at_last = f"{last.ratio:.3g} times at the last layer, {last.name}"
+    if state in ("kept", "grown"):
+        known = [layer for layer in found.layers if not math.isnan(layer.ratio)] or [last]
+        lowest, highest = (choose(known, key=lambda layer: layer.ratio) for choose in (min, max))
+        if state == "kept":
+            return (
+                f"Nothing vanishes: in every layer the feature norm is at least {lowest.ratio:.3g} times that of the "
+                f"sources, as at {_place(lowest)}; it is {at_last}."
+            )
+        return (
+            f"Nothing vanishes, but features have grown: at {_place(highest)} their norm is {highest.ratio:.3g} times "
+            f"that of the sources, {at_last}. Statistics of too few images, or of units that hardly vary, can do this."
+        )
+    words = f"Features fade but do not vanish: beside the sources', their norm is {at_last}."
+    if start is not None:
+        words = (
+            f"Features vanish: from {_place(start)} on, no layer has {VANISHED:.0%} of the feature norm of its "
+            f"sources; it is {at_last}."
+        )
+    offset = (
+        f"There the input moves the values by {last.model.feature:.2g} around an offset of {last.model.offset:.2g}, "
+        f"in the sources by {last.source('feature'):.2g} around {last.source('offset'):.2g}."
+    )
+    return f"{words} {offset} Recommended for this kind of network: {ADVICE[found.recommended]}"
+
+
+def _first_broken(found: Diagnosis) -> LayerDiagnosis | None:
+    return next((layer for layer in found.layers if not math.isfinite(layer.model.feature)), None)
+
+
+def _place(layer: LayerDiagnosis) -> str:
+    return f"{layer.name} ({layer.depth:.0%} of the depth)"
