@@ -103,7 +103,7 @@ WRONG = [
     ("threads: 1", "data: {name: cifar}", "Input should be 'digits', found 'cifar' at data.name"),
     ("matching: weights", "matching: weigths", "unknown matching 'weigths'; did you mean 'weights'? accepted: act"),
     ("repair", "repiar", "unknown renormalization 'repiar'; did you mean 'repair'? accepted: auto, bias-calibration"),
-    ("repair", "[reset, auto]", "unknown renormalization 'auto'; accepted: bias-calibration, bias-removal, closed-form-repair, re"),
+    ("repair", "[reset, auto]", "unknown renormalization 'auto'; accepted: bias-calibration, bias-removal, clo"),
     ("repair", "[reset, 3]", "at pairs[0].merges[1].renormalize"),
     ("{matching: weights, renormalize: repair}", "{label: naive}", "two entries have the merge name 'naive' at pairs"),
     ("name: tiny", "name: [tiny", "the recipe is not valid YAML cause"),

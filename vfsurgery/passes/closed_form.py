@@ -79,9 +79,10 @@ class Mixture:
 
     def _watcher(self, target: Producer, number: int, context: Context) -> Callable[[Tensor], None]:
         weight, order = context.weights[number], target.order(context.groups, context.permutations[number])
+        order = None if order is None else order.to(context.sources[number].device)
 
         def see(value: Tensor) -> None:
-            units = value if order is None else value.index_select(target.dim, order.to(value.device))
+            units = value if order is None else value.index_select(target.dim, order)
             _add(self.sources[number], target, units)
             self.types[target.node] = value.dtype
             wide = torch.promote_types(value.dtype, torch.float32)
