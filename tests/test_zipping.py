@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vfsurgery.errors import InvalidWeightsError, OptionError
 from vfsurgery.groups import Permutation
+from vfsurgery.matching import zipping
 from vfsurgery.matching.zipping import Zip, zip_units
 
 Linkage = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -103,26 +104,55 @@ def test_zipping_makes_the_merges_of_the_plain_rule(alpha: float, beta: float, s
         assert math.isclose(found.total, expected.total, rel_tol=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "similarity",
-    [
-        torch.ones(48, 48),
-        torch.zeros(48, 48),
-        -torch.ones(48, 48),
-        torch.block_diag(*[torch.ones(8, 8)] * 6),
-        torch.linspace(0.1, 1, 48).outer(torch.linspace(0.1, 1, 48)),
-        correlation(24, 0).tile(2, 2),
-        -with_ties(correlation(48, 0).abs()),  # times alpha these rise, often to what others are
-    ],
-    ids=["all equal", "all zero", "all opposed", "blocks", "one factor", "twins", "negative"],
-)
+def hubs(units: int) -> Tensor:
+    """One unit of b after the other is the best partner of all units of a."""
+    across = torch.linspace(1, 0.5, units).expand(units, units)
+    return torch.cat([torch.cat([0 * across, across], 1), torch.cat([across.T, 0 * across], 1)])
+
+
+DEGENERATE = {
+    "all equal": torch.ones(48, 48),
+    "all zero": torch.zeros(48, 48),
+    "all opposed": -torch.ones(48, 48),
+    "blocks": torch.block_diag(*[torch.ones(8, 8)] * 6),
+    "one factor": torch.linspace(0.1, 1, 48).outer(torch.linspace(0.1, 1, 48)),
+    "twins": correlation(24, 0).tile(2, 2),
+    "negative": -with_ties(correlation(48, 0).abs()),  # times alpha these rise, often to what others are
+    "hubs": hubs(24),
+}
+
+
 @pytest.mark.parametrize("alpha", [0.3, 0.5])
 @pytest.mark.parametrize("sources", [2, 3])
-def test_degenerate_similarities_give_the_merges_of_the_plain_rule(
-    similarity: Tensor, sources: int, alpha: float
-) -> None:
-    found, expected = zip_units(similarity, sources, alpha=alpha), plain(similarity, sources, alpha, 0.125)
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_degenerate_similarities_give_the_merges_of_the_plain_rule(kind: str, sources: int, alpha: float) -> None:
+    found = zip_units(DEGENERATE[kind], sources, alpha=alpha)
+    expected = plain(DEGENERATE[kind], sources, alpha, 0.125)
     assert (found.clusters, found.forced) == (expected.clusters, expected.forced)
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+@pytest.mark.parametrize("sources", [2, 3])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.125), (1e-4, 1.0), (0.3, 0.125), (0.5, 1.0), (1.0, 0.0)])
+def test_rows_searched_at_once_give_the_same_merges(
+    alpha: float, beta: float, sources: int, patience: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = [correlation(48, seed) for seed in range(3)]
+    similarities = [*drawn, *map(with_ties, drawn), *[-s.abs() for s in drawn], *DEGENERATE.values()]
+    expected = [zip_units(similarity, sources, alpha=alpha, beta=beta) for similarity in similarities]
+    monkeypatch.setattr(zipping, "PATIENCE", patience)
+    monkeypatch.setattr(zipping, "BLOCK", 5)
+    assert [zip_units(similarity, sources, alpha=alpha, beta=beta) for similarity in similarities] == expected
+
+
+def test_no_merge_searches_more_rows_one_by_one_than_patience_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    similarity, units, searched = hubs(160), 160, []
+    search_row, search_rows = zipping._Search._search_row, zipping._Search._search_rows
+    monkeypatch.setattr(zipping._Search, "_search_row", lambda s, row: (searched.append(1), search_row(s, row)))
+    monkeypatch.setattr(zipping._Search, "_search_rows", lambda s, rows: (searched.append(0), search_rows(s, rows)))
+    assert zip_units(similarity, 2).clusters == plain(similarity, 2, 0.3, 0.125).clusters
+    assert 0 in searched
+    assert sum(searched) < 2 * units + units * zipping.PATIENCE < units**2 / 2  # what one by one takes
 
 
 def test_another_linkage_gives_other_clusters() -> None:
@@ -245,6 +275,17 @@ def test_the_input_stays_as_it_is_and_its_dtype_and_strides_do_not_matter() -> N
 
 def test_equally_similar_pairs_are_merged_in_order() -> None:
     assert zip_units(torch.ones(6, 6), 2, alpha=0.0, beta=0.0).clusters == ((0, 1, 3), (5,), (2, 4))
+
+
+def test_a_pair_that_becomes_as_similar_as_another_comes_in_its_order() -> None:
+    s = torch.full((6, 6), -1.0)
+    s[1, 3] = 0.5  # merged first: 0 and 1 + 3 are then as similar as 0 and 4, which were so before
+    s[0, 1] = s[0, 3] = -0.5
+    s[0, 4] = -0.25
+    s[2, 5] = -0.2
+    s = s.triu(1) + s.triu(1).T
+    clusters = zip_units(s, 2, alpha=0.5, beta=1.0).clusters
+    assert clusters == plain(s, 2, 0.5, 1.0).clusters == ((0, 1, 3), (4,), (2, 5))
 
 
 def test_restrictions_that_leave_no_pair_are_lifted() -> None:

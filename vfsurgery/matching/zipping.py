@@ -21,6 +21,10 @@ from vfsurgery.errors import InvalidWeightsError, OptionError, explain
 
 Matrix = npt.NDArray[np.float64]
 FORBIDDEN = -math.inf
+PATIENCE = 64
+"""Rows searched one by one for a merge before all that may be the best are searched at once."""
+BLOCK = 64
+"""Columns that share a bound, about the square root of their number."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,8 @@ def zip_units(similarity: Tensor, sources: int, *, alpha: float = 0.3, beta: flo
     ``alpha`` or ``beta`` is small. The published rule has no answer. Here the remaining merges follow the same rule
     without restrictions, from the least similarity between members of two clusters. :attr:`Zip.forced` counts them.
 
-    Takes O(n^2) time for n joint units in practice, and one float64 copy of the matrix on the host. The worst case is
-    O(n^3), if one unit after the other is the best partner of all.
+    Takes O(n^2) time for n joint units as a rule, O(n^2.5) at worst (if one unit after the other is the best partner of
+    all), and one float64 copy of the matrix on the host.
 
     Args:
         similarity: correlation of all units of all sources with each other, ``(sources * units, sources * units)``,
@@ -199,11 +203,15 @@ def _on_host(similarity: Tensor) -> Matrix:
 class _Search:
     """Clusters that are merged greedily, and for each the best partner among those after it.
 
-    ``matrix[i, j]`` is the similarity of clusters i < j; what lies below the diagonal is never read. Finding the best
-    pair anew costs O(n^2). But a merge into i changes only pairs with i and j, so most rows keep their best. A row that
-    loses it is marked stale and not searched at once: what it had bounds from above what it has. Only a stale row that
-    comes to the top is searched again, one or two per merge as a rule. Where a pair with i gains, as negative
+    ``matrix[i, j]`` is the similarity of clusters i < j; what lies below the diagonal counts for nothing. Finding the
+    best pair anew costs O(n^2). But a merge into i changes only pairs with i and j, so most rows keep their best. A row
+    that loses it is marked stale and not searched at once: what it had bounds from above what it has. Only a stale row
+    that comes to the top is searched again, one or two per merge as a rule. Where a pair with i gains, as negative
     similarities do times alpha, the bound is raised.
+
+    If many rows lose the same best partner again and again, even that is O(n) searches per merge. So after some of them
+    the columns are divided into blocks, each with a bound of its own in every row. A merge spoils two blocks of a row,
+    and the others need not be looked through.
     """
 
     def __init__(self, matrix: Matrix, origins: npt.NDArray[np.intp], alpha: float, budget: int) -> None:
@@ -216,6 +224,8 @@ class _Search:
         self.best = np.full(size, FORBIDDEN)  # of the similarities right of the diagonal, or a bound if stale
         self.partner = np.zeros(size, dtype=np.intp)  # the first column that has it
         self.stale = np.zeros(size, dtype=np.bool_)
+        self.starts = np.arange(0, size, BLOCK)  # of blocks of columns
+        self.bounds = np.empty((0, len(self.starts)))  # of every row's similarities in each block, once they are needed
         for row in range(size - 1):
             self._search_row(row)
 
@@ -231,13 +241,37 @@ class _Search:
         return list(self.clusters.values()), total
 
     def _top(self) -> int:
-        """The first row with the largest similarity; a stale one is searched, since it may not have it any more."""
-        while self.stale[row := int(self.best.argmax())]:
+        """The first row with the largest similarity; stale ones are searched, since they may not have it any more."""
+        for _ in range(PATIENCE):
+            row = int(self.best.argmax())
+            if not self.stale[row]:
+                return row
             self._search_row(row)
-        return row
+        known = self.best[~self.stale].max(initial=FORBIDDEN)
+        self._search_rows(np.flatnonzero(self.stale & (self.best >= known)))
+        return int(self.best.argmax())
 
     def _search_row(self, row: int) -> None:
         self._set_row(row, self.matrix[row, row + 1 :])
+
+    def _search_rows(self, rows: npt.NDArray[np.intp]) -> None:
+        """Search many rows at once, by the bounds of their blocks: in each the highest, until one is attained."""
+        if not self.bounds.size:
+            for row in range(len(self.matrix)):
+                self.matrix[row, : row + 1] = FORBIDDEN
+            self.bounds = np.maximum.reduceat(self.matrix, self.starts, axis=1)
+        while rows.size:
+            block = self.bounds[rows].argmax(axis=1)
+            columns = np.minimum(self.starts[block, None] + np.arange(BLOCK), len(self.matrix) - 1)
+            similar = self.matrix[rows[:, None], columns]
+            first = similar.argmax(axis=1)[:, None]
+            best = np.take_along_axis(similar, first, axis=1)[:, 0]
+            column = np.take_along_axis(columns, first, axis=1)[:, 0]
+            attained = best == self.bounds[rows, block]
+            self.bounds[rows, block] = best
+            done = rows[attained]
+            self.best[done], self.partner[done], self.stale[done] = best[attained], column[attained], False
+            rows = rows[~attained]
 
     def _set_row(self, row: int, after: Matrix) -> None:
         """Note the best of a row's similarities to all clusters after it."""
@@ -279,6 +313,10 @@ class _Search:
         self.stale[:i] |= similar[:i] >= self.best[:i]
         np.maximum(self.best[:i], similar[:i], out=self.best[:i])
         self._set_row(i, similar[i + 1 :])
+        if self.bounds.size:
+            block = self.bounds[:i, i // BLOCK]
+            np.maximum(block, similar[:i], out=block)
+            self.bounds[i] = np.maximum.reduceat(self.matrix[i], self.starts)
 
     def _forbid_within(self, source: int) -> None:
         """Forbid all pairs of clusters that belong to one source."""
