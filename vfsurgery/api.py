@@ -16,7 +16,7 @@ from vfsurgery.groups import GroupSet, Permutation
 from vfsurgery.matching import MATCHERS, Matcher
 from vfsurgery.merging import ExampleInputs, Merging
 from vfsurgery.partial import find_partly
-from vfsurgery.passes import NORMALIZATIONS, Pass
+from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
 from vfsurgery.passes.producers import is_norm
 from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.passes.renormalize import Repair
@@ -165,7 +165,7 @@ def merge(
     weights: Sequence[float] | None = None,
     matching: Matchings = "auto",
     renormalize: Renormalization = "auto",
-    preserve: int = 0,
+    preserve: int | str = 0,
     example_inputs: ExampleInputs | None = None,
     leaf: Leaf | Sequence[Leaf] = (),
     pins: str | Sequence[str] = (),
@@ -217,18 +217,17 @@ def merge(
     >>> list(merged.state_dict()) == list(a.state_dict())
     True
     """
-    if preserve:
-        raise OptionError(explain("preserve= is not available in this version", remedy="leave preserve at 0"))
     models = _models(a, b)
     shares = _shares(len(models), alpha, weights)
     matcher = _matcher(matching, data)
     work = Merging.prepare(models, data, example_inputs, seed, progress, leaf, pins)
     passes = _normalizations(renormalize, work.sources[0].graph_module, data)
+    kept = Preserve(boundary=preserve) if preserve else None
     with work.running():
         work.plan(matcher, passes)
         matchings = work.match(matcher)
         certificates = work.certify(matchings)
-        merged, context = work.combine(shares, matchings, passes, inplace)
+        merged, context = work.combine(shares, matchings, passes, inplace, kept)
     _REPORTS[merged] = work.report(matcher, matchings, passes, certificates, context)
     return merged
 

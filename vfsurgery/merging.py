@@ -21,8 +21,9 @@ from vfsurgery.discovery import discover
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, TraceError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.matching import Matcher, Matching, Problem
-from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline
+from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline, Preserve
 from vfsurgery.passes.base import calibration_images
+from vfsurgery.passes.preserve import standalone
 from vfsurgery.recording import hidden_norms, record_or_export
 from vfsurgery.report import Certificate, GroupMatch, Report
 from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode, write_into
@@ -142,9 +143,14 @@ class Merging:
             )
 
     def combine(
-        self, shares: tuple[float, ...], matchings: list[Matching], passes: tuple[Pass, ...], inplace: bool
+        self,
+        shares: tuple[float, ...],
+        matchings: list[Matching],
+        passes: tuple[Pass, ...],
+        inplace: bool,
+        preserve: Preserve | None = None,
     ) -> tuple[nn.Module, Context]:
-        """Average the aligned sources into a copy of a and renormalize it.
+        """Average the aligned sources into a copy of a, put what is preserved before it, and renormalize it.
 
         In place, the copy's values go into a's tensors at the very end: whatever fails before leaves a as it was.
         """
@@ -155,7 +161,11 @@ class Merging:
         orders = [{}, *(matching.permutations for matching in matchings)]
         context = Context(self.groups, self.sources, shares, orders, self.survey, self.data, self.progress)
         with self.clock("average and renormalize"), eval_mode(target.model, target.graph_module):
-            Pipeline((Average(), *passes, Fold())).run(target.graph_module, context)
+            first = (Average(),) if preserve is None else (Average(), preserve)
+            merged = Pipeline((*first, *passes, Fold())).run(target.graph_module, context)
+        if preserve is not None:
+            paths = (path for path, _ in reference.named_modules())
+            return standalone(merged, dict(zip(paths, self.modes, strict=True))), context
         if inplace:
             write_into(reference, target.model, context.created_biases)
             return reference, context

@@ -8,6 +8,7 @@ from vfsurgery.passes.base import Pass as Pass
 from vfsurgery.passes.base import Pipeline as Pipeline
 from vfsurgery.passes.calibrate_biases import CalibrateBiases as CalibrateBiases
 from vfsurgery.passes.fold import Fold as Fold
+from vfsurgery.passes.preserve import Preserve as Preserve
 from vfsurgery.passes.recalibrate import Reset as Reset
 from vfsurgery.passes.renormalize import Repair as Repair
 from vfsurgery.passes.renormalize import Rescale as Rescale

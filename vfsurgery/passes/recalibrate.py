@@ -19,6 +19,7 @@ from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.producers import is_batch_norm
 from vfsurgery.stats.collect import Observer
 from vfsurgery.stats.moments import Moments
+from vfsurgery.tracing.values import PRESERVED
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -94,11 +95,15 @@ class Reset(Pass):
 
 
 def batch_norm_nodes(graph_module: fx.GraphModule) -> dict[str, BatchNorm]:
-    """The BatchNorm layers that keep running statistics, by the name of their node, in graph order."""
+    """The BatchNorm layers that keep running statistics, by the name of their node, in graph order.
+
+    Those of preserved prefixes keep the statistics of their source and are left out.
+    """
     modules = dict(graph_module.named_modules())
     found: dict[str, BatchNorm] = {}
     for node in graph_module.graph.nodes:
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        merged = node.op == "call_module" and PRESERVED not in node.meta
+        module = modules.get(str(node.target)) if merged else None
         if module is not None and is_batch_norm(module) and cast(BatchNorm, module).running_var is not None:
             found[node.name] = cast(BatchNorm, module)
     return found
