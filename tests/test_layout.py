@@ -16,7 +16,7 @@ PACKAGE = ROOT / "vfsurgery"
 LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report"),
     *("tracing", "rules", "nesting", "discovery", "recording", "partial"),
-    *("batches", "stats", "matching", "sources", "passes", "verification", "merging", "api"),
+    *("batches", "stats", "matching", "sources", "passes", "costs", "budget", "verification", "merging", "api"),
     *("checkpoints", "figures", "evaluation"),
     *("architectures", "data", "demo", "training", "comparison", "recipe", "twins", "zoo"),
     "__main__",

@@ -22,6 +22,7 @@ from vfsurgery.matching import Given as Given
 from vfsurgery.matching import Identity as Identity
 from vfsurgery.matching import Matcher as Matcher
 from vfsurgery.matching import WeightMatching as WeightMatching
+from vfsurgery.passes import Preserve as Preserve
 from vfsurgery.passes import Repair as Repair
 from vfsurgery.passes import Rescale as Rescale
 from vfsurgery.passes import Reset as Reset

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from torch import fx, nn
 
 from vfsurgery.batches import Data
+from vfsurgery.budget import Budget, plan_prefix
 from vfsurgery.discovery import discover
 from vfsurgery.errors import DataError, OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet, Permutation
@@ -165,7 +166,9 @@ def merge(
     weights: Sequence[float] | None = None,
     matching: Matchings = "auto",
     renormalize: Renormalization = "auto",
-    preserve: int | str = 0,
+    preserve: int | str | Preserve = 0,
+    max_flops: float | None = None,
+    max_params: float | None = None,
     example_inputs: ExampleInputs | None = None,
     leaf: Leaf | Sequence[Leaf] = (),
     pins: str | Sequence[str] = (),
@@ -191,7 +194,12 @@ def merge(
             (no reordering), a matcher, or ``"auto"``: activations with data and weights without.
         renormalize: ``"reset"``, ``"repair"``, ``"rescale"``, ``"reshift"``, ``"bias-calibration"``, a list of those
             run in order, ``None``, or ``"auto"``, which chooses by architecture; the README has the table.
-        preserve: Number of first layers to keep of each source; only 0 is available in this version.
+        preserve: What to keep of each source, side by side, before the merged rest: a number of first weight layers on
+            the longest path, or the name of a module (as in ``"layer2"``) or node up to whose output all is kept. 1 is
+            plain merging, all layers are the ensemble of logits. A ``Preserve`` pass says the form too. See
+            docs/preserve.md.
+        max_flops: Instead of ``preserve``, keep as many layers as cost at most so many times one source's FLOPs.
+        max_params: The same for parameters; with both, both hold.
         example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured.
         leaf: As for :func:`trace`.
         pins: As for :func:`find_groups`: units that stay in the order they have. The report lists them.
@@ -202,7 +210,8 @@ def merge(
 
     Returns:
         An instance of a's class with a's ``state_dict`` keys (and a bias more where the report says so); model a itself
-        if ``inplace``. Beside the sources, memory is needed for one model and the largest similarity matrix.
+        if ``inplace``. Beside the sources, memory is needed for one model and the largest similarity matrix. With a
+        preserved prefix, an ``fx.GraphModule`` that saves, loads, exports and runs without this library.
 
     Raises:
         IncompatibleModelsError: the sources differ in shape or computation; names the first difference.
@@ -220,15 +229,26 @@ def merge(
     models = _models(a, b)
     shares = _shares(len(models), alpha, weights)
     matcher = _matcher(matching, data)
+    budget = Budget(max_flops, max_params)
+    if inplace and (preserve or budget != Budget()):
+        raise OptionError(
+            explain(
+                f"inplace=True and preserve={preserve or 'a budget'} exclude each other",
+                because="a network with several prefixes does not fit into model a",
+                remedy="leave inplace out",
+            )
+        )
     work = Merging.prepare(models, data, example_inputs, seed, progress, leaf, pins)
-    passes = _normalizations(renormalize, work.sources[0].graph_module, data)
-    kept = Preserve(boundary=preserve) if preserve else None
+    graph_module = work.sources[0].graph_module
+    passes = _normalizations(renormalize, graph_module, data)
+    with work.running():
+        kept = plan_prefix(graph_module, work.inputs, sum(share > 0 for share in shares), preserve, budget)
     with work.running():
         work.plan(matcher, passes)
         matchings = work.match(matcher)
         certificates = work.certify(matchings)
-        merged, context = work.combine(shares, matchings, passes, inplace, kept)
-    _REPORTS[merged] = work.report(matcher, matchings, passes, certificates, context)
+        merged, context = work.combine(shares, matchings, passes, inplace, kept and kept[0])
+    _REPORTS[merged] = work.report(matcher, matchings, passes, certificates, context, kept and kept[1])
     return merged
 
 

@@ -25,7 +25,7 @@ from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline, Preserve
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.preserve import standalone
 from vfsurgery.recording import hidden_norms, record_or_export
-from vfsurgery.report import Certificate, GroupMatch, Report
+from vfsurgery.report import Certificate, GroupMatch, Preserved, Report
 from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode, write_into
 from vfsurgery.stats.collect import Site, Survey, group_sites, image_dtype, survey
 from vfsurgery.tracing.examples import example_inputs_of
@@ -180,6 +180,7 @@ class Merging:
         passes: tuple[Pass, ...],
         certificates: tuple[Certificate, ...],
         context: Context,
+        preserved: Preserved | None = None,
     ) -> Report:
         """Freeze what happened."""
         matches = tuple(
@@ -208,6 +209,7 @@ class Merging:
             seed=self.seed,
             versions=tuple((name, _version(name)) for name in ("vfsurgery", "torch", "scipy", "networkx")),
             seconds=tuple(self.seconds),
+            preserved=preserved,
         )
 
 

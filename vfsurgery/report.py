@@ -47,6 +47,45 @@ class GroupMatch:
     moved: int
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A boundary of preserve-first merging, and what the merged network costs with it, as ratios to one source.
+
+    >>> print(Candidate(3, flops=1.187, parameters=1.008))
+    3 layers: flops x1.187, parameters x1.008
+    """
+
+    boundary: int | str
+    flops: float
+    parameters: float
+
+    def __str__(self) -> str:
+        place = f"{self.boundary} layers" if isinstance(self.boundary, int) else self.boundary
+        return f"{place}: flops x{self.flops:.3f}, parameters x{self.parameters:.3f}"
+
+
+@dataclass(frozen=True)
+class Preserved:
+    """What was preserved of every source: ``layers`` of the ``depth`` weight layers on the longest path.
+
+    ``form`` is how the prefixes run side by side, ``"grouped"`` or ``"branches"``, or ``"merged"`` if nothing is kept.
+    Costs are ratios to one source. ``candidates`` are what a budget was compared with.
+    """
+
+    boundary: int | str
+    layers: int
+    depth: int
+    form: str
+    flops: float
+    parameters: float
+    candidates: tuple[Candidate, ...] = ()
+
+    def __str__(self) -> str:
+        named = f" ({self.boundary})" if isinstance(self.boundary, str) else ""
+        costs = f"flops x{self.flops:.3f}, parameters x{self.parameters:.3f}"
+        return f"preserved {self.layers} of {self.depth} layers{named}, {self.form}: {costs}"
+
+
 @dataclass(frozen=True)
 class Report:
     """All that happened in one merge; frozen, printable, and as JSON readable by machines."""
@@ -65,6 +104,7 @@ class Report:
     seed: int
     versions: tuple[tuple[str, str], ...]
     seconds: tuple[tuple[str, float], ...]
+    preserved: Preserved | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers; groups without their activations."""
@@ -85,6 +125,7 @@ class Report:
         plain["coverage"] = self.groups.coverage
         for name in ("matches", "certificates"):
             plain[name] = [dataclasses.asdict(entry) for entry in getattr(self, name)]
+        plain["preserved"] = None if self.preserved is None else dataclasses.asdict(self.preserved)
         plain["versions"], plain["seconds"] = dict(self.versions), dict(self.seconds)
         return json.loads(json.dumps(plain))
 
@@ -100,6 +141,8 @@ class Report:
             f"  {len(self.groups)} permutation groups over {self.groups.coverage:.1%} of the parameters",
             *(f"  {certificate}" for certificate in self.certificates),
         ]
+        if self.preserved is not None:
+            lines += [f"  {self.preserved}", *(f"    {candidate}" for candidate in self.preserved.candidates)]
         lines += [f"  {note}" for note in self.notes]
         lines += [
             f"  created {bias}: load the state with strict=False, or set bias=True on that layer"

@@ -29,9 +29,8 @@ NEAREST = 3
 
 @dataclass(frozen=True)
 class JoinedLayer:
-    """A layer on the border: its node, its weight's name, and the dim of that weight which reads the input."""
+    """A layer on the border: its weight's name, and the dim of that weight which reads the input."""
 
-    node: str
     weight: str
     columns: int
 
@@ -40,9 +39,9 @@ class JoinedLayer:
 class Cut:
     """What a boundary means in one graph; all names are those of nodes.
 
-    ``copied`` run once per source; ``joined`` layers read all copies at once; ``averaged`` are the copied ones of which
-    the rest reads the mean. ``sizes`` are kept nodes whose values are no tensors, the same for every source. ``layers``
-    of ``depth`` weight layers on the longest path are preserved.
+    ``copied`` run once per source; ``joined`` layers, by node, read all copies at once; ``averaged`` are the copied
+    ones of which the rest reads the mean. ``sizes`` are kept nodes whose values are no tensors, the same for every
+    source. ``layers`` of ``depth`` weight layers on the longest path are preserved.
     """
 
     boundary: int | str
@@ -59,37 +58,59 @@ class Cut:
         return bool(self.copied)
 
 
+class Boundaries:
+    """What is the same for all cuts of one graph."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.nodes = list(graph_module.graph.nodes)
+        self.ops = {op.node: op for op in OpReader(graph_module)}
+        self.layers = {node for node, op in self.ops.items() if is_layer(op)}
+        self.depths = weight_depths(graph_module)
+        self.varying, self.fed = _varying(graph_module, self.nodes), _fed(self.nodes)
+
+    @property
+    def depth(self) -> int:
+        """Weight layers on the longest path."""
+        return max(self.depths.values(), default=0)
+
+    def cut(self, boundary: int | str) -> Cut:
+        """The cut after the ``boundary``-th weight layer, or after the named node or module.
+
+        Raises:
+            OptionError: there is no such layer, node or module, or what crosses there cannot be averaged.
+        """
+        if isinstance(boundary, str):
+            kept = _closed([_named(self.nodes, boundary)])
+        else:
+            kept = _closed(self._first_layers(_checked(boundary, self.depth)))
+        linear, joined = _border(self.ops, self.layers & kept, kept, self.varying)
+        layers = max((self.depths[node.name] for node in kept), default=0)
+        kept = _closed((kept & self.fed) - linear)
+        kept |= _taken_along(self.nodes, kept)
+        return Cut(
+            boundary=boundary,
+            layers=layers,
+            depth=self.depth,
+            copied=frozenset(node.name for node in kept & self.varying),
+            joined=joined,
+            averaged=frozenset(_averaged(self.nodes, kept, kept & self.varying & self.fed, joined)),
+            sizes=frozenset(n.name for n in kept - self.varying if not holds_tensor(n.meta.get(VALUE))),
+        )
+
+    def _first_layers(self, count: int) -> set[fx.Node]:
+        """The layers of depth ``count``, and all that is computed from the input before them."""
+        here = {node for node in self.layers if self.depths[node.name] == count}
+        return here | {node for node in self.fed if self.depths[node.name] < count}
+
+
 def find_cut(graph_module: fx.GraphModule, boundary: int | str) -> Cut:
     """The cut after the ``boundary``-th weight layer, or after the named node or module.
 
     Raises:
         OptionError: there is no such layer, node or module, or what crosses there cannot be averaged.
     """
-    depths = weight_depths(graph_module)
-    nodes = list(graph_module.graph.nodes)
-    ops = {op.node: op for op in OpReader(graph_module)}
-    layers = {node for node, op in ops.items() if is_layer(op)}
-    depth = max(depths.values(), default=0)
-    if isinstance(boundary, str):
-        chosen = {_named(graph_module, boundary)}
-    else:
-        chosen = _first_layers(nodes, depths, layers, _checked(boundary, depth))
-    kept = _closed(chosen)
-    varying = _varying(graph_module, nodes)
-    linear, joined = _border(ops, layers & kept, kept, varying)
-    fed = _fed(nodes)
-    kept = _closed((kept & fed) - linear)
-    kept |= _taken_along(nodes, kept)
-    layers_joined = {layer.node: layer for layer in joined}
-    return Cut(
-        boundary=boundary,
-        layers=max((depths[node.name] for node in kept | linear), default=0),
-        depth=depth,
-        copied=frozenset(node.name for node in kept & varying),
-        joined=layers_joined,
-        averaged=frozenset(_averaged(nodes, kept, kept & varying & fed, layers_joined)),
-        sizes=frozenset(node.name for node in kept - varying if not holds_tensor(node.meta.get(VALUE))),
-    )
+    return Boundaries(graph_module).cut(boundary)
 
 
 def _checked(boundary: int, depth: int) -> int:
@@ -103,12 +124,6 @@ def _checked(boundary: int, depth: int) -> int:
     return boundary
 
 
-def _first_layers(nodes: list[fx.Node], depths: Mapping[str, int], layers: set[fx.Node], count: int) -> set[fx.Node]:
-    """The layers of depth ``count``, and all that is computed from the input before them."""
-    here = {node for node in layers if depths[node.name] == count}
-    return here | {node for node in _fed(nodes) if depths[node.name] < count}
-
-
 def _fed(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes that depend on the network's input; the others depend on weights alone."""
     fed: set[fx.Node] = set()
@@ -118,9 +133,9 @@ def _fed(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return fed
 
 
-def _named(graph_module: fx.GraphModule, name: str) -> fx.Node:
+def _named(nodes: Iterable[fx.Node], name: str) -> fx.Node:
     """The node of that name, or the last one of the module of that path."""
-    computing = [node for node in graph_module.graph.nodes if node.op.startswith("call_")]
+    computing = [node for node in nodes if node.op.startswith("call_")]
     named = [node for node in computing if node.name == name]
     named = named or [node for node in computing if name in _paths(node) and holds_tensor(node.meta.get(VALUE))]
     if named:
@@ -188,14 +203,14 @@ def _writes(node: fx.Node) -> bool:
 
 def _border(
     ops: Mapping[fx.Node, Op], layers: set[fx.Node], kept: set[fx.Node], varying: set[fx.Node]
-) -> tuple[set[fx.Node], list[JoinedLayer]]:
+) -> tuple[set[fx.Node], dict[str, JoinedLayer]]:
     """The layers that no kept node reads and that one layer of the merged rest can stand for.
 
     All of them, and those of them whose copies would read different inputs.
     """
     uses = Counter(_weight(op) for op in ops.values())
     linear: set[fx.Node] = set()
-    joined: list[JoinedLayer] = []
+    joined: dict[str, JoinedLayer] = {}
     for node in sorted(layers):
         op, weight = ops[node], _weight(ops[node])
         data = node.args[0] if node.args else None
@@ -205,7 +220,7 @@ def _border(
             linear.add(node)
         elif op.argument("groups", 6, 1) == 1:
             linear.add(node)
-            joined.append(JoinedLayer(node.name, weight, 0 if op.key in TRANSPOSED else 1))
+            joined[node.name] = JoinedLayer(weight, 0 if op.key in TRANSPOSED else 1)
     return linear, joined
 
 

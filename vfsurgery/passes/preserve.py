@@ -50,6 +50,7 @@ class Preserve(Pass):
         cut, aligned = find_cut(graph_module, self.boundary), Aligned.of(context)
         if not cut.preserves or len(aligned.sources) == 1:
             return graph_module
+        context.notes += _loose(graph_module, cut, context)
         nodes = list(graph_module.graph.nodes)
         form = chosen_form(self.form, graph_module, cut)
         prefixes = Stacked(graph_module, aligned) if form == "grouped" else Branches(graph_module, aligned)
@@ -74,6 +75,14 @@ def chosen_form(form: Form, graph_module: fx.GraphModule, cut: Cut) -> Literal["
     if form == "grouped" and reason is not None:
         raise OptionError(explain("the prefix has no grouped form", because=reason, remedy="form='auto' or 'branches'"))
     return "grouped" if reason is None else "branches"
+
+
+def _loose(graph_module: fx.GraphModule, cut: Cut, context: Context) -> list[str]:
+    """For the report: what crosses the border in the order that each source has. Its mean is still that of the values."""
+    ordered = {member.parameter for group in context.groups for member in group.activations}
+    crossing = [node for node in graph_module.graph.nodes if node.name in cut.averaged or node.name in cut.joined]
+    loose = [n.name for n in crossing if n.name not in ordered and all(user.op != "output" for user in n.users)]
+    return [f"units at the boundary {name} are pinned: averaged in the order they have" for name in loose]
 
 
 def _insert(graph_module: fx.GraphModule, cut: Cut, aligned: Aligned, prefixes: Prefixes) -> None:
