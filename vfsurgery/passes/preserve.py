@@ -78,7 +78,7 @@ def chosen_form(form: Form, graph_module: fx.GraphModule, cut: Cut) -> Literal["
 
 
 def _loose(graph_module: fx.GraphModule, cut: Cut, context: Context) -> list[str]:
-    """For the report: what crosses the border in the order that each source has. Its mean is still that of the values."""
+    """For the report: what crosses the border in an order that nothing may change; its mean is exact all the same."""
     ordered = {member.parameter for group in context.groups for member in group.activations}
     crossing = [node for node in graph_module.graph.nodes if node.name in cut.averaged or node.name in cut.joined]
     loose = [n.name for n in crossing if n.name not in ordered and all(user.op != "output" for user in n.users)]

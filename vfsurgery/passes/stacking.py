@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from vfsurgery.passes.cut import Cut
 from vfsurgery.passes.prefixes import Aligned, put_tensor, widened
@@ -117,16 +117,21 @@ def unstackable(graph_module: fx.GraphModule, cut: Cut) -> str | None:
     """Why the kept nodes cannot run as one prefix that carries the channels of all sources; ``None`` if they can."""
     modules = dict(graph_module.named_modules())
     nodes = list(graph_module.graph.nodes)
-    calls = Counter(node.target for node in nodes if node.op == "call_module")
+    called = [modules[str(node.target)] for node in nodes if node.op == "call_module"]
+    owners = Counter(id(tensor) for module in called for tensor in _tensors(module))
     for node in nodes:
         if node.name in cut.copied:
             module = modules[str(node.target)] if node.op == "call_module" else None
-            shared = module is not None and bool(module.state_dict()) and calls[node.target] > 1
+            shared = module is not None and any(owners[id(tensor)] > 1 for tensor in _tensors(module))
             if shared or not _stacks(node, module, cut):
                 return f"{node.name} ({node.target}) does not act on each channel by itself, or reads sizes"
         elif node.name in cut.sizes and any(value.name in cut.copied for value in node.all_input_nodes):
             return f"{node.name} ({node.target}) reads sizes"
     return None
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _stacks(node: fx.Node, module: nn.Module | None, cut: Cut) -> bool:
