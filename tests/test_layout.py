@@ -17,7 +17,7 @@ LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report"),
     *("tracing", "rules", "nesting", "discovery", "recording", "partial"),
     *("batches", "stats", "matching", "sources", "passes", "costs", "budget", "verification", "merging", "api"),
-    *("checkpoints", "figures", "evaluation"),
+    *("checkpoints", "figures", "evaluation", "preserving"),
     *("architectures", "data", "demo", "training", "comparison", "recipe", "twins", "zoo"),
     "__main__",
 ]

@@ -337,6 +337,14 @@ def test_repair_corrects_the_boundary_layer_and_what_follows_but_no_prefix(form:
     assert torch.allclose(found[0].std((0, 2, 3), correction=0), (goals[0] + goals[1]) / 2, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "step"), [("chain", "rescale"), ("residual", "reset")])
+def test_where_all_is_preserved_nothing_is_corrected(name: str, step: str) -> None:
+    models, depth = sources(name, 2), {"chain": 5, "residual": 6}[name]
+    merged = merge(models, depth, renormalize=step, data=images(32, dtype=torch.float64))
+    assert distance(merged, (models[0](X) + models[1](X)) / 2) <= SAME
+    assert any(f"{step}: every" in note for note in surgery.report_of(merged).notes)
+
+
 def test_bias_calibration_counts_preserved_layers() -> None:
     models = [lively(Chain(), seed).double() for seed in (1, 2)]
     merged = merge(models, 3, renormalize="bias-calibration", matching="identity")

@@ -132,7 +132,7 @@ def _scores(
     tallies = [_Tally() for _ in range(len(models) + (weights is not None))]
     with eval_mode(*models):
         for images, labels in progress_bar(batches.labeled(), "evaluating", batches.length(), progress):
-            outputs = [_logits(model, images) for model in models]
+            outputs = [logits_of(model, images) for model in models]
             if weights is not None:
                 outputs.append(_mean_logits(outputs, weights))
             for tally, logits in zip(tallies, outputs, strict=True):
@@ -184,7 +184,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
     return next(floating, torch.get_default_dtype())
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Run the model in its own dtype and return float logits, shape ``(N, classes)``."""
     try:
         output: object = model(images.to(_dtype_of(model)))
@@ -331,7 +331,7 @@ def barrier(
     """
     points = _alphas(alphas)
     if example_inputs is None:
-        example_inputs = _first_images(a, data if calibration is None else calibration)
+        example_inputs = first_images(a, data if calibration is None else calibration)
     options: dict[str, Any] = {"example_inputs": example_inputs, "seed": seed, "progress": False}
     found = Given(match(a, b, data=calibration, matching=matching, **options))
     kinds: dict[str, dict[str, Any]] = {
@@ -352,7 +352,8 @@ def barrier(
     return Barrier(*sources, curves["naive"], curves["aligned"], curves.get("renormalized"))
 
 
-def _first_images(model: nn.Module, data: Data) -> Tensor:
+def first_images(model: nn.Module, data: Data) -> Tensor:
+    """Two images on the model's device and in its dtype, to trace it with."""
     images, _ = next(iter(Batches(data, device=_device_of(model), dtype=_dtype_of(model))))
     return images[:2]
 

@@ -98,6 +98,11 @@ def find_producers(graph_module: fx.GraphModule, groups: GroupSet) -> list[Produ
     return found
 
 
+def has_prefixes(graph_module: fx.GraphModule) -> bool:
+    """Whether prefixes of the sources were preserved; if all layers were, nothing is left to correct."""
+    return any(PRESERVED in node.meta for node in graph_module.graph.nodes)
+
+
 def is_batch_norm(module: nn.Module | None) -> bool:
     """Whether a module normalizes over the batch and keeps running statistics."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)

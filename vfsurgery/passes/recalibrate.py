@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.errors import DataError, OptionError, explain
 from vfsurgery.passes.base import Context, Pass
-from vfsurgery.passes.producers import is_batch_norm
+from vfsurgery.passes.producers import has_prefixes, is_batch_norm
 from vfsurgery.stats.collect import Observer
 from vfsurgery.stats.moments import Moments
 from vfsurgery.tracing.values import PRESERVED
@@ -39,6 +39,9 @@ class Reset(Pass):
             DataError: a batch is too small to have statistics.
         """
         norms = batch_norm_nodes(graph_module)
+        if not norms and has_prefixes(graph_module):
+            context.notes.append("reset: every BatchNorm layer is preserved")
+            return graph_module
         if not norms:
             raise OptionError(
                 explain(

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.passes.base import Context, Pass
-from vfsurgery.passes.producers import Producer, find_producers
+from vfsurgery.passes.producers import Producer, find_producers, has_prefixes
 from vfsurgery.stats.collect import Observer, Site
 from vfsurgery.stats.moments import Moments, weighted_goal
 
@@ -82,6 +82,9 @@ class Renormalize(Pass):
             OptionError: there is nothing to correct.
         """
         targets = self._targets(graph_module, context.groups)
+        if not targets and has_prefixes(graph_module):
+            context.notes.append(f"{self.name}: every layer is preserved")
+            return graph_module
         if not targets:
             raise OptionError(
                 explain(f"{self.name} found no layer to correct", remedy="use renormalize='reset' or renormalize=None")
