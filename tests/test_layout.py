@@ -16,8 +16,9 @@ PACKAGE = ROOT / "vfsurgery"
 LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report"),
     *("tracing", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial"),
-    *("batches", "holdout", "stats", "matching", "sources", "passes", "verification", "merging", "api"),
-    *("checkpoints", "figures", "evaluation", "flip_rates", "verdict", "page", "diagnosis"),
+    *("batches", "holdout", "stats", "matching", "sources", "passes", "costs", "budget", "verification", "merging"),
+    *("choosing", "api", "checkpoints", "figures", "evaluation", "preserving"),
+    *("flip_rates", "verdict", "page", "diagnosis"),
     *("architectures", "data", "demo", "training", "comparison", "recipe", "twins", "zoo"),
     "__main__",
 ]

@@ -538,9 +538,9 @@ CASES: dict[str, Case] = {
         lambda a: (a, net("chain", 2)), {**EXAMPLE, "matching": 3}, OptionError,
         r"(?s)matching is no matcher but 3.*accepted +auto, activations",
     ),
-    "preserve": (
-        lambda a: (a, net("chain", 2)), {**EXAMPLE, "preserve": 1}, OptionError,
-        r"(?s)preserve= is not available in this version.*remedy  leave preserve at 0",
+    "preserve in place": (
+        lambda a: (a, net("chain", 2)), {**EXAMPLE, "preserve": 2}, OptionError,
+        r"(?s)inplace=True and preserve=2 exclude each other.*remedy +leave inplace out",
     ),
     "activations without data": (
         lambda a: (a, net("chain", 2)), {**EXAMPLE, "matching": "activations"}, DataError,

@@ -30,12 +30,14 @@ from vfsurgery.matching import Matcher as Matcher
 from vfsurgery.matching import WeightMatching as WeightMatching
 from vfsurgery.matching import ZipMatching as ZipMatching
 from vfsurgery.passes import ClosedFormRepair as ClosedFormRepair
+from vfsurgery.passes import Preserve as Preserve
 from vfsurgery.passes import Regress as Regress
 from vfsurgery.passes import RemoveBiases as RemoveBiases
 from vfsurgery.passes import Repair as Repair
 from vfsurgery.passes import Rescale as Rescale
 from vfsurgery.passes import Reset as Reset
 from vfsurgery.passes import Reshift as Reshift
+from vfsurgery.preserving import preserve_curve as preserve_curve
 from vfsurgery.recipe import Recipe as Recipe
 from vfsurgery.report import Report as Report
 from vfsurgery.rules import rule as rule

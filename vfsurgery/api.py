@@ -10,13 +10,15 @@ from typing import TypeAlias
 from torch import fx, nn
 
 from vfsurgery.batches import Data
+from vfsurgery.budget import Budget, plan_prefix
+from vfsurgery.choosing import Way, choose, sensible
 from vfsurgery.discovery import discover
 from vfsurgery.errors import DataError, OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.matching import MATCHERS, Matcher, Orders
 from vfsurgery.merging import ExampleInputs, Merging
 from vfsurgery.partial import find_partly
-from vfsurgery.passes import NORMALIZATIONS, Pass
+from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
 from vfsurgery.passes.producers import is_norm
 from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.passes.renormalize import Repair
@@ -167,7 +169,9 @@ def merge(
     weights: Sequence[float] | None = None,
     matching: Matchings = "auto",
     renormalize: Renormalization = "auto",
-    preserve: int = 0,
+    preserve: int | str | Preserve = 0,
+    max_flops: float | None = None,
+    max_params: float | None = None,
     example_inputs: ExampleInputs | None = None,
     leaf: Leaf | Sequence[Leaf] = (),
     pins: str | Sequence[str] = (),
@@ -189,12 +193,20 @@ def merge(
         alpha: Share of b, from 0 (a itself) to 1; other values are refused.
         weights: Shares of all sources, summing to one; instead of ``alpha``. More than two sources default to equal
             ones.
-        matching: ``"activations"`` (correlation of activations on ``data``), ``"weights"`` (no data), ``"identity"``
-            (no reordering), a matcher, or ``"auto"``: activations with data and weights without.
+        matching: ``"activations"`` (correlation of activations on ``data``), ``"zipit"``, ``"cca"`` (maps of units, on
+            ``data``), ``"weights"`` (no data), ``"identity"`` (no reordering), a matcher, or ``"auto"``: with data
+            those that suit the model are tried, without it is weights.
         renormalize: ``"reset"``, ``"repair"``, ``"closed-form-repair"``, ``"rescale"``, ``"reshift"``,
-            ``"bias-calibration"``, ``"bias-removal"``, a pass such as ``Repair(sequential=True)``, a list of those run
-            in order, ``None``, or ``"auto"``, which chooses by architecture; docs/renormalization.md has the table.
-        preserve: Number of first layers to keep of each source; only 0 is available in this version.
+            ``"bias-calibration"``, ``"bias-removal"``, ``"regress"``, a pass such as ``Repair(sequential=True)``, a
+            list of those run in order, ``None``, or ``"auto"``: with data those that suit the architecture are tried,
+            and what agrees most often with the sources' ensemble on held-out images is kept; docs/renormalization.md
+            has the table.
+        preserve: What to keep of each source, side by side, before the merged rest: a number of first weight layers on
+            the longest path, or the name of a module (as in ``"layer2"``) or node up to whose output all is kept. 1 is
+            plain merging, all layers are the ensemble of logits. A ``Preserve`` pass says the form too. See
+            docs/preserve.md.
+        max_flops: Instead of ``preserve``, keep as many layers as cost at most so many times one source's FLOPs.
+        max_params: The same for parameters; with both, both hold.
         example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured.
         leaf: As for :func:`trace`.
         pins: As for :func:`find_groups`: units that stay in the order they have. The report lists them.
@@ -205,7 +217,8 @@ def merge(
 
     Returns:
         An instance of a's class with a's ``state_dict`` keys (and a bias more where the report says so); model a itself
-        if ``inplace``. Beside the sources, memory is needed for one model and the largest similarity matrix.
+        if ``inplace``. Beside the sources, memory is needed for one model and the largest similarity matrix. With a
+        preserved prefix, an ``fx.GraphModule`` that saves, loads, exports and runs without this library.
 
     Raises:
         IncompatibleModelsError: the sources differ in shape or computation; names the first difference.
@@ -220,19 +233,32 @@ def merge(
     >>> list(merged.state_dict()) == list(a.state_dict())
     True
     """
-    if preserve:
-        raise OptionError(explain("preserve= is not available in this version", remedy="leave preserve at 0"))
     models = _models(a, b)
     shares = _shares(len(models), alpha, weights)
     matcher = _matcher(matching, data)
+    budget = Budget(max_flops, max_params)
+    if inplace and (preserve or budget != Budget()):
+        raise OptionError(
+            explain(
+                f"inplace=True and preserve={preserve or 'a budget'} exclude each other",
+                because="a network with several prefixes does not fit into model a",
+                remedy="leave inplace out",
+            )
+        )
     work = Merging.prepare(models, data, example_inputs, seed, progress, leaf, pins)
-    passes = _normalizations(renormalize, work.sources[0].graph_module, data)
+    graph_module = work.sources[0].graph_module
+    passes = _normalizations(renormalize, graph_module, data)
+    ways = [Way(matcher, passes)]
+    if (matching == "auto" or renormalize == "auto") and work.can_judge():
+        tried = None if matching == "auto" else matcher
+        ways = sensible(graph_module, work.groups, tried, passes, fixed=renormalize != "auto")
     with work.running():
-        work.plan(matcher, passes)
-        matchings = work.match(matcher)
-        certificates = work.certify(matchings)
-        merged, context = work.combine(shares, matchings, passes, inplace)
-    _REPORTS[merged] = work.report(matcher, matchings, passes, certificates, context)
+        kept = plan_prefix(graph_module, work.inputs, sum(share > 0 for share in shares), preserve, budget)
+        best, trials = choose(work, ways, shares, kept and kept[0])
+        merged = work.finish(best.model, best.context, inplace, preserved=kept is not None)
+    _REPORTS[merged] = work.report(
+        best.way.matcher, best.matchings, best.way.passes, best.certificates, best.context, kept and kept[1], trials
+    )
     return merged
 
 

@@ -1,11 +1,11 @@
 """``"auto"``: try the sensible ways to match and renormalize, and keep the one that agrees best with the sources.
 
-A merged model is wanted that does what its sources do together. So every candidate is judged on held-out calibration
+A merged model is wanted that does what its sources do together. So every way is judged on held-out calibration
 images, without labels, by how often its largest logit is that of the sources' ensemble (their mean logits, weighted as
 the merge is). What was tried, and what came of it, is in the report.
 
 Traps are left out beforehand: REPAIR after CCA takes its goals from the first source alone, since a rotated source is
-no good reference (Qu & Horvath, CPAL 2025, section 5.4); BatchNorm statistics are measured anew in every candidate.
+no good reference (Qu & Horvath, CPAL 2025, section 5.4); BatchNorm statistics are measured anew in every way.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from vfsurgery.errors import DataError, OptionError, SurgeryError, explain
+from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet
 from vfsurgery.matching import ActivationMatching, CCAMatching, Matcher, Matching, ZipMatching
 from vfsurgery.merging import Merging
-from vfsurgery.passes import Context, Pass, Regress, Repair, Rescale, Reset
+from vfsurgery.passes import Context, Pass, Preserve, Regress, Repair, Rescale
 from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.report import Certificate, Trial
 from vfsurgery.stats.collect import image_dtype
@@ -35,7 +36,7 @@ MOST_FLOPS_ELSEWHERE = 2e15
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Way:
     """One way to merge."""
 
     matcher: Matcher
@@ -47,101 +48,127 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Merged:
-    """What one candidate came to."""
+    """What one way came to."""
 
-    candidate: Candidate
+    way: Way
     model: nn.Module
     matchings: Sequence[Matching]
     certificates: tuple[Certificate, ...]
     context: Context
 
 
+Matched: TypeAlias = tuple[Sequence[Matching], tuple[Certificate, ...], tuple[str, ...]]
+"""The matchings of a matcher, their certificates, and notes for the report."""
+
+
 def sensible(
     graph_module: fx.GraphModule,
     groups: GroupSet,
-    device: torch.device,
     matcher: Matcher | None,
     default: tuple[Pass, ...],
     fixed: bool,
-) -> list[Candidate]:
-    """The candidates with calibration data, the plain choice by architecture first.
+) -> list[Way]:
+    """The ways with calibration data, the plain choice by architecture first.
 
     Args:
         graph_module: The trace of a source.
         groups: Its groups.
-        device: Where it lives.
         matcher: The one asked for; ``None`` to try several.
         default: The normalization by architecture, or the one asked for.
         fixed: Whether that one was asked for.
     """
     first = ActivationMatching() if matcher is None else matcher
-    found = [Candidate(first, default)]
+    found = [Way(first, default)]
     has_batch_norm, is_rescaled = bool(batch_norm_nodes(graph_module)), default == (Rescale(),)
     if not fixed and default:
         if is_rescaled:
-            found.append(Candidate(first, (Repair(),)))
+            found.append(Way(first, (Repair(),)))
         regress = Regress()
+        device = next(graph_module.parameters()).device
         if regress.flops(graph_module, groups) <= MOST_FLOPS.get(device.type, MOST_FLOPS_ELSEWHERE):
-            found.append(Candidate(first, (regress,)))
+            found.append(Way(first, (regress,)))
     units = sum(group.units for group in groups)
     if matcher is None and units and sum(group.units for group in groups if group.mappable) >= MAPPABLE * units:
         if fixed or has_batch_norm:
-            found += [Candidate(CCAMatching(), default), Candidate(ZipMatching(), default)]
+            found += [Way(CCAMatching(), default), Way(ZipMatching(), default)]
         elif is_rescaled:
-            found += [Candidate(CCAMatching(), (Repair(reference=0),)), Candidate(ZipMatching(), default)]
+            found += [Way(CCAMatching(), (Repair(reference=0),)), Way(ZipMatching(), default)]
     return found
 
 
-def choose(work: Merging, candidates: Sequence[Candidate], shares: tuple[float, ...]) -> tuple[Merged, tuple[Trial, ...]]:
-    """Merge in every way and keep the best; with a single candidate nothing is judged.
+def choose(
+    work: Merging, ways: Sequence[Way], shares: tuple[float, ...], preserve: Preserve | None
+) -> tuple[Merged, tuple[Trial, ...]]:
+    """Merge in every way and keep the best; a single one is not judged.
+
+    Besides the sources, two merged models are in memory at a time.
 
     Raises:
-        SurgeryError: no candidate succeeds; it is the first one's error.
+        SurgeryError: no way succeeds; it is the first one's error.
     """
+    for way in ways:
+        work.plan(way.matcher, way.passes, judged=len(ways) > 1)
     best: Merged | None = None
     trials: list[Trial] = []
-    failure: SurgeryError | None = None
-    matched: dict[str, tuple[Sequence[Matching], tuple[Certificate, ...]]] = {}
-    for candidate in candidates:
+    failures: list[tuple[Way, SurgeryError]] = []
+    matched: dict[str, Matched] = {}
+    for way in ways:
         started = time.perf_counter()
         try:
-            if candidate.matcher.name not in matched:
-                matchings = work.match(candidate.matcher)
-                matched[candidate.matcher.name] = matchings, work.certify(matchings)
-            matchings, certificates = matched[candidate.matcher.name]
-            model, context = work.combine(shares, matchings, candidate.passes)
+            merged = _merge(work, way, shares, preserve, matched)
+            if len(ways) == 1:
+                return merged, ()
+            agreement = _agreement(work, merged.model, shares)
+            if agreement is None:
+                merged.context.notes.append(
+                    "chosen by architecture: without logits there is nothing to judge others by"
+                )
+                return merged, ()
         except SurgeryError as error:
-            failure = failure or error
+            failures.append((way, error))
             continue
-        merged = Merged(candidate, model, matchings, certificates, context)
-        if len(candidates) == 1:
-            return merged, ()
-        agreement = _agreement(work, model, shares)
-        names = tuple(step.name for step in candidate.passes)
-        trials.append(Trial(candidate.matcher.name, names, agreement, time.perf_counter() - started))
-        if best is None or agreement > max(trial.agreement for trial in trials[:-1]):
+        names = tuple(step.name for step in way.passes)
+        if best is None or agreement > max(trial.agreement for trial in trials):
             best = merged
+        trials.append(Trial(way.matcher.name, names, agreement, time.perf_counter() - started))
     if best is None:
-        assert failure is not None
-        raise failure
+        raise failures[0][1]
+    best.context.notes.extend(f"failed, {way}: {str(error).splitlines()[0]}" for way, error in failures)
     return best, tuple(trials)
 
 
-def _agreement(work: Merging, model: nn.Module, shares: Sequence[float]) -> float:
-    """Share of held-out images for which a model's largest logit is the ensemble's."""
+def _merge(
+    work: Merging, way: Way, shares: tuple[float, ...], preserve: Preserve | None, matched: dict[str, Matched]
+) -> Merged:
+    if way.matcher.name not in matched:
+        matchings = work.match(way.matcher)
+        matched[way.matcher.name] = matchings, *work.certify(matchings)
+    matchings, certificates, notes = matched[way.matcher.name]
+    model, context = work.combine(shares, matchings, way.passes, preserve)
+    context.notes[:0] = notes
+    return Merged(way, model, matchings, certificates, context)
+
+
+def _agreement(work: Merging, model: nn.Module, shares: Sequence[float]) -> float | None:
+    """Share of held-out images for which a model's largest logit is the ensemble's; ``None`` without logits."""
     agreed, count = 0.0, 0
     for images in work.held_out_images("agreement with the ensemble"):
-        logits = [weight * _logits(source.graph_module, images) for source, weight in zip(work.sources, shares, strict=True)]
-        same = _logits(model, images).argmax(1) == torch.stack(logits).sum(0).argmax(1)
+        found = _logits(model, images)
+        if found is None:
+            return None
+        each = [_logits(source.graph_module, images) for source in work.sources]
+        ensemble = torch.stack(
+            [share * logits for share, logits in zip(shares, each, strict=True) if logits is not None]
+        )
+        same = found.argmax(1) == ensemble.sum(0).argmax(1)
         agreed, count = agreed + float(same.sum()), count + same.numel()
     return agreed / count
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """The first tensor that a model returns, classes along dim 1, in float32 or better."""
+def _logits(model: nn.Module, images: Tensor) -> Tensor | None:
+    """The first tensor that a model returns if it has several classes along dim 1, in float32 or better."""
     leaves = tree_leaves(model(images.to(image_dtype(model))))
     logits = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
     if logits is None or logits.ndim < 2 or logits.shape[1] < 2:
-        found = "no tensor" if logits is None else f"shape {tuple(logits.shape)}"
-        raise OptionError(explain("'auto' judges by classes, and this model returns no logits", found=found))
+        return None
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -332,7 +332,7 @@ def barrier(
     """
     points = _alphas(alphas)
     if example_inputs is None:
-        example_inputs = _first_images(a, data if calibration is None else calibration)
+        example_inputs = first_images(a, data if calibration is None else calibration)
     options: dict[str, Any] = {"example_inputs": example_inputs, "seed": seed, "progress": False}
     found = Given(match(a, b, data=calibration, matching=matching, **options))
     kinds: dict[str, dict[str, Any]] = {
@@ -353,7 +353,8 @@ def barrier(
     return Barrier(*sources, curves["naive"], curves["aligned"], curves.get("renormalized"))
 
 
-def _first_images(model: nn.Module, data: Data) -> Tensor:
+def first_images(model: nn.Module, data: Data) -> Tensor:
+    """Two images on the model's device and in its dtype, to trace it with."""
     images, _ = next(iter(Batches(data, device=device_of(model), dtype=_dtype_of(model))))
     return images[:2]
 

@@ -7,14 +7,14 @@ the certificate of every source, come before anything is written.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from vfsurgery.batches import Batches, Data, progress_line
 from vfsurgery.discovery import discover
@@ -23,10 +23,11 @@ from vfsurgery.groups import GroupSet
 from vfsurgery.holdout import split
 from vfsurgery.maps import Order, UnitMap, balanced, permutations_of
 from vfsurgery.matching import Matcher, Matching, Problem
-from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline
+from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline, Preserve
 from vfsurgery.passes.base import calibration_images
+from vfsurgery.passes.preserve import standalone
 from vfsurgery.recording import hidden_norms, record_or_export
-from vfsurgery.report import Certificate, GroupMatch, Report
+from vfsurgery.report import Certificate, GroupMatch, Preserved, Report, Trial
 from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode, write_into
 from vfsurgery.stats.collect import Site, Survey, group_sites, image_dtype, survey
 from vfsurgery.tracing.examples import example_inputs_of
@@ -38,6 +39,9 @@ MERGE_PARTS = (
     "  a part that can be recorded can be merged alone: merge(a.PART, b.PART, example_inputs=..., inplace=True)"
 )
 """What to do about a model of which only parts can be recorded."""
+
+JUDGED = 100
+"""Calibration images from which on ways to merge are compared, on one in five of them."""
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Tensor]
 
@@ -58,6 +62,7 @@ class Merging:
     pairs: dict[str, tuple[Site, ...]] = field(default_factory=dict[str, tuple[Site, ...]])
     units: dict[str, Site] = field(default_factory=dict[str, Site])
     held_out: Batches | None = None
+    _joint: bool = False
     _survey: Survey | None = None
     _target: Source | None = None
 
@@ -107,87 +112,119 @@ class Merging:
         yield
         self.seconds.append((name, time.perf_counter() - started))
 
-    def plan(self, matcher: Matcher, passes: Sequence[Pass]) -> None:
-        """Collect what is to be read from the sources, so that one pass over the data serves all."""
+    def plan(self, matcher: Matcher, passes: Sequence[Pass], judged: bool = False) -> None:
+        """Collect what is to be read from the sources, so that one pass over the data serves all.
+
+        Called for every way to merge that will be tried; ``judged`` if one is to be chosen on held-out images.
+        """
         graph_module = self.sources[0].graph_module
         if matcher.needs_data:
-            self.pairs = group_sites(graph_module, self.groups, self.sources[0].device)
+            self.pairs = self.pairs or group_sites(graph_module, self.groups, self.sources[0].device)
+            self._joint |= getattr(matcher, "needs_joint", False)
         for step in passes:
             self.units.update(step.reads(graph_module, self.groups))
-        if any(step.holds_out() for step in passes):
+        if self.held_out is None and (judged or any(step.holds_out() for step in passes)):
             self.data, self.held_out = split(self.data)
 
-    def survey(self, joint: bool = False) -> Survey:
+    def can_judge(self) -> bool:
+        """Whether there are images enough to hold some out and judge by them."""
+        seen = 0
+        for images, _ in self.data or ():
+            seen += len(images)
+            if seen >= JUDGED:
+                return True
+        return False
+
+    def held_out_images(self, label: str) -> Iterator[Tensor]:
+        """One pass over the held-out images, with a progress bar."""
+        return calibration_images(self.held_out, label, self.progress)
+
+    def survey(self) -> Survey:
         """The statistics of all sources, from one pass over the data when first asked for."""
         if self._survey is None:
             started = time.perf_counter()
             images = calibration_images(self.data, "statistics of the sources", self.progress)
             graph_modules = [source.graph_module for source in self.sources]
-            self._survey = survey(graph_modules, images, self.pairs, self.units, joint)
+            self._survey = survey(graph_modules, images, self.pairs, self.units, self._joint)
             self.seconds.append(("statistics", time.perf_counter() - started))
         return self._survey
 
     def match(self, matcher: Matcher) -> list[Matching]:
         """Find every source's order of units."""
         if matcher.needs_data:
-            self.survey(joint=getattr(matcher, "needs_joint", False))
+            self.survey()
         with self.clock("matching"), progress_line("matching", self.progress) as advance:
             states = [source.state for source in self.sources]
             correlations = lambda: self.survey().correlations  # noqa: E731
             joint = lambda: self.survey().crossed  # noqa: E731
             return matcher.match(Problem(self.groups, states, correlations, self.seed, advance, joint))
 
-    def certify(self, matchings: Sequence[Matching]) -> tuple[Certificate, ...]:
-        """Prove that each source computes the same after its reordering, and measure what maps do to it."""
+    def certify(self, matchings: Sequence[Matching]) -> tuple[tuple[Certificate, ...], tuple[str, ...]]:
+        """Prove that each source computes the same after its reordering; say what maps of units do to it."""
         with self.clock("certificate"):
             self._target = self.sources[0].clone()  # the result's tensors serve as scratch until the average is written
             scratch = self._target.state
             certificates: list[Certificate] = []
+            notes: list[str] = []
             for number, matching in enumerate(self._of_all_sources(matchings)):
                 source, orders = self.sources[number], permutations_of(matching.permutations)
                 if number:
                     certificates.append(certify(number, source, self.groups, orders, self.inputs, scratch))
-                self._note_drift(number, matching.permutations)
-            return tuple(certificates)
+                notes += self._drift(number, matching.permutations)
+            return tuple(certificates), tuple(notes)
 
-    def _note_drift(self, number: int, orders: Mapping[str, Order]) -> None:
-        """Say in the report how far maps of units take a source from what it computes."""
+    def _drift(self, number: int, orders: Mapping[str, Order]) -> list[str]:
+        """For the report: how far maps of units take a source from what it computes."""
         moved = [order for order in orders.values() if isinstance(order, UnitMap) and order.moved]
-        if moved:
-            error = drift(self.sources[number], self.groups, orders, self.inputs)
-            changed = f"differs from its own by {error:.1%} of the largest" if error < float("inf") else "is not finite"
-            self.notes.append(
-                f"source {number}: {len(moved)} groups are mapped by matrices, which do not preserve its function; "
-                f"mapped, its output {changed}"
-            )
+        if not moved:
+            return []
+        error = drift(self.sources[number], self.groups, orders, self.inputs)
+        changed = f"differs from its own by {error:.1%} of the largest" if error < float("inf") else "is not finite"
+        return [
+            f"source {number}: {len(moved)} groups are mapped by matrices, which do not preserve its function; "
+            f"mapped, its output {changed}"
+        ]
 
     def _of_all_sources(self, matchings: Sequence[Matching]) -> list[Matching]:
         """With one for the first source, which has none unless it is mapped too."""
         return [*[Matching({})] * (len(self.sources) - len(matchings)), *matchings]
 
     def combine(
-        self, shares: tuple[float, ...], matchings: list[Matching], passes: tuple[Pass, ...], inplace: bool
+        self,
+        shares: tuple[float, ...],
+        matchings: Sequence[Matching],
+        passes: tuple[Pass, ...],
+        preserve: Preserve | None = None,
     ) -> tuple[nn.Module, Context]:
-        """Average the aligned sources into a copy of a and renormalize it.
-
-        In place, the copy's values go into a's tensors at the very end: whatever fails before leaves a as it was.
-        """
+        """Average the aligned sources into a copy of a, put what is preserved before it, and renormalize it."""
         if self.units:
             self.survey()
-        reference = self.sources[0].model
         target, self._target = self._target or self.sources[0].clone(), None
         orders = balanced([matching.permutations for matching in self._of_all_sources(matchings)], shares)
         context = Context(self.groups, self.sources, shares, orders, self.survey, self.data, self.progress)
         context.held_out = self.held_out
         with self.clock("average and renormalize"), eval_mode(target.model, target.graph_module):
+            first = (Average(),) if preserve is None else (Average(), preserve)
             folded = (step for normalization in passes for step in (normalization, Fold()))  # the next reads weights
-            Pipeline((Average(), *folded)).run(target.graph_module, context)
+            merged = Pipeline((*first, *folded)).run(target.graph_module, context)
+        return target.model if preserve is None else merged, context
+
+    def finish(self, merged: nn.Module, context: Context, inplace: bool, preserved: bool) -> nn.Module:
+        """Give the result the reference's training modes, or write it into the reference.
+
+        In place, the copy's values go into a's tensors at the very end: whatever fails before leaves a as it was.
+        """
+        reference = self.sources[0].model
         if inplace:
-            write_into(reference, target.model, context.created_biases)
-            return reference, context
-        for module, training in zip(target.model.modules(), self.modes, strict=True):
+            write_into(reference, merged, context.created_biases)
+            return reference
+        if preserved:
+            assert isinstance(merged, fx.GraphModule)
+            paths = (path for path, _ in reference.named_modules())
+            return standalone(merged, dict(zip(paths, self.modes, strict=True)))
+        for module, training in zip(merged.modules(), self.modes, strict=True):
             module.training = training
-        return target.model, context
+        return merged
 
     def report(
         self,
@@ -196,6 +233,8 @@ class Merging:
         passes: tuple[Pass, ...],
         certificates: tuple[Certificate, ...],
         context: Context,
+        preserved: Preserved | None = None,
+        trials: tuple[Trial, ...] = (),
     ) -> Report:
         """Freeze what happened."""
         matches = tuple(
@@ -224,6 +263,8 @@ class Merging:
             seed=self.seed,
             versions=tuple((name, _version(name)) for name in ("vfsurgery", "torch", "scipy", "networkx")),
             seconds=tuple(self.seconds),
+            preserved=preserved,
+            trials=trials,
         )
 
 

@@ -47,6 +47,63 @@ class GroupMatch:
     moved: int
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A boundary of preserve-first merging, and what the merged network costs with it, as ratios to one source.
+
+    >>> print(Candidate(3, flops=1.187, parameters=1.008))
+    3 layers: flops x1.187, parameters x1.008
+    """
+
+    boundary: int | str
+    flops: float
+    parameters: float
+
+    def __str__(self) -> str:
+        place = f"{self.boundary} layers" if isinstance(self.boundary, int) else self.boundary
+        return f"{place}: flops x{self.flops:.3f}, parameters x{self.parameters:.3f}"
+
+
+@dataclass(frozen=True)
+class Preserved:
+    """What was preserved of every source: ``layers`` of the ``depth`` weight layers on the longest path.
+
+    ``form`` is how the prefixes run side by side, ``"grouped"`` or ``"branches"``, or ``"merged"`` if nothing is kept.
+    Costs are ratios to one source. ``candidates`` are what a budget was compared with.
+    """
+
+    boundary: int | str
+    layers: int
+    depth: int
+    form: str
+    flops: float
+    parameters: float
+    candidates: tuple[Candidate, ...] = ()
+
+    def __str__(self) -> str:
+        named = f" ({self.boundary})" if isinstance(self.boundary, str) else ""
+        costs = f"flops x{self.flops:.3f}, parameters x{self.parameters:.3f}"
+        return f"preserved {self.layers} of {self.depth} layers{named}, {self.form}: {costs}"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One way to merge that ``"auto"`` tried: the share of held-out images on which it agrees with the ensemble.
+
+    >>> print(Trial("activations", ("reset",), agreement=0.8125, seconds=2.5))
+    activations + reset: agrees with the ensemble on 81.25% of the held-out images (2.5 s)
+    """
+
+    matching: str
+    renormalize: tuple[str, ...]
+    agreement: float
+    seconds: float
+
+    def __str__(self) -> str:
+        way = " + ".join([self.matching, *self.renormalize])
+        return f"{way}: agrees with the ensemble on {self.agreement:.2%} of the held-out images ({self.seconds:.1f} s)"
+
+
 @dataclass(frozen=True)
 class Report:
     """All that happened in one merge; frozen, printable, and as JSON readable by machines."""
@@ -65,6 +122,8 @@ class Report:
     seed: int
     versions: tuple[tuple[str, str], ...]
     seconds: tuple[tuple[str, float], ...]
+    preserved: Preserved | None = None
+    trials: tuple[Trial, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers; groups without their activations."""
@@ -83,8 +142,9 @@ class Report:
         plain["pinned"] = [dataclasses.asdict(pin) for pin in self.groups.pinned]
         plain["unknown_ops"] = list(self.groups.unknown_ops)
         plain["coverage"] = self.groups.coverage
-        for name in ("matches", "certificates"):
+        for name in ("matches", "certificates", "trials"):
             plain[name] = [dataclasses.asdict(entry) for entry in getattr(self, name)]
+        plain["preserved"] = None if self.preserved is None else dataclasses.asdict(self.preserved)
         plain["versions"], plain["seconds"] = dict(self.versions), dict(self.seconds)
         return json.loads(json.dumps(plain))
 
@@ -100,6 +160,10 @@ class Report:
             f"  {len(self.groups)} permutation groups over {self.groups.coverage:.1%} of the parameters",
             *(f"  {certificate}" for certificate in self.certificates),
         ]
+        if self.preserved is not None:
+            lines += [f"  {self.preserved}", *(f"    {candidate}" for candidate in self.preserved.candidates)]
+        if self.trials:
+            lines += ["  tried, the best one kept:", *(f"    {trial}" for trial in self.trials)]
         lines += [f"  {note}" for note in self.notes]
         lines += [
             f"  created {bias}: load the state with strict=False, or set bias=True on that layer"

@@ -2,7 +2,8 @@
 
 A convolution or linear layer absorbs ``s * y + t`` as ``W' = s W``, ``b' = s b + t`` (per output unit); a normalization
 layer with an affine part as ``w' = s w``, ``b' = s b + t``. A layer whose weight serves several nodes is no producer,
-nor is one whose output goes into a BatchNorm and nowhere else: that norm undoes any scale and shift.
+nor is one whose output goes into a BatchNorm and nowhere else: that norm undoes any scale and shift. Layers of
+preserved prefixes are none: they keep the scale and shift of their source.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vfsurgery.groups import GroupSet, gather_index
 from vfsurgery.maps import Order, UnitMap, map_units, permutations_of
 from vfsurgery.stats.collect import Site
 from vfsurgery.tracing.ops import Op, OpReader
+from vfsurgery.tracing.values import PRESERVED
 
 LINEAR = (nn.Linear, "linear")
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, "conv1d", "conv2d", "conv3d")
@@ -81,10 +83,10 @@ def find_producers(graph_module: fx.GraphModule, groups: GroupSet) -> list[Produ
     found: list[Producer] = []
     for op in ops:
         weight = _weight(op)
-        if weight is None or uses[weight] > 1 or not (_is_layer(op) or is_norm(op)):
+        if weight is None or uses[weight] > 1 or not (is_layer(op) or is_norm(op)) or PRESERVED in op.node.meta:
             continue
-        bias = op.param("bias", 2 if _is_layer(op) else 3)
-        tensor = op.param("weight", 1 if _is_layer(op) else 2)
+        bias = op.param("bias", 2 if is_layer(op) else 3)
+        tensor = op.param("weight", 1 if is_layer(op) else 2)
         assert tensor is not None
         rows = 1 if op.key in TRANSPOSED else 0
         grouped = any(member.dim == rows for _, member in groups.by_parameter.get(weight, ()))
@@ -109,6 +111,11 @@ def find_producers(graph_module: fx.GraphModule, groups: GroupSet) -> list[Produ
     return found
 
 
+def has_prefixes(graph_module: fx.GraphModule) -> bool:
+    """Whether prefixes of the sources were preserved; if all layers were, nothing is left to correct."""
+    return any(PRESERVED in node.meta for node in graph_module.graph.nodes)
+
+
 def is_batch_norm(module: nn.Module | None) -> bool:
     """Whether a module normalizes over the batch and keeps running statistics."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -124,7 +131,7 @@ def is_norm(op: Op) -> bool:
 
 def weight_depths(graph_module: fx.GraphModule) -> dict[str, int]:
     """For each node the number of weight layers (convolutions, linear layers) on the longest path up to it."""
-    layers = {op.node.name for op in OpReader(graph_module) if _is_layer(op)}
+    layers = {op.node.name for op in OpReader(graph_module) if is_layer(op)}
     depths: dict[str, int] = {}
     for node in graph_module.graph.nodes:
         before = max((depths[source.name] for source in node.all_input_nodes), default=0)
@@ -146,14 +153,15 @@ def in_stages(graph_module: fx.GraphModule, producers: Sequence[Producer]) -> li
     return [stages[depth] for depth in sorted(stages)]
 
 
-def _is_layer(op: Op) -> bool:
+def is_layer(op: Op) -> bool:
+    """Whether an op is a convolution or a linear layer."""
     return op.key in (*LINEAR, *CONV, *TRANSPOSED)
 
 
 def _weight(op: Op) -> str | None:
-    if not (_is_layer(op) or op.module is not None or op.key in FUNCTIONAL_NORM):
+    if not (is_layer(op) or op.module is not None or op.key in FUNCTIONAL_NORM):
         return None
-    tensor = op.param("weight", 1 if _is_layer(op) else 2)
+    tensor = op.param("weight", 1 if is_layer(op) else 2)
     return tensor.name if tensor is not None and tensor.kind == "parameter" else None
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.errors import DataError, OptionError, explain
 from vfsurgery.passes.base import Context, Pass
-from vfsurgery.passes.producers import is_batch_norm
+from vfsurgery.passes.producers import has_prefixes, is_batch_norm
 from vfsurgery.stats.collect import Observer
 from vfsurgery.stats.moments import Moments
+from vfsurgery.tracing.values import PRESERVED
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -38,6 +39,9 @@ class Reset(Pass):
             DataError: a batch is too small to have statistics.
         """
         norms = batch_norm_nodes(graph_module)
+        if not norms and has_prefixes(graph_module):
+            context.notes.append("reset: every BatchNorm layer is preserved")
+            return graph_module
         if not norms:
             raise OptionError(
                 explain(
@@ -97,11 +101,15 @@ def set_running(norm: BatchNorm, moments: Moments) -> None:
 
 
 def batch_norm_nodes(graph_module: fx.GraphModule) -> dict[str, BatchNorm]:
-    """The BatchNorm layers that keep running statistics, by the name of their node, in graph order."""
+    """The BatchNorm layers that keep running statistics, by the name of their node, in graph order.
+
+    Those of preserved prefixes keep the statistics of their source and are left out.
+    """
     modules = dict(graph_module.named_modules())
     found: dict[str, BatchNorm] = {}
     for node in graph_module.graph.nodes:
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        merged = node.op == "call_module" and PRESERVED not in node.meta
+        module = modules.get(str(node.target)) if merged else None
         if module is not None and is_batch_norm(module) and cast(BatchNorm, module).running_var is not None:
             found[node.name] = cast(BatchNorm, module)
     return found

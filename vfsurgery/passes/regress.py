@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from vfsurgery.batches import progress
 from vfsurgery.errors import DataError, OptionError, explain
+from vfsurgery.groups import GroupSet
 from vfsurgery.maps import map_units
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.fold import fold_affine
@@ -91,6 +92,19 @@ class Regress(Pass):
             f"regress: {len(dense)} layers on {used} images; ridge {min(fit.ridges):.2g} to {max(fit.ridges):.2g}"
         )
         return graph_module
+
+    def flops(self, graph_module: fx.GraphModule, groups: GroupSet) -> float:
+        """About how many floating-point operations the fits take, runs of the networks not counted."""
+        ops = {op.node.name: op for op in OpReader(graph_module)}
+        total = 0.0
+        for producer in find_producers(graph_module, groups):
+            if _is_dense(ops[producer.node]):
+                columns = _tensor(graph_module, producer.weight)[0].numel()
+                shape = ops[producer.node].output.shape
+                positions = torch.Size(shape).numel() // (shape[0] * producer.units)
+                samples = min(self.images * positions, SAMPLES * columns + self.images)
+                total += 2.0 * samples * (columns + producer.units) ** 2 + len(RIDGES) * columns**3 / 3
+        return total
 
     def _batches(self, graph_module: fx.GraphModule, context: Context) -> list[Tensor]:
         live = live_bytes(graph_module) * (len(context.sources) + 1)

@@ -28,7 +28,7 @@ from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.mixture import Mixture
-from vfsurgery.passes.producers import Producer, find_producers, in_stages
+from vfsurgery.passes.producers import Producer, find_producers, has_prefixes, in_stages
 from vfsurgery.stats.collect import Site
 from vfsurgery.stats.moments import Moments, weighted_goal
 from vfsurgery.stats.prefix import Prefix
@@ -111,6 +111,9 @@ class Renormalize(Pass):
             OptionError: there is nothing to correct, or ``reference`` is not the number of a source.
         """
         targets = self.targets(graph_module, context.groups)
+        if not targets and has_prefixes(graph_module):
+            context.notes.append(f"{self.name}: every layer is preserved")
+            return graph_module
         if not targets:
             raise OptionError(
                 explain(f"{self.name} found no layer to correct", remedy="use renormalize='reset' or renormalize=None")

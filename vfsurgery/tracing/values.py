@@ -12,6 +12,8 @@ VALUE = "vfsurgery"
 """Key under which a node's abstract value lies in ``node.meta``."""
 RETURNS_INPUT = "vfsurgery_returns_input"
 """Key in ``node.meta``: the module returned its only argument itself, as stochastic depth does in eval mode."""
+PRESERVED = "preserved"
+"""Key in ``node.meta``: the node computes for one source what that source computes, with weights of its own."""
 
 KEPT_WHOLE: set[Any] = set()
 """Functions that have a coupling rule: where ``torch.fx.wrap`` marks one, it stays a single node of the trace."""
@@ -40,3 +42,14 @@ def abstract(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: abstract(item) for key, item in value.items()}
     return value
+
+
+def holds_tensor(value: Any) -> bool:
+    """Whether an abstract value is a tensor's, or has one inside.
+
+    >>> holds_tensor(abstract([torch.zeros(2), 7])), holds_tensor((2, 3))
+    (True, False)
+    """
+    if isinstance(value, dict):
+        return any(map(holds_tensor, value.values()))
+    return isinstance(value, TensorValue) or (isinstance(value, tuple | list) and any(map(holds_tensor, value)))
