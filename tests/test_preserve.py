@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_nets import CLASSES, NETS, Chain, groups_of, images, lively, permuted, planted, same_state, state_of
+from tiny_nets import CLASSES, NETS, Chain, groups_of, images, lively, net, permuted, planted, same_state, state_of
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
@@ -20,7 +20,7 @@ from vfsurgery.passes import Preserve
 from vfsurgery.passes.cut import Boundaries, find_cut
 from vfsurgery.passes.preserve import chosen_form
 from vfsurgery.stats.collect import Observer, Watch
-from vfsurgery.verification import TOLERANCE
+from vfsurgery.verification import TOLERANCE, relative_error
 
 SAME = TOLERANCE[torch.float64]
 X = images(8, 9, dtype=torch.float64)
@@ -109,7 +109,7 @@ class Sweep:
     def __call__(self, boundary: int | str, form: str = "auto", shares: tuple[float, ...] = ()) -> fx.GraphModule:
         with self.work.running():
             kept = Preserve(boundary=boundary, form=form)
-            return self.work.combine(shares or self.shares, self.matchings, (), False, kept)[0]
+            return self.work.combine(shares or self.shares, self.matchings, (), kept)[0]
 
 
 def merge(models: list[nn.Module], boundary: int | str, form: str = "auto", **options: Any) -> nn.Module:
@@ -409,3 +409,35 @@ def test_orders_given_for_a_merge_serve_every_boundary() -> None:
     assert distance(merge(models, 3, matching=Given(orders)), merge(models, 3)) <= SAME
     turned = {name: Permutation(order.order[::-1]) for name, order in orders.items()}
     assert distance(merge(models, 3, matching=Given(turned)), merge(models, 3)) > 100 * SAME
+
+
+@pytest.mark.parametrize("matcher", ["zipit", "cca"])
+@pytest.mark.parametrize("name", ["chain", "residual", "dense"])
+def test_maps_of_units_end_at_the_border_and_all_layers_are_still_the_mean_of_the_logits(name, matcher):
+    models = [net(name, seed) for seed in (1, 2)]
+    data, options = [images(96)], {"renormalize": None, "progress": False}
+    find = {"zipit": surgery.ZipMatching(), "cca": surgery.CCAMatching()}[matcher]
+    found = surgery.Given(surgery.match(models, data=data, matching=find, progress=False))
+    depth = surgery.report_of(surgery.merge(models, preserve=1, matching=found, data=data, **options)).preserved.depth
+    x = images(8, seed=3)
+    with torch.no_grad():
+        logits = torch.stack([model(x) for model in models]).mean(0)
+        errors = [
+            float((surgery.merge(models, preserve=k, matching=found, data=data, **options)(x) - logits).abs().max())
+            for k in (1, depth)
+        ]
+        plain = surgery.merge(models, matching=found, data=data, **options)(x)
+        once = surgery.merge(models, preserve=1, matching=found, data=data, **options)(x)
+    assert errors[1] < 1e-4 < errors[0]
+    assert torch.allclose(plain, once, atol=1e-4)
+
+
+def test_a_source_zipped_with_a_copy_of_itself_comes_out_at_every_boundary():
+    a = net("residual", 1)
+    b = planted(a, groups_of(a))
+    options = {"data": [images(400)], "matching": "zipit", "renormalize": None, "progress": False}
+    x = images(8, seed=3)
+    with torch.no_grad():
+        for boundary in range(1, 7):
+            merged = surgery.merge(a, b, preserve=boundary, **options)
+            assert relative_error((merged(x),), (a(x),)) < 1e-2, boundary
