@@ -23,6 +23,7 @@ from vfsurgery.passes.base import Context
 from vfsurgery.passes.producers import Producer
 from vfsurgery.passes.renormalize import Goal, Renormalize, above_rounding, to_both
 from vfsurgery.stats.collect import image_dtype
+from vfsurgery.stats.correlation import Centred
 from vfsurgery.stats.moments import Moments
 from vfsurgery.stats.prefix import Prefix
 
@@ -34,7 +35,7 @@ class ClosedFormRepair(Renormalize):
     Exact for layers that read the input, or what all sources agree on; deeper down it does not see what earlier layers
     lose beyond what their own correction gives back. The merged model is never run: one pass over the data runs all
     sources, their units in the merged model's order. Matching comes first, so after matching on activations it is a
-    second pass over the sources. Of one batch it holds the targets' activations once, for one source.
+    second pass over the sources. Of one batch it holds all targets' activations, once for however many sources.
     """
 
     name: ClassVar[str] = "closed-form-repair"
@@ -63,12 +64,9 @@ class Mixture:
         self.sources: list[dict[str, Moments]] = [{} for _ in context.sources]
         self.mean: dict[str, Moments] = {}
         self.types: dict[str, torch.dtype] = {}
-        self._sums: dict[str, Tensor] = {}
+        self._parts: dict[str, _Part] = {}
         self._runs = [
-            Prefix(
-                source.graph_module,
-                {target.node: self._watcher(target, number, context) for target in targets},
-            )
+            Prefix(source.graph_module, {target.node: self._watcher(target, number, context) for target in targets})
             for number, source in enumerate(context.sources)
         ]
 
@@ -78,24 +76,36 @@ class Mixture:
             run.run(images.to(image_dtype(run.module)))
 
     def _watcher(self, target: Producer, number: int, context: Context) -> Callable[[Tensor], None]:
-        weight, order = context.weights[number], target.order(context.groups, context.permutations[number])
-        order = None if order is None else order.to(context.sources[number].device)
+        node, weight = target.node, context.weights[number]
+        order = target.order(context.groups, context.permutations[number])
+        places = None if order is None else order.to(context.sources[number].device).unsqueeze(1)
 
         def see(value: Tensor) -> None:
-            units = value if order is None else value.index_select(target.dim, order)
-            _add(self.sources[number], target, units)
-            self.types[target.node] = value.dtype
-            wide = torch.promote_types(value.dtype, torch.float32)
-            if number == 0:
-                self._sums[target.node] = units.to(wide) * weight
-            else:
-                self._sums[target.node].add_(units, alpha=weight)
+            units = Centred.of(value, places, target.dim)
+            self.types[node] = value.dtype
+            _add(self.sources[number], node, units.moments)
+            samples, mean = units.samples.mul_(weight), weight * units.moments.mean
+            if number:
+                before = self._parts[node]
+                samples, mean = before.samples.add_(samples), before.mean + mean
+            self._parts[node] = _Part(samples, mean)
             if number == len(context.sources) - 1:
-                _add(self.mean, target, self._sums.pop(target.node))
+                _add(self.mean, node, self._parts.pop(node).moments())
 
         return see
 
 
-def _add(totals: dict[str, Moments], target: Producer, units: Tensor) -> None:
-    batch = Moments.of(units, dim=target.dim)
-    totals[target.node] = totals[target.node].merge(batch) if target.node in totals else batch
+@dataclass(frozen=True)
+class _Part:
+    """The weighted sum over the sources seen so far: ``samples`` about their means ``(units, samples)``, and means."""
+
+    samples: Tensor
+    mean: Tensor
+
+    def moments(self) -> Moments:
+        squares = torch.linalg.vector_norm(self.samples, dim=1).double() ** 2
+        return Moments(self.samples.shape[1], self.mean, squares)
+
+
+def _add(totals: dict[str, Moments], node: str, batch: Moments) -> None:
+    totals[node] = totals[node].merge(batch) if node in totals else batch
