@@ -36,6 +36,14 @@ class ClosedFormRepair(Renormalize):
     lose beyond what their own correction gives back. The merged model is never run: one pass over the data runs all
     sources, their units in the merged model's order. Matching comes first, so after matching on activations it is a
     second pass over the sources. Of one batch it holds all targets' activations, once for however many sources.
+
+    >>> import vfsurgery as surgery
+    >>> a, b = (torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)) for _ in range(2))
+    >>> images = torch.randn(200, 4)
+    >>> merged = surgery.merge(a, b, data=[images], matching="identity", renormalize=ClosedFormRepair())
+    >>> found, *goals = (model[0](images).std(0) for model in (merged, a, b))
+    >>> torch.allclose(found, (goals[0] + goals[1]) / 2)
+    True
     """
 
     name: ClassVar[str] = "closed-form-repair"
