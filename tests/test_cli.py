@@ -21,6 +21,7 @@ from vfsurgery.checkpoints import load_into, load_state_dict, save_state_dict
 from vfsurgery.data import digits, image_folder, loader, preprocessing
 from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import OptionError
+from vfsurgery.passes import NORMALIZATIONS
 from vfsurgery.training import from_seed
 
 DEMO = ["--model", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8"]
@@ -117,6 +118,18 @@ def test_merge_options_reach_the_merge(pair, tmp_path):
     assert report["weights"] == [0.75, 0.25]
     assert (report["matching"], report["renormalize"], report["seed"]) == ("weights", ["rescale", "repair"], 3)
     assert any("100 images" in note for note in report["notes"])
+
+
+def test_merge_runs_and_lists_every_normalization(pair, tmp_path):
+    steps = [name for name in NORMALIZATIONS if name != "reset"]  # the demo has no BatchNorm
+    options = ["--data", "digits", "--limit", 100, "--renormalize", ",".join(steps)]
+    result = call("merge", *pair, *DEMO, *options, "-o", tmp_path / "merged.safetensors")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "merged.report.json").read_text())
+    assert report["renormalize"] == steps
+    assert any("80 images" in note for note in report["notes"])  # a fifth is held out for bias removal
+    listed = " ".join(call("merge", "--help").output.split())
+    assert all(name in listed for name in NORMALIZATIONS)
 
 
 def test_merge_with_digits(pair, tmp_path):

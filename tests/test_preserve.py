@@ -109,7 +109,10 @@ class Sweep:
     def __call__(self, boundary: int | str, form: str = "auto", shares: tuple[float, ...] = ()) -> fx.GraphModule:
         with self.work.running():
             kept = Preserve(boundary=boundary, form=form)
-            return self.work.combine(shares or self.shares, self.matchings, (), kept)[0]
+            merged, context = self.work.combine(shares or self.shares, self.matchings, (), kept)
+            finished = self.work.finish(merged, context, inplace=False, preserved=True)
+            assert isinstance(finished, fx.GraphModule)
+            return finished
 
 
 def merge(models: list[nn.Module], boundary: int | str, form: str = "auto", **options: Any) -> nn.Module:

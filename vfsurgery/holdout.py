@@ -69,7 +69,10 @@ def split(data: Batches | None, every: int = EVERY) -> tuple[Batches, Batches]:
     """
     if data is None:
         raise DataError(
-            explain("a step chooses on held-out images", remedy="pass data=, or make the choice: its options name it")
+            explain(
+                "a step chooses on held-out images, and there is no data",
+                remedy="pass data=, or choose yourself, as in RemoveBiases(layers=...)",
+            )
         )
     rest, held_out = (Batches(Part(data, every, part)) for part in (False, True))
     return rest, held_out

@@ -7,6 +7,7 @@ units. Both take a pass over the sources once the matching is known.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from vfsurgery.passes.base import Context
 from vfsurgery.passes.producers import Producer
 from vfsurgery.stats.collect import image_dtype
+from vfsurgery.stats.correlation import Centred
 from vfsurgery.stats.moments import Moments
 from vfsurgery.stats.prefix import Prefix
 
@@ -25,12 +27,9 @@ class Mixture:
         self.sources: list[dict[str, Moments]] = [{} for _ in context.sources]
         self.mean: dict[str, Moments] = {}
         self.types: dict[str, torch.dtype] = {}
-        self._sums: dict[str, Tensor] = {}
+        self._parts: dict[str, _Part] = {}
         self._runs = [
-            Prefix(
-                source.graph_module,
-                {target.node: self._watcher(target, number, context) for target in targets},
-            )
+            Prefix(source.graph_module, {target.node: self._watcher(target, number, context) for target in targets})
             for number, source in enumerate(context.sources)
         ]
 
@@ -40,23 +39,38 @@ class Mixture:
             run.run(images.to(image_dtype(run.module)))
 
     def _watcher(self, target: Producer, number: int, context: Context) -> Callable[[Tensor], None]:
-        weight, orders = context.weights[number], context.permutations[number]
+        node, weight = target.node, context.weights[number]
+        orders = context.permutations[number]
+        order, mapped = target.order(context.groups, orders), target.is_mapped(context.groups, orders)
+        places = None if order is None or mapped else order.to(context.sources[number].device).unsqueeze(1)
 
         def see(value: Tensor) -> None:
-            units = target.aligned(value, context.groups, orders)
-            _add(self.sources[number], target, units)
-            self.types[target.node] = value.dtype
-            wide = torch.promote_types(value.dtype, torch.float32)
-            if number == 0:
-                self._sums[target.node] = units.to(wide) * weight
-            else:
-                self._sums[target.node].add_(units, alpha=weight)
+            value = target.aligned(value, context.groups, orders) if mapped else value
+            units = Centred.of(value, places, target.dim)
+            self.types[node] = value.dtype
+            _add(self.sources[number], node, units.moments)
+            samples, mean = units.samples.mul_(weight), weight * units.moments.mean
+            if number:
+                before = self._parts[node]
+                samples, mean = before.samples.add_(samples), before.mean + mean
+            self._parts[node] = _Part(samples, mean)
             if number == len(context.sources) - 1:
-                _add(self.mean, target, self._sums.pop(target.node))
+                _add(self.mean, node, self._parts.pop(node).moments())
 
         return see
 
 
-def _add(totals: dict[str, Moments], target: Producer, units: Tensor) -> None:
-    batch = Moments.of(units, dim=target.dim)
-    totals[target.node] = totals[target.node].merge(batch) if target.node in totals else batch
+@dataclass(frozen=True)
+class _Part:
+    """The weighted sum over the sources seen so far: ``samples`` about their means ``(units, samples)``, and means."""
+
+    samples: Tensor
+    mean: Tensor
+
+    def moments(self) -> Moments:
+        squares = torch.linalg.vector_norm(self.samples, dim=1).double() ** 2
+        return Moments(self.samples.shape[1], self.mean, squares)
+
+
+def _add(totals: dict[str, Moments], node: str, batch: Moments) -> None:
+    totals[node] = totals[node].merge(batch) if node in totals else batch

@@ -244,10 +244,10 @@ def _ratio(goal: Tensor, std: Tensor) -> Tensor:
 def above_rounding(moments: Moments, goal: Tensor, dtype: torch.dtype) -> Moments:
     """Moments in which units that vary by no more than ``dtype`` rounds do not vary at all.
 
-    What is left of weights that cancel is as small as the rounding of the goal's numbers, and beside a large mean
-    everything that small is noise.
+    Numbers of size ``m`` are rounded by up to ``eps / 2 * m``: beside a large mean a smaller deviation is noise, and
+    weights that cancel leave no more than that of the sources' deviation.
     """
-    floor = torch.finfo(dtype).eps * torch.maximum(goal, moments.mean.abs())
+    floor = torch.finfo(dtype).eps / 2 * torch.maximum(goal, moments.mean.abs())
     return replace(moments, squares=torch.where(moments.std > floor, moments.squares, 0.0))
 
 
