@@ -140,7 +140,7 @@ def _mean(graph_module: fx.GraphModule, value: fx.Node, aligned: Aligned, prefix
     """Nodes for ``sum_i w_i M_i x_i``; ``M_i`` only where units are mapped by matrices."""
     graph, values = graph_module.graph, list(prefixes.each(value))
     meta = {key: entry for key, entry in value.meta.items() if key != PRESERVED}
-    for dim, matrices in aligned.border_maps(value.name, value.meta[VALUE].shape):
+    for dim, matrices in aligned.border_maps(value.name, values[0].meta[VALUE].shape):
         values = [
             _mapped(graph_module, node, dim, matrix, f"{value.name}_{dim}_{number}")
             for number, (node, matrix) in enumerate(zip(values, matrices, strict=True))
