@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _repeatable() -> Iterator[None]:
     """Seed torch, and use no more threads than the machines of CI have cores."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(threads, 2))  # OMP_NUM_THREADS=1 where other work shares the cores
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)

@@ -44,8 +44,8 @@ from vfsurgery.tracing.ops import Op, OpReader
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
 HELD_OUT = 5
 """Every which batch is held out to choose the ridge."""
-SAMPLES = 10
-"""Samples per column of a layer's matrix that are looked at, where there are as many."""
+SAMPLES, LEAST_SAMPLES = 10, 20_000
+"""Samples per column of a layer's matrix that are looked at, and how many at least, where there are as many."""
 CONSTANT = 1e-4
 GIB = 2**30
 
@@ -102,7 +102,7 @@ class Regress(Pass):
                 columns = _tensor(graph_module, producer.weight)[0].numel()
                 shape = ops[producer.node].output.shape
                 positions = torch.Size(shape).numel() // (shape[0] * producer.units)
-                samples = min(self.images * positions, SAMPLES * columns + self.images)
+                samples = min(self.images * positions, _wanted(columns) + self.images)
                 total += 2.0 * samples * (columns + producer.units) ** 2 + len(RIDGES) * columns**3 / 3
         return total
 
@@ -168,7 +168,7 @@ class _Fit:
         count = sum(len(images) for images in self.merged._batches)
         for number, inputs in enumerate(self.merged.of(cast(fx.Node, node.args[0]))):
             outputs = [values.values[number][target] for values, target in zip(self.sources, targets, strict=True)]
-            places = self._places(outputs[0], producer.dim, SAMPLES * columns // count + 1)
+            places = self._places(outputs[0], producer.dim, _wanted(columns) // count + 1)
             rows = [
                 self._aligned(_units(value, producer.dim, places), producer, source)
                 for source, value in enumerate(outputs)
@@ -254,6 +254,11 @@ class _Solution:
 def _ratio(goal: Tensor, std: Tensor) -> Tensor:
     """``goal / std``, and 1 for units that are constant."""
     return torch.where(std > CONSTANT * goal, goal / std.clamp_min(torch.finfo(std.dtype).tiny), 1.0)
+
+
+def _wanted(columns: int) -> int:
+    """How many samples a matrix of so many columns is fitted on."""
+    return max(SAMPLES * columns, LEAST_SAMPLES)
 
 
 def _is_dense(op: Op) -> bool:
