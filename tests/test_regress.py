@@ -26,17 +26,18 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
-@pytest.mark.parametrize(
-    ("name", "before"), [("chain", None), ("grouped", None), ("residual", "reset"), ("dense", "reset")]
-)
-def test_a_source_merged_with_a_permuted_copy_of_itself_stays_what_it_is(name, before):
-    """With BatchNorm, what it is with statistics of these very images."""
-    a = net(name)
+@pytest.mark.parametrize("name", ["chain", "residual", "dense", "grouped"])
+def test_a_source_merged_with_a_permuted_copy_of_itself_stays_what_it_is(name):
+    """BatchNorm layers do change: they get the statistics of these very images, which RESET alone does not make up."""
+    a, x = net(name), images(16, seed=9)
     pair = a, planted(a, groups_of(a))
-    x = images(16, seed=9)
-    fitted, plain = (outputs(surgery.merge(*pair, renormalize=way, **OPTIONS), x) for way in ("regress", before))
-    assert relative_error((fitted,), (plain,)) < 2e-2
-    assert relative_error((outputs(net(name, 1), x),), (plain,)) > 0.1
+    error = {
+        way: relative_error((outputs(surgery.merge(*pair, renormalize=way, **OPTIONS), x),), (outputs(a, x),))
+        for way in ("regress", "reset" if name in ("residual", "dense") else "reshift")
+    }
+    other = net(name, 1)
+    assert error.pop("regress") < max(2e-2, *error.values())
+    assert relative_error((outputs(other, x),), (outputs(a, x),)) > 0.2
 
 
 @pytest.mark.parametrize(("name", "other"), [("chain", "rescale"), ("residual", "reset"), ("dense", "reset")])
