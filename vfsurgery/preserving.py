@@ -58,13 +58,14 @@ class PreserveCurve:
     def __str__(self) -> str:
         width = max(len(str(point.boundary)) for point in self.points) + 2
         width = max(width, len("preserved  "))
-        lines = [f"{'preserved':<{width}}{'layers':>9}{'flops':>9}{'params':>9}{'agreement':>12}{'accuracy':>11}"]
+        known = self.accuracy is not None
+        lines = [f"{'preserved':<{width}}{'layers':>9}{'flops':>9}{'params':>9}{'agreement':>12}"]
+        lines[0] += f"{'accuracy':>11}" * known
         for point in self.points:
             layers = f"{point.layers}/{self.depth}"
-            accuracy = "" if point.accuracy is None else f"{point.accuracy:.2%}"
             lines.append(
                 f"{point.boundary!s:<{width}}{layers:>9}{point.flops:>9.3f}{point.parameters:>9.3f}"
-                f"{point.agreement:>12.2%}{accuracy:>11}".rstrip()
+                f"{point.agreement:>12.2%}" + (f"{point.accuracy:>11.2%}" if point.accuracy is not None else "")
             )
         if self.accuracy is not None:
             a, b, ensemble = self.accuracy
