@@ -380,6 +380,31 @@ def test_a_boundary_that_is_none_is_refused_before_any_work(case: str) -> None:
         surgery.merge(*models, preserve=boundary, example_inputs=images(2), progress=False)
 
 
+class Mapped(Chain):
+    """What fx cannot record: it goes through torch.export."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.vmap(lambda image: 2 * image)(x))
+
+
+def test_what_only_export_records_is_preserved_too() -> None:
+    models = [lively(Mapped(), seed).double() for seed in (1, 2)]
+    sweep = Sweep(models)
+    assert "recorded through torch.export" in sweep.work.notes[0]
+    assert distance(sweep(5), (models[0](X) + models[1](X)) / 2) <= SAME
+    assert distance(sweep(4), (models[0](X) + models[1](X)) / 2) > 100 * SAME
+    assert distance(Sweep([models[0], copy.deepcopy(models[0])])(3), models[0]) <= SAME
+
+
+def test_what_export_cannot_return_is_refused() -> None:
+    class Named(Mapped):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"out": super().forward(x)}
+
+    with pytest.raises(OptionError, match=r"(?s)preserved prefixes cannot return a dict.*remedy +leave preserve out"):
+        Sweep([lively(Named(), seed).double() for seed in (1, 2)])(3)
+
+
 def test_a_form_that_cannot_be_is_refused() -> None:
     graph_module = surgery.trace(made("vit", 1), X[:2])
     cut = find_cut(graph_module, "blocks.0")

@@ -165,7 +165,8 @@ class Merging:
             merged = Pipeline((*first, *passes, Fold())).run(target.graph_module, context)
         if preserve is not None:
             paths = (path for path, _ in reference.named_modules())
-            return standalone(merged, dict(zip(paths, self.modes, strict=True))), context
+            modes = dict(zip(paths, self.modes, strict=True))
+            return standalone(merged, modes, reference(*self.inputs)), context
         if inplace:
             write_into(reference, target.model, context.created_biases)
             return reference, context
