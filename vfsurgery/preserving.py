@@ -113,8 +113,8 @@ def preserve_curve(
     [0, 2]
     """
     inputs = example_inputs_of(a, first_images(a, data) if example_inputs is None else example_inputs)
-    depth = Boundaries(record_or_export(a, inputs)).depth
-    wanted = [0, *range(2, depth + 1)] if boundaries is None else list(boundaries)
+    cuts = list(Boundaries(record_or_export(a, inputs)).cuts())
+    wanted = [cut.boundary for cut in cuts if cut.boundary != 1] if boundaries is None else list(boundaries)
     if not wanted:
         raise OptionError(explain("boundaries= is empty", remedy="leave it out for all of them"))
     options: dict[str, Any] = {"example_inputs": inputs, "seed": seed, "progress": False}
@@ -128,7 +128,7 @@ def preserve_curve(
         kept = report_of(merged).preserved
         layers, flops, parameters = (0, 1.0, 1.0) if kept is None else (kept.layers, kept.flops, kept.parameters)
         points.append(PreservePoint(boundary, layers, flops, parameters, *expected.compare(merged, data)))
-    return PreserveCurve(tuple(points), depth, expected.accuracy)
+    return PreserveCurve(tuple(points), cuts[0].depth, expected.accuracy)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Preserve-first merging of the two trained CIFAR-10 pairs: accuracy and cost at every boundary, and inference time.
 
 Statistics come from 5,000 random training images, accuracy from the 10,000 test images. Matching is done once for all
-boundaries: on activations, RESCALE for `vgg11_half`, RESET for `tv_resnet18`. Times are of one batch of 64 images,
-the least of many interleaved runs, over that of one source, beside the ratio of their FLOPs. Where the folder with the
+boundaries: on activations, RESCALE for `vgg11_half`, RESET for `tv_resnet18`. Times are CPU seconds
+of one batch of 64 images, the least of many interleaved runs, over those of one source. Beside them stand the ratio of
+FLOPs and that of the time of the source's single ops, each counted as often as it runs. Where the folder with the
 pairs is missing, the script says so and stops.
 
     python docs/benchmarks/preserve.py --output preserve.json
@@ -20,9 +21,10 @@ from typing import get_args
 import torch
 from pairs import ROOT, load_images, load_pair
 from timing import begin, parser
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
+from vfsurgery.passes.cut import Boundaries
 from vfsurgery.passes.preserve import Form
 
 BOUNDARIES: dict[str, dict[int | str, str]] = {
@@ -64,8 +66,10 @@ def measure_times(name: str, options: argparse.Namespace) -> None:
     size = torch.randn(BATCH, 3, options.side, options.side)
     print(
         f"\n### {name}, {options.side} x {options.side} images\n\n"
-        "| preserved | flops | grouped | branches |\n|---|---|---|---|"
+        "| preserved | flops | single ops | grouped | branches |\n|---|---|---|---|---|"
     )
+    graph_module = surgery.trace(a, size).eval()
+    cuts, ops = Boundaries(graph_module), op_seconds(graph_module, size)
     for boundary in list(BOUNDARIES[name])[1:]:
         merged: dict[str, nn.Module] = {"source": a}
         for form in get_args(Form)[1:]:
@@ -82,7 +86,33 @@ def measure_times(name: str, options: argparse.Namespace) -> None:
         ratios = [
             f"{seconds[form] / seconds['source']:.3f}" if form in seconds else "" for form in ("grouped", "branches")
         ]
-        print(f"| {boundary} | {preserved.flops:.3f} | {' | '.join(ratios)} |", flush=True)
+        cut = cuts.cut(boundary)
+        single = sum(spent * (2 if op in cut.copied or op in cut.joined else 1) for op, spent in ops.items())
+        figures = [f"{preserved.flops:.3f}", f"{single / sum(ops.values()):.3f}", *ratios]
+        print(f"| {boundary} | {' | '.join(figures)} |", flush=True)
+
+
+class Timer(fx.Interpreter):
+    """Notes the least time of every op over several runs."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.least: dict[str, float] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        """Run one op."""
+        start = time.process_time()
+        value = super().run_node(n)
+        self.least[n.name] = min(self.least.get(n.name, float("inf")), time.process_time() - start)
+        return value
+
+
+def op_seconds(graph_module: fx.GraphModule, batch: Tensor) -> dict[str, float]:
+    """The least time of every op of a network."""
+    timer = Timer(graph_module)
+    for _ in range(REPEATS):
+        timer.run(batch)
+    return timer.least
 
 
 def least_seconds(models: dict[str, nn.Module], batch: Tensor) -> dict[str, float]:
@@ -90,9 +120,9 @@ def least_seconds(models: dict[str, nn.Module], batch: Tensor) -> dict[str, floa
     least = dict.fromkeys(models, float("inf"))
     for _ in range(REPEATS):
         for name, model in models.items():
-            start = time.perf_counter()
+            start = time.process_time()
             model(batch)
-            least[name] = min(least[name], time.perf_counter() - start)
+            least[name] = min(least[name], time.process_time() - start)
     return least
 
 

@@ -36,6 +36,13 @@ class Preserve(Pass):
     ``boundary`` counts weight layers on the longest path, or names a node or module. ``form`` says how the prefixes run
     side by side: as ``"branches"``, which any network allows; ``"grouped"``, as one prefix with the channels of all
     sources, in grouped convolutions; or ``"auto"``, grouped where that can be.
+
+    >>> import vfsurgery as surgery
+    >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)) for _ in "ab")
+    >>> kept = Preserve(boundary=2, form="branches")
+    >>> merged = surgery.merge(a, b, preserve=kept, example_inputs=torch.randn(2, 4))
+    >>> [path for path, module in merged.named_modules() if isinstance(module, nn.Linear)]
+    ['source_0.0', 'source_1.0', '2', '4']
     """
 
     name: ClassVar[str] = "preserve"
