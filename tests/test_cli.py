@@ -71,6 +71,27 @@ def test_version():
     assert call("--version").output == f"vfsurgery, version {expected}\n"
 
 
+@pytest.mark.parametrize("options", [["--preserve", "2"], ["--preserve", "convs.1"], ["--max-flops", "1.3"]])
+def test_a_network_with_preserved_prefixes_is_written_whole(pair, tmp_path, options):
+    target = tmp_path / "ab.pt2"
+    result = call("merge", *pair, *DEMO, *options, "-o", target, "--quiet")
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "ab.report.json").read_text())["preserved"]
+    assert told["layers"] == 2 and "preserved 2 of" in result.output
+    images = torch.randn(5, 1, 8, 8)
+    expected = merge(from_seed(TinyConvNet, 0), from_seed(TinyConvNet, 1), progress=False, preserve=2,
+                     example_inputs=images[:2]).eval()  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(target).module()(images), expected(images))
+
+
+def test_a_network_with_preserved_prefixes_is_no_file_of_weights(pair, tmp_path):
+    result = call("merge", *pair, *DEMO, "--preserve", "2", "-o", tmp_path / "ab.safetensors")
+    assert result.exit_code == 1
+    assert "a network with preserved prefixes is written as ab.pt2" in result.output
+    assert not (tmp_path / "ab.safetensors").exists()
+
+
 def test_groups_prints_the_table():
     result = call("groups", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8")
     assert result.exit_code == 0, result.output

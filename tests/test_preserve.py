@@ -4,127 +4,21 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
-from tiny_nets import CLASSES, NETS, Chain, groups_of, images, lively, net, permuted, planted, same_state, state_of
+from prefix_nets import EVERY, PLAIN, SAME, SHARES, Sweep, X, distance, made, merge, sources
+from tiny_nets import NETS, Chain, groups_of, images, lively, net, permuted, planted, same_state, state_of
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
 from vfsurgery.errors import OptionError
 from vfsurgery.groups import Permutation, random_permutations
-from vfsurgery.matching import Given, Identity, Matcher, WeightMatching
-from vfsurgery.merging import Merging
-from vfsurgery.passes import Preserve
+from vfsurgery.matching import Given, Identity, WeightMatching
 from vfsurgery.passes.cut import Boundaries, find_cut
 from vfsurgery.passes.preserve import chosen_form
 from vfsurgery.stats.collect import Observer, Watch
-from vfsurgery.verification import TOLERANCE, relative_error
-
-SAME = TOLERANCE[torch.float64]
-X = images(8, 9, dtype=torch.float64)
-PLAIN = {"renormalize": None, "progress": False, "example_inputs": X[:2], "matching": "weights"}
-SHARES = [0.5, 0.3, 0.2]
-
-
-class Attention(nn.Module):
-    """A transformer block before whose sums a LayerNorm stands."""
-
-    def __init__(self, width: int = 8, heads: int = 2) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 12), nn.Linear(12, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
-        x = x + self.proj(mixed)
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
-
-
-class VisionTransformer(nn.Module):
-    """Three blocks over nine patches and a class token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 8, 4, 4)
-        self.token, self.places = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 10, 8))
-        self.blocks = nn.Sequential(*(Attention() for _ in range(3)))
-        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.places
-        return self.head(self.norm(self.blocks(x))[:, 0])
-
-
-class Awkward(nn.Module):
-    """A scale on the input in place, item assignment, a view by sizes, pieces of a chunk, one module called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(3, 1, 1))
-        self.one, self.two = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
-        self.again = nn.Linear(6, 6)
-        self.head = nn.Linear(6, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.clone().mul_(self.gain)
-        x = self.one(x)
-        y = torch.zeros_like(x[:, :3])
-        y[:, :2] = torch.relu(x[:, :2])
-        left, right = x.chunk(2, 1)
-        x = torch.relu(self.two(left.sigmoid() + right * y))
-        x = nn.functional.adaptive_avg_pool2d(x, 3)
-        x = x.view(x.size(0), -1)[:, :6]
-        return self.head(torch.relu(self.again(torch.relu(self.again(x)))))
-
-
-EVERY = {**NETS, "vit": VisionTransformer, "awkward": Awkward}
-
-
-def made(name: str, seed: int) -> nn.Module:
-    return lively(EVERY[name](), seed).double()
-
-
-def sources(name: str, count: int = 3) -> list[nn.Module]:
-    return [made(name, seed) for seed in range(1, count + 1)]
-
-
-class Sweep:
-    """One matching of some sources, merged at many boundaries without any normalization."""
-
-    def __init__(self, models: list[nn.Module], matcher: Matcher | None = None) -> None:
-        self.shares = tuple(SHARES) if len(models) == 3 else (0.5, 0.5)
-        self.work = Merging.prepare(models, None, X[:2], 0, False)
-        self.cuts = Boundaries(self.work.sources[0].graph_module)
-        with self.work.running():
-            self.matchings = self.work.match(matcher or WeightMatching())
-
-    def __call__(self, boundary: int | str, form: str = "auto", shares: tuple[float, ...] = ()) -> fx.GraphModule:
-        with self.work.running():
-            kept = Preserve(boundary=boundary, form=form)
-            merged, context = self.work.combine(shares or self.shares, self.matchings, (), kept)
-            finished = self.work.finish(merged, context, inplace=False, preserved=True)
-            assert isinstance(finished, fx.GraphModule)
-            return finished
-
-
-def merge(models: list[nn.Module], boundary: int | str, form: str = "auto", **options: Any) -> nn.Module:
-    kept = Preserve(boundary=boundary, form=form) if boundary else 0
-    return surgery.merge(models, preserve=kept, **{**PLAIN, **options})
-
-
-@torch.no_grad()
-def distance(found: nn.Module, expected: nn.Module | Tensor) -> float:
-    """Largest difference of the logits over the largest expected one."""
-    logits = expected if isinstance(expected, Tensor) else expected(X)
-    return float((found(X) - logits).abs().max() / logits.abs().max())
+from vfsurgery.verification import relative_error
 
 
 @pytest.mark.parametrize("name", ["chain", "residual"])
@@ -294,68 +188,6 @@ def test_what_is_tied_in_a_source_stays_tied_in_its_prefix() -> None:
     assert distance(merge(models, 7, pins=["2", "3"]), (models[0](X) + models[1](X)) / 2) <= SAME
 
 
-@pytest.mark.parametrize("boundary", [2, 4, "block1"])
-def test_reset_leaves_the_statistics_of_preserved_norms_alone(boundary: int | str) -> None:
-    models = sources("residual", 2)
-    data = images(32, 4, dtype=torch.float64)
-    options = {"matching": "identity", "data": data}
-    raw = merge(models, boundary, "branches", **options)
-    reset = merge(models, boundary, "branches", renormalize="reset", **options)
-    for path, module in reset.named_modules():
-        if isinstance(module, nn.BatchNorm2d):
-            same = torch.equal(module.running_var, raw.get_submodule(path).running_var)
-            assert same == path.startswith("source_")
-    own = reset.get_submodule("source_1.norm")
-    assert torch.equal(own.running_mean, models[1].norm.running_mean)
-
-
-def test_reset_gives_merged_norms_the_statistics_of_the_composite() -> None:
-    data = images(64, 4, dtype=torch.float64)
-    merged = merge(sources("residual", 2), 3, renormalize="reset", data=data)
-    seen: list[Tensor] = []
-    name = next(node.args[0].name for node in merged.graph.nodes if node.target == "block1.bn2")
-    Observer(merged, Watch({name: seen.append})).run(data)
-    norm = merged.get_submodule("block1.bn2")
-    assert torch.allclose(norm.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-6)
-    assert torch.allclose(norm.running_var, seen[0].var((0, 2, 3)), rtol=1e-6)
-
-
-@pytest.mark.parametrize("form", ["grouped", "branches"])
-def test_repair_corrects_the_boundary_layer_and_what_follows_but_no_prefix(form: str) -> None:
-    models, data = sources("chain", 2), images(64, 4, dtype=torch.float64)
-    given = Given(surgery.match(models, matching="weights", example_inputs=X[:2], progress=False))
-    raw, repaired = (merge(models, 3, form, renormalize=step, data=data, matching=given) for step in (None, "repair"))
-    untouched = {name for name, tensor in raw.named_parameters() if torch.equal(tensor, repaired.get_parameter(name))}
-    assert {name.removeprefix("source_0.").removeprefix("source_1.").split(".")[0] for name in untouched} == {
-        *("0", "2"),  # the preserved prefix
-        "10",  # the output layer
-    }
-    found: list[Tensor] = []
-    node = next(node.name for node in repaired.graph.nodes if node.target == "4")
-    Observer(repaired, Watch({node: lambda value: found.append(value.clone())})).run(data)
-    goals: list[Tensor] = []
-    for model in (models[0], permuted(models[1], groups_of(copy.deepcopy(models[1]).float()), given.permutations)):
-        with torch.no_grad():
-            goals.append(nn.Sequential(*list(model)[:5])(data.clone()).std((0, 2, 3), correction=0))
-    assert torch.allclose(found[0].std((0, 2, 3), correction=0), (goals[0] + goals[1]) / 2, rtol=1e-6)
-
-
-@pytest.mark.parametrize(("name", "step"), [("chain", "rescale"), ("residual", "reset")])
-def test_where_all_is_preserved_nothing_is_corrected(name: str, step: str) -> None:
-    models, depth = sources(name, 2), {"chain": 5, "residual": 6}[name]
-    merged = merge(models, depth, renormalize=step, data=images(32, dtype=torch.float64))
-    assert distance(merged, (models[0](X) + models[1](X)) / 2) <= SAME
-    assert any(f"{step}: every" in note for note in surgery.report_of(merged).notes)
-
-
-def test_bias_calibration_counts_preserved_layers() -> None:
-    models = [lively(Chain(), seed).double() for seed in (1, 2)]
-    merged = merge(models, 3, renormalize="bias-calibration", matching="identity")
-    for path, depth in (("4", 3), ("8", 4), ("10", 5)):
-        expected = sum(0.5**depth * model.get_parameter(f"{path}.bias") for model in models)
-        assert torch.allclose(merged.get_parameter(f"{path}.bias"), expected)
-
-
 def test_pinned_units_cross_in_the_order_they_have_and_the_report_says_so() -> None:
     a = made("chain", 1)
     merged = merge([a, planted(a, groups_of(copy.deepcopy(a).float()))], 3, pins="4")
@@ -383,6 +215,31 @@ def test_a_boundary_that_is_none_is_refused_before_any_work(case: str) -> None:
         surgery.merge(*models, preserve=boundary, example_inputs=images(2), progress=False)
 
 
+class Mapped(Chain):
+    """What fx cannot record: it goes through torch.export."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.vmap(lambda image: 2 * image)(x))
+
+
+def test_what_only_export_records_is_preserved_too() -> None:
+    models = [lively(Mapped(), seed).double() for seed in (1, 2)]
+    sweep = Sweep(models)
+    assert "recorded through torch.export" in sweep.work.notes[0]
+    assert distance(sweep(5), (models[0](X) + models[1](X)) / 2) <= SAME
+    assert distance(sweep(4), (models[0](X) + models[1](X)) / 2) > 100 * SAME
+    assert distance(Sweep([models[0], copy.deepcopy(models[0])])(3), models[0]) <= SAME
+
+
+def test_what_export_cannot_return_is_refused() -> None:
+    class Named(Mapped):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"out": super().forward(x)}
+
+    with pytest.raises(OptionError, match=r"(?s)preserved prefixes cannot return a dict.*remedy +leave preserve out"):
+        Sweep([lively(Named(), seed).double() for seed in (1, 2)])(3)
+
+
 def test_a_form_that_cannot_be_is_refused() -> None:
     graph_module = surgery.trace(made("vit", 1), X[:2])
     cut = find_cut(graph_module, "blocks.0")
@@ -402,8 +259,10 @@ def test_a_boundary_that_cuts_numbers_which_cannot_be_averaged_is_refused() -> N
             x = self.first(x)
             return self.last(x.gather(1, x.argsort(1)))
 
+    graph_module = surgery.trace(Sorting(), torch.randn(2, 4))
     with pytest.raises(OptionError, match=r"(?s)the boundary cuts argsort, whose value cannot be averaged.*read_by"):
-        find_cut(surgery.trace(Sorting(), torch.randn(2, 4)), "argsort")
+        find_cut(graph_module, "argsort")
+    assert [cut.boundary for cut in Boundaries(graph_module).cuts()] == [0, 1, 2]
 
 
 def test_orders_given_for_a_merge_serve_every_boundary() -> None:

@@ -254,3 +254,16 @@ def test_failed_merge_writes_nothing(tinynets, tmp_path):
     with pytest.raises(SurgeryError, match="NaN"):
         Recipe.from_yaml(text).run(tmp_path / "results", progress=False)
     assert not (tmp_path / "results").exists()
+
+
+def test_a_merge_may_preserve_layers_but_not_the_last_one(tinynets, tmp_path):
+    kept = TINY.replace(
+        "      - {matching: weights",
+        "      - {matching: weights, renormalize: null, preserve: 7}\n      - {matching: weights",
+    )
+    run = Recipe.from_yaml(kept).run(tmp_path / "results", progress=False)
+    scores = run.comparisons[0].scores
+    assert scores["weights + preserve 7"].loss == pytest.approx(scores["ensemble"].loss, rel=1e-5)
+    assert scores["naive"].loss != pytest.approx(scores["ensemble"].loss, rel=1e-5)
+    with pytest.raises(RecipeError, match=r"the last merge has preserve, but its weights are written: put one"):
+        Recipe.from_yaml(TINY.replace("renormalize: repair", "renormalize: repair, preserve: 2"))

@@ -18,11 +18,22 @@ from torch.utils.data import DataLoader
 from vfsurgery import zoo
 from vfsurgery.api import find_groups, merge, report_of
 from vfsurgery.architectures import FORMS, build_model
-from vfsurgery.checkpoints import check_writable, load_into, load_state_dict, save_state_dict, write_text
+from vfsurgery.checkpoints import (
+    PROGRAM,
+    WEIGHTS,
+    check_writable,
+    load_into,
+    load_state_dict,
+    save_program,
+    save_state_dict,
+    write_text,
+)
 from vfsurgery.data import digits, image_folder, loader, preprocessing
 from vfsurgery.diagnosis import diagnose
 from vfsurgery.errors import CheckpointError, ExampleInputError, OptionError, SurgeryError, explain
+from vfsurgery.evaluation import first_images
 from vfsurgery.recipe import Recipe
+from vfsurgery.tracing.examples import example_inputs_of
 
 C = TypeVar("C", bound=Callable[..., object])
 
@@ -158,6 +169,9 @@ def _data_options(command: C) -> C:
     help="auto, none, or steps in order with commas between: reset, repair, closed-form-repair, rescale, reshift, "
     "bias-calibration, bias-removal.",
 )
+@click.option("--preserve", metavar="N|NAME", help="Keep the first N layers, or all up to a module, of each source.")
+@click.option("--max-flops", type=float, metavar="X", help="Keep as many as cost X times the FLOPs of one source.")
+@click.option("--max-params", type=float, metavar="X", help="The same for parameters.")
 @click.option("--seed", default=0, show_default=True, help="Decides random orders.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1.")
 @click.option("--quiet", is_flag=True, help="Show no progress bars.")
@@ -170,6 +184,9 @@ def merge_checkpoints(
     alpha: float,
     matching: str,
     renormalize: str,
+    preserve: str | None,
+    max_flops: float | None,
+    max_params: float | None,
     seed: int,
     device: str,
     quiet: bool,
@@ -179,7 +196,9 @@ def merge_checkpoints(
     """Merge the checkpoints A and B into one network of the same architecture and size.
 
     Units of B are first reordered to match those of A. The weights go to the file named by -o, the report beside it
-    into NAME.report.json.
+    into NAME.report.json. With --preserve, --max-flops or --max-params the result
+    is a larger network; it goes as a whole, a program of torch.export, into a
+    file ending in .pt2.
 
     \b
     Examples:
@@ -188,25 +207,36 @@ def merge_checkpoints(
           --data imagefolder:photos/train --limit 5000 -o ab.safetensors
       vfsurgery merge a.pt b.pt --model mynets:small --input-size 3x32x32 \\
           -o ab.safetensors
+      vfsurgery merge a.pt b.pt --model timm:resnet18 --preserve layer2 -o ab.pt2
     """
     _import_from_here()
     report_path = output.with_suffix(".report.json")
-    _check_output(output, report_path, (a, b))
+    whole = not (preserve in (None, "0") and max_flops is None and max_params is None)
+    _check_output(output, report_path, (a, b), PROGRAM if whole else WEIGHTS)
     target = _device(device)
     source_a, source_b = (_source(path, model, num_classes, target) for path in (a, b))
+    calibration = _calibration(model, source_a, seed=seed, **data_options)
+    example = _example(data_options["input_size"], target)
     merged = merge(
         source_a,
         source_b,
-        data=_calibration(model, source_a, seed=seed, **data_options),
+        data=calibration,
         alpha=alpha,
         matching=matching,
         renormalize=_steps(renormalize),
-        example_inputs=_example(data_options["input_size"], target),
+        preserve=_boundary(preserve),
+        max_flops=max_flops,
+        max_params=max_params,
+        example_inputs=example,
         seed=seed,
         progress=not quiet,
     )
     report = report_of(merged)
-    save_state_dict(merged.state_dict(), output, {"model": model, "sources": f"{a.name}, {b.name}"})
+    if whole:
+        images = first_images(source_a, calibration) if example is None and calibration is not None else example
+        save_program(merged, example_inputs_of(source_a, images), output)
+    else:
+        save_state_dict(merged.state_dict(), output, {"model": model, "sources": f"{a.name}, {b.name}"})
     write_text(report_path, report.to_json() + "\n")
     click.echo(f"{report}\n\nwritten to {output} and {report_path}")
 
@@ -311,8 +341,8 @@ def _import_from_here() -> None:
         sys.path.append(os.getcwd())
 
 
-def _check_output(output: Path, report: Path, inputs: tuple[Path, ...]) -> None:
-    check_writable(output)
+def _check_output(output: Path, report: Path, inputs: tuple[Path, ...], suffix: str) -> None:
+    check_writable(output, suffix)
     for path in inputs:
         if path.resolve() in (output.resolve(), report.resolve()):
             raise CheckpointError(
@@ -340,6 +370,14 @@ def _example(shape: tuple[int, int, int] | None, device: torch.device | None = N
     if shape is None:
         return None
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _boundary(preserve: str | None) -> int | str:
+    """A number of layers, or a name."""
+    try:
+        return int(preserve or 0)
+    except ValueError:
+        return str(preserve)
 
 
 def _steps(renormalize: str) -> str | tuple[str, ...] | None:

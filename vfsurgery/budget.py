@@ -87,7 +87,7 @@ def plan_prefix(
 
 def candidates(boundaries: Boundaries, ledger: Ledger, sources: int) -> tuple[Candidate, ...]:
     """The cost of preserving 0, 1, ... layers of every source, relative to one source."""
-    cuts = [boundaries.cut(layers) for layers in range(boundaries.depth + 1)]
+    cuts = list(boundaries.cuts())
     base = ledger.cost(cuts[0], sources)
     ratios = [ledger.cost(cut, sources) / base for cut in cuts]
     return tuple(Candidate(cut.boundary, cost.flops, cost.parameters) for cut, cost in zip(cuts, ratios, strict=True))

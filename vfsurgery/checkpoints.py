@@ -17,8 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.errors import CheckpointError, did_you_mean, explain
+from vfsurgery.sources import eval_mode
 
 StateDict = dict[str, Tensor]
+
+WEIGHTS, PROGRAM = ".safetensors", ".pt2"
+"""Endings of what is written: weights, and whole networks as programs of ``torch.export``."""
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts store the state dict, beside epochs and optimizers."""
@@ -74,6 +78,28 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, metadata: Map
         partial.write_bytes(safetensors.torch.save(copies, {"format": "pt", **(metadata or {})}))
 
 
+def save_program(model: nn.Module, inputs: tuple[Tensor, ...], path: str | Path) -> None:
+    """Write a network as a program of ``torch.export`` that takes any batch size in eval mode.
+
+    ``torch.export.load(path).module()`` runs it, without the code that made it. A network with preserved prefixes is of
+    no class whose instances could load its weights.
+
+    Args:
+        model: The network, left as it is.
+        inputs: One tensor per argument of its forward, of two images or more.
+        path: The file, ending in ``.pt2``; missing parent folders are made.
+
+    Raises:
+        CheckpointError: ``path`` has another ending, or cannot be written.
+    """
+    check_writable(path, PROGRAM)
+    any_batch = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+    with eval_mode(model):
+        program = torch.export.export(model, inputs, dynamic_shapes=any_batch)
+    with atomic(path) as partial:
+        torch.export.save(program, partial)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` in UTF-8, so that the file is either complete or not there."""
     with atomic(path) as partial:
@@ -101,16 +127,19 @@ def atomic(path: str | Path) -> Generator[Path]:
         raise CheckpointError(explain(f"cannot write {path}", cause=error)) from error
 
 
-def check_writable(path: str | Path) -> None:
+def check_writable(path: str | Path, suffix: str = WEIGHTS) -> None:
     """Refuse, before any work is done, a path that :func:`save_state_dict` would refuse after it.
 
+    With :data:`PROGRAM` as suffix, one that :func:`save_program` would.
+
     Raises:
-        CheckpointError: ``path`` is a folder or does not end in ``.safetensors``.
+        CheckpointError: ``path`` is a folder or does not end in ``suffix``.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
+    if path.suffix != suffix:
+        kind = "weights are" if suffix == WEIGHTS else "a network with preserved prefixes is"
         raise CheckpointError(
-            explain(f"cannot write {path}", remedy=f"weights are written as {path.stem or 'NAME'}.safetensors")
+            explain(f"cannot write {path}", remedy=f"{kind} written as {path.stem or 'NAME'}{suffix}")
         )
     if path.is_dir():
         raise CheckpointError(explain(f"cannot write {path}", cause="a folder of this name is there"))

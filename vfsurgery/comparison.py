@@ -77,7 +77,8 @@ def compare_merges(
     for label, options in merges.items():
         merged = merge(a, b, data=calibration, alpha=alpha, seed=seed, progress=progress, **options)
         scores[label] = evaluate(merged, test, progress=progress)
-    line = barrier(a, b, test, calibration=calibration, seed=seed, progress=progress, **list(merges.values())[-1])
+    last = {key: value for key, value in list(merges.values())[-1].items() if key != "preserve"}  # it has none
+    line = barrier(a, b, test, calibration=calibration, seed=seed, progress=progress, **last)
     sources = {"source a": a, "source b": b}
     diagnosis = diagnose(merged, list(sources.values()), calibration, progress=progress)
     flipped = flips(sources, merged, test, progress=progress)

@@ -221,7 +221,7 @@ class Merging:
         if preserved:
             assert isinstance(merged, fx.GraphModule)
             paths = (path for path, _ in reference.named_modules())
-            return standalone(merged, dict(zip(paths, self.modes, strict=True)))
+            return standalone(merged, dict(zip(paths, self.modes, strict=True)), reference(*self.inputs))
         for module, training in zip(merged.modules(), self.modes, strict=True):
             module.training = training
         return merged

@@ -58,13 +58,14 @@ class PreserveCurve:
     def __str__(self) -> str:
         width = max(len(str(point.boundary)) for point in self.points) + 2
         width = max(width, len("preserved  "))
-        lines = [f"{'preserved':<{width}}{'layers':>9}{'flops':>9}{'params':>9}{'agreement':>12}{'accuracy':>11}"]
+        known = self.accuracy is not None
+        lines = [f"{'preserved':<{width}}{'layers':>9}{'flops':>9}{'params':>9}{'agreement':>12}"]
+        lines[0] += f"{'accuracy':>11}" * known
         for point in self.points:
             layers = f"{point.layers}/{self.depth}"
-            accuracy = "" if point.accuracy is None else f"{point.accuracy:.2%}"
             lines.append(
                 f"{point.boundary!s:<{width}}{layers:>9}{point.flops:>9.3f}{point.parameters:>9.3f}"
-                f"{point.agreement:>12.2%}{accuracy:>11}".rstrip()
+                f"{point.agreement:>12.2%}" + (f"{point.accuracy:>11.2%}" if point.accuracy is not None else "")
             )
         if self.accuracy is not None:
             a, b, ensemble = self.accuracy
@@ -112,8 +113,8 @@ def preserve_curve(
     [0, 2]
     """
     inputs = example_inputs_of(a, first_images(a, data) if example_inputs is None else example_inputs)
-    depth = Boundaries(record_or_export(a, inputs)).depth
-    wanted = [0, *range(2, depth + 1)] if boundaries is None else list(boundaries)
+    cuts = list(Boundaries(record_or_export(a, inputs)).cuts())
+    wanted = [cut.boundary for cut in cuts if cut.boundary != 1] if boundaries is None else list(boundaries)
     if not wanted:
         raise OptionError(explain("boundaries= is empty", remedy="leave it out for all of them"))
     options: dict[str, Any] = {"example_inputs": inputs, "seed": seed, "progress": False}
@@ -127,7 +128,7 @@ def preserve_curve(
         kept = report_of(merged).preserved
         layers, flops, parameters = (0, 1.0, 1.0) if kept is None else (kept.layers, kept.flops, kept.parameters)
         points.append(PreservePoint(boundary, layers, flops, parameters, *expected.compare(merged, data)))
-    return PreserveCurve(tuple(points), depth, expected.accuracy)
+    return PreserveCurve(tuple(points), cuts[0].depth, expected.accuracy)
 
 
 @dataclass(frozen=True)

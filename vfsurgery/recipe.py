@@ -63,6 +63,7 @@ class Merge(Section):
 
     matching: str = "auto"
     renormalize: Annotated[str | tuple[str, ...] | None, _AsTuple] = "auto"
+    preserve: Annotated[int, Field(ge=0)] | str = 0
     label: str | None = None
 
     @field_validator("matching")
@@ -84,7 +85,8 @@ class Merge(Section):
     def row(self) -> str:
         """The label, or as in ``activations + rescale``."""
         steps = (self.renormalize,) if isinstance(self.renormalize, str) else self.renormalize or ()
-        return self.label or " + ".join([self.matching, *steps])
+        kept = (f"preserve {self.preserve}",) if self.preserve else ()
+        return self.label or " + ".join([self.matching, *steps, *kept])
 
 
 class Pair(Section):
@@ -99,6 +101,8 @@ class Pair(Section):
     @model_validator(mode="after")
     def _rows_differ(self) -> Self:
         _refuse_repeated("merge", [merge.row for merge in self.merges])
+        if self.merges[-1].preserve:
+            raise ValueError("the last merge has preserve, but its weights are written: put one without it last")
         return self
 
     def build(self) -> nn.Module:
@@ -190,7 +194,7 @@ class Recipe(Section):
 
     def _compare(self, pair: Pair, splits: Splits, progress: bool) -> Comparison:
         a, b = pair.train(splits, progress)
-        merges = {merge.row: merge.model_dump(include={"matching", "renormalize"}) for merge in pair.merges}
+        merges = {merge.row: merge.model_dump(include={"matching", "renormalize", "preserve"}) for merge in pair.merges}
         return compare_merges(
             pair.name,
             a,

@@ -11,6 +11,7 @@ A cut is an ancestor-closed set of nodes. It is found from the graph alone, befo
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -97,6 +98,12 @@ class Boundaries:
             averaged=frozenset(_averaged(self.nodes, kept, kept & self.varying & self.fed, joined)),
             sizes=frozenset(n.name for n in kept - self.varying if not holds_tensor(n.meta.get(VALUE))),
         )
+
+    def cuts(self) -> Iterator[Cut]:
+        """The cuts after 0, 1, ... weight layers, but for those where what crosses cannot be averaged."""
+        for layers in range(self.depth + 1):
+            with contextlib.suppress(OptionError):
+                yield self.cut(layers)
 
     def _first_layers(self, count: int) -> set[fx.Node]:
         """The layers of depth ``count``, and all that is computed from the input before them."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,6 +23,7 @@ from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.cut import Cut, JoinedLayer, find_cut
 from vfsurgery.passes.prefixes import Aligned, Branches, Prefixes
 from vfsurgery.passes.stacking import Stacked, unstackable
+from vfsurgery.tracing.exported import is_exported
 from vfsurgery.tracing.values import PRESERVED, VALUE
 
 Form: TypeAlias = Literal["auto", "grouped", "branches"]
@@ -36,6 +37,13 @@ class Preserve(Pass):
     ``boundary`` counts weight layers on the longest path, or names a node or module. ``form`` says how the prefixes run
     side by side: as ``"branches"``, which any network allows; ``"grouped"``, as one prefix with the channels of all
     sources, in grouped convolutions; or ``"auto"``, grouped where that can be.
+
+    >>> import vfsurgery as surgery
+    >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)) for _ in "ab")
+    >>> kept = Preserve(boundary=2, form="branches")
+    >>> merged = surgery.merge(a, b, preserve=kept, example_inputs=torch.randn(2, 4))
+    >>> [path for path, module in merged.named_modules() if isinstance(module, nn.Linear)]
+    ['source_0.0', 'source_1.0', '2', '4']
     """
 
     name: ClassVar[str] = "preserve"
@@ -162,20 +170,35 @@ def _mapped(graph_module: fx.GraphModule, value: fx.Node, dim: int, matrix: Tens
     return graph.call_method("movedim", (product, -1, dim))
 
 
-def standalone(graph_module: fx.GraphModule, modes: Mapping[str, bool]) -> fx.GraphModule:
+def standalone(graph_module: fx.GraphModule, modes: Mapping[str, bool], expected: Any) -> fx.GraphModule:
     """The same network with nothing but what it computes with: no unused modules, no notes of this library.
 
     Args:
         graph_module: A network whose modules come from a model and, below containers of their own, from its sources.
         modes: The training mode of each of that model's modules, by path; ``""`` is the model itself.
+        expected: What that model returns. A graph from ``torch.export`` returns a tuple, whatever the model does.
+
+    Raises:
+        OptionError: the model returns something that such a graph cannot.
     """
     graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, val_map={}))
+    result: Any = graph.graph_copy(graph_module.graph, val_map={})
+    if is_exported(graph_module):
+        if not isinstance(expected, Tensor | tuple):
+            raise OptionError(
+                explain(
+                    f"a network with preserved prefixes cannot return a {type(expected).__name__}",
+                    because="fx cannot record the model, and torch.export keeps the tensors alone",
+                    remedy="leave preserve out",
+                )
+            )
+        result = result[0] if isinstance(expected, Tensor) else result
+    graph.output(result)
     for node in reversed(graph.nodes):
         node.meta = {}
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    result = fx.GraphModule(graph_module, graph, type(graph_module).__name__)
-    for path, module in result.named_modules():
+    network = fx.GraphModule(graph_module, graph, type(graph_module).__name__)
+    for path, module in network.named_modules():
         module.training = modes.get(path, modes.get(path.partition(".")[2], modes[""]))
-    return result
+    return network

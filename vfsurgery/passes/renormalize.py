@@ -111,7 +111,7 @@ class Renormalize(Pass):
             OptionError: there is nothing to correct, or ``reference`` is not the number of a source.
         """
         targets = self.targets(graph_module, context.groups)
-        if not targets and has_prefixes(graph_module):
+        if has_prefixes(graph_module) and all(target.is_output for target in targets):  # the ensemble
             context.notes.append(f"{self.name}: every layer is preserved")
             return graph_module
         if not targets:

@@ -1,0 +1,163 @@
+"""Preserve-first merging of the two trained CIFAR-10 pairs: accuracy and cost at every boundary, and inference time.
+
+Statistics come from 5,000 random training images, accuracy from the 10,000 test images. Matching is done once for all
+boundaries: on activations, RESCALE for `vgg11_half`, RESET for `tv_resnet18`. Times are CPU seconds
+of one batch of 64 images, the least of many interleaved runs, over those of one source. Beside them stand the ratio of
+FLOPs and that of the time of the source's single ops, each counted as often as it runs. Where the folder with the
+pairs is missing, the script says so and stops.
+
+    python docs/benchmarks/preserve.py --output preserve.json
+    python docs/benchmarks/preserve.py --times
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+from pairs import ROOT, load_images, load_pair
+from timing import begin, parser
+from torch import Tensor, fx, nn
+
+import vfsurgery as surgery
+from vfsurgery.passes.cut import Boundaries
+from vfsurgery.passes.preserve import Form
+
+BOUNDARIES: dict[str, dict[int | str, str]] = {
+    "vgg11_half": dict(
+        zip(
+            (0, 2, 3, 4, 5, 6, 7, 8, 9),
+            ("71.4", "72.2", "72.8", "74.9", "76.7", "78.9", "80.4", "81.3", ""),
+            strict=True,
+        )
+    ),
+    "tv_resnet18": {0: "", "layer1": "71.5", "layer2": "76.7", "layer3": "80.3", "layer4": "81.2", "fc": ""},
+}
+"""Boundaries to measure, with the accuracy (%) that public codes reach there on these checkpoints."""
+
+BATCH, REPEATS = 64, 25
+
+
+def measure_accuracy(name: str, options: argparse.Namespace) -> surgery.PreserveCurve:
+    """Merge at every boundary and print the table's rows."""
+    a, b = load_pair(options.shared, name)
+    images = load_images(options.shared, options.cache, calibration=options.calibration, test=options.test)
+    curve = surgery.preserve_curve(a, b, images.test, calibration=images.calibration, boundaries=list(BOUNDARIES[name]))
+    print(f"\n### {name}\n\n| preserved | layers | flops | params | accuracy (%) | public | agreement (%) |")
+    print("|---|---|---|---|---|---|---|")
+    for point, public in zip(curve.points, BOUNDARIES[name].values(), strict=True):
+        accuracy, agreement = 100 * (point.accuracy or 0.0), 100 * point.agreement
+        print(
+            f"| {point.boundary} | {point.layers} of {curve.depth} | {point.flops:.3f} | {point.parameters:.3f} "
+            f"| {accuracy:.2f} | {public} | {agreement:.2f} |",
+            flush=True,
+        )
+    return curve
+
+
+@torch.no_grad()
+def measure_times(name: str, options: argparse.Namespace) -> None:
+    """Print a table of inference time over that of one source, for both forms."""
+    a, b = load_pair(options.shared, name)
+    size = torch.randn(BATCH, 3, options.side, options.side)
+    print(
+        f"\n### {name}, {options.side} x {options.side} images\n\n"
+        "| preserved | flops | single ops | grouped | branches |\n|---|---|---|---|---|"
+    )
+    graph_module = surgery.trace(a, size).eval()
+    cuts, ops = Boundaries(graph_module), op_seconds(graph_module, size)
+    for boundary in list(BOUNDARIES[name])[1:]:
+        merged: dict[str, nn.Module] = {"source": a}
+        for form in get_args(Form)[1:]:
+            kept = surgery.Preserve(boundary=boundary, form=form)
+            try:
+                merged[form] = surgery.merge(
+                    a, b, preserve=kept, matching="identity", renormalize=None, example_inputs=size[:2], progress=False
+                )
+            except surgery.SurgeryError:  # no grouped form
+                continue
+        seconds = least_seconds(merged, size)
+        preserved = surgery.report_of(merged["branches"]).preserved
+        assert preserved is not None
+        ratios = [
+            f"{seconds[form] / seconds['source']:.3f}" if form in seconds else "" for form in ("grouped", "branches")
+        ]
+        cut = cuts.cut(boundary)
+        single = sum(spent * (2 if op in cut.copied or op in cut.joined else 1) for op, spent in ops.items())
+        figures = [f"{preserved.flops:.3f}", f"{single / sum(ops.values()):.3f}", *ratios]
+        print(f"| {boundary} | {' | '.join(figures)} |", flush=True)
+
+
+class Timer(fx.Interpreter):
+    """Notes the least time of every op over several runs."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.least: dict[str, float] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        """Run one op."""
+        start = time.process_time()
+        value = super().run_node(n)
+        self.least[n.name] = min(self.least.get(n.name, float("inf")), time.process_time() - start)
+        return value
+
+
+def op_seconds(graph_module: fx.GraphModule, batch: Tensor) -> dict[str, float]:
+    """The least time of every op of a network."""
+    timer = Timer(graph_module)
+    for _ in range(REPEATS):
+        timer.run(batch)
+    return timer.least
+
+
+def least_seconds(models: dict[str, nn.Module], batch: Tensor) -> dict[str, float]:
+    """The least time of each model; they take turns, so that what else the machine does hits all alike."""
+    least = dict.fromkeys(models, float("inf"))
+    for _ in range(REPEATS):
+        for name, model in models.items():
+            start = time.process_time()
+            model(batch)
+            least[name] = min(least[name], time.process_time() - start)
+    return least
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the options and print one table per pair."""
+    options = _parser().parse_args(arguments)
+    if not options.shared.is_dir():
+        print(f"there is no folder {options.shared}: nothing to measure. Name it with --shared.")
+        return
+    begin(options.threads)
+    for name in options.pair or BOUNDARIES:
+        if options.times:
+            measure_times(name, options)
+            continue
+        curve = measure_accuracy(name, options)
+        if options.output:
+            options.output.with_stem(f"{options.output.stem}_{name}").write_text(curve.to_json() + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = parser(__doc__)
+    made.add_argument(
+        "--shared", type=Path, default=ROOT.parent / "shared", metavar="DIR", help="folder with the pairs"
+    )
+    made.add_argument("--cache", type=Path, default=ROOT / "out" / "cache", metavar="DIR", help="decoded images")
+    made.add_argument(
+        "--pair", action="append", choices=list(BOUNDARIES), help="measure this pair only; may be repeated"
+    )
+    made.add_argument("--calibration", type=int, default=5000, help="images for statistics (default: %(default)s)")
+    made.add_argument("--test", type=int, default=10_000, help="test images (default: %(default)s)")
+    made.add_argument("--times", action="store_true", help="measure inference time instead of accuracy")
+    made.add_argument("--side", type=int, default=32, help="side of the images for times (default: %(default)s)")
+    made.add_argument("--output", type=Path, metavar="FILE", help="also write the figures as JSON, one file per pair")
+    return made
+
+
+if __name__ == "__main__":
+    main()
