@@ -230,7 +230,7 @@ def test_given_orders_are_used_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (({}, {}), r"2 sets of permutations given for 1 sources"),
+        (({}, {}, {}), r"3 sets of permutations given for 1 sources"),
         ({"g0": Permutation((1, 0))}, r"a permutation of 2 units was given for group 'g0'\n  units +8"),
         ({"h0": Permutation((1, 0))}, r"(?s)group 'h0'\n  units +no such group.*remedy  accepted: g0, g1"),
     ],

@@ -206,6 +206,7 @@ def test_rows_are_the_merges_of_the_trained_sources(ran):
 
 
 def test_run_gives_back_threads_and_random_state(tinynets, tmp_path):
+    torch.set_num_threads(2)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     Recipe.from_yaml(TINY).run(tmp_path / "results", progress=False)
     assert torch.get_num_threads() == threads == 2

@@ -161,13 +161,15 @@ def _data_options(command: C) -> C:
 @click.option("--num-classes", type=int, help="Passed on to the architecture.")
 @_data_options
 @click.option("--alpha", default=0.5, show_default=True, help="Weight of B, 0 to 1; A has the rest.")
-@click.option("--matching", default="auto", show_default=True, help="auto, weights, activations or identity.")
+@click.option(
+    "--matching", default="auto", show_default=True, help="auto, weights, activations, zipit, cca or identity."
+)
 @click.option(
     "--renormalize",
     default="auto",
     show_default=True,
-    help="auto, none, or steps in order with commas between: reset, repair, closed-form-repair, rescale, reshift, "
-    "bias-calibration, bias-removal.",
+    help="auto, none, or steps in order with commas between: reset, repair, regress, closed-form-repair, rescale, "
+    "reshift, bias-calibration, bias-removal.",
 )
 @click.option("--preserve", metavar="N|NAME", help="Keep the first N layers, or all up to a module, of each source.")
 @click.option("--max-flops", type=float, metavar="X", help="Keep as many as cost X times the FLOPs of one source.")

@@ -24,7 +24,7 @@ from vfsurgery.passes.cut import Cut, JoinedLayer, find_cut
 from vfsurgery.passes.prefixes import Aligned, Branches, Prefixes
 from vfsurgery.passes.stacking import Stacked, unstackable
 from vfsurgery.tracing.exported import is_exported
-from vfsurgery.tracing.values import PRESERVED, VALUE
+from vfsurgery.tracing.values import PRESERVED, VALUE, TensorValue
 
 Form: TypeAlias = Literal["auto", "grouped", "branches"]
 FORMS = ("auto", "grouped", "branches")
@@ -165,9 +165,15 @@ def _mapped(graph_module: fx.GraphModule, value: fx.Node, dim: int, matrix: Tens
     """Nodes that multiply a value along ``dim`` by a matrix, kept as a buffer."""
     like, graph = next(graph_module.parameters()), graph_module.graph
     graph_module.register_buffer(f"border_{name}", matrix.to(like))
+    order = [*(place for place in range(len(value.meta[VALUE].shape)) if place != dim), dim]
     last = graph.call_method("movedim", (value, dim, -1))
     product = graph.call_function(functional.linear, (last, graph.get_attr(f"border_{name}")))
-    return graph.call_method("movedim", (product, -1, dim))
+    back = graph.call_method("movedim", (product, -1, dim))
+    back.meta = dict(value.meta)
+    for node in (last, product):
+        shape = tuple(value.meta[VALUE].shape[place] for place in order)
+        node.meta = {**value.meta, VALUE: TensorValue(shape, value.meta[VALUE].dtype)}
+    return back
 
 
 def standalone(graph_module: fx.GraphModule, modes: Mapping[str, bool], expected: Any) -> fx.GraphModule:

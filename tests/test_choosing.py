@@ -1,0 +1,172 @@
+"""``"auto"`` with data: what is tried, what is kept, and when nothing is tried."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_nets import LayerNormed, groups_of, images, lively, net, planted, same_state, state_of
+from torch import Tensor, nn
+
+import vfsurgery as surgery
+from vfsurgery.choosing import sensible
+from vfsurgery.matching import Identity
+from vfsurgery.passes import Repair, Rescale, Reset
+
+DATA = [part.contiguous() for part in images(300).split(100)]
+
+
+def tried(merged: nn.Module) -> dict[str, float]:
+    report = surgery.report_of(merged)
+    return {" + ".join([trial.matching, *trial.renormalize]): trial.agreement for trial in report.trials}
+
+
+def merge(*models: nn.Module, **options: Any) -> nn.Module:
+    return surgery.merge(list(models), **{"data": DATA, "progress": False, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("chain", "activations + rescale; activations + repair; activations + regress; cca + repair; zipit + rescale"),
+        ("residual", "activations + reset; activations + regress; cca + reset; zipit + reset"),
+    ],
+)
+def test_the_ways_that_suit_the_architecture_are_tried_and_the_best_is_kept(name, expected):
+    merged = merge(net(name, 1), net(name, 2))
+    found, report = tried(merged), surgery.report_of(merged)
+    assert "; ".join(found) == expected
+    kept = " + ".join([report.matching, *report.renormalize])
+    assert found[kept] == max(found.values())
+    assert f"{kept}: agrees with the ensemble on {found[kept]:.2%}" in str(report)
+    assert report.to_dict()["trials"][0]["matching"] == "activations"
+
+
+def test_what_is_kept_is_what_asking_for_it_gives_on_the_images_that_were_not_held_out():
+    models = net("chain", 1), net("chain", 2)
+    chosen = surgery.report_of(merge(*models))
+    x = torch.cat(DATA)
+    rest = torch.cat([x[i : i + 4] for i in range(0, len(x), 5)])
+    asked = {"matching": chosen.matching, "renormalize": list(chosen.renormalize)}
+    split = [part[[i for i in range(100) if i % 5 != 4]] for part in DATA]
+    assert torch.equal(torch.cat(split), rest)
+    direct, auto = merge(*models, data=split, **asked), merge(*models)
+    for key, tensor in direct.state_dict().items():
+        assert torch.allclose(tensor, auto.state_dict()[key], atol=1e-5), key
+    assert not surgery.report_of(direct).trials
+
+
+def test_agreement_is_with_the_weighted_ensemble_on_held_out_images():
+    models = net("chain", 1), net("chain", 2)
+    merged = merge(*models, weights=(0.8, 0.2))
+    held_out = torch.cat([part[4::5] for part in DATA])
+    with torch.no_grad():
+        ensemble = 0.8 * models[0](held_out) + 0.2 * models[1](held_out)
+        agreed = (merged(held_out).argmax(1) == ensemble.argmax(1)).double().mean()
+    assert max(tried(merged).values()) == pytest.approx(float(agreed))
+
+
+def test_what_is_asked_for_is_not_varied():
+    a, b = net("chain", 1), net("chain", 2)
+    assert list(tried(merge(a, b, matching="identity"))) == [
+        "identity + rescale",
+        "identity + repair",
+        "identity + regress",
+    ]
+    assert list(tried(merge(a, b, renormalize="repair"))) == ["activations + repair", "cca + repair", "zipit + repair"]
+    assert not tried(merge(a, b, matching="activations", renormalize="repair"))
+
+
+def test_few_images_and_no_images_leave_the_choice_to_the_architecture():
+    a, b = net("residual", 1), net("residual", 2)
+    assert not tried(merge(a, b, data=[images(99)]))
+    assert tried(merge(a, b, data=[images(100)]))
+    assert not tried(merge(a, b, data=None, example_inputs=images(2)))
+
+
+def test_a_net_in_which_maps_may_hardly_go_anywhere_is_tried_with_permutations_only():
+    merged = merge(lively(LayerNormed(), 1), lively(LayerNormed(), 2))
+    assert list(tried(merged)) == ["activations + repair", "activations + regress"]
+
+
+class Silent(nn.Sequential):
+    """One number per image: no classes."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(432, 6), nn.ReLU(), nn.Linear(6, 1))
+
+
+def test_without_logits_the_first_way_is_kept_and_the_report_says_why():
+    merged = merge(lively(Silent(), 1), lively(Silent(), 2))
+    report = surgery.report_of(merged)
+    assert report.renormalize == ("rescale",)
+    assert any("without logits" in note for note in report.notes)
+
+
+class Refusing:
+    """A matcher that fails."""
+
+    name, needs_data = "refusing", False
+
+    def match(self, problem: object) -> list[Any]:
+        raise surgery.SurgeryError("no matching today")
+
+
+def test_a_way_that_fails_is_reported_and_if_all_do_the_first_error_is_raised(monkeypatch):
+    a, b = net("residual", 1), net("residual", 2)
+    monkeypatch.setattr(
+        surgery.CCAMatching, "maps", lambda self, joint: (_ for _ in ()).throw(surgery.SurgeryError("singular"))
+    )
+    notes = surgery.report_of(merge(a, b)).notes
+    assert "failed, cca + reset: singular" in notes
+    with pytest.raises(surgery.SurgeryError, match="no matching today"):
+        merge(a, b, matching=Refusing())
+
+
+def test_in_place_the_best_one_is_written_and_nothing_before_it():
+    a, b = net("chain", 1), net("chain", 2)
+    expected = merge(a, b)
+    storage = {name: tensor.data_ptr() for name, tensor in a.state_dict().items()}
+    result = merge(a, b, inplace=True)
+    assert result is a
+    assert {name: tensor.data_ptr() for name, tensor in a.state_dict().items()} == storage
+    assert same_state(state_of(a), state_of(expected))
+
+
+def test_a_prefix_can_be_preserved_while_ways_are_tried():
+    merged = merge(net("residual", 1), net("residual", 2), preserve=2)
+    assert len(tried(merged)) == 4
+    assert surgery.report_of(merged).preserved.layers == 2
+
+
+def test_a_source_and_its_permuted_copy_agree_with_themselves():
+    a = net("chain")
+    found = tried(merge(a, planted(a, groups_of(a))))
+    assert found["activations + rescale"] == 1.0
+    assert min(tried(merge(a, net("chain", 1), matching="identity", renormalize="auto")).values()) < 1.0
+
+
+def test_the_regression_is_left_out_where_it_would_take_too_long(monkeypatch):
+    from vfsurgery import choosing
+
+    model = net("residual")
+    graph = surgery.trace(model, images(2))
+    ways = [str(way) for way in sensible(graph, groups_of(model), Identity(), (Reset(),), fixed=False)]
+    assert ways == ["identity + reset", "identity + regress"]
+    monkeypatch.setitem(choosing.MOST_FLOPS, "cpu", 1.0)
+    ways = [str(way) for way in sensible(graph, groups_of(model), Identity(), (Reset(),), fixed=False)]
+    assert ways == ["identity + reset"]
+
+
+def test_after_cca_goals_come_from_the_first_source_alone():
+    model = net("chain")
+    ways = sensible(surgery.trace(model, images(2)), groups_of(model), None, (Rescale(),), fixed=False)
+    (cca,) = [way for way in ways if way.matcher.name == "cca"]
+    assert cca.passes == (Repair(reference=0),)
+
+
+def test_a_batch_of_no_use_is_no_image(tmp_path):
+    empty: list[Tensor] = []
+    with pytest.raises(surgery.SurgeryError):
+        merge(net("chain", 1), net("chain", 2), data=empty)
