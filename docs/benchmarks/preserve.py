@@ -13,6 +13,8 @@ pairs is missing, the script says so and stops.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from timing import begin, parser
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
+from vfsurgery.costs import Ledger
 from vfsurgery.passes.cut import Boundaries
 from vfsurgery.passes.preserve import Form
 
@@ -63,33 +66,27 @@ def measure_accuracy(name: str, options: argparse.Namespace) -> surgery.Preserve
 def measure_times(name: str, options: argparse.Namespace) -> None:
     """Print a table of inference time over that of one source, for both forms."""
     a, b = load_pair(options.shared, name)
-    size = torch.randn(BATCH, 3, options.side, options.side)
-    print(
-        f"\n### {name}, {options.side} x {options.side} images\n\n"
-        "| preserved | flops | single ops | grouped | branches |\n|---|---|---|---|---|"
-    )
-    graph_module = surgery.trace(a, size).eval()
-    cuts, ops = Boundaries(graph_module), op_seconds(graph_module, size)
-    for boundary in list(BOUNDARIES[name])[1:]:
-        merged: dict[str, nn.Module] = {"source": a}
-        for form in get_args(Form)[1:]:
-            kept = surgery.Preserve(boundary=boundary, form=form)
-            try:
-                merged[form] = surgery.merge(
-                    a, b, preserve=kept, matching="identity", renormalize=None, example_inputs=size[:2], progress=False
-                )
-            except surgery.SurgeryError:  # no grouped form
-                continue
-        seconds = least_seconds(merged, size)
-        preserved = surgery.report_of(merged["branches"]).preserved
-        assert preserved is not None
-        ratios = [
-            f"{seconds[form] / seconds['source']:.3f}" if form in seconds else "" for form in ("grouped", "branches")
-        ]
+    batch = torch.randn(BATCH, 3, options.side, options.side)
+    graph_module = surgery.trace(a, batch).eval()
+    cuts, ledger = Boundaries(graph_module), Ledger.of(graph_module, (batch,))
+    boundaries, forms = list(BOUNDARIES[name])[1:], get_args(Form)[1:]
+    merged: dict[str, nn.Module] = {"source": a}
+    for boundary in boundaries:
+        for form in forms:
+            with contextlib.suppress(surgery.SurgeryError):  # no grouped form
+                merged[f"{boundary} {form}"] = surgery.merge(
+                    a, b, preserve=surgery.Preserve(boundary=boundary, form=form), matching="identity",
+                    renormalize=None, example_inputs=batch[:2], progress=False,
+                )  # fmt: skip
+    ops, seconds = op_seconds(graph_module, batch), least_seconds(merged, batch)
+    print(f"\n### {name}, {options.side} x {options.side} images, one source {seconds['source']:.4f} s\n")
+    print("| preserved | flops | single ops | grouped | branches |\n|---|---|---|---|---|")
+    for boundary in boundaries:
         cut = cuts.cut(boundary)
         single = sum(spent * (2 if op in cut.copied or op in cut.joined else 1) for op, spent in ops.items())
-        figures = [f"{preserved.flops:.3f}", f"{single / sum(ops.values()):.3f}", *ratios]
-        print(f"| {boundary} | {' | '.join(figures)} |", flush=True)
+        figures = [(ledger.cost(cut, 2) / ledger.cost(cuts.cut(0), 2)).flops, single / sum(ops.values())]
+        figures += [seconds.get(f"{boundary} {form}", math.nan) / seconds["source"] for form in forms]
+        print(f"| {boundary} | {' | '.join(f'{figure:.3f}' for figure in figures)} |", flush=True)
 
 
 class Timer(fx.Interpreter):

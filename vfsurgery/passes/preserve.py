@@ -35,7 +35,7 @@ class Preserve(Pass):
 
     ``boundary`` counts weight layers on the longest path, or names a node or module. ``form`` says how the prefixes run
     side by side: as ``"branches"``, which any network allows; ``"grouped"``, as one prefix with the channels of all
-    sources, in grouped convolutions; or ``"auto"``, grouped where that can be.
+    sources, in grouped convolutions; or ``"auto"``, which is what docs/benchmarks.md found faster on batches: branches.
 
     >>> import vfsurgery as surgery
     >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)) for _ in "ab")
@@ -63,9 +63,11 @@ class Preserve(Pass):
         form = chosen_form(self.form, graph_module, cut)
         prefixes = Stacked(graph_module, aligned) if form == "grouped" else Branches(graph_module, aligned)
         _insert(graph_module, cut, aligned, prefixes)
-        for node in reversed(nodes):
-            if node.name in cut.copied and not node.users and form == "branches":
-                graph_module.graph.erase_node(node)
+        if isinstance(prefixes, Branches):
+            for node in reversed(nodes):
+                if node.name in cut.copied and not node.users:
+                    graph_module.graph.erase_node(node)
+            prefixes.run_in_turn(cut.sizes)
         return graph_module
 
 
@@ -77,12 +79,12 @@ def chosen_form(form: Form, graph_module: fx.GraphModule, cut: Cut) -> Literal["
     """
     if form not in FORMS:
         raise OptionError(explain(f"form={form!r} is unknown", accepted=", ".join(FORMS)))
-    if form == "branches":
+    if form != "grouped":
         return "branches"
     reason = unstackable(graph_module, cut)
-    if form == "grouped" and reason is not None:
+    if reason is not None:
         raise OptionError(explain("the prefix has no grouped form", because=reason, remedy="form='auto' or 'branches'"))
-    return "grouped" if reason is None else "branches"
+    return "grouped"
 
 
 def _loose(graph_module: fx.GraphModule, cut: Cut, context: Context) -> list[str]:
