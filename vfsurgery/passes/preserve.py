@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.cut import Cut, JoinedLayer, find_cut
-from vfsurgery.passes.prefixes import Aligned, Branches, Prefixes
+from vfsurgery.passes.prefixes import Aligned, Branches, Prefixes, put_tensor
 from vfsurgery.passes.stacking import Stacked, unstackable
 from vfsurgery.tracing.exported import is_exported
 from vfsurgery.tracing.values import PRESERVED
@@ -132,12 +132,13 @@ def _join(
     owner, _, name = target.rpartition(".")
     module = graph_module.get_submodule(owner)
     averaged = getattr(module, name)
+    is_parameter = isinstance(averaged, nn.Parameter)
     wide = torch.promote_types(averaged.dtype, torch.float32)
     parts = [
         share * tensor.to(wide) for share, tensor in zip(aligned.weights, aligned.tensors(layer.weight), strict=True)
     ]
     weight = torch.cat(parts, layer.columns).to(averaged.dtype)
-    setattr(module, name, nn.Parameter(weight, averaged.requires_grad))
+    put_tensor(module, name, nn.Parameter(weight, averaged.requires_grad) if is_parameter else weight)
     if is_module:
         width = "in_features" if isinstance(module, nn.Linear) else "in_channels"
         setattr(module, width, len(parts) * getattr(module, width))
