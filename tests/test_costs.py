@@ -150,12 +150,12 @@ def test_a_budget_chooses_the_most_that_fits_and_the_report_lists_the_rest() -> 
     models = [net("residual", seed) for seed in (1, 2)]
     merged = surgery.merge(*models, max_flops=1.7, **PLAIN)
     told = surgery.report_of(merged).preserved
-    assert told.boundary == told.layers == 3 and told.depth == 6 and told.form == "grouped"
+    assert told.boundary == told.layers == 3 and told.depth == 6 and told.form == "branches"
     assert [row.boundary for row in told.candidates] == list(range(7))
     assert told.flops <= 1.7 < told.candidates[4].flops
     ratio = cost_of(merged, X) / cost_of(models[0], X)
     assert (told.flops, told.parameters) == pytest.approx((ratio.flops, ratio.parameters))
-    assert f"preserved 3 of 6 layers, grouped: flops x{told.flops:.3f}" in str(surgery.report_of(merged))
+    assert f"preserved 3 of 6 layers, branches: flops x{told.flops:.3f}" in str(surgery.report_of(merged))
     assert surgery.report_of(merged).to_dict()["preserved"]["candidates"][3]["boundary"] == 3
     tighter = surgery.merge(*models, max_flops=1.7, max_params=1.25, **PLAIN)
     assert surgery.report_of(tighter).preserved.layers == 2

@@ -53,6 +53,14 @@ def test_the_grouped_form_computes_what_branches_compute(name: str) -> None:
     assert all(distance(one, other) > 100 * SAME for one, other in pairwise(found))
 
 
+def test_branches_run_one_after_the_other() -> None:
+    """So that the activations of one source at a time are alive."""
+    for name, boundary in (("residual", 4), ("vit", "blocks.1"), ("awkward", 2)):
+        merged = Sweep(sources(name))(boundary, "branches")
+        order = [node.name.split("_")[1] for node in merged.graph.nodes if node.name.startswith("source_")]
+        assert order == sorted(order) and len(set(order)) == 3
+
+
 def test_a_wrong_order_of_sources_in_the_grouped_form_would_be_seen() -> None:
     sweep = Sweep(sources("chain"))
     grouped, branches = (sweep(3, form) for form in ("grouped", "branches"))

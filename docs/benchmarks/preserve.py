@@ -2,17 +2,21 @@
 
 Statistics come from 5,000 random training images, accuracy from the 10,000 test images. Matching is done once for all
 boundaries: on activations, RESCALE for `vgg11_half`, RESET for `tv_resnet18`. Times are CPU seconds
-of one batch of 64 images, the least of many interleaved runs, over those of one source. Beside them stand the ratio of
+of one batch, the least of many interleaved runs, over those of one source. Beside them stand the ratio of
 FLOPs and that of the time of the source's single ops, each counted as often as it runs. Where the folder with the
 pairs is missing, the script says so and stops.
 
     python docs/benchmarks/preserve.py --output preserve.json
-    python docs/benchmarks/preserve.py --times
+    python docs/benchmarks/preserve.py --pair tv_resnet18 --draws 5
+    python docs/benchmarks/preserve.py --times --threads 1
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +28,7 @@ from timing import begin, parser
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
+from vfsurgery.costs import Ledger
 from vfsurgery.passes.cut import Boundaries
 from vfsurgery.passes.preserve import Form
 
@@ -39,57 +44,65 @@ BOUNDARIES: dict[str, dict[int | str, str]] = {
 }
 """Boundaries to measure, with the accuracy (%) that public codes reach there on these checkpoints."""
 
-BATCH, REPEATS = 64, 25
+REPEATS = 25
 
 
 def measure_accuracy(name: str, options: argparse.Namespace) -> surgery.PreserveCurve:
-    """Merge at every boundary and print the table's rows."""
+    """Merge at every boundary, once per set of images, and print the table's rows; return the first set's curve."""
     a, b = load_pair(options.shared, name)
-    images = load_images(options.shared, options.cache, calibration=options.calibration, test=options.test)
-    curve = surgery.preserve_curve(a, b, images.test, calibration=images.calibration, boundaries=list(BOUNDARIES[name]))
+    draws = [
+        load_images(options.shared, options.cache, calibration=options.calibration, test=options.test, seed=seed)
+        for seed in range(options.draws)
+    ]
+    curves = [
+        surgery.preserve_curve(a, b, draws[0].test, calibration=draw.calibration, boundaries=list(BOUNDARIES[name]))
+        for draw in draws
+    ]
     print(f"\n### {name}\n\n| preserved | layers | flops | params | accuracy (%) | public | agreement (%) |")
     print("|---|---|---|---|---|---|---|")
-    for point, public in zip(curve.points, BOUNDARIES[name].values(), strict=True):
-        accuracy, agreement = 100 * (point.accuracy or 0.0), 100 * point.agreement
+    for place, (point, public) in enumerate(zip(curves[0].points, BOUNDARIES[name].values(), strict=True)):
+        points = [curve.points[place] for curve in curves]
+        accuracy = mean_and_spread([100 * (each.accuracy or 0.0) for each in points])
+        agreement = mean_and_spread([100 * each.agreement for each in points])
         print(
-            f"| {point.boundary} | {point.layers} of {curve.depth} | {point.flops:.3f} | {point.parameters:.3f} "
-            f"| {accuracy:.2f} | {public} | {agreement:.2f} |",
+            f"| {point.boundary} | {point.layers} of {curves[0].depth} | {point.flops:.3f} | {point.parameters:.3f} "
+            f"| {accuracy} | {public} | {agreement} |",
             flush=True,
         )
-    return curve
+    return curves[0]
+
+
+def mean_and_spread(figures: list[float]) -> str:
+    """As in ``71.44`` or ``71.44 ± 0.20``."""
+    spread = f" ± {statistics.stdev(figures):.2f}" if len(figures) > 1 else ""
+    return f"{statistics.mean(figures):.2f}{spread}"
 
 
 @torch.no_grad()
 def measure_times(name: str, options: argparse.Namespace) -> None:
     """Print a table of inference time over that of one source, for both forms."""
     a, b = load_pair(options.shared, name)
-    size = torch.randn(BATCH, 3, options.side, options.side)
-    print(
-        f"\n### {name}, {options.side} x {options.side} images\n\n"
-        "| preserved | flops | single ops | grouped | branches |\n|---|---|---|---|---|"
-    )
-    graph_module = surgery.trace(a, size).eval()
-    cuts, ops = Boundaries(graph_module), op_seconds(graph_module, size)
-    for boundary in list(BOUNDARIES[name])[1:]:
-        merged: dict[str, nn.Module] = {"source": a}
-        for form in get_args(Form)[1:]:
-            kept = surgery.Preserve(boundary=boundary, form=form)
-            try:
-                merged[form] = surgery.merge(
-                    a, b, preserve=kept, matching="identity", renormalize=None, example_inputs=size[:2], progress=False
-                )
-            except surgery.SurgeryError:  # no grouped form
-                continue
-        seconds = least_seconds(merged, size)
-        preserved = surgery.report_of(merged["branches"]).preserved
-        assert preserved is not None
-        ratios = [
-            f"{seconds[form] / seconds['source']:.3f}" if form in seconds else "" for form in ("grouped", "branches")
-        ]
+    batch = torch.randn(options.batch, 3, options.side, options.side)
+    graph_module = surgery.trace(a, batch).eval()
+    cuts, ledger = Boundaries(graph_module), Ledger.of(graph_module, (batch,))
+    boundaries, forms = list(BOUNDARIES[name])[1:], get_args(Form)[1:]
+    merged: dict[str, nn.Module] = {"source": a}
+    for boundary in boundaries:
+        for form in forms:
+            with contextlib.suppress(surgery.SurgeryError):  # no grouped form
+                merged[f"{boundary} {form}"] = surgery.merge(
+                    a, b, preserve=surgery.Preserve(boundary=boundary, form=form), matching="identity",
+                    renormalize=None, example_inputs=batch[:2], progress=False,
+                )  # fmt: skip
+    ops, seconds = op_seconds(graph_module, batch), least_seconds(merged, batch)
+    print(f"\n### {name}, {options.side} x {options.side} images, one source {seconds['source']:.4f} s\n")
+    print("| preserved | flops | single ops | grouped | branches |\n|---|---|---|---|---|")
+    for boundary in boundaries:
         cut = cuts.cut(boundary)
         single = sum(spent * (2 if op in cut.copied or op in cut.joined else 1) for op, spent in ops.items())
-        figures = [f"{preserved.flops:.3f}", f"{single / sum(ops.values()):.3f}", *ratios]
-        print(f"| {boundary} | {' | '.join(figures)} |", flush=True)
+        figures = [(ledger.cost(cut, 2) / ledger.cost(cuts.cut(0), 2)).flops, single / sum(ops.values())]
+        figures += [seconds.get(f"{boundary} {form}", math.nan) / seconds["source"] for form in forms]
+        print(f"| {boundary} | {' | '.join(f'{figure:.3f}' for figure in figures)} |", flush=True)
 
 
 class Timer(fx.Interpreter):
@@ -153,6 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--calibration", type=int, default=5000, help="images for statistics (default: %(default)s)")
     made.add_argument("--test", type=int, default=10_000, help="test images (default: %(default)s)")
+    made.add_argument("--draws", type=int, default=1, help="sets of images for statistics (default: %(default)s)")
+    made.add_argument("--batch", type=int, default=64, help="images in a batch for times (default: %(default)s)")
     made.add_argument("--times", action="store_true", help="measure inference time instead of accuracy")
     made.add_argument("--side", type=int, default=32, help="side of the images for times (default: %(default)s)")
     made.add_argument("--output", type=Path, metavar="FILE", help="also write the figures as JSON, one file per pair")

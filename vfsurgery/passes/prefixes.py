@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -127,6 +127,7 @@ class Branches:
         self.containers = [f"{container}_{number}" for number in range(len(aligned.sources))]
         self.memos: list[dict[int, Any]] = [{} for _ in aligned.sources]
         self.copies: dict[fx.Node, list[fx.Node]] = {}
+        self.source_of: dict[fx.Node, int] = {}
 
     def keep(self, node: fx.Node) -> None:
         """Make one copy of a node per source."""
@@ -146,6 +147,20 @@ class Branches:
         made.meta = {VALUE: widened(node.meta[VALUE], dim, len(self.containers)), PRESERVED: True}
         return made
 
+    def run_in_turn(self, sizes: Container[str]) -> None:
+        """Let one source's copies run after the other's where no merged node stands between them.
+
+        Then the activations of one source alone are alive at a time; ``sizes`` are read from the first source's.
+        """
+        run: list[fx.Node] = []
+        for node in list(self.graph.nodes):
+            if node in self.source_of or node.name in sizes:
+                run.append(node)
+                continue
+            for moved in sorted(run, key=lambda each: self.source_of.get(each, 0)):
+                node.prepend(moved)
+            run = []
+
     def _copy(self, node: fx.Node, number: int) -> fx.Node:
         arguments: Any = map_arg((node.args, node.kwargs), lambda arg: self._counterpart(arg, number))
         args, kwargs = arguments
@@ -153,6 +168,7 @@ class Branches:
         if isinstance(written, fx.Node) and written not in self.copies:  # other sources read it too
             own = self.graph.call_method("clone", (written,))
             own.meta = dict(written.meta)
+            self.source_of[own] = number
             args = (own, *args[1:])
         target = node.target
         if node.op == "call_module":
@@ -162,6 +178,7 @@ class Branches:
         name = f"{self.containers[number]}_{node.name}"
         made = self.graph.create_node(node.op, target, args, kwargs, name, node.type)
         made.meta = {**node.meta, PRESERVED: True}
+        self.source_of[made] = number
         return made
 
     def _counterpart(self, node: fx.Node, number: int) -> fx.Node:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.cut import Cut, JoinedLayer, find_cut
-from vfsurgery.passes.prefixes import Aligned, Branches, Prefixes
+from vfsurgery.passes.prefixes import Aligned, Branches, Prefixes, put_tensor
 from vfsurgery.passes.stacking import Stacked, unstackable
 from vfsurgery.tracing.exported import is_exported
 from vfsurgery.tracing.values import PRESERVED, VALUE, TensorValue
@@ -36,7 +36,7 @@ class Preserve(Pass):
 
     ``boundary`` counts weight layers on the longest path, or names a node or module. ``form`` says how the prefixes run
     side by side: as ``"branches"``, which any network allows; ``"grouped"``, as one prefix with the channels of all
-    sources, in grouped convolutions; or ``"auto"``, grouped where that can be.
+    sources, in grouped convolutions; or ``"auto"``, which is what docs/benchmarks.md found faster on batches: branches.
 
     >>> import vfsurgery as surgery
     >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)) for _ in "ab")
@@ -64,9 +64,11 @@ class Preserve(Pass):
         form = chosen_form(self.form, graph_module, cut)
         prefixes = Stacked(graph_module, aligned) if form == "grouped" else Branches(graph_module, aligned)
         _insert(graph_module, cut, aligned, prefixes)
-        for node in reversed(nodes):
-            if node.name in cut.copied and not node.users and form == "branches":
-                graph_module.graph.erase_node(node)
+        if isinstance(prefixes, Branches):
+            for node in reversed(nodes):
+                if node.name in cut.copied and not node.users:
+                    graph_module.graph.erase_node(node)
+            prefixes.run_in_turn(cut.sizes)
         return graph_module
 
 
@@ -78,12 +80,12 @@ def chosen_form(form: Form, graph_module: fx.GraphModule, cut: Cut) -> Literal["
     """
     if form not in FORMS:
         raise OptionError(explain(f"form={form!r} is unknown", accepted=", ".join(FORMS)))
-    if form == "branches":
+    if form != "grouped":
         return "branches"
     reason = unstackable(graph_module, cut)
-    if form == "grouped" and reason is not None:
+    if reason is not None:
         raise OptionError(explain("the prefix has no grouped form", because=reason, remedy="form='auto' or 'branches'"))
-    return "grouped" if reason is None else "branches"
+    return "grouped"
 
 
 def _loose(graph_module: fx.GraphModule, cut: Cut, context: Context) -> list[str]:
@@ -131,12 +133,13 @@ def _join(
     owner, _, name = target.rpartition(".")
     module = graph_module.get_submodule(owner)
     averaged = getattr(module, name)
+    is_parameter = isinstance(averaged, nn.Parameter)
     wide = torch.promote_types(averaged.dtype, torch.float32)
     parts = [
         share * tensor.to(wide) for share, tensor in zip(aligned.weights, aligned.at_border(layer.weight), strict=True)
     ]
     weight = torch.cat(parts, layer.columns).to(averaged.dtype)
-    setattr(module, name, nn.Parameter(weight, averaged.requires_grad))
+    put_tensor(module, name, nn.Parameter(weight, averaged.requires_grad) if is_parameter else weight)
     if is_module:
         width = "in_features" if isinstance(module, nn.Linear) else "in_channels"
         setattr(module, width, len(parts) * getattr(module, width))
