@@ -275,6 +275,23 @@ def test_barrier_measures_every_curve_from_source_to_source(factory: Callable[[]
     assert len(middles) == 3
 
 
+def test_auto_is_chosen_once_at_the_midpoint(monkeypatch) -> None:
+    from vfsurgery import evaluation
+
+    tried: list[object] = []
+    merge = evaluation.merge
+
+    def counted(*models: nn.Module, **options: Any) -> nn.Module:
+        tried.append(options["renormalize"])
+        return merge(*models, **options)
+
+    monkeypatch.setattr(evaluation, "merge", counted)
+    calibration = torch.cat([IMAGES] * (100 // len(IMAGES) + 1))
+    barrier(net(0), net(1), (IMAGES, LABELS), calibration=calibration, alphas=(0, 0.3, 0.5, 1), progress=False)
+    assert tried.count("auto") == 1
+    assert sum(isinstance(choice, tuple) for choice in tried) == 2
+
+
 def test_the_naive_curve_is_the_average_of_the_weights() -> None:
     a, b = net(0), net(1)
     found = barrier(a, b, (IMAGES, LABELS), alphas=(0, 0.3, 0.5, 1), matching="weights", renormalize=None)

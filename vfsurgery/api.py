@@ -34,6 +34,7 @@ Matchings: TypeAlias = str | Matcher
 Renormalization: TypeAlias = str | Pass | Sequence[str | Pass] | None
 
 _REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
+_PASSES: weakref.WeakKeyDictionary[nn.Module, tuple[Pass, ...]] = weakref.WeakKeyDictionary()
 
 
 def trace(
@@ -259,7 +260,13 @@ def merge(
     _REPORTS[merged] = work.report(
         best.way.matcher, best.matchings, best.way.passes, best.certificates, best.context, kept and kept[1], trials
     )
+    _PASSES[merged] = best.way.passes
     return merged
+
+
+def passes_of(merged: nn.Module) -> tuple[Pass, ...]:
+    """The normalizations that :func:`merge` ran on a model it returned: what ``"auto"`` came to."""
+    return _PASSES[merged]
 
 
 def report_of(merged: nn.Module) -> Report:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vfsurgery.api import ExampleInputs, Matchings, Renormalization, match, merge
+from vfsurgery.api import ExampleInputs, Matchings, Renormalization, match, merge, passes_of
 from vfsurgery.batches import Batches, Data
 from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, explain
@@ -320,8 +320,9 @@ def barrier(
         data: Labelled batches to score on.
         calibration: Images for matching and renormalization; their labels are not looked at.
         alphas: How many evenly spaced values, an odd number, or the values: rising, with 0, 0.5 and 1 among them.
-        matching: As for :func:`vfsurgery.merge`.
-        renormalize: As for :func:`vfsurgery.merge`; ``None`` leaves the renormalized curve out.
+        matching: As for :func:`vfsurgery.merge`; ``"auto"`` is activations with calibration images, weights without.
+        renormalize: As for :func:`vfsurgery.merge`; ``None`` leaves the renormalized curve out, ``"auto"`` is chosen
+            once, at the midpoint.
         example_inputs: As for :func:`vfsurgery.merge`; ``None`` takes the first images of the data.
         seed: Of the matching.
         progress: Show a bar when it takes over a second.
@@ -342,6 +343,8 @@ def barrier(
     }
     if renormalize is None:
         del kinds["renormalized"]
+    elif renormalize == "auto":
+        kinds["renormalized"]["renormalize"] = passes_of(merge(a, b, **kinds["renormalized"], **options))
     ends = compare({"a": a, "b": b}, data, progress=False)
     scores = {kind: [ends["a"]] for kind in kinds}
     for alpha in progress_bar(points[1:-1], "barrier", len(points) - 2, progress):
