@@ -149,7 +149,7 @@ def _join(
 def _mean(graph: fx.Graph, value: fx.Node, shares: list[float], prefixes: Prefixes) -> fx.Node:
     """Nodes for ``sum_i w_i x_i``."""
     first, *others = prefixes.each(value)
-    meta = {key: entry for key, entry in value.meta.items() if key != PRESERVED}
+    meta = {key: entry for key, entry in first.meta.items() if key != PRESERVED}
     total = graph.call_function(torch.mul, (first, shares[0]))
     total.meta = dict(meta)
     for share, other in zip(shares[1:], others, strict=True):
