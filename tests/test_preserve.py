@@ -15,9 +15,11 @@ import vfsurgery as surgery
 from vfsurgery.errors import OptionError
 from vfsurgery.groups import Permutation, random_permutations
 from vfsurgery.matching import Given, Identity, WeightMatching
+from vfsurgery.passes import Average, Context, Pass, Pipeline, Preserve
 from vfsurgery.passes.cut import Boundaries, find_cut
 from vfsurgery.passes.preserve import chosen_form
 from vfsurgery.stats.collect import Observer, Watch
+from vfsurgery.tracing.values import VALUE
 from vfsurgery.verification import relative_error
 
 
@@ -59,6 +61,22 @@ def test_branches_run_one_after_the_other() -> None:
         merged = Sweep(sources(name))(boundary, "branches")
         order = [node.name.split("_")[1] for node in merged.graph.nodes if node.name.startswith("source_")]
         assert order == sorted(order) and len(set(order)) == 3
+
+
+def test_what_the_merged_rest_reads_has_the_shapes_of_one_source() -> None:
+    sweep = Sweep(sources("dense"))
+    shapes: list[tuple[int, ...]] = []
+
+    def look(previous: Pass | None, graph_module: fx.GraphModule, following: Pass | None) -> None:
+        shapes.extend(node.meta[VALUE].shape for node in graph_module.graph.nodes if node.target is torch.add)
+
+    with sweep.work.running():
+        context = Context(sweep.work.groups, sweep.work.sources, SHARES, [{}, {}, {}], sweep.work.survey)
+        for form in ("grouped", "branches"):
+            Pipeline((Average(), Preserve(boundary=3, form=form)), look).run(
+                sweep.work.sources[0].clone().graph_module, context
+            )
+    assert set(shapes) == {(2, 11, 12, 12)}
 
 
 def test_a_wrong_order_of_sources_in_the_grouped_form_would_be_seen() -> None:

@@ -17,6 +17,7 @@ import vfsurgery as surgery
 from vfsurgery import twins, zoo
 from vfsurgery.__main__ import main
 from vfsurgery.errors import OptionError
+from vfsurgery.verification import Verification
 from vfsurgery.zoo import Survey, model_names, page, read_table, survey_model, survey_zoo
 
 HERE = "tests.test_zoo"
@@ -105,13 +106,19 @@ def test_the_page_has_totals_failures_shortfalls_and_every_model() -> None:
             Survey("timm:b", groups=1, coverage=0.4, seconds=0.5, verified=True, reasons="roll (8)", unknown_ops="erf"),
             Survey("timm:c", groups=1, failure="not verified: all groups together"),
             Survey("torchvision:d", failure="took longer | than 5 s"),
+            Survey("torchvision:e", failure=zoo._failure(Verification(1e-5, "g0", 0.1, 1e-9, 1, rounding=1e-6))),
         ]
     )
     whole = {source: len(model_names([source])) for source in zoo.SOURCES}
     assert f"| timm | 3 of {whole['timm']} | 2 | 1 | 1 | 1.50 |" in text
-    assert f"| torchvision | 1 of {whole['torchvision']} | 0 | 0 | 0 |  |" in text
+    assert f"| torchvision | 2 of {whole['torchvision']} | 0 | 0 | 0 |  |" in text
     assert "| timm:b | 40.0% | roll (8) erf |" in text
     assert "| torchvision:d | took longer \\| than 5 s |" in text
+    assert (
+        "| torchvision:e | undecided: error 1e-05, and a change of the weights in their last place makes 1e-06 |"
+        in text
+    )
+    assert zoo._failure(Verification(1e-5, "g0", 0.1, 1e-9, 1, rounding=1e-12)) == "not verified: g0"
     assert "| timm:a | 3 | 99.00% | 0 | 1.50 | nan | own size |" in text
 
 

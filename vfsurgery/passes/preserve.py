@@ -150,7 +150,7 @@ def _join(
 def _mean(graph_module: fx.GraphModule, value: fx.Node, aligned: Aligned, prefixes: Prefixes) -> fx.Node:
     """Nodes for ``sum_i w_i M_i x_i``; ``M_i`` only where units are mapped by matrices."""
     graph, values = graph_module.graph, list(prefixes.each(value))
-    meta = {key: entry for key, entry in value.meta.items() if key != PRESERVED}
+    meta = {key: entry for key, entry in values[0].meta.items() if key != PRESERVED}
     for dim, matrices in aligned.border_maps(value.name, values[0].meta[VALUE].shape):
         values = [
             _mapped(graph_module, node, dim, matrix, f"{value.name}_{dim}_{number}")
