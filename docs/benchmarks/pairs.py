@@ -85,6 +85,13 @@ MERGES: dict[str, tuple[Merge, ...]] = {
         Merge("activations + RESCALE, average goals", "activations", surgery.Rescale(average=True)),
         Merge("activations + REPAIR, average goals", "activations", surgery.Repair(average=True)),
         Merge("activations + REPAIR, goals of a", "activations", surgery.Repair(reference=0)),
+        Merge("activations + regression", "activations", "regress"),
+        Merge("ZipIt!", "zipit", None, "24.6"),
+        Merge("ZipIt! + RESCALE", "zipit", "rescale", "70.3"),
+        Merge("ZipIt! + REPAIR", "zipit", "repair", "69.0"),
+        Merge("CCA", "cca", None, "68.1"),
+        Merge("CCA + REPAIR, goals of a", "cca", surgery.Repair(reference=0), "74.35"),
+        Merge("auto", "auto", "auto"),
     ),
     "tv_resnet18": (
         Merge("naive", "identity", None, "10.3"),
@@ -94,6 +101,11 @@ MERGES: dict[str, tuple[Merge, ...]] = {
         Merge("activations", "activations", None, "21.9"),
         Merge("activations + RESET", "activations", "reset", "67.5"),
         Merge("activations + RESET, REPAIR", "activations", ("reset", "repair"), "68.4"),
+        Merge("activations + regression", "activations", "regress"),
+        Merge("ZipIt!", "zipit", None, "18.7"),
+        Merge("ZipIt! + RESET", "zipit", "reset", "66.4"),
+        Merge("CCA + RESET", "cca", "reset", "66.5"),
+        Merge("auto", "auto", "auto"),
     ),
 }
 SOURCES = {"vgg11_half": ("80.15", "80.03", "81.62"), "tv_resnet18": ("79.55", "79.95", "81.40")}
