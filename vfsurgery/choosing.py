@@ -80,19 +80,21 @@ def sensible(
     first = ActivationMatching() if matcher is None else matcher
     found = [Way(first, default)]
     has_batch_norm, is_rescaled = bool(batch_norm_nodes(graph_module)), default == (Rescale(),)
-    if not fixed and default:
-        if is_rescaled:
-            found.append(Way(first, (Repair(),)))
-        regress = Regress()
-        device = next(graph_module.parameters()).device
-        if regress.flops(graph_module, groups) <= MOST_FLOPS.get(device.type, MOST_FLOPS_ELSEWHERE):
-            found.append(Way(first, (regress,)))
+    if is_rescaled and not fixed:
+        found.append(Way(first, (Repair(),)))
+    regress = Regress()
+    affordable = MOST_FLOPS.get(next(graph_module.parameters()).device.type, MOST_FLOPS_ELSEWHERE)
+    regresses = bool(default) and not fixed and regress.flops(graph_module, groups) <= affordable
+    if regresses:
+        found.append(Way(first, (regress,)))
     units = sum(group.units for group in groups)
     if matcher is None and units and sum(group.units for group in groups if group.mappable) >= MAPPABLE * units:
         if fixed or has_batch_norm:
             found += [Way(CCAMatching(), default), Way(ZipMatching(), default)]
         elif is_rescaled:
             found += [Way(CCAMatching(), (Repair(reference=0),)), Way(ZipMatching(), default)]
+        if regresses:
+            found.append(Way(CCAMatching(), (regress,)))
     return found
 
 

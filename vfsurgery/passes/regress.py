@@ -165,7 +165,7 @@ class _Fit:
         columns = weight[0].numel()
         statistics: list[CrossMoments | None] = [None, None]  # fitted on, held out
         goals: list[Moments | None] = [None] * len(self.sources)
-        count = sum(len(images) for images in self.merged._batches)
+        count = sum(len(images) for images in self.merged.batches)
         for number, inputs in enumerate(self.merged.of(cast(fx.Node, node.args[0]))):
             outputs = [values.values[number][target] for values, target in zip(self.sources, targets, strict=True)]
             places = self._places(outputs[0], producer.dim, _wanted(columns) // count + 1)
@@ -177,7 +177,7 @@ class _Fit:
                 goals[source] = _merged(goals[source], Moments.of(value, dim=1))
             mean = torch.stack([w * z for w, z in zip(self.context.weights, rows, strict=True)]).sum(0)
             x = _patches(inputs, op, places) if op.key not in LINEAR else _units(inputs, -1, places)
-            part = int(number % HELD_OUT == HELD_OUT - 1 or number == len(self.merged._batches) - 1)
+            part = int(number % HELD_OUT == HELD_OUT - 1 or number == len(self.merged.batches) - 1)
             both = Centred.of(torch.cat([x, mean], 1), None, 1)
             statistics[part] = _merged_cross(statistics[part], CrossMoments.of(both, both))
         fitted, held_out = statistics

@@ -21,7 +21,7 @@ class Lockstep:
 
     def __init__(self, graph_module: fx.GraphModule, batches: Sequence[Tensor]) -> None:
         self._runner = fx.Interpreter(graph_module)
-        self._batches = batches
+        self.batches = batches
         self._rest = iter(list(graph_module.graph.nodes))
         self._next = next(self._rest)
         self.values: list[dict[fx.Node, Any]] = [{} for _ in batches]
@@ -45,7 +45,7 @@ class Lockstep:
 
     def _run(self) -> None:
         node, self._next = self._next, next(self._rest)
-        for values, images in zip(self.values, self._batches, strict=True):
+        for values, images in zip(self.values, self.batches, strict=True):
             self._runner.env, self._runner.args_iter = values, iter((images,))
             values[node] = self._runner.run_node(node)
             for done in self._runner.user_to_last_uses.get(node, ()):
