@@ -63,6 +63,7 @@ class Merging:
     units: dict[str, Site] = field(default_factory=dict[str, Site])
     held_out: Batches | None = None
     _joint: bool = False
+    _all_pairs: bool = False
     _survey: Survey | None = None
     _target: Source | None = None
 
@@ -121,6 +122,7 @@ class Merging:
         if matcher.needs_data:
             self.pairs = self.pairs or group_sites(graph_module, self.groups, self.sources[0].device)
             self._joint |= getattr(matcher, "needs_joint", False)
+            self._all_pairs |= getattr(matcher, "needs_pairs", False)
         for step in passes:
             self.units.update(step.reads(graph_module, self.groups))
         if self.held_out is None and (judged or any(step.holds_out() for step in passes)):
@@ -145,7 +147,7 @@ class Merging:
             started = time.perf_counter()
             images = calibration_images(self.data, "statistics of the sources", self.progress)
             graph_modules = [source.graph_module for source in self.sources]
-            self._survey = survey(graph_modules, images, self.pairs, self.units, self._joint)
+            self._survey = survey(graph_modules, images, self.pairs, self.units, self._joint, self._all_pairs)
             self.seconds.append(("statistics", time.perf_counter() - started))
         return self._survey
 

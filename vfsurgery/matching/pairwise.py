@@ -1,0 +1,124 @@
+"""How similar several sources are to each other under given orders: what schemes of matching are compared by."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from vfsurgery.groups import GroupSet, PermutationGroup, Permutations, permute_tensor
+from vfsurgery.matching.schemes import units_in_order
+from vfsurgery.matching.similarity import is_matrix, member_rows
+from vfsurgery.stats.correlation import CrossMoments, mean_correlation
+
+Crossed = Mapping[tuple[int, int], Mapping[str, Sequence[CrossMoments]]]
+"""For pairs of sources ``i < j`` and each group the cross moments of its units, one for each place they are read at."""
+
+
+def mean_state(
+    groups: GroupSet, states: Sequence[Mapping[str, Tensor]], orders: Sequence[Permutations]
+) -> dict[str, Tensor]:
+    """The mean of aligned sources' weights, in float32 or better; what weight matching ignores is the first one's.
+
+    Args:
+        groups: The groups of their architecture.
+        states: Parameters and buffers of each source by state-dict key.
+        orders: What aligns each of them.
+    """
+    mean = dict(states[0])
+    for name in groups.by_parameter:
+        if is_matrix(mean[name]):
+            aligned = (
+                permute_tensor(name, state[name], groups, own) for state, own in zip(states, orders, strict=True)
+            )
+            total = next(aligned)
+            if len(states) > 1:
+                total = total.to(torch.promote_types(total.dtype, torch.float32), copy=True)
+                for tensor in aligned:
+                    total += tensor
+                total /= len(states)
+            mean[name] = total
+    return mean
+
+
+def similarity_to_others(
+    groups: GroupSet, states: Sequence[Mapping[str, Tensor]], orders: Sequence[Permutations]
+) -> list[dict[str, float]]:
+    """For every source and group ``<x, y>``: of its units' weights, aligned, with the mean of all other sources'.
+
+    Args:
+        groups: The groups of their architecture.
+        states: Parameters and buffers of each source by state-dict key.
+        orders: What aligns each of them.
+    """
+    found: list[dict[str, float]] = []
+    for source in range(len(states)):
+        others = [other for other in range(len(states)) if other != source]
+        mean = mean_state(groups, [states[other] for other in others], [orders[other] for other in others])
+        own = mean_state(groups, [states[source]], [orders[source]])
+        found.append({group.name: _similarity(group, mean, own) for group in groups})
+    return found
+
+
+def _similarity(group: PermutationGroup, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    members = [member for member in group.members if is_matrix(a[member.parameter])]
+    pairs = ([member_rows(state[member.parameter], member).flatten() for state in (a, b)] for member in members)
+    return sum(float(torch.linalg.vecdot(*rows)) for rows in pairs)
+
+
+def pairwise_similarity(
+    groups: GroupSet, states: Sequence[Mapping[str, Tensor]], orders: Sequence[Permutations]
+) -> float:
+    """Cosine of the angle between aligned sources' weights, pooled over all pairs.
+
+    ``sum over i < j of <P_i x_i, P_j x_j> / sum over i < j of |x_i| |x_j|``, over all matrices and kernels that lie in
+    a group: what weight matching maximises, scaled to [-1, 1].
+
+    Args:
+        groups: The groups of their architecture.
+        states: Parameters and buffers of each source by state-dict key.
+        orders: What aligns each of them; groups left out stay as they are.
+
+    >>> from vfsurgery.groups import Member, Permutation, PermutationGroup
+    >>> groups = GroupSet((PermutationGroup("g0", 2, (Member("weight", 0, 2),)),))
+    >>> states = [{"weight": torch.tensor([[1.0], [0.0]])}, {"weight": torch.tensor([[0.0], [1.0]])}]
+    >>> pairwise_similarity(groups, states, [{}, {}])
+    0.0
+    >>> pairwise_similarity(groups, states, [{}, {"g0": Permutation((1, 0))}])
+    1.0
+    """
+    products = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for name in groups.by_parameter:
+        if is_matrix(states[0][name]):
+            pairs = zip(states, orders, strict=True)
+            rows = torch.stack([permute_tensor(name, state[name], groups, own).flatten() for state, own in pairs])
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            products += (rows @ rows.T).to(products)
+    norms = products.diagonal().clamp_min(0).sqrt()
+    upper = torch.triu(torch.ones_like(products), diagonal=1).bool()
+    most = float(norms.outer(norms)[upper].sum())
+    return float(products[upper].sum()) / most if most else 0.0
+
+
+def pairwise_correlation(groups: GroupSet, pairs: Crossed, orders: Sequence[Permutations]) -> float:
+    """Mean correlation of corresponding units, over all pairs of sources and all units of groups that were read.
+
+    ``sum over i < j of tr(P_i C_ij P_j^T)``, which activation matching maximises group by group, over the number of
+    units and pairs.
+
+    Args:
+        groups: The groups of the sources' architecture.
+        pairs: Their cross moments; needed of all pairs.
+        orders: What aligns each source, for all groups that were read and those around them; ``{}`` leaves it as it is.
+    """
+    total, count = 0.0, 0
+    whole = [{**{group.name: group.identity() for group in groups}, **own} for own in orders]
+    for i, j in itertools.combinations(range(len(orders)), 2):
+        for name, moments in pairs[i, j].items():
+            correlation = mean_correlation(moments)
+            rows, columns = (list(units_in_order(groups[name], whole[source]).order) for source in (i, j))
+            total += float(correlation[rows, columns].sum())
+            count += len(correlation)
+    return total / count if count else 0.0
