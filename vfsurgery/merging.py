@@ -19,10 +19,11 @@ from torch import Tensor, fx, nn
 from vfsurgery.batches import Batches, Data, progress_line
 from vfsurgery.discovery import discover
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, TraceError, explain
-from vfsurgery.groups import GroupSet
+from vfsurgery.groups import GroupSet, Permutation
 from vfsurgery.holdout import split
 from vfsurgery.maps import Order, UnitMap, balanced, permutations_of
 from vfsurgery.matching import Matcher, Matching, Problem
+from vfsurgery.matching.pairwise import describe
 from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline, Preserve
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.preserve import standalone
@@ -173,6 +174,7 @@ class Merging:
                 if number:
                     certificates.append(certify(number, source, self.groups, orders, self.inputs, scratch))
                 notes += self._drift(number, matching.permutations)
+            notes += self._pairwise(matchings)
             return tuple(certificates), tuple(notes)
 
     def _drift(self, number: int, orders: Mapping[str, Order]) -> list[str]:
@@ -186,6 +188,16 @@ class Merging:
             f"source {number}: {len(moved)} groups are mapped by matrices, which do not preserve its function; "
             f"mapped, its output {changed}"
         ]
+
+    def _pairwise(self, matchings: Sequence[Matching]) -> list[str]:
+        """For the report: how similar more than two sources are to each other, which no comparison with a says."""
+        orders = [matching.permutations for matching in self._of_all_sources(matchings)]
+        only_permuted = all(isinstance(order, Permutation) for own in orders for order in own.values())
+        if len(orders) == 2 or not any(orders) or not only_permuted:
+            return []
+        pairs = self._survey.crossed if self._survey is not None and (self._joint or self._all_pairs) else None
+        states = [source.state for source in self.sources]
+        return describe(self.groups, states, [permutations_of(own) for own in orders], pairs)
 
     def _of_all_sources(self, matchings: Sequence[Matching]) -> list[Matching]:
         """With one for the first source, which has none unless it is mapped too."""

@@ -9,12 +9,29 @@ import torch
 from torch import Tensor
 
 from vfsurgery.groups import GroupSet, PermutationGroup, Permutations, permute_tensor
+from vfsurgery.matching.base import Gain
 from vfsurgery.matching.schemes import units_in_order
 from vfsurgery.matching.similarity import is_matrix, member_rows
 from vfsurgery.stats.correlation import CrossMoments, mean_correlation
 
 Crossed = Mapping[tuple[int, int], Mapping[str, Sequence[CrossMoments]]]
 """For pairs of sources ``i < j`` and each group the cross moments of its units, one for each place they are read at."""
+
+
+def describe(
+    groups: GroupSet,
+    states: Sequence[Mapping[str, Tensor]],
+    orders: Sequence[Permutations],
+    pairs: Crossed | None = None,
+) -> list[str]:
+    """Say how similar all sources are to each other as they came and aligned; by activations too, given ``pairs``."""
+    both: list[Sequence[Permutations]] = [[{}] * len(orders), orders]
+    before, after = (pairwise_similarity(groups, states, own) for own in both)
+    found = [f"mean similarity of two sources' weights: {before:.4f} as they came, {after:.4f} aligned"]
+    if pairs is not None:
+        before, after = (pairwise_correlation(groups, pairs, own) for own in both)
+        found.append(f"mean correlation of two sources' units: {before:.4f} as they came, {after:.4f} aligned")
+    return found
 
 
 def mean_state(
@@ -43,23 +60,36 @@ def mean_state(
     return mean
 
 
-def similarity_to_others(
-    groups: GroupSet, states: Sequence[Mapping[str, Tensor]], orders: Sequence[Permutations]
-) -> list[dict[str, float]]:
-    """For every source and group ``<x, y>``: of its units' weights, aligned, with the mean of all other sources'.
+def gains_of_all(
+    groups: GroupSet,
+    states: Sequence[Mapping[str, Tensor]],
+    known: Sequence[Permutations],
+    orders: Sequence[Permutations],
+) -> list[tuple[Gain, ...]]:
+    """For every source what aligning all did for ``<x, y>``, of its units' weights with the mean of all others'.
 
     Args:
         groups: The groups of their architecture.
         states: Parameters and buffers of each source by state-dict key.
-        orders: What aligns each of them.
+        known: The orders that each source had before; of their groups nothing is said.
+        orders: Those it has now, of all groups.
     """
-    found: list[dict[str, float]] = []
-    for source in range(len(states)):
-        others = [other for other in range(len(states)) if other != source]
-        mean = mean_state(groups, [states[other] for other in others], [orders[other] for other in others])
-        own = mean_state(groups, [states[source]], [orders[source]])
-        found.append({group.name: _similarity(group, mean, own) for group in groups})
+    found: list[tuple[Gain, ...]] = []
+    for source, own in enumerate(orders):
+        before, after = (_similar_to_others(groups, states, of, source) for of in (known, orders))
+        new = (name for name in own if name not in known[source])
+        found.append(tuple(Gain(name, before[name], after[name], own[name].moved) for name in new))
     return found
+
+
+def _similar_to_others(
+    groups: GroupSet, states: Sequence[Mapping[str, Tensor]], orders: Sequence[Permutations], source: int
+) -> dict[str, float]:
+    """Of one source's units with the mean of all others', by group."""
+    others = [other for other in range(len(states)) if other != source]
+    mean = mean_state(groups, [states[other] for other in others], [orders[other] for other in others])
+    own = mean_state(groups, [states[source]], [orders[source]])
+    return {group.name: _similarity(group, mean, own) for group in groups}
 
 
 def _similarity(group: PermutationGroup, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -33,7 +33,7 @@ from vfsurgery.maps import permutations_of
 from vfsurgery.matching.assignment import assign
 from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem
 from vfsurgery.matching.nested import BlockAssignment, Family, families, joined, whole_order
-from vfsurgery.matching.pairwise import mean_state, similarity_to_others
+from vfsurgery.matching.pairwise import gains_of_all, mean_state
 from vfsurgery.matching.schemes import DEFAULT, MAX_ROUNDS, Scheme, align, check_scheme
 from vfsurgery.matching.similarity import Similarity, States, is_matrix, member_rows
 
@@ -137,19 +137,8 @@ def match_rest_of_all(
         return permutations_of(descent.run(problem, max_sweeps).permutations)
 
     found = align(scheme, groups, len(states), fit, problem.generator(), max_rounds)
-    start = [{**{group.name: group.identity() for group in groups}, **own} for own in known]
-    before, after = (similarity_to_others(groups, states, orders) for orders in (start, found))
-    return [
-        Matching(
-            orders,
-            tuple(
-                Gain(name, before[source][name], after[source][name], order.moved)
-                for name, order in orders.items()
-                if name not in known[source]
-            ),
-        )
-        for source, orders in enumerate(found)
-    ]
+    gains = gains_of_all(groups, states, known, found)
+    return [Matching(orders, reached) for orders, reached in zip(found, gains, strict=True)]
 
 
 class _Descent:
