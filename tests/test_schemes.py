@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import pytest
 import torch
-from test_matching import problem
 from test_nested import build
 from tiny_nets import groups_of, images, net, permuted, planted, same_state
 from torch import Tensor, nn
@@ -17,9 +18,11 @@ import vfsurgery as surgery
 from vfsurgery.errors import OptionError
 from vfsurgery.groups import GroupSet, Permutation, random_permutations
 from vfsurgery.maps import permutations_of
-from vfsurgery.matching import ActivationMatching, Matcher, Matching, WeightMatching
+from vfsurgery.matching import ActivationMatching, Matcher, Matching, Problem, WeightMatching
+from vfsurgery.matching.activations import match_on
 from vfsurgery.matching.pairwise import Crossed, pairwise_correlation, pairwise_similarity
 from vfsurgery.matching.schemes import relative
+from vfsurgery.matching.weights import match_rest
 from vfsurgery.sources import canonical_state
 from vfsurgery.stats.collect import group_sites, survey
 
@@ -32,27 +35,50 @@ NESTED = ["unbind", "norms in heads", "multi-query", "MultiheadAttention", "grou
 Orders = Mapping[str, Permutation]
 
 
-def orders_of(models: Sequence[nn.Module], matcher: Matcher, data: Tensor | None = None, seed: int = 0) -> list[Orders]:
-    """The orders of all sources, the first one's left out as the identity."""
-    inputs = images(2) if data is None else data[:2]
-    given = data if matcher.needs_data else None
-    found = surgery.match(list(models), data=given, matching=matcher, example_inputs=inputs, seed=seed, progress=False)
-    return [{}, *map(permutations_of, found if isinstance(found, tuple) else (found,))]
+@dataclass(frozen=True)
+class Sources:
+    """Networks of one architecture, and what matchers ask about them."""
+
+    models: Sequence[nn.Module]
+    data: Tensor
+
+    @cached_property
+    def groups(self) -> GroupSet:
+        return surgery.find_groups(self.models[0], self.data[:2])
+
+    @cached_property
+    def states(self) -> list[dict[str, Tensor]]:
+        return [canonical_state(model) for model in self.models]
+
+    @cached_property
+    def pairs(self) -> Crossed:
+        traced = [surgery.trace(model, self.data[:2]) for model in self.models]
+        with torch.no_grad():
+            sites = group_sites(traced[0], self.groups, torch.device("cpu"))
+            return survey(traced, [self.data], sites, {}, all_pairs=True).crossed
+
+    def orders(self, matcher: Matcher, seed: int = 0) -> list[Orders]:
+        """Of all sources, the first one's left out as the identity."""
+        correlations = lambda: [self.pairs[0, source] for source in range(1, len(self.models))]  # noqa: E731
+        found = matcher.match(Problem(self.groups, self.states, correlations, seed, joint=lambda: self.pairs))
+        return [{}, *(permutations_of(matching.permutations) for matching in found)]
+
+    def reached(self, matcher: Matcher, seed: int = 0) -> float:
+        """What the matcher maximises, under the orders that it finds."""
+        orders = self.orders(matcher, seed)
+        if matcher.needs_data:
+            return pairwise_correlation(self.groups, self.pairs, orders)
+        return pairwise_similarity(self.groups, self.states, orders)
 
 
-def crossed(models: Sequence[nn.Module], groups: GroupSet, data: Tensor) -> Crossed:
-    traced = [surgery.trace(model, data[:2]) for model in models]
-    with torch.no_grad():
-        sites = group_sites(traced[0], groups, torch.device("cpu"))
-        return survey(traced, [data], sites, {}, all_pairs=True).crossed
+def strangers(name: str, count: int = 3) -> Sources:
+    """Networks that have nothing in common."""
+    return Sources([net(name, seed) for seed in range(1, count + 1)], images(48))
 
 
-def reached(models: Sequence[nn.Module], groups: GroupSet, matcher: Matcher, data: Tensor, seed: int = 0) -> float:
-    """What the matcher maximises, under the orders that it finds."""
-    orders = orders_of(models, matcher, data, seed)
-    if matcher.needs_data:
-        return pairwise_correlation(groups, crossed(models, groups, data), orders)
-    return pairwise_similarity(groups, [canonical_state(model) for model in models], orders)
+def nested_strangers(name: str) -> Sources:
+    found = [build(name, seed) for seed in (1, 2, 3)]
+    return Sources([model for model, _, _ in found], torch.randn(96, *found[0][1].shape[1:]))
 
 
 def noisy(model: nn.Module, share: float = 0.05) -> nn.Module:
@@ -70,7 +96,7 @@ def test_planted_permutations_of_noisy_copies_are_found(name: str, count: int, s
     model = net(name, 1)
     groups = groups_of(model)
     copies = [planted(model, groups, seed) for seed in range(count)]
-    orders = orders_of([noisy(copied) for copied in copies], MATCHERS[matching](scheme=scheme), images(48))
+    orders = Sources([noisy(copied) for copied in copies], images(48)).orders(MATCHERS[matching](scheme=scheme))
     for copied, own in zip(copies, orders, strict=True):
         assert same_state(permuted(copied, groups, own).state_dict(), copies[0].state_dict())
     assert not same_state(copies[1].state_dict(), copies[0].state_dict())
@@ -82,34 +108,21 @@ def test_planted_permutations_of_noisy_copies_are_found(name: str, count: int, s
 def test_planted_nested_permutations_are_found(name: str, scheme: str, matching: str) -> None:
     model, x, groups = build(name)
     copies = [planted(model, groups, seed) for seed in (1, 2, 3)]
-    data = torch.randn(96, *x.shape[1:])
-    orders = orders_of(copies, MATCHERS[matching](scheme=scheme), data)
+    orders = Sources(copies, torch.randn(96, *x.shape[1:])).orders(MATCHERS[matching](scheme=scheme))
     for copied, own in zip(copies, orders, strict=True):
         back = canonical_state(permuted(copied, groups, own))
         assert all(torch.equal(back[key], tensor) for key, tensor in canonical_state(copies[0]).items())
 
 
 @pytest.mark.parametrize("matching", MATCHERS)
-@pytest.mark.parametrize("name", ["chain", "residual", "grouped", "dense"])
+@pytest.mark.parametrize("name", ["chain", "residual", "grouped", "dense", *NESTED])
 def test_rounds_never_lose_similarity_and_end_above_the_reference_scheme(name: str, matching: str) -> None:
-    models = [net(name, seed) for seed in (1, 2, 3)]
-    groups, data, make = groups_of(models[0]), images(48), MATCHERS[matching]
+    sources, make = nested_strangers(name) if name in NESTED else strangers(name), MATCHERS[matching]
     steps = [make(scheme="reference"), *(make(scheme="iterative", max_rounds=rounds) for rounds in (1, 2, 100))]
-    sums = [reached(models, groups, matcher, data) for matcher in steps]
+    sums = [sources.reached(matcher) for matcher in steps]
     assert all(later >= earlier - RELATIVE for earlier, later in itertools.pairwise(sums))
     assert sums[-1] > sums[0] + RELATIVE
-    assert reached(models, groups, make(scheme="sequential"), data) < sums[-1]
-
-
-@pytest.mark.parametrize("matching", MATCHERS)
-@pytest.mark.parametrize("name", NESTED)
-def test_rounds_never_lose_similarity_of_nested_groups(name: str, matching: str) -> None:
-    models, data = [build(name, seed)[0] for seed in (1, 2, 3)], torch.randn(96, *build(name)[1].shape[1:])
-    groups, make = build(name, 1)[2], MATCHERS[matching]
-    steps = [make(scheme="reference"), *(make(scheme="iterative", max_rounds=rounds) for rounds in (1, 2, 100))]
-    sums = [reached(models, groups, matcher, data) for matcher in steps]
-    assert all(later >= earlier - RELATIVE for earlier, later in itertools.pairwise(sums))
-    assert sums[-1] > sums[0] + RELATIVE
+    assert sources.reached(make(scheme="sequential")) < sums[-1]
 
 
 def around(model: nn.Module, groups: GroupSet, to_a: Orders, to_b: Orders, to_c: Orders) -> nn.Module:
@@ -122,13 +135,13 @@ def around(model: nn.Module, groups: GroupSet, to_a: Orders, to_b: Orders, to_c:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("matching", MATCHERS)
 def test_orders_agree_around_a_cycle_and_those_found_pair_by_pair_do_not(scheme: str, matching: str) -> None:
-    a, b, c = models = [net("residual", seed) for seed in (1, 2, 3)]
-    groups, data, matcher = groups_of(a), images(48), MATCHERS[matching](scheme=scheme)
-    _, of_b, of_c = orders_of(models, matcher, data)
+    sources, matcher = strangers("residual"), MATCHERS[matching](scheme=scheme)
+    (a, b, c), groups = sources.models, sources.groups
+    _, of_b, of_c = sources.orders(matcher)
     unmoved = {group.name: group.identity() for group in groups}
     back = around(a, groups, of_b, relative(of_c, of_b, groups), relative(unmoved, of_c, groups))
     assert same_state(back.state_dict(), a.state_dict())
-    of_b, of_c, of_a = (orders_of(pair, matcher, data)[1] for pair in ([a, b], [b, c], [c, a]))
+    of_b, of_c, of_a = (Sources(pair, sources.data).orders(matcher)[1] for pair in ([a, b], [b, c], [c, a]))
     assert not same_state(around(a, groups, of_b, of_c, of_a).state_dict(), a.state_dict())
 
 
@@ -152,24 +165,29 @@ def test_relative_orders_go_by_way_of_the_common_frame(name: str) -> None:
         assert not same_state(permuted(model, groups, singly).state_dict(), two_steps.state_dict())
 
 
-def pair_by_pair(models: Sequence[nn.Module], matching: str, data: Tensor) -> list[Orders]:
-    """Every source matched to the first one, by itself."""
-    matcher = MATCHERS[matching](scheme="reference")
-    return [{}, *(orders_of([models[0], other], matcher, data)[1] for other in models[1:])]
+def pair_by_pair(sources: Sources, matching: str) -> list[Orders]:
+    """Every source matched to the first one, by itself, as if there were no schemes."""
+    a, *others = sources.models
+    found: list[Matching] = []
+    for other in others:
+        pair = Sources([a, other], sources.data)
+        asked = Problem(pair.groups, pair.states, list)
+        found.append(match_rest(asked, 1, {}) if matching == "weights" else match_on(asked, 1, pair.pairs[0, 1]))
+    return [{}, *(permutations_of(matching.permutations) for matching in found)]
 
 
 @pytest.mark.parametrize("matching", MATCHERS)
 def test_two_sources_are_matched_alike_under_all_schemes(matching: str) -> None:
-    models, data = [net("residual", 1), net("residual", 2)], images(48)
-    found = [orders_of(models, MATCHERS[matching](scheme=scheme), data) for scheme in SCHEMES]
-    assert found == [pair_by_pair(models, matching, data)] * len(SCHEMES)
+    sources = strangers("residual", 2)
+    found = [sources.orders(MATCHERS[matching](scheme=scheme)) for scheme in SCHEMES]
+    assert found == [pair_by_pair(sources, matching)] * len(SCHEMES)
 
 
 @pytest.mark.parametrize("matching", MATCHERS)
 def test_only_under_the_reference_scheme_all_sources_are_matched_to_the_first(matching: str) -> None:
-    models, data = [net("residual", seed) for seed in (1, 2, 3)], images(48)
-    found = {scheme: orders_of(models, MATCHERS[matching](scheme=scheme), data) for scheme in SCHEMES}
-    expected = pair_by_pair(models, matching, data)
+    sources = strangers("residual")
+    found = {scheme: sources.orders(MATCHERS[matching](scheme=scheme)) for scheme in SCHEMES}
+    expected = pair_by_pair(sources, matching)
     assert found["reference"] == expected
     assert found["sequential"][1] == expected[1] and found["sequential"][2] != expected[2]
     assert found["iterative"] != expected
@@ -177,31 +195,28 @@ def test_only_under_the_reference_scheme_all_sources_are_matched_to_the_first(ma
 
 @pytest.mark.parametrize("matching", MATCHERS)
 def test_the_sequential_scheme_matches_each_source_to_the_aligned_one_before_it(matching: str) -> None:
-    a, b, c = models = [net("chain", seed) for seed in (1, 2, 3)]
-    groups, data, matcher = groups_of(a), images(48), MATCHERS[matching](scheme="sequential")
-    _, of_b, of_c = orders_of(models, matcher, data)
-    aligned = permuted(b, groups, of_b)
-    assert of_c == orders_of([aligned, c], matcher, data)[1]
-    assert of_c != orders_of([b, c], matcher, data)[1]
+    sources, matcher = strangers("chain"), MATCHERS[matching](scheme="sequential")
+    _, b, c = sources.models
+    _, of_b, of_c = sources.orders(matcher)
+    aligned = permuted(b, sources.groups, of_b)
+    assert of_c == Sources([aligned, c], sources.data).orders(matcher)[1]
+    assert of_c != Sources([b, c], sources.data).orders(matcher)[1]
 
 
 @pytest.mark.parametrize("matching", MATCHERS)
 def test_one_seed_gives_one_result(matching: str) -> None:
-    models, data, matcher = (
-        [net("chain", seed) for seed in range(4)],
-        images(32),
-        MATCHERS[matching](scheme="iterative"),
-    )
-    found = [orders_of(models, matcher, data, seed) for seed in (0, 0, 1, 2, 3)]
+    sources, matcher = strangers("chain", 4), MATCHERS[matching](scheme="iterative")
+    found = [sources.orders(matcher, seed) for seed in (0, 0, 1, 2, 3)]
     assert found[0] == found[1]
     assert any(other != found[0] for other in found[2:])
 
 
 def test_gains_say_how_similar_a_source_is_to_all_others() -> None:
-    models = [net("chain", seed) for seed in (1, 2, 3)]
-    groups, states = groups_of(models[0]), [canonical_state(model) for model in models]
-    found = WeightMatching(scheme="iterative").match(problem(models))
-    aligned = [states[0], *(canonical_state(permuted(m, groups, f.permutations)) for m, f in zip(models[1:], found))]
+    sources = strangers("chain")
+    groups, states = sources.groups, sources.states
+    found = WeightMatching(scheme="iterative").match(Problem(groups, states, list))
+    orders = [{}, *(permutations_of(matching.permutations) for matching in found)]
+    aligned = [canonical_state(permuted(m, groups, own)) for m, own in zip(sources.models, orders, strict=True)]
 
     def product(states: Sequence[Mapping[str, Tensor]]) -> float:  # g0's parameters, of source 1 with both others
         names = ("0.weight", "2.weight")
@@ -244,20 +259,18 @@ def test_pinned_units_stay_where_they_are(matching: str) -> None:
 
 
 def test_similarity_and_correlation_are_means_over_all_pairs() -> None:
-    models, data = [net("chain", seed).double() for seed in (1, 2, 3)], images(32, dtype=torch.float64)
-    groups = surgery.find_groups(models[0], data[:2])
-    generator = torch.Generator().manual_seed(0)
-    orders = [random_permutations(groups, generator) for _ in models]
-    aligned = [permuted(model, groups, own) for model, own in zip(models, orders, strict=True)]
-    flat = [torch.cat([p.flatten() for p in model.parameters() if p.ndim > 1]) for model in aligned]
+    sources = Sources([net("chain", seed).double() for seed in (1, 2, 3)], images(32, dtype=torch.float64))
+    groups, generator = sources.groups, torch.Generator().manual_seed(0)
+    orders = [random_permutations(groups, generator) for _ in sources.models]
+    aligned = Sources([permuted(m, groups, own) for m, own in zip(sources.models, orders, strict=True)], sources.data)
+    flat = [torch.cat([tensor.flatten() for tensor in state.values() if tensor.ndim > 1]) for state in aligned.states]
     pairs = list(itertools.combinations(flat, 2))
     expected = sum(float(x @ y) for x, y in pairs) / sum(float(x.norm() * y.norm()) for x, y in pairs)
-    states = [canonical_state(model) for model in models]
-    assert pairwise_similarity(groups, states, orders) == pytest.approx(expected, rel=1e-9)
-    assert pairwise_similarity(groups, states, [{}] * 3) != pytest.approx(expected, rel=1e-3)
-    found = pairwise_correlation(groups, crossed(models, groups, data), orders)
-    assert found == pytest.approx(pairwise_correlation(groups, crossed(aligned, groups, data), [{}] * 3), rel=1e-9)
-    assert found != pytest.approx(pairwise_correlation(groups, crossed(models, groups, data), [{}] * 3), rel=1e-3)
+    assert pairwise_similarity(groups, sources.states, orders) == pytest.approx(expected, rel=1e-9)
+    assert pairwise_similarity(groups, sources.states, [{}] * 3) != pytest.approx(expected, rel=1e-3)
+    expected = pairwise_correlation(groups, aligned.pairs, [{}] * 3)
+    assert pairwise_correlation(groups, sources.pairs, orders) == pytest.approx(expected, rel=1e-9)
+    assert pairwise_correlation(groups, sources.pairs, [{}] * 3) != pytest.approx(expected, rel=1e-3)
 
 
 def told(merged: nn.Module) -> list[str]:
@@ -286,8 +299,3 @@ def test_unknown_schemes_and_no_rounds_are_refused(make: type[WeightMatching]) -
         make(scheme="iterativ")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"(?s)max_rounds is 0.*remedy  pass 1 or more"):
         make(max_rounds=0)
-
-
-def test_matchings_hold_nothing_of_the_first_source() -> None:
-    found = WeightMatching(scheme="iterative").match(problem([net("chain", seed) for seed in (1, 2, 3)]))
-    assert len(found) == 2 and all(isinstance(matching, Matching) for matching in found)

@@ -6,7 +6,7 @@ disjoint sets. Similarity is the pooled cosine of two sources' weights, correlat
 sets with the lowest and the highest. Trained weights are kept for the next time.
 
     python docs/benchmarks/schemes.py
-    python docs/benchmarks/schemes.py --sources 5 --sets 2
+    python docs/benchmarks/schemes.py --sources 5 --sets 4
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def main() -> None:
     made = parser(__doc__)
     made.set_defaults(threads=1)
     made.add_argument("--sources", type=int, default=3, help="sources of a merge (default: %(default)s)")
-    made.add_argument("--sets", type=int, default=3, help="disjoint sets of sources (default: %(default)s)")
+    made.add_argument("--sets", type=int, default=8, help="disjoint sets of sources (default: %(default)s)")
     made.add_argument("--cache", type=Path, default=ROOT / "out" / "schemes", help="where trained weights are kept")
     options = made.parse_args()
     begin(options.threads)

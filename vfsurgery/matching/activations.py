@@ -127,13 +127,12 @@ def match_all(
     sources = range(len(problem.states))
     found: list[dict[str, Permutation]] = [{} for _ in sources]
     gains: list[list[Gain]] = [[] for _ in sources]
-    generator = problem.generator()
     for family in families(problem.groups):
         crossed = _Crossed(family, pairs)
         if not crossed.shown:
             continue
         problem.advance(str(family.outer))
-        orders = align(scheme, crossed.groups, len(sources), crossed.fit, generator, max_rounds)
+        orders = align(scheme, crossed.groups, len(sources), crossed.fit, problem.generator(), max_rounds)
         for source in sources:
             found[source] |= orders[source]
             gains[source] += crossed.gains(source, orders)
