@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import pytest
 import torch
@@ -71,11 +71,13 @@ class Sources:
         return pairwise_similarity(self.groups, self.states, orders)
 
 
+@cache
 def strangers(name: str, count: int = 3) -> Sources:
     """Networks that have nothing in common."""
     return Sources([net(name, seed) for seed in range(1, count + 1)], images(48))
 
 
+@cache
 def nested_strangers(name: str) -> Sources:
     found = [build(name, seed) for seed in (1, 2, 3)]
     return Sources([model for model, _, _ in found], torch.randn(96, *found[0][1].shape[1:]))
@@ -226,6 +228,20 @@ def test_gains_say_how_similar_a_source_is_to_all_others() -> None:
     assert gain.before == pytest.approx(product(states), rel=1e-4)
     assert gain.after == pytest.approx(product(aligned), rel=1e-4)
     assert gain.moved == found[0].permutations["g0"].moved
+
+
+def test_all_pairs_are_the_joint_statistics_without_those_of_a_source_with_itself() -> None:
+    sources = strangers("chain")
+    traced = [surgery.trace(model, images(2)) for model in sources.models]
+    sites = group_sites(traced[0], sources.groups, torch.device("cpu"))
+    with torch.no_grad():
+        joint = survey(traced, [sources.data], sites, {}, joint=True).crossed
+        alone = survey(traced, [sources.data], sites, {}).crossed
+    assert list(sources.pairs) == [(0, 1), (0, 2), (1, 2)] == [(i, j) for i, j in joint if i < j]
+    assert list(alone) == [(0, 1), (0, 2)]
+    for pair, found in sources.pairs.items():
+        for name, (reading, *_) in found.items():
+            assert torch.equal(reading.products, joint[pair][name][0].products)
 
 
 class Counted:
