@@ -22,7 +22,7 @@ from vfsurgery.matching import ActivationMatching, Matcher, Matching, Problem, W
 from vfsurgery.matching.activations import match_on
 from vfsurgery.matching.pairwise import Crossed, pairwise_correlation, pairwise_similarity
 from vfsurgery.matching.schemes import relative
-from vfsurgery.matching.weights import match_rest
+from vfsurgery.matching.weights import match_rest, match_rest_of_all
 from vfsurgery.sources import canonical_state
 from vfsurgery.stats.collect import group_sites, survey
 
@@ -125,6 +125,19 @@ def test_rounds_never_lose_similarity_and_end_above_the_reference_scheme(name: s
     assert all(later >= earlier - RELATIVE for earlier, later in itertools.pairwise(sums))
     assert sums[-1] > sums[0] + RELATIVE
     assert sources.reached(make(scheme="sequential")) < sums[-1]
+
+
+def test_rounds_improve_the_groups_inside_known_ones_and_leave_the_known_ones_alone() -> None:
+    sources = nested_strangers("MultiheadAttention")
+    known = {group.name: group.random(torch.Generator().manual_seed(0)) for group in sources.groups if not group.outer}
+    start = [{name: sources.groups[name].identity() for name in known}, known, known]
+    sums: list[float] = []
+    for scheme in ("reference", "iterative"):
+        found = match_rest_of_all(Problem(sources.groups, sources.states, list), start, scheme)
+        orders = [permutations_of(matching.permutations) for matching in found]
+        assert all(own | of_start == own for own, of_start in zip(orders, start, strict=True))
+        sums.append(pairwise_similarity(sources.groups, sources.states, orders))
+    assert sums[1] > sums[0] + RELATIVE
 
 
 def around(model: nn.Module, groups: GroupSet, to_a: Orders, to_b: Orders, to_c: Orders) -> nn.Module:
