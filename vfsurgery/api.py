@@ -182,9 +182,10 @@ def merge(
 ) -> nn.Module:
     """Merge separately trained networks of one architecture into one network of that architecture.
 
-    The units of every source are reordered to match the first one's, the weights are averaged, and the statistics that
-    averaging destroys are restored. Every reordering is certified: a source that does not compute after it what it
-    computed before is refused. What was done is in :func:`report_of` the result.
+    The units of every source are reordered to match the first one's (more than two are matched to each other, too: see
+    docs/several_sources.md), the weights are averaged, and the statistics that averaging destroys are restored. Every
+    reordering is certified: a source that does not compute after it what it computed before is refused. What was done
+    is in :func:`report_of` the result.
 
     Args:
         a: The first source (the *reference*, whose order of units is kept), or a list of all sources.
@@ -213,7 +214,7 @@ def merge(
         pins: As for :func:`find_groups`: units that stay in the order they have. The report lists them.
         inplace: Write the result into model a, whose tensors keep their storage, once all has succeeded. Otherwise all
             sources stay as they are. Either way the peak is the sources, one model more, and what a batch needs.
-        seed: Seeds the order of visits in weight matching. torch's global random state is neither used nor changed.
+        seed: Seeds the orders of visits in matching. torch's global random state is neither used nor changed.
         progress: Show bars for work that takes over a second.
 
     Returns:

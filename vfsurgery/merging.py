@@ -19,10 +19,11 @@ from torch import Tensor, fx, nn
 from vfsurgery.batches import Batches, Data, progress_line
 from vfsurgery.discovery import discover
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, TraceError, explain
-from vfsurgery.groups import GroupSet
+from vfsurgery.groups import GroupSet, Permutation
 from vfsurgery.holdout import split
 from vfsurgery.maps import Order, UnitMap, balanced, permutations_of
 from vfsurgery.matching import Matcher, Matching, Problem
+from vfsurgery.matching.pairwise import describe
 from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline, Preserve
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.preserve import standalone
@@ -63,6 +64,7 @@ class Merging:
     units: dict[str, Site] = field(default_factory=dict[str, Site])
     held_out: Batches | None = None
     _joint: bool = False
+    _all_pairs: bool = False
     _survey: Survey | None = None
     _target: Source | None = None
 
@@ -121,6 +123,7 @@ class Merging:
         if matcher.needs_data:
             self.pairs = self.pairs or group_sites(graph_module, self.groups, self.sources[0].device)
             self._joint |= getattr(matcher, "needs_joint", False)
+            self._all_pairs |= getattr(matcher, "needs_pairs", False)
         for step in passes:
             self.units.update(step.reads(graph_module, self.groups))
         if self.held_out is None and (judged or any(step.holds_out() for step in passes)):
@@ -145,7 +148,7 @@ class Merging:
             started = time.perf_counter()
             images = calibration_images(self.data, "statistics of the sources", self.progress)
             graph_modules = [source.graph_module for source in self.sources]
-            self._survey = survey(graph_modules, images, self.pairs, self.units, self._joint)
+            self._survey = survey(graph_modules, images, self.pairs, self.units, self._joint, self._all_pairs)
             self.seconds.append(("statistics", time.perf_counter() - started))
         return self._survey
 
@@ -171,6 +174,7 @@ class Merging:
                 if number:
                     certificates.append(certify(number, source, self.groups, orders, self.inputs, scratch))
                 notes += self._drift(number, matching.permutations)
+            notes += self._pairwise(matchings)
             return tuple(certificates), tuple(notes)
 
     def _drift(self, number: int, orders: Mapping[str, Order]) -> list[str]:
@@ -184,6 +188,16 @@ class Merging:
             f"source {number}: {len(moved)} groups are mapped by matrices, which do not preserve its function; "
             f"mapped, its output {changed}"
         ]
+
+    def _pairwise(self, matchings: Sequence[Matching]) -> list[str]:
+        """For the report: how similar more than two sources are to each other, which no comparison with a says."""
+        orders = [matching.permutations for matching in self._of_all_sources(matchings)]
+        only_permuted = all(isinstance(order, Permutation) for own in orders for order in own.values())
+        if len(orders) == 2 or not any(orders) or not only_permuted:
+            return []
+        pairs = self._survey.crossed if self._survey is not None and (self._joint or self._all_pairs) else None
+        states = [source.state for source in self.sources]
+        return describe(self.groups, states, [permutations_of(own) for own in orders], pairs)
 
     def _of_all_sources(self, matchings: Sequence[Matching]) -> list[Matching]:
         """With one for the first source, which has none unless it is mapped too."""

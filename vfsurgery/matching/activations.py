@@ -13,26 +13,60 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from vfsurgery.groups import Permutation
+from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, Permutations
 from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem
 from vfsurgery.matching.nested import BlockAssignment, Family, families
-from vfsurgery.matching.weights import match_rest
-from vfsurgery.stats.correlation import CrossMoments
+from vfsurgery.matching.schemes import DEFAULT, MAX_ROUNDS, Scheme, align, check_scheme, units_in_order
+from vfsurgery.matching.weights import match_rest, match_rest_of_all
+from vfsurgery.stats.correlation import CrossMoments, mean_correlation
+
+SLACK = 1e-9
+"""Gain in correlation per unit up to which the order that a source has is as good as the best one."""
 
 
 @MATCHERS.register("activations")
 @dataclass(frozen=True)
 class ActivationMatching:
-    """Pair units by the correlation of their activations on calibration data."""
+    """Pair units by the correlation of their activations on calibration data.
 
+    ``scheme`` says whom each of more than two sources is matched to: ``"reference"`` the first one, ``"sequential"``
+    the aligned one before it, ``"iterative"`` the mean of all other aligned ones, again and again until none moves or
+    for ``max_rounds`` (:mod:`vfsurgery.matching.schemes`). The last one raises ``sum over pairs i < j of
+    tr(P_i C_ij P_j^T)``, the correlations of corresponding units of all pairs of sources, and never lowers it. All
+    pairs are correlated in the one pass over the data.
+
+    Raises:
+        OptionError: there is no such scheme, or no round is allowed.
+
+    >>> ActivationMatching(scheme="sequential").needs_pairs
+    True
+    """
+
+    scheme: Scheme = DEFAULT
+    max_rounds: int = MAX_ROUNDS
     name: str = field(default="activations", init=False)
     needs_data: bool = field(default=True, init=False)
 
+    def __post_init__(self) -> None:
+        check_scheme(self.scheme, self.max_rounds)
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether sources other than the first must be correlated with each other, too."""
+        return self.scheme != "reference"
+
     def match(self, problem: Problem) -> list[Matching]:
-        """One assignment per family and source; gains are mean correlations of paired units."""
-        return [match_on(problem, source, moments) for source, moments in enumerate(problem.correlations(), start=1)]
+        """Orders of every source after the first.
+
+        Gains are mean correlations of paired units; for more than two sources, under a scheme other than
+        ``"reference"``, the mean of those with all other sources.
+        """
+        if self.scheme == "reference" or len(problem.states) == 2:
+            return [match_on(problem, source, found) for source, found in enumerate(problem.correlations(), start=1)]
+        return match_all(problem, problem.joint(), self.scheme, self.max_rounds)
 
 
 def match_on(
@@ -56,7 +90,7 @@ def match_on(
         if not known:
             continue
         problem.advance(str(family.outer))
-        assignment = _assignment(family, moments)
+        assignment = _assignment(family, {group.name: mean_correlation(moments[group.name]) for group in known})
         found = assignment.solve()
         permutations |= {group.name: found["" if group is family.outer else group.name] for group in known}
         permutations[family.outer.name] = found[""]
@@ -76,21 +110,103 @@ def match_on(
     return Matching(found, (*gains, *rest.gains))
 
 
-def _assignment(family: Family, moments: Mapping[str, Sequence[CrossMoments]]) -> BlockAssignment:
+def match_all(
+    problem: Problem,
+    pairs: Mapping[tuple[int, int], Mapping[str, Sequence[CrossMoments]]],
+    scheme: Scheme,
+    max_rounds: int = MAX_ROUNDS,
+) -> list[Matching]:
+    """Match all sources on the cross moments of all pairs; groups without any are matched by their weights.
+
+    Args:
+        problem: As for :meth:`Matcher.match`.
+        pairs: For sources ``i < j`` and by group name, one for each place where its units are read.
+        scheme: As in :class:`ActivationMatching`.
+        max_rounds: As in :class:`ActivationMatching`.
+    """
+    sources = range(len(problem.states))
+    found: list[dict[str, Permutation]] = [{} for _ in sources]
+    gains: list[list[Gain]] = [[] for _ in sources]
+    for family in families(problem.groups):
+        crossed = _Crossed(family, pairs)
+        if not crossed.shown:
+            continue
+        problem.advance(str(family.outer))
+        orders = align(scheme, crossed.groups, len(sources), crossed.fit, problem.generator(), max_rounds)
+        for source in sources:
+            found[source] |= orders[source]
+            gains[source] += crossed.gains(source, orders)
+    matchings = [Matching(own, tuple(reached)) for own, reached in zip(found, gains, strict=True)]
+    if len(found[0]) < len(problem.groups):
+        rest = match_rest_of_all(problem, found, scheme, max_rounds)
+        matchings = [
+            Matching(of_rest.permutations, (*of_shown.gains, *of_rest.gains))
+            for of_shown, of_rest in zip(matchings, rest, strict=True)
+        ]
+    return matchings[1:]
+
+
+class _Crossed:
+    """One family's correlations between all pairs of sources."""
+
+    def __init__(self, family: Family, pairs: Mapping[tuple[int, int], Mapping[str, Sequence[CrossMoments]]]) -> None:
+        self.family = family
+        self.shown = [group for group in family.groups if group.name in pairs[0, 1]]
+        self.groups = GroupSet(tuple(dict.fromkeys((family.outer, *self.shown))))
+        self._correlations = {
+            pair: {group.name: mean_correlation(moments[group.name]) for group in self.shown}
+            for pair, moments in pairs.items()
+            if pair[0] < pair[1]
+        }
+        self._count = sum(len(correlation) for correlation in self._correlations[0, 1].values())
+
+    def fit(self, source: int, others: Sequence[int], found: Sequence[Permutations]) -> Permutations:
+        """The best orders of one source; those it has where no others are better."""
+        assignment = self._assignment(source, others, found)
+        solved = assignment.solve()
+        best = {group.name: solved[self._key(group)] for group in self.groups}
+        if found[source]:
+            gain = self._mean(assignment, best) - self._mean(assignment, found[source])
+            return best if gain > SLACK else found[source]
+        return best
+
+    def gains(self, source: int, orders: Sequence[Permutations]) -> list[Gain]:
+        """What aligning all sources did for the correlation of one of them with all others."""
+        others = [other for other in range(len(orders)) if other != source]
+        unmoved = [{group.name: group.identity() for group in self.groups}] * len(orders)
+        before, after = (self._mean(self._assignment(source, others, of), of[source]) for of in (unmoved, orders))
+        return [Gain(group.name, before, after, orders[source][group.name].moved) for group in self.groups]
+
+    def _mean(self, assignment: BlockAssignment, orders: Permutations) -> float:
+        """Mean correlation of paired units."""
+        return assignment.total({self._key(group): orders[group.name] for group in self.groups}) / self._count
+
+    def _key(self, group: PermutationGroup) -> str:
+        return "" if group is self.family.outer else group.name
+
+    def _assignment(self, source: int, others: Sequence[int], found: Sequence[Permutations]) -> BlockAssignment:
+        """Of a source's units to the mean of others' aligned ones: the mean of their correlations, rows in order."""
+        similarity: dict[str, Tensor] = {}
+        for group in self.shown:
+            rows = [self._between(other, source, group.name)[self._order(group, found[other])] for other in others]
+            similarity[group.name] = torch.stack(rows).mean(0)
+        return _assignment(self.family, similarity)
+
+    def _between(self, i: int, j: int, name: str) -> Tensor:
+        """Correlations of the units of source i, as rows, with those of source j."""
+        return self._correlations[i, j][name] if i < j else self._correlations[j, i][name].T
+
+    def _order(self, group: PermutationGroup, orders: Permutations) -> Tensor:
+        like = self._correlations[0, 1][group.name]
+        return torch.tensor(units_in_order(group, orders).order, device=like.device)
+
+
+def _assignment(family: Family, similarity: Mapping[str, Tensor]) -> BlockAssignment:
     """The assignment of one family on correlations; groups that no activation shows are left out."""
-    outer = moments.get(family.outer.name)
-    inners = [group for group in family.inners if group.name in moments]
+    inners = [group for group in family.inners if group.name in similarity]
     return BlockAssignment(
         family.outer.size,
-        None if outer is None else mean_correlation(outer),
-        {group.name: mean_correlation(moments[group.name]) for group in inners},
+        similarity.get(family.outer.name),
+        {group.name: similarity[group.name] for group in inners},
         {group.name: None for group in inners if group.blocks == 1},
     )
-
-
-def mean_correlation(readings: Sequence[CrossMoments]) -> Tensor:
-    """Pearson correlation of two sources' units, ``(units, units)``, averaged over the places they are read at."""
-    total = readings[0].correlation()
-    for reading in readings[1:]:
-        total += reading.correlation()
-    return total / len(readings) if len(readings) > 1 else total

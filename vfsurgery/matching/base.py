@@ -44,7 +44,8 @@ class Problem:
     ``states`` are the sources' parameters and buffers by canonical state-dict key, the reference first.
     ``correlations()`` runs the sources over the calibration data, once, and gives for every source but the first the
     cross moments of each group, one for every place where its units are read. ``joint()`` gives those of all pairs of
-    sources ``i <= j``, each source with itself among them. ``seed`` is the only source of randomness.
+    sources ``i <= j``, each source with itself among them, or of pairs ``i < j`` alone. ``seed`` is the only source of
+    randomness.
     """
 
     groups: GroupSet
@@ -63,7 +64,8 @@ class Problem:
 class Matcher(Protocol):
     """Anything with a name, a statement whether it needs data, and a ``match``.
 
-    One that asks for ``problem.joint()`` says so by an attribute ``needs_joint = True``.
+    One that asks for ``problem.joint()`` says so by an attribute ``needs_joint = True``, or ``needs_pairs = True`` if
+    pairs ``i < j`` are enough for it.
     """
 
     @property

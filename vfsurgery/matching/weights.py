@@ -28,10 +28,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vfsurgery.groups import GroupSet, Member, Permutation, PermutationGroup, permute_tensor
+from vfsurgery.groups import GroupSet, Member, Permutation, PermutationGroup, Permutations, permute_tensor
+from vfsurgery.maps import permutations_of
 from vfsurgery.matching.assignment import assign
 from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem
 from vfsurgery.matching.nested import BlockAssignment, Family, families, joined, whole_order
+from vfsurgery.matching.pairwise import gains_of_all, mean_state
+from vfsurgery.matching.schemes import DEFAULT, MAX_ROUNDS, Scheme, align, check_scheme
 from vfsurgery.matching.similarity import Similarity, States, is_matrix, member_rows
 
 MAX_SWEEPS, TOLERANCE = 100, 1e-3
@@ -46,18 +49,40 @@ class WeightMatching:
 
     ``tolerance`` is the smallest relative gain of a group's similarity that counts as an improvement; the descent ends
     when no group can improve by more, or after ``max_sweeps``.
+
+    ``scheme`` says whom each of more than two sources is matched to: ``"reference"`` the first one, ``"sequential"``
+    the aligned one before it, ``"iterative"`` the mean of all other aligned ones, again and again until none moves or
+    for ``max_rounds`` (:mod:`vfsurgery.matching.schemes`). The last one raises ``sum over pairs i < j of
+    <P_i(i), P_j(j)>`` and never lowers it.
+
+    Raises:
+        OptionError: there is no such scheme, or no round is allowed.
+
+    >>> WeightMatching(scheme="sequential").scheme
+    'sequential'
     """
 
     max_sweeps: int = MAX_SWEEPS
     tolerance: float = TOLERANCE
+    scheme: Scheme = DEFAULT
+    max_rounds: int = MAX_ROUNDS
     name: str = field(default="weights", init=False)
     needs_data: bool = field(default=False, init=False)
 
+    def __post_init__(self) -> None:
+        check_scheme(self.scheme, self.max_rounds)
+
     def match(self, problem: Problem) -> list[Matching]:
-        """Match every source to the first; the order of visits comes from ``problem.seed``."""
-        return [
-            match_rest(problem, source, {}, self.max_sweeps, self.tolerance) for source in range(1, len(problem.states))
-        ]
+        """Orders of every source after the first; the order of visits comes from ``problem.seed``.
+
+        Gains are similarities to the first source; for more than two sources, under a scheme other than
+        ``"reference"``, to the mean of all others.
+        """
+        sources = range(len(problem.states))
+        if self.scheme == "reference" or len(sources) == 2:
+            return [match_rest(problem, source, {}, self.max_sweeps, self.tolerance) for source in sources[1:]]
+        known = [{} for _ in sources]
+        return match_rest_of_all(problem, known, self.scheme, self.max_rounds, self.max_sweeps, self.tolerance)[1:]
 
 
 def match_rest(
@@ -83,12 +108,55 @@ def match_rest(
     return _Descent(problem.groups, states, tolerance, known).run(problem, max_sweeps)
 
 
-class _Descent:
-    """Coordinate descent for one pair of states."""
+def match_rest_of_all(
+    problem: Problem,
+    known: Sequence[Permutations],
+    scheme: Scheme,
+    max_rounds: int = MAX_ROUNDS,
+    max_sweeps: int = MAX_SWEEPS,
+    tolerance: float = TOLERANCE,
+) -> list[Matching]:
+    """Match all sources by their weights, the orders of some groups being known and kept; as :func:`match_rest`.
 
-    def __init__(self, groups: GroupSet, states: States, tolerance: float, known: Mapping[str, Permutation]) -> None:
-        self.groups, self.tolerance = groups, tolerance
-        self.orders = dict(known)
+    Args:
+        problem: As for :meth:`Matcher.match`.
+        known: For every source orders by group name; those of the first are identities.
+        scheme: As in :class:`WeightMatching`.
+        max_rounds: As in :class:`WeightMatching`.
+        max_sweeps: As in :class:`WeightMatching`.
+        tolerance: As in :class:`WeightMatching`.
+
+    Returns:
+        One for every source, the first one included, which keeps its order.
+    """
+    groups, states = problem.groups, problem.states
+
+    def fit(source: int, others: Sequence[int], found: Sequence[Permutations]) -> Permutations:
+        mean = mean_state(groups, [states[other] for other in others], [found[other] for other in others])
+        descent = _Descent(groups, (mean, states[source]), tolerance, known[source], found[source])
+        return permutations_of(descent.run(problem, max_sweeps).permutations)
+
+    found = align(scheme, groups, len(states), fit, problem.generator(), max_rounds)
+    gains = gains_of_all(groups, states, known, found)
+    return [Matching(orders, reached) for orders, reached in zip(found, gains, strict=True)]
+
+
+class _Descent:
+    """Coordinate descent for one pair of states, the orders of ``known`` groups being kept, from ``start`` on if any.
+
+    From a start the similarity never falls; without one the first sweep goes by what has an order already.
+    """
+
+    def __init__(
+        self,
+        groups: GroupSet,
+        states: States,
+        tolerance: float,
+        known: Permutations,
+        start: Permutations | None = None,
+    ) -> None:
+        self.groups, self.tolerance, self.known = groups, tolerance, known
+        self.orders = {**(start or {}), **known}
         self.gains: dict[str, tuple[float, float]] = {}
         open_families = [family for family in families(groups) if any(g.name not in known for g in family.groups)]
         self.problems = [
@@ -105,7 +173,7 @@ class _Descent:
                 problem.advance(f"sweep {sweep + 1}, {visited.family.outer}")
                 improved |= self._improve(visited)
             for half in () if sweep else self.halves:
-                self.orders |= half.complete(self.orders)
+                self.orders |= half.complete(self.orders, self.known)
             for group in self.groups:  # those that nothing could be said about start from where they are
                 if group.name not in self.orders:
                     self.orders[group.name] = group.identity()
@@ -240,9 +308,9 @@ class FamilyProblem:
         orders = {group.name: found.get(group.name, group.identity()) for group in self.family.inners}
         return {self.family.outer.name: found[""], **orders}
 
-    def complete(self, orders: Mapping[str, Permutation]) -> dict[str, Permutation]:
-        """The best orders of the inner groups that have none, those of the outer and other inner groups being known."""
-        missing = [group for group in self.family.inners if group.name not in orders]
+    def complete(self, orders: Mapping[str, Permutation], known: Mapping[str, Permutation]) -> dict[str, Permutation]:
+        """The best orders of the inner groups that are not known, from those they have; the outer one is known."""
+        missing = [group for group in self.family.inners if group.name not in known]
         start = {group.name: orders.get(group.name, group.identity()) for group in self.family.groups}
         self.bring_up_to_date(orders, None)
         return self._refine(start, orders, missing)

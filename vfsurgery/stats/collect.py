@@ -83,6 +83,7 @@ def survey(
     pairs: Mapping[str, Sequence[Site]],
     units: Mapping[str, Site],
     joint: bool = False,
+    all_pairs: bool = False,
 ) -> Survey:
     """Gather all statistics of all sources, each source run once on each batch.
 
@@ -92,10 +93,11 @@ def survey(
         pairs: Where to correlate the units of the first source with those of every other one, by name.
         units: Where to take moments of the units of every source, by name.
         joint: Correlate the units of every source with those of every source, itself included.
+        all_pairs: Correlate the units of every source with those of every other one.
     """
     readings = {(name, place): site for name, sites in pairs.items() for place, site in enumerate(sites)}
     numbers = range(len(sources))
-    chosen = [(i, j) for i in numbers for j in numbers if i <= j and (joint or i == 0 < j)]
+    chosen = [(i, j) for i in numbers for j in numbers if i <= j and (joint or (all_pairs and i < j) or i == 0 < j)]
     crossed: dict[tuple[int, int], dict[Reading, CrossMoments]] = {pair: {} for pair in chosen}
     moments: list[dict[str, Moments]] = [{} for _ in sources]
     seen = 0

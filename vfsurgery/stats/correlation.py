@@ -6,6 +6,7 @@ put right by the exact merge formula, so neither the batch size nor the order of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,14 @@ class CrossMoments:
         """
         scale = torch.outer(_inverse_norm(self.a), _inverse_norm(self.b))
         return self.products * scale
+
+
+def mean_correlation(readings: Sequence[CrossMoments]) -> Tensor:
+    """Pearson correlation of two sources' units, ``(units, units)``, averaged over the places they are read at."""
+    total = readings[0].correlation()
+    for reading in readings[1:]:
+        total += reading.correlation()
+    return total / len(readings) if len(readings) > 1 else total
 
 
 def _inverse_norm(moments: Moments) -> Tensor:
