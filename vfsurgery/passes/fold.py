@@ -58,13 +58,13 @@ class Fold(Pass):
 
 def fold_affine(graph_module: fx.GraphModule, producer: Producer, affine: Affine) -> str | None:
     """Fold one affine step; return the name of the bias that had to be created, if any."""
-    weight = _tensor(graph_module, producer.weight)
+    weight = tensor_of(graph_module, producer.weight)
     shape = [1] * weight.ndim
     shape[producer.rows] = -1
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight.copy_(weight.to(wide) * affine.scale.to(wide).view(shape))
     if producer.bias is not None:
-        bias = _tensor(graph_module, producer.bias)
+        bias = tensor_of(graph_module, producer.bias)
         bias.copy_(bias.to(wide) * affine.scale.to(wide) + affine.shift.to(wide))
         return None
     if not bool(affine.shift.any()):
@@ -82,7 +82,8 @@ def fold_affine(graph_module: fx.GraphModule, producer: Producer, affine: Affine
     return f"{producer.path}.bias"
 
 
-def _tensor(graph_module: fx.GraphModule, name: str) -> Tensor:
+def tensor_of(graph_module: fx.GraphModule, name: str) -> Tensor:
+    """A parameter or buffer of a graph module by its name, detached: writes go into the module."""
     path, _, leaf = name.rpartition(".")
     tensor = getattr(graph_module.get_submodule(path), leaf)
     assert isinstance(tensor, Tensor)

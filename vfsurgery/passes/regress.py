@@ -32,10 +32,10 @@ from vfsurgery.errors import DataError, OptionError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.maps import map_units
 from vfsurgery.passes.base import Context, Pass
-from vfsurgery.passes.fold import fold_affine
+from vfsurgery.passes.fold import fold_affine, tensor_of
 from vfsurgery.passes.producers import CONV, LINEAR, Producer, find_producers
 from vfsurgery.passes.recalibrate import batch_norm_nodes, set_running
-from vfsurgery.passes.renormalize import Affine, Repair
+from vfsurgery.passes.renormalize import Affine, Repair, unit_ratio
 from vfsurgery.stats.correlation import Centred, CrossMoments
 from vfsurgery.stats.lockstep import Lockstep, live_bytes
 from vfsurgery.stats.moments import Moments, weighted_goal
@@ -46,7 +46,6 @@ HELD_OUT = 5
 """Every which batch is held out to choose the ridge."""
 SAMPLES, LEAST_SAMPLES = 10, 20_000
 """Samples per column of a layer's matrix that are looked at, and how many at least, where there are as many."""
-CONSTANT = 1e-4
 GIB = 2**30
 
 
@@ -99,7 +98,7 @@ class Regress(Pass):
         total = 0.0
         for producer in find_producers(graph_module, groups):
             if _is_dense(ops[producer.node]):
-                columns = _tensor(graph_module, producer.weight)[0].numel()
+                columns = tensor_of(graph_module, producer.weight)[0].numel()
                 shape = ops[producer.node].output.shape
                 positions = torch.Size(shape).numel() // (shape[0] * producer.units)
                 samples = min(self.images * positions, _wanted(columns) + self.images)
@@ -161,7 +160,7 @@ class _Fit:
         """Fit a dense layer's weight and bias."""
         node = self.merged.run_before(producer.node)
         targets = [source.run_through(producer.node) for source in self.sources]
-        weight = _tensor(self.graph_module, producer.weight)
+        weight = tensor_of(self.graph_module, producer.weight)
         columns = weight[0].numel()
         statistics: list[CrossMoments | None] = [None, None]  # fitted on, held out
         goals: list[Moments | None] = [None] * len(self.sources)
@@ -202,7 +201,7 @@ class _Fit:
 
     def _set_bias(self, producer: Producer, shift: Tensor) -> None:
         if producer.bias is not None:
-            _tensor(self.graph_module, producer.bias).copy_(shift)
+            tensor_of(self.graph_module, producer.bias).copy_(shift)
         elif not producer.feeds_norm:
             nothing = Affine(torch.ones_like(shift), shift, producer.dim)
             created = fold_affine(self.graph_module, producer, nothing)
@@ -227,9 +226,9 @@ class _Solution:
         c, cross = covariance[:n, :n], covariance[n:, :n]
         spread = covariance.diagonal()[n:].sqrt()
         goal_std = spread if goal is None else goal[1]
-        scale = _ratio(goal_std, spread)[:, None]
+        scale = unit_ratio(goal_std, spread)[:, None]
         start = average.double()
-        start = start * _ratio(goal_std, ((start @ c) * start).sum(1).clamp_min(0).sqrt())[:, None]
+        start = start * unit_ratio(goal_std, ((start @ c) * start).sum(1).clamp_min(0).sqrt())[:, None]
         missing = scale * cross - start @ c
         unit = c.diagonal().mean()
         eye = torch.eye(n, dtype=c.dtype, device=c.device)
@@ -246,14 +245,9 @@ class _Solution:
         joint = self.fitted.merge(self.held_out)
         if goal is not None:
             everything = joint.products[:n, :n] / joint.a.count
-            best = best * _ratio(goal_std, ((best @ everything) * best).sum(1).clamp_min(0).sqrt())[:, None]
+            best = best * unit_ratio(goal_std, ((best @ everything) * best).sum(1).clamp_min(0).sqrt())[:, None]
         mean = joint.a.mean[n:] if goal is None else goal[0]
         return best, mean - best @ joint.a.mean[:n], chosen
-
-
-def _ratio(goal: Tensor, std: Tensor) -> Tensor:
-    """``goal / std``, and 1 for units that are constant."""
-    return torch.where(std > CONSTANT * goal, goal / std.clamp_min(torch.finfo(std.dtype).tiny), 1.0)
 
 
 def _wanted(columns: int) -> int:
@@ -279,11 +273,6 @@ def _moments(batches: Iterator[Tensor], dim: int) -> Moments:
     for moments in rest:
         first = first.merge(moments)
     return first
-
-
-def _tensor(graph_module: fx.GraphModule, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    return cast(Tensor, getattr(graph_module.get_submodule(path), leaf)).detach()
 
 
 def _units(value: Tensor, dim: int, places: Tensor) -> Tensor:

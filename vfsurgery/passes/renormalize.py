@@ -216,7 +216,7 @@ class Rescale(Measured):
 
     def correct(self, moments: Moments, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """``s = goal std / std``, no shift."""
-        return _ratio(std, moments.std), torch.zeros_like(std)
+        return unit_ratio(std, moments.std), torch.zeros_like(std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,11 +232,11 @@ class Reshift(Measured):
 
 def to_both(moments: Moments, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and shift of REPAIR: ``s = goal std / std``, ``t = goal mean - s * mean``."""
-    scale = _ratio(std, moments.std)
+    scale = unit_ratio(std, moments.std)
     return scale, mean - scale * moments.mean
 
 
-def _ratio(goal: Tensor, std: Tensor) -> Tensor:
+def unit_ratio(goal: Tensor, std: Tensor) -> Tensor:
     """``goal / std``, and 1 for units that are constant: dividing by their noise would blow up their offset."""
     return torch.where(std > CONSTANT * goal, goal / std.clamp_min(torch.finfo(std.dtype).tiny), 1.0)
 
