@@ -35,8 +35,8 @@ def cifar(
 
     Args:
         name: ``"cifar10"`` or ``"cifar100"``.
-        path: A folder that holds ``cifar-10-batches-py`` (``cifar-100-python``) as torchvision unpacks it, or the folders
-            ``train`` and ``test`` with one folder of images per class.
+        path: A folder that holds ``cifar-10-batches-py`` (``cifar-100-python``) as torchvision unpacks it, or the
+            folders ``train`` and ``test`` with one folder of images per class.
         train: So many training images, drawn at random; all by default.
         calibration: So many of *those* are for calibration, too: calibration looks at no labels, and the paper takes
             the whole training set.
@@ -77,7 +77,7 @@ def _read(name: Name, path: Path, part: str) -> tuple[Tensor, Tensor]:
             explain(
                 f"there is no {name} in {path}",
                 folder=path.resolve(),
-                expected=f"{FOLDERS[name]}/ as torchvision unpacks it, or train/CLASS/IMAGE.png and test/CLASS/IMAGE.png",
+                expected=f"{FOLDERS[name]}/ as torchvision unpacks it, or train/CLASS/NAME.png and test/CLASS/NAME.png",
                 remedy=f"torchvision.datasets.{name.upper()}({str(path)!r}, download=True) puts it there",
             )
         )
@@ -105,7 +105,7 @@ def _from_folders(path: Path) -> tuple[Any, list[int]]:
         raise DataError(
             explain(f"no images in {path}", cause=error, remedy="lay them out as CLASS/NAME.png, a folder a class")
         ) from error
-    pairs = list(found)
+    pairs = [found[index] for index in range(len(found))]
     for (pixels, _), (file, _) in zip(pairs, found.samples, strict=True):
         if pixels.shape != (32, 32, 3):
             raise DataError(explain(f"{file} is no CIFAR image", found=pixels.shape[:2], expected="32 x 32 pixels"))

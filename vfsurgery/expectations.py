@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 _BAND = re.compile(r"(?P<row>.+) within (?P<points>\d+(\.\d+)?) of published")
@@ -48,7 +49,7 @@ class Expectation:
         """Compare with what was measured, in percent by row; NaN meets no expectation."""
         found = tuple(measured[row] for row in self.rows)
         if self.points is None:
-            holds = all(low < high for low, high in zip(found, found[1:], strict=False))
+            holds = all(low < high for low, high in pairwise(found))
             return Outcome(self.text, holds, found)
         goal = (published or {})[self.rows[0]]
         return Outcome(self.text, abs(found[0] - goal) <= self.points, found, goal)

@@ -1,4 +1,4 @@
-"""The networks of Qu & Horvath (CPAL 2025) for 32x32 images, of any width: what ``recipes/paper/`` trains and merges."""
+"""The networks of Qu & Horvath (CPAL 2025) for 32x32 images, of any width, as ``recipes/paper/`` train them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ STAGES = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))
 class VGG16(nn.Module):
     """Thirteen 3x3 convolutions with biases in five stages, then one linear classifier.
 
-    As the paper has it: no max-pool after the fifth stage, no dropout, Kaiming-normal weights (fan-out), zero biases, and
-    a classifier of N(0, 0.01^2). The mean over the last map is AvgPool2d(2) for 32x32 images, and lets others through.
+    As the paper has it: no max-pool after the fifth stage, no dropout, Kaiming-normal weights (fan-out), zero biases,
+    and a classifier of N(0, 0.01^2). The mean over the last map is AvgPool2d(2) for 32x32 images.
 
     Args:
         width: Units of the first convolution; 64 in the paper.

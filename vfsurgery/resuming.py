@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -38,7 +38,7 @@ class Progress:
         setting: Options of the training, as text; a file of another setting is refused.
     """
 
-    parts: dict[str, Stateful]
+    parts: Mapping[str, Stateful]
     generator: torch.Generator
     setting: str
 

@@ -79,13 +79,14 @@ def train(
     """
     if not len(cast("Sized", dataset)):
         raise DataError(explain("the training data is empty"))
-    setting = f"{batch_size=} {epochs=} {lr=} {momentum=} {weight_decay=} {nesterov=} {milestones=} {warmup=} {augment=}"
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, generator=order)
+    setting = f"{seed=} {epochs=} {lr=} {batch_size=} {momentum=} {weight_decay=} {nesterov=} {milestones=} {warmup=} "
+    setting += f"{augment=}, {len(loader)} batches"
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
     schedule = _schedule(optimizer, lr, epochs * len(loader), milestones, warmup * len(loader))
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    state = Progress(parts, order, f"{seed=} {setting}")
+    state = Progress(parts, order, setting)
     done = 0 if checkpoint is None else state.load(Path(checkpoint))
     device = next(model.parameters()).device
 
