@@ -22,7 +22,7 @@ from vfsurgery.comparison import Comparison, compare_merges, table
 from vfsurgery.data import Splits
 from vfsurgery.errors import RecipeError, did_you_mean, explain
 from vfsurgery.expectations import Outcome
-from vfsurgery.sections import AsTuple, Images, Name, Pair, Reduced, ReducedPair, Section, refuse_repeated
+from vfsurgery.sections import AsTuple, Images, Name, Pair, Reduced, ReducedPair, Section, given, refuse_repeated
 from vfsurgery.training import from_seed, train
 
 
@@ -86,7 +86,7 @@ class Recipe(Section):
             )
         changes = {change.name: change for change in self.reduced.pairs}
         content = self.model_dump(mode="json", exclude={"reduced"})
-        content |= self.reduced.model_dump(mode="json", exclude={"pairs"}, exclude_unset=True)
+        content |= given(self.reduced)
         content["name"] = f"{self.name}-reduced"
         content["pairs"] = [changes.get(pair.name, ReducedPair(name=pair.name)).changed(pair) for pair in self.pairs]
         return type(self).model_validate(content)

@@ -196,6 +196,11 @@ class Pair(Section):
         return build_model(self.model, **options)
 
 
+def given(section: Section) -> dict[str, Any]:
+    """The keys that change something, as plain values; a null further down, as of ``renormalize``, stays."""
+    return {key: value for key, value in section.model_dump(mode="json").items() if value is not None}
+
+
 class ReducedPair(Section):
     """What the reduced form changes in the pair of this name; a key that is given replaces the whole section."""
 
@@ -212,7 +217,7 @@ class ReducedPair(Section):
         Bands around published accuracies are left out, since those are of the full form, and so are the given
         checkpoints, since they are of full width.
         """
-        changes = self.model_dump(mode="json", exclude_unset=True)  # a null that is written down stays
+        changes = given(self)
         full = pair.model_dump(mode="json", exclude={"checkpoints"})
         full["expect"] = [expected.text for expected in pair.expectations if expected.points is None]
         merges = pair.merges if self.merges is None else self.merges
