@@ -122,7 +122,7 @@ def table(comparison: Comparison, published: Mapping[str, float] | None = None) 
         yield f"  {label:<{width}}  {score.accuracy:8.2%}{extra}  {distance:+10.2f}  {score.loss:6.3f}"
     for name, curve in comparison.barrier.curves.items() if published else ():
         label = f"barrier {name}"
-        yield f"  {label:<{width}}  {curve.accuracy_barrier:8.2%}{_cell(published.get(label))}"
+        yield f"  {label:<{width}}  {curve.accuracy_barrier:8.2%}{_cell(published.get(label))}".rstrip()
 
 
 def _cell(accuracy: float | None) -> str:
