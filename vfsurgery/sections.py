@@ -182,8 +182,7 @@ class Pair(Section):
     @property
     def rows(self) -> tuple[str, ...]:
         """Labels of all rows of the table, in their order, and the barriers behind them."""
-        curves = BARRIERS if self.merges[-1].renormalize is not None else BARRIERS[:-1]
-        return (*SOURCES, *(merge.row for merge in self.merges), *curves)
+        return _rows(self.merges)
 
     @property
     def expectations(self) -> tuple[Expectation, ...]:
@@ -194,6 +193,11 @@ class Pair(Section):
         """Return one untrained model."""
         options: dict[str, Any] = self.options
         return build_model(self.model, **options)
+
+
+def _rows(merges: Sequence[Merge]) -> tuple[str, ...]:
+    curves = BARRIERS if merges[-1].renormalize is not None else BARRIERS[:-1]
+    return (*SOURCES, *(merge.row for merge in merges), *curves)
 
 
 def given(section: Section) -> dict[str, Any]:
@@ -207,7 +211,7 @@ class ReducedPair(Section):
     name: Name
     options: Options | None = None
     training: Training | None = None
-    merges: Annotated[tuple[Merge, ...] | None, AsTuple] = None
+    merges: Annotated[tuple[Merge, ...] | None, AsTuple, Field(min_length=1)] = None
     alphas: int | None = None
     expect: Annotated[tuple[str, ...] | None, AsTuple] = None
 
@@ -220,8 +224,7 @@ class ReducedPair(Section):
         changes = given(self)
         full = pair.model_dump(mode="json", exclude={"checkpoints"})
         full["expect"] = [expected.text for expected in pair.expectations if expected.points is None]
-        merges = pair.merges if self.merges is None else self.merges
-        rows = {*SOURCES, *BARRIERS, *(merge.row for merge in merges)}
+        rows = _rows(self.merges or pair.merges)
         full["published"] = {label: accuracy for label, accuracy in pair.published.items() if label in rows}
         return full | changes
 
