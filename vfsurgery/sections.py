@@ -211,7 +211,7 @@ class ReducedPair(Section):
     name: Name
     options: Options | None = None
     training: Training | None = None
-    merges: Annotated[tuple[Merge, ...] | None, AsTuple, Field(min_length=1)] = None
+    merges: Annotated[Annotated[tuple[Merge, ...], Field(min_length=1)] | None, AsTuple] = None
     alphas: int | None = None
     expect: Annotated[tuple[str, ...] | None, AsTuple] = None
 
