@@ -87,7 +87,11 @@ def test_recipe_is_frozen():
 
 
 WRONG = [
-    ("name: tiny", "nam: tiny", "unknown key 'nam' at nam remedy did you mean 'name'? accepted: alpha, data, name"),
+    (
+        "name: tiny",
+        "nam: tiny",
+        "unknown key 'nam' at nam remedy did you mean 'name'? accepted: alpha, data, device",
+    ),
     ("threads: 1", "data: {nam: digits}", "unknown key 'nam' at data.nam remedy did you mean 'name'?"),
     ("epochs", "epoch", "unknown key 'epoch' at pairs[0].training.epoch remedy did you mean 'epochs'?"),
     ("matching: w", "maching: w", "'maching' at pairs[0].merges[1].maching remedy did you mean 'matching'?"),
@@ -100,7 +104,11 @@ WRONG = [
     ("    model: tinynets:conv\n", "", "a required key is missing at pairs[0].model"),
     ("name: conv", "name: ../up", "found '../up' at pairs[0].name"),
     ("threads: 1", "alpha: 1.5", "less than or equal to 1, found 1.5 at alpha"),
-    ("threads: 1", "data: {name: cifar}", "Input should be 'digits', found 'cifar' at data.name"),
+    (
+        "threads: 1",
+        "data: {name: cifar}",
+        "'digits', 'cifar10' or 'cifar100', found 'cifar' at data.name",
+    ),
     ("matching: weights", "matching: weigths", "unknown matching 'weigths'; did you mean 'weights'? accepted: act"),
     ("repair", "repiar", "unknown renormalization 'repiar'; did you mean 'repair'? accepted: auto, bias-calibration"),
     ("repair", "[reset, auto]", "unknown renormalization 'auto'; accepted: bias-calibration, bias-removal, cl"),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
-from vfsurgery.api import merge, report_of
+from vfsurgery.api import match, merge, report_of
 from vfsurgery.batches import Data
 from vfsurgery.diagnosis import Diagnosis, diagnose
-from vfsurgery.evaluation import Barrier, Score, barrier, compare, evaluate
+from vfsurgery.evaluation import Barrier, Score, barrier, compare, evaluate, first_images
 from vfsurgery.flip_rates import Flips, flips
+from vfsurgery.matching import Given
 from vfsurgery.report import Report
 
 
@@ -44,7 +45,7 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        return "\n".join([self.name, *_table(self.scores)])
+        return "\n".join([self.name, *table(self)])
 
 
 def compare_merges(
@@ -56,6 +57,7 @@ def compare_merges(
     calibration: Data,
     test: Data,
     alpha: float = 0.5,
+    alphas: int = 11,
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
@@ -65,30 +67,63 @@ def compare_merges(
         name: Heads the table.
         a: The reference.
         b: Aligned to ``a``.
-        merges: By their row's label, keyword arguments for :func:`vfsurgery.merge`; at least one.
+        merges: By their row's label, keyword arguments for :func:`vfsurgery.merge`; at least one. What matches in the
+            same way is matched once.
         calibration: Images for statistics.
         test: Images and labels for the scores.
-        alpha: Weight of ``b``.
+        alpha: Weight of ``b``, where a merge says no other.
+        alphas: Points of the line between the sources, for the last merge.
         seed: Decides the order of random sweeps in matching.
         progress: Whether to show bars.
     """
     scores = compare({"source a": a, "source b": b}, test, progress=progress)
     merged = a
+    labels = list(merges)
+    known = _matched_once(a, b, [merges[label]["matching"] for label in labels[:-1]], calibration, seed, progress)
     for label, options in merges.items():
-        merged = merge(a, b, data=calibration, alpha=alpha, seed=seed, progress=progress, **options)
+        if label != labels[-1]:  # the last one's report names its matching
+            options = {**options, "matching": known.get(options["matching"], options["matching"])}
+        arguments: dict[str, Any] = {"alpha": alpha, **options}
+        merged = merge(a, b, data=calibration, seed=seed, progress=progress, **arguments)
         scores[label] = evaluate(merged, test, progress=progress)
-    last = {key: value for key, value in list(merges.values())[-1].items() if key != "preserve"}  # it has none
-    line = barrier(a, b, test, calibration=calibration, seed=seed, progress=progress, **last)
+    last = {key: value for key, value in merges[labels[-1]].items() if key not in ("preserve", "alpha")}
+    line = barrier(a, b, test, calibration=calibration, alphas=alphas, seed=seed, progress=progress, **last)
     sources = {"source a": a, "source b": b}
     diagnosis = diagnose(merged, list(sources.values()), calibration, progress=progress)
     flipped = flips(sources, merged, test, progress=progress)
     return Comparison(name, scores, line, report_of(merged), diagnosis, flipped, merged)
 
 
-def _table(scores: Mapping[str, Score]) -> Iterator[str]:
-    """Lines of a table; in each row also the distance to the sources' mean accuracy, in points."""
+def _matched_once(
+    a: nn.Module, b: nn.Module, matchings: Sequence[str], calibration: Data, seed: int, progress: bool
+) -> dict[str, Given]:
+    """What several merges ask for, found once; ``"auto"`` chooses for each merge anew."""
+    repeated = {name for name in matchings if matchings.count(name) > 1 and name != "auto"}
+    options: dict[str, Any] = {"data": calibration, "example_inputs": first_images(a, calibration), "seed": seed}
+    return {name: Given(match(a, b, matching=name, progress=progress, **options)) for name in sorted(repeated)}
+
+
+def table(comparison: Comparison, published: Mapping[str, float] | None = None) -> Iterator[str]:
+    """Lines of a table; in each row also the distance to the sources' mean accuracy, in points.
+
+    Args:
+        comparison: What was measured.
+        published: Accuracies (%) from elsewhere, by row, for a column of their own; rows that only they have come last.
+    """
+    published = published or {}
+    scores = comparison.scores
     ends = (scores["source a"].accuracy + scores["source b"].accuracy) / 2
-    width = max(map(len, scores))
-    yield f"  {'':<{width}}  accuracy  to sources    loss"
+    width = max(map(len, [*scores, *published]))
+    extra = f"  {'published':>9}" if published else ""
+    yield f"  {'':<{width}}  accuracy{extra}  to sources    loss"
     for label, score in scores.items():
-        yield f"  {label:<{width}}  {score.accuracy:8.2%}  {100 * (score.accuracy - ends):+10.2f}  {score.loss:6.3f}"
+        distance = 100 * (score.accuracy - ends)
+        extra = _cell(published.get(label)) if published else ""
+        yield f"  {label:<{width}}  {score.accuracy:8.2%}{extra}  {distance:+10.2f}  {score.loss:6.3f}"
+    for name, curve in comparison.barrier.curves.items() if published else ():
+        label = f"barrier {name}"
+        yield f"  {label:<{width}}  {curve.accuracy_barrier:8.2%}{_cell(published.get(label))}".rstrip()
+
+
+def _cell(accuracy: float | None) -> str:
+    return f"  {'':9}" if accuracy is None else f"  {accuracy:8.2f}%"

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from vfsurgery.errors import DataError, explain
@@ -19,14 +20,14 @@ Transform = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint parts of one data set, each yielding (image, label)."""
+    """Parts of one data set, each yielding (image, label); no image of the test is in another part."""
 
     train: TensorDataset
     calibration: TensorDataset
     test: TensorDataset
 
 
-def digits(*, seed: int = 0) -> Splits:
+def digits(*, seed: int = 0, size: int | None = None) -> Splits:
     """Return scikit-learn's 1,797 handwritten digits; they come with the package, nothing is downloaded.
 
     Images are float32 of shape (1, 8, 8), standardised with the mean and deviation of the training images' pixels;
@@ -35,6 +36,7 @@ def digits(*, seed: int = 0) -> Splits:
     Args:
         seed: Decides which images are for training (the first 1,000 of a random order), for calibration (the next
             297) and for the test (the last 500).
+        size: Height and width that the images are enlarged to, bilinearly; for networks that halve the map too often.
 
     >>> splits = digits(seed=0)
     >>> len(splits.train), len(splits.calibration), len(splits.test)
@@ -47,6 +49,8 @@ def digits(*, seed: int = 0) -> Splits:
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)[order]
     targets = torch.tensor(labels, dtype=torch.int64)[order]
     images = (images - images[:1000].mean()) / images[:1000].std()
+    if size is not None:
+        images = functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
     parts = [TensorDataset(images[part], targets[part]) for part in (slice(1000), slice(1000, 1297), slice(1297, None))]
     return Splits(*parts)
 

@@ -2,122 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
-from vfsurgery.architectures import build_model
-from vfsurgery.checkpoints import save_state_dict, write_text
-from vfsurgery.comparison import Comparison, compare_merges
-from vfsurgery.data import Splits, digits
+from vfsurgery.checkpoints import load_into, load_state_dict, save_state_dict, write_text
+from vfsurgery.comparison import Comparison, compare_merges, table
+from vfsurgery.data import Splits
 from vfsurgery.errors import RecipeError, did_you_mean, explain
-from vfsurgery.matching import MATCHERS
-from vfsurgery.passes import NORMALIZATIONS
+from vfsurgery.expectations import Outcome
+from vfsurgery.sections import AsTuple, Images, Name, Pair, Reduced, ReducedPair, Section, given, refuse_repeated
 from vfsurgery.training import from_seed, train
-
-# YAML has lists only; a frozen value needs tuples
-_AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-"""Names become file names, so they hold letters, digits, ``_``, ``.`` and ``-`` only."""
-
-
-class Section(BaseModel):
-    """A mapping of a recipe: frozen, with no keys but its fields, and no conversion between types."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class DigitsData(Section):
-    """scikit-learn's digits, split by ``seed``; see :func:`vfsurgery.data.digits`."""
-
-    name: Literal["digits"] = "digits"
-    seed: int = 0
-
-    def load(self) -> Splits:
-        """Return the splits."""
-        return digits(seed=self.seed)
-
-
-class Training(Section):
-    """Options of :func:`vfsurgery.training.train`."""
-
-    epochs: Annotated[int, Field(ge=1)] = 20
-    lr: Annotated[float, Field(gt=0)] = 0.05
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-
-
-class Merge(Section):
-    """One row of the table: options of :func:`vfsurgery.merge`, under ``label`` or a name made from them."""
-
-    matching: str = "auto"
-    renormalize: Annotated[str | tuple[str, ...] | None, _AsTuple] = "auto"
-    preserve: Annotated[int, Field(ge=0)] | str = 0
-    label: str | None = None
-
-    @field_validator("matching")
-    @classmethod
-    def _matching_exists(cls, matching: str) -> str:
-        _refuse_unknown("matching", (matching,), ["auto", *MATCHERS])
-        return matching
-
-    @field_validator("renormalize")
-    @classmethod
-    def _renormalizations_exist(cls, steps: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        if isinstance(steps, str):
-            _refuse_unknown("renormalization", (steps,), ["auto", *NORMALIZATIONS])
-        else:
-            _refuse_unknown("renormalization", steps or (), NORMALIZATIONS)
-        return steps
-
-    @property
-    def row(self) -> str:
-        """The label, or as in ``activations + rescale``."""
-        steps = (self.renormalize,) if isinstance(self.renormalize, str) else self.renormalize or ()
-        kept = (f"preserve {self.preserve}",) if self.preserve else ()
-        return self.label or " + ".join([self.matching, *steps, *kept])
-
-
-class Pair(Section):
-    """Two models of one architecture from two seeds, and the merges to compare; the last one is written out."""
-
-    name: Name
-    model: str
-    seeds: Annotated[tuple[int, int], _AsTuple] = (0, 1)
-    training: Training = Training()
-    merges: Annotated[tuple[Merge, ...], _AsTuple, Field(min_length=1)] = (Merge(),)
-
-    @model_validator(mode="after")
-    def _rows_differ(self) -> Self:
-        _refuse_repeated("merge", [merge.row for merge in self.merges])
-        if self.merges[-1].preserve:
-            raise ValueError("the last merge has preserve, but its weights are written: put one without it last")
-        return self
-
-    def build(self) -> nn.Module:
-        """Return one untrained model."""
-        return build_model(self.model)
-
-    def train(self, splits: Splits, progress: bool = True) -> tuple[nn.Module, nn.Module]:
-        """Train both sources from their seeds."""
-        a, b = (self._train_source(seed, splits, progress) for seed in self.seeds)
-        return a, b
-
-    def _train_source(self, seed: int, splits: Splits, progress: bool) -> nn.Module:
-        model = from_seed(self.build, seed)
-        label = f"training {self.name}, seed {seed}"
-        return train(model, splits.train, seed=seed, label=label, progress=progress, **self.training.model_dump())
 
 
 class Recipe(Section):
@@ -137,17 +43,53 @@ class Recipe(Section):
     """
 
     name: Name
-    data: DigitsData = DigitsData()
+    source: str | None = None
+    data: Images = Images()
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] | None = None
-    pairs: Annotated[tuple[Pair, ...], _AsTuple, Field(min_length=1)]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "cpu"
+    resume: str | None = None
+    pairs: Annotated[tuple[Pair, ...], AsTuple, Field(min_length=1)]
+    reduced: Reduced | None = None
 
     @field_validator("pairs")
     @classmethod
     def _names_differ(cls, pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
-        _refuse_repeated("pair", [pair.name for pair in pairs])
+        refuse_repeated("pair", [pair.name for pair in pairs])
         return pairs
+
+    @model_validator(mode="after")
+    def _reduced_form_is_a_recipe(self) -> Self:
+        if self.reduced is not None:
+            known = [pair.name for pair in self.pairs]
+            for change in self.reduced.pairs:
+                if change.name not in known:
+                    raise ValueError(f"reduced: unknown pair {change.name!r}; {did_you_mean(change.name, known)}")
+            try:
+                self.in_reduced_form()
+            except ValidationError as error:
+                problem = error.errors()[0]
+                where = _path(problem["loc"]) or "the recipe"
+                raise ValueError(f"in the reduced form, at {where}: {problem['msg']}") from None
+        return self
+
+    def in_reduced_form(self) -> Self:
+        """Return the smaller recipe that ``reduced`` describes; its name ends in ``-reduced``.
+
+        Raises:
+            RecipeError: There is no ``reduced``.
+        """
+        if self.reduced is None:
+            raise RecipeError(
+                explain(f"{self.name} has no reduced form", remedy="leave --reduced out, or describe one")
+            )
+        changes = {change.name: change for change in self.reduced.pairs}
+        content = self.model_dump(mode="json", exclude={"reduced"})
+        content |= given(self.reduced)
+        content["name"] = f"{self.name}-reduced"
+        content["pairs"] = [changes.get(pair.name, ReducedPair(name=pair.name)).changed(pair) for pair in self.pairs]
+        return type(self).model_validate(content)
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Self:
@@ -182,30 +124,62 @@ class Recipe(Section):
         """
         output = Path(output) if output is not None else Path("out") / self.name
         _check_folder(output)
+        device = _device(self.device)
         for pair in self.pairs:
-            from_seed(pair.build, 0)  # every misspelt model is met before the first minute of training
+            model = from_seed(pair.build, 0)  # every misspelt model is met before the first minute of training
+            for path in pair.checkpoints or ():
+                load_into(model, load_state_dict(path), path)
         start = time.perf_counter()
         splits = self.data.load()
         with _threads(self.threads):
-            comparisons = tuple(self._compare(pair, splits, progress) for pair in self.pairs)
+            comparisons = tuple(self._compare(pair, splits, device, progress) for pair in self.pairs)
         run = RecipeRun(self, comparisons, output, time.perf_counter() - start)
         run.write()
         return run
 
-    def _compare(self, pair: Pair, splits: Splits, progress: bool) -> Comparison:
-        a, b = pair.train(splits, progress)
-        merges = {merge.row: merge.model_dump(include={"matching", "renormalize", "preserve"}) for merge in pair.merges}
+    def _compare(self, pair: Pair, splits: Splits, device: torch.device, progress: bool) -> Comparison:
+        a, b = (self._source(pair, index, splits, device, progress) for index in range(2))
         return compare_merges(
             pair.name,
             a,
             b,
-            merges,
+            {merge.row: merge.arguments() for merge in pair.merges},
             calibration=splits.calibration,
             test=splits.test,
             alpha=self.alpha,
+            alphas=pair.alphas,
             seed=self.seed,
             progress=progress,
         )
+
+    def _source(self, pair: Pair, index: int, splits: Splits, device: torch.device, progress: bool) -> nn.Module:
+        """Source a or b: loaded where a checkpoint is given, else trained, or trained on, from its seed."""
+        seed = pair.seeds[index]
+        model = from_seed(pair.build, seed).to(device)
+        if pair.checkpoints is not None:
+            load_into(model, load_state_dict(pair.checkpoints[index]), pair.checkpoints[index])
+            return model.eval()
+        return train(
+            model,
+            splits.train,
+            seed=seed,
+            checkpoint=self._kept_training(pair, seed),
+            label=f"training {pair.name}, seed {seed}",
+            progress=progress,
+            **pair.training.model_dump(),
+        )
+
+    def _kept_training(self, pair: Pair, seed: int) -> Path | None:
+        """Named after all that decides the weights, so recipes that train the same network share the file."""
+        if self.resume is None:
+            return None
+        decides = {
+            "data": self.data.model_dump(exclude={"calibration", "test"}),
+            "model": pair.model_dump(include={"model", "options", "training"}),
+            "threads": self.threads,
+        }
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+        return Path(self.resume) / f"{pair.model.rpartition(':')[2]}_seed{seed}_{digest}.pt"
 
 
 @dataclass(frozen=True)
@@ -217,12 +191,27 @@ class RecipeRun:
     output: Path
     seconds: float
 
+    def outcomes(self) -> tuple[tuple[Outcome, ...], ...]:
+        """Pair by pair, which expectations hold."""
+        return tuple(
+            tuple(expected.check(_percent(comparison), pair.published) for expected in pair.expectations)
+            for pair, comparison in zip(self.recipe.pairs, self.comparisons, strict=True)
+        )
+
+    @property
+    def failures(self) -> tuple[Outcome, ...]:
+        """The expectations that do not hold, of all pairs."""
+        return tuple(outcome for outcomes in self.outcomes() for outcome in outcomes if not outcome.holds)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the weights, as plain JSON values."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "seconds": self.seconds,
-            "pairs": [comparison.to_dict() for comparison in self.comparisons],
+            "pairs": [
+                {**comparison.to_dict(), "expectations": [outcome.to_dict() for outcome in outcomes]}
+                for comparison, outcomes in zip(self.comparisons, self.outcomes(), strict=True)
+            ],
         }
 
     def write(self) -> None:
@@ -241,8 +230,28 @@ class RecipeRun:
         write_text(self.output / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __str__(self) -> str:
-        tables = "\n\n".join(map(str, self.comparisons))
-        return f"{tables}\n\nwritten to {self.output} after {self.seconds:.0f} s"
+        found = zip(self.recipe.pairs, self.comparisons, self.outcomes(), strict=True)
+        tables = [
+            "\n".join([pair.name, *table(comparison, pair.published), *(f"  {outcome}" for outcome in outcomes)])
+            for pair, comparison, outcomes in found
+        ]
+        return "\n\n".join([*tables, f"written to {self.output} after {self.seconds:.0f} s"])
+
+
+def _percent(comparison: Comparison) -> dict[str, float]:
+    """Accuracies and barriers of all rows, in percent."""
+    accuracies = {label: 100 * score.accuracy for label, score in comparison.scores.items()}
+    curves = comparison.barrier.curves.items()
+    return accuracies | {f"barrier {name}": 100 * curve.accuracy_barrier for name, curve in curves}
+
+
+def _device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is some, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError(explain(f"there is no device {name}", remedy="write device: auto, or device: cpu"))
+    return torch.device(name)
 
 
 @contextmanager
@@ -264,19 +273,6 @@ def _check_folder(output: Path) -> None:
         raise RecipeError(
             explain(f"cannot write results into {output}", cause=f"{existing} is {cause}", remedy="name another folder")
         )
-
-
-def _refuse_unknown(kind: str, names: Sequence[str], known: Iterable[str]) -> None:
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown {kind} {name!r}; {did_you_mean(name, known)}")
-
-
-def _refuse_repeated(kind: str, names: list[str]) -> None:
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"two entries have the {kind} name {repeated[0]!r}")
 
 
 def _read(path: Path) -> str:

@@ -1,17 +1,23 @@
-"""A small seeded training loop, for demonstrations and tests: two calls with two seeds give a pair to merge."""
+"""A seeded training loop that can be cut off and goes on: two calls with two seeds give a pair to merge."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from vfsurgery.augmentation import crop_and_flip
 from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import DataError, explain
+from vfsurgery.resuming import Progress
+
+WARMUP_START = 1e-6
+"""Learning rate of the first step of a warm-up, as in the paper's trainings."""
 
 
 def from_seed(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -36,20 +42,31 @@ def train(
     batch_size: int = 64,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
+    nesterov: bool = True,
+    milestones: Sequence[int] | None = None,
+    warmup: int = 0,
+    augment: bool = False,
+    checkpoint: str | Path | None = None,
     label: str = "training",
     progress: bool = True,
 ) -> nn.Module:
-    """Train a classifier in place: SGD with Nesterov momentum, one learning-rate cycle, cross-entropy.
+    """Train a classifier in place: SGD on the cross-entropy, one learning-rate cycle or falling steps.
 
     Args:
         model: Maps images (N, ...) to logits (N, classes); trained where its parameters are.
         dataset: Yields (image, label).
         epochs: Passes over the data.
-        lr: Highest learning rate, reached after 30% of the steps.
+        lr: Highest learning rate. In a cycle, the default, it is reached after 30% of the steps.
         seed: Decides the order of the images; the same seed gives the same weights on the same machine.
         batch_size: Images per step.
         momentum: Of SGD.
         weight_decay: Of SGD.
+        nesterov: Whether the momentum is Nesterov's.
+        milestones: Steps after which the learning rate falls to a tenth, in place of the cycle; none keep it constant.
+        warmup: Epochs in which it first rises from 1e-6 to ``lr``, with ``milestones`` only.
+        augment: Whether images are shifted and mirrored at random, see :func:`~vfsurgery.augmentation.crop_and_flip`.
+        checkpoint: A file that keeps the state of the training after every epoch. Where it exists, the training goes
+            on from there, to the weights that it would have come to without a break.
         label: Stands before the progress bar.
         progress: Whether to show one.
 
@@ -58,20 +75,47 @@ def train(
 
     Raises:
         DataError: The data set is empty.
+        CheckpointError: ``checkpoint`` is damaged, belongs to another training, or cannot be written.
     """
     if not len(cast("Sized", dataset)):
         raise DataError(explain("the training data is empty"))
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, generator=order)
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=True)
-    steps = epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
+    setting = f"{seed=} {epochs=} {lr=} {batch_size=} {momentum=} {weight_decay=} {nesterov=} {milestones=} {warmup=} "
+    setting += f"{augment=}, {len(loader)} batches"
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
+    schedule = _schedule(optimizer, lr, epochs * len(loader), milestones, warmup * len(loader))
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    state = Progress(parts, order, setting)
+    done = 0 if checkpoint is None else state.load(Path(checkpoint))
     device = next(model.parameters()).device
+
+    def epoch_batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for epoch in range(done, epochs):
+            yield from loader
+            if checkpoint is not None:
+                state.save(Path(checkpoint), epoch + 1)
+
     model.train()
-    epoch_batches = (batch for _ in range(epochs) for batch in loader)
-    for images, labels in progress_bar(epoch_batches, label, total=steps, enabled=progress):
+    for images, labels in progress_bar(epoch_batches(), label, (epochs - done) * len(loader), progress):
         optimizer.zero_grad()
+        images = crop_and_flip(images, order) if augment else images
         F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, lr: float, steps: int, milestones: Sequence[int] | None, warmup: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """One cycle over all steps, or a linear rise over ``warmup`` steps and a tenth after every milestone."""
+    if milestones is None:
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
+
+    def factor(step: int) -> float:
+        start = WARMUP_START / lr
+        rise = start + (1 - start) * step / warmup if step < warmup else 1.0
+        return rise * 0.1 ** sum(step >= milestone for milestone in milestones)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,74 @@
+"""What a recipe expects of its table, as text: orders of rows, and bands around published figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+_BAND = re.compile(r"(?P<row>.+) within (?P<points>\d+(\.\d+)?) of published")
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A chain of rows whose accuracies rise strictly, or one row in a band around its published accuracy.
+
+    ``text`` is as written, ``rows`` are the labels in it, and ``points`` is half the band's width in percentage points,
+    ``None`` for a chain.
+
+    >>> expected = Expectation.parse("direct < matched < matched + repair")
+    >>> expected.rows
+    ('direct', 'matched', 'matched + repair')
+    >>> print(expected.check({"direct": 10.0, "matched": 42.0, "matched + repair": 41.0}))
+    FAILS  direct < matched < matched + repair  (10.00, 42.00, 41.00)
+    >>> print(Expectation.parse("matched within 2 of published").check({"matched": 42.0}, {"matched": 43.5}))
+    holds  matched within 2 of published  (42.00, published 43.50)
+    """
+
+    text: str
+    rows: tuple[str, ...]
+    points: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Expectation:
+        """Read ``LABEL < LABEL < ...`` or ``LABEL within POINTS of published``.
+
+        Raises:
+            ValueError: It is neither.
+        """
+        if band := _BAND.fullmatch(text.strip()):
+            return cls(text, (band["row"].strip(),), float(band["points"]))
+        rows = tuple(row.strip() for row in text.split(" < "))
+        if len(rows) < 2 or not all(rows):
+            raise ValueError(f"{text!r} expects nothing: write LABEL < LABEL, or LABEL within POINTS of published")
+        return cls(text, rows)
+
+    def check(self, measured: Mapping[str, float], published: Mapping[str, float] | None = None) -> Outcome:
+        """Compare with what was measured, in percent by row; NaN meets no expectation."""
+        found = tuple(measured[row] for row in self.rows)
+        if self.points is None:
+            holds = all(low < high for low, high in pairwise(found))
+            return Outcome(self.text, holds, found)
+        goal = (published or {})[self.rows[0]]
+        return Outcome(self.text, abs(found[0] - goal) <= self.points, found, goal)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether an expectation holds, with the accuracies (%) that say so, and the published one of a band."""
+
+    text: str
+    holds: bool
+    found: tuple[float, ...]
+    published: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        figures = [f"{accuracy:.2f}" for accuracy in self.found]
+        figures += [] if self.published is None else [f"published {self.published:.2f}"]
+        return f"{'holds' if self.holds else 'FAILS'}  {self.text}  ({', '.join(figures)})"

@@ -1,0 +1,250 @@
+"""The sections of a recipe, frozen and strict: data, training, merges, pairs of models, and their reduced form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from torch import nn
+
+from vfsurgery.architectures import build_model
+from vfsurgery.cifar import cifar
+from vfsurgery.data import Splits, digits
+from vfsurgery.errors import did_you_mean
+from vfsurgery.expectations import Expectation
+from vfsurgery.matching import MATCHERS
+from vfsurgery.passes import NORMALIZATIONS
+
+# YAML has lists only; a frozen value needs tuples
+AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+"""Names become file names, so they hold letters, digits, ``_``, ``.`` and ``-`` only."""
+
+
+_Count = Annotated[int, Field(ge=1)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+V = TypeVar("V")
+
+
+class FrozenDict(dict[str, V]):
+    """A mapping that is hashed by what it holds, since sections are values."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(frozenset(self.items()))
+
+
+_Frozen = AfterValidator(FrozenDict)
+Options = Annotated[dict[str, bool | int | float | str], _Frozen]
+"""Keyword arguments of a model."""
+Published = Annotated[dict[str, float], _Frozen]
+"""Accuracies (%) as printed in the paper, by the label of their row."""
+
+
+SOURCES = ("source a", "source b", "ensemble")
+BARRIERS = ("barrier naive", "barrier aligned", "barrier renormalized")
+"""Rows that every table has; a barrier is that of the accuracy, in percentage points."""
+
+
+class Section(BaseModel):
+    """A mapping of a recipe: frozen, with no keys but its fields, and no conversion between types."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Images(Section):
+    """scikit-learn's digits or CIFAR; see :func:`vfsurgery.data.digits` and :func:`vfsurgery.cifar.cifar`."""
+
+    name: Literal["digits", "cifar10", "cifar100"] = "digits"
+    seed: int = 0
+    size: Annotated[int, Field(ge=1)] | None = None
+    path: str | None = None
+    train: _Count | None = None
+    calibration: _Count | None = None
+    test: _Count | None = None
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        own = {"size"} if self.name == "digits" else {"path", "train", "calibration", "test"}
+        for option in ("size", "path", "train", "calibration", "test"):
+            if option not in own and getattr(self, option) is not None:
+                raise ValueError(f"{self.name} has no {option}; accepted: {', '.join(sorted({'name', 'seed', *own}))}")
+        if "path" in own and self.path is None:
+            raise ValueError(f"{self.name} needs path, the folder that holds it")
+        return self
+
+    def load(self) -> Splits:
+        """Return the splits."""
+        if self.name == "digits":
+            return digits(seed=self.seed, size=self.size)
+        drawn = self.model_dump(include={"train", "calibration", "test"}, exclude_none=True)
+        return cifar(self.name, self.path or "", seed=self.seed, **drawn)
+
+
+class Training(Section):
+    """Options of :func:`vfsurgery.training.train`."""
+
+    epochs: Annotated[int, Field(ge=1)] = 20
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    nesterov: bool = True
+    milestones: Annotated[tuple[_Count, ...] | None, AsTuple] = None
+    warmup: Annotated[int, Field(ge=0)] = 0
+    augment: bool = False
+
+    @model_validator(mode="after")
+    def _warmup_has_steps(self) -> Self:
+        if self.warmup and self.milestones is None:
+            raise ValueError("warmup comes with milestones: a learning-rate cycle rises by itself")
+        return self
+
+
+class Merge(Section):
+    """One row of the table: options of :func:`vfsurgery.merge`, under ``label`` or a name made from them."""
+
+    matching: str = "auto"
+    renormalize: Annotated[str | tuple[str, ...] | None, AsTuple] = "auto"
+    preserve: Annotated[int, Field(ge=0)] | str = 0
+    alpha: _Share | None = None
+    label: str | None = None
+
+    @field_validator("matching")
+    @classmethod
+    def _matching_exists(cls, matching: str) -> str:
+        _refuse_unknown("matching", (matching,), ["auto", *MATCHERS])
+        return matching
+
+    @field_validator("renormalize")
+    @classmethod
+    def _renormalizations_exist(cls, steps: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if isinstance(steps, str):
+            _refuse_unknown("renormalization", (steps,), ["auto", *NORMALIZATIONS])
+        else:
+            _refuse_unknown("renormalization", steps or (), NORMALIZATIONS)
+        return steps
+
+    @property
+    def row(self) -> str:
+        """The label, or as in ``activations + rescale``."""
+        steps = (self.renormalize,) if isinstance(self.renormalize, str) else self.renormalize or ()
+        kept = (f"preserve {self.preserve}",) if self.preserve else ()
+        at = () if self.alpha is None else (f"alpha {self.alpha:g}",)
+        return self.label or " + ".join([self.matching, *steps, *kept, *at])
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of :func:`vfsurgery.merge`; ``alpha`` only where this row has one of its own."""
+        given = self.model_dump(include={"matching", "renormalize", "preserve"})
+        return given if self.alpha is None else {**given, "alpha": self.alpha}
+
+
+class Pair(Section):
+    """Two models of one architecture from two seeds, and the merges to compare; the last one is written out."""
+
+    name: Name
+    model: str
+    options: Options = FrozenDict()
+    seeds: Annotated[tuple[int, int], AsTuple] = (0, 1)
+    checkpoints: Annotated[tuple[str, str] | None, AsTuple] = None
+    training: Training = Training()
+    merges: Annotated[tuple[Merge, ...], AsTuple, Field(min_length=1)] = (Merge(),)
+    alphas: Annotated[int, Field(ge=3)] = 11
+    published: Published = FrozenDict()
+    expect: Annotated[tuple[str, ...], AsTuple] = ()
+
+    @field_validator("alphas")
+    @classmethod
+    def _midpoint_is_there(cls, alphas: int) -> int:
+        if alphas % 2 == 0:
+            raise ValueError(f"alphas is {alphas}: only odd numbers of points have the midpoint among them")
+        return alphas
+
+    @model_validator(mode="after")
+    def _rows_differ(self) -> Self:
+        refuse_repeated("merge", [merge.row for merge in self.merges])
+        last = self.merges[-1]
+        if last.preserve:
+            raise ValueError("the last merge has preserve, but its weights are written: put one without it last")
+        if last.alpha is not None:
+            raise ValueError("the last merge has alpha, but the line is measured for it: put one without it last")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_rows(self) -> Self:
+        _refuse_unknown("row", tuple(self.published), self.rows)
+        for expectation in self.expectations:
+            _refuse_unknown("row", expectation.rows, self.rows)
+            if expectation.points is not None and expectation.rows[0] not in self.published:
+                raise ValueError(f"nothing is published for {expectation.rows[0]!r}, so it can be in no band around it")
+        return self
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Labels of all rows of the table, in their order, and the barriers behind them."""
+        return _rows(self.merges)
+
+    @property
+    def expectations(self) -> tuple[Expectation, ...]:
+        """What ``expect`` says."""
+        return tuple(Expectation.parse(text) for text in self.expect)
+
+    def build(self) -> nn.Module:
+        """Return one untrained model."""
+        options: dict[str, Any] = self.options
+        return build_model(self.model, **options)
+
+
+def _rows(merges: Sequence[Merge]) -> tuple[str, ...]:
+    curves = BARRIERS if merges[-1].renormalize is not None else BARRIERS[:-1]
+    return (*SOURCES, *(merge.row for merge in merges), *curves)
+
+
+def given(section: Section) -> dict[str, Any]:
+    """The keys that change something, as plain values; a null further down, as of ``renormalize``, stays."""
+    return {key: value for key, value in section.model_dump(mode="json").items() if value is not None}
+
+
+class ReducedPair(Section):
+    """What the reduced form changes in the pair of this name; a key that is given replaces the whole section."""
+
+    name: Name
+    options: Options | None = None
+    training: Training | None = None
+    merges: Annotated[Annotated[tuple[Merge, ...], Field(min_length=1)] | None, AsTuple] = None
+    alphas: int | None = None
+    expect: Annotated[tuple[str, ...] | None, AsTuple] = None
+
+    def changed(self, pair: Pair) -> dict[str, Any]:
+        """The pair as it is in the reduced form.
+
+        Bands around published accuracies are left out, since those are of the full form, and so are the given
+        checkpoints, since they are of full width.
+        """
+        changes = given(self)
+        full = pair.model_dump(mode="json", exclude={"checkpoints"})
+        full["expect"] = [expected.text for expected in pair.expectations if expected.points is None]
+        rows = _rows(self.merges or pair.merges)
+        full["published"] = {label: accuracy for label, accuracy in pair.published.items() if label in rows}
+        return full | changes
+
+
+class Reduced(Section):
+    """What a smaller form of the experiment changes, for machines without a GPU."""
+
+    data: Images | None = None
+    threads: _Count | None = None
+    pairs: Annotated[tuple[ReducedPair, ...], AsTuple] = ()
+
+
+def _refuse_unknown(kind: str, names: Sequence[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}; {did_you_mean(name, known)}")
+
+
+def refuse_repeated(kind: str, names: list[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"two entries have the {kind} name {repeated[0]!r}")
