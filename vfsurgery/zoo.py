@@ -50,7 +50,7 @@ MEMORY = 8.0
 """GiB that the process of one model may allocate."""
 CONTROLS = 3
 """Groups that are broken on purpose in the proof of one model."""
-DRAWINGS = 3
+DRAWINGS = 8
 """How often the weights of one model are drawn, at most, for a proof that rounding does not drown."""
 
 
