@@ -15,18 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch import fx, nn
 
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet
 from vfsurgery.matching import ActivationMatching, CCAMatching, Matcher, Matching, ZipMatching
 from vfsurgery.merging import Merging
 from vfsurgery.passes import Context, Pass, Preserve, Regress, Repair, Rescale
+from vfsurgery.passes.agreement import class_logits, ensemble_classes
 from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.report import Certificate, Trial
-from vfsurgery.stats.collect import image_dtype
 
 MAPPABLE = 0.5
 """Share of the units that must allow maps for matchers of maps to be tried."""
@@ -155,22 +153,10 @@ def _agreement(work: Merging, model: nn.Module, shares: Sequence[float]) -> floa
     """Share of held-out images for which a model's largest logit is the ensemble's; ``None`` without logits."""
     agreed, count = 0.0, 0
     for images in work.held_out_images("agreement with the ensemble"):
-        found = _logits(model, images)
-        if found is None:
+        logits = class_logits(model, images)
+        classes = ensemble_classes([source.graph_module for source in work.sources], shares, images)
+        if logits is None or classes is None:
             return None
-        each = [_logits(source.graph_module, images) for source in work.sources]
-        ensemble = torch.stack(
-            [share * logits for share, logits in zip(shares, each, strict=True) if logits is not None]
-        )
-        same = found.argmax(1) == ensemble.sum(0).argmax(1)
+        same = logits.argmax(1) == classes
         agreed, count = agreed + float(same.sum()), count + same.numel()
     return agreed / count
-
-
-def _logits(model: nn.Module, images: Tensor) -> Tensor | None:
-    """The first tensor that a model returns if it has several classes along dim 1, in float32 or better."""
-    leaves = tree_leaves(model(images.to(image_dtype(model))))
-    logits = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-    if logits is None or logits.ndim < 2 or logits.shape[1] < 2:
-        return None
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

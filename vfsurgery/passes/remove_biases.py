@@ -13,13 +13,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from vfsurgery.errors import OptionError, explain
+from vfsurgery.passes.agreement import class_logits, ensemble_classes, first_output
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.producers import find_producers
 from vfsurgery.sources import canonical_state
-from vfsurgery.stats.collect import image_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +88,10 @@ def agreement_curve(graph_module: fx.GraphModule, biases: Sequence[Tensor], cont
     agreed = torch.zeros(len(biases) + 1, dtype=torch.float64, device=biases[0].device)
     count = 0
     for images in context.held_out_images("bias removal: how many biases"):
-        ensemble = sum(
-            weight * _logits(source.graph_module, images).double()
-            for source, weight in zip(context.sources, context.weights, strict=True)
-        )
-        assert isinstance(ensemble, Tensor)
-        classes = ensemble.argmax(1)
-        agreed[0] += (_logits(graph_module, images).argmax(1) == classes).sum()
+        found = _logits(graph_module, images).argmax(1)
+        classes = ensemble_classes([source.graph_module for source in context.sources], context.weights, images)
+        assert classes is not None  # all sources return what the merged model does
+        agreed[0] += (found == classes).sum()
         for removed, bias in enumerate(reversed(biases), start=1):
             bias.zero_()
             agreed[removed] += (_logits(graph_module, images).argmax(1) == classes).sum()
@@ -106,14 +102,13 @@ def agreement_curve(graph_module: fx.GraphModule, biases: Sequence[Tensor], cont
 
 
 def _logits(graph_module: fx.GraphModule, images: Tensor) -> Tensor:
-    """The first tensor that a model returns, its classes along dim 1."""
-    leaves = tree_leaves(graph_module(images.to(image_dtype(graph_module))))
-    logits = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-    if logits is None or logits.ndim < 2 or logits.shape[1] < 2:
+    logits = class_logits(graph_module, images)
+    if logits is None:
+        other = first_output(graph_module, images)
         raise OptionError(
             explain(
                 "how many biases to remove is chosen by the classes that a model finds, and this one returns no logits",
-                found="no tensor" if logits is None else f"shape {tuple(logits.shape)}",
+                found="no tensor" if other is None else f"shape {tuple(other.shape)}",
                 expected="(N, classes, ...)",
                 remedy="say how many: RemoveBiases(layers=...)",
             )
