@@ -16,7 +16,7 @@ from vfsurgery.passes.base import Context
 from vfsurgery.passes.producers import Producer
 from vfsurgery.stats.collect import image_dtype
 from vfsurgery.stats.correlation import Centred
-from vfsurgery.stats.moments import Moments
+from vfsurgery.stats.moments import Moments, add_batch
 from vfsurgery.stats.prefix import Prefix
 
 
@@ -48,14 +48,14 @@ class Mixture:
             value = target.aligned(value, context.groups, orders) if mapped else value
             units = Centred.of(value, places, target.dim)
             self.types[node] = value.dtype
-            _add(self.sources[number], node, units.moments)
+            add_batch(self.sources[number], node, units.moments)
             samples, mean = units.samples.mul_(weight), weight * units.moments.mean
             if number:
                 before = self._parts[node]
                 samples, mean = before.samples.add_(samples), before.mean + mean
             self._parts[node] = _Part(samples, mean)
             if number == len(context.sources) - 1:
-                _add(self.mean, node, self._parts.pop(node).moments())
+                add_batch(self.mean, node, self._parts.pop(node).moments())
 
         return see
 
@@ -70,7 +70,3 @@ class _Part:
     def moments(self) -> Moments:
         squares = torch.linalg.vector_norm(self.samples, dim=1).double() ** 2
         return Moments(self.samples.shape[1], self.mean, squares)
-
-
-def _add(totals: dict[str, Moments], node: str, batch: Moments) -> None:
-    totals[node] = totals[node].merge(batch) if node in totals else batch

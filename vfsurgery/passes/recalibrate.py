@@ -18,7 +18,7 @@ from vfsurgery.errors import DataError, OptionError, explain
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.producers import has_prefixes, is_batch_norm
 from vfsurgery.stats.collect import Observer
-from vfsurgery.stats.moments import Moments
+from vfsurgery.stats.moments import Moments, add_batch
 from vfsurgery.tracing.values import PRESERVED
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -64,7 +64,7 @@ class Reset(Pass):
             def add(value: Tensor) -> None:
                 batch = Moments.of(value, dim=1)
                 for name in names:
-                    totals[name] = totals[name].merge(batch) if name in totals else batch
+                    add_batch(totals, name, batch)
 
             return add
 

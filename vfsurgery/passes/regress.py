@@ -38,7 +38,7 @@ from vfsurgery.passes.recalibrate import batch_norm_nodes, set_running
 from vfsurgery.passes.renormalize import Affine, Repair, unit_ratio
 from vfsurgery.stats.correlation import Centred, CrossMoments
 from vfsurgery.stats.lockstep import Lockstep, live_bytes
-from vfsurgery.stats.moments import Moments, weighted_goal
+from vfsurgery.stats.moments import Moments, add_batch, weighted_goal
 from vfsurgery.tracing.ops import Op, OpReader
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
@@ -162,8 +162,8 @@ class _Fit:
         targets = [source.run_through(producer.node) for source in self.sources]
         weight = tensor_of(self.graph_module, producer.weight)
         columns = weight[0].numel()
-        statistics: list[CrossMoments | None] = [None, None]  # fitted on, held out
-        goals: list[Moments | None] = [None] * len(self.sources)
+        statistics: dict[bool, CrossMoments] = {}  # of the batches held out, and of those fitted on
+        goals: dict[int, Moments] = {}
         count = sum(len(images) for images in self.merged.batches)
         for number, inputs in enumerate(self.merged.of(cast(fx.Node, node.args[0]))):
             outputs = [values.values[number][target] for values, target in zip(self.sources, targets, strict=True)]
@@ -173,17 +173,14 @@ class _Fit:
                 for source, value in enumerate(outputs)
             ]
             for source, value in enumerate(rows):
-                goals[source] = _merged(goals[source], Moments.of(value, dim=1))
+                add_batch(goals, source, Moments.of(value, dim=1))
             mean = torch.stack([w * z for w, z in zip(self.context.weights, rows, strict=True)]).sum(0)
             x = _patches(inputs, op, places) if op.key not in LINEAR else _units(inputs, -1, places)
-            part = int(number % HELD_OUT == HELD_OUT - 1 or number == len(self.merged.batches) - 1)
+            held_out = number % HELD_OUT == HELD_OUT - 1 or number == len(self.merged.batches) - 1
             both = Centred.of(torch.cat([x, mean], 1), None, 1)
-            statistics[part] = _merged_cross(statistics[part], CrossMoments.of(both, both))
-        fitted, held_out = statistics
-        assert fitted is not None
-        assert held_out is not None
-        solution = _Solution(fitted, held_out, columns)
-        goal = None if producer.is_output else weighted_goal([g for g in goals if g is not None], self.context.weights)
+            add_batch(statistics, held_out, CrossMoments.of(both, both))
+        solution = _Solution(statistics[False], statistics[True], columns)
+        goal = None if producer.is_output else weighted_goal([*goals.values()], self.context.weights)
         found, shift, ridge = solution.solve(weight.flatten(1), goal, self.candidates)
         self.ridges.append(ridge)
         weight.copy_(found.view_as(weight))
@@ -258,14 +255,6 @@ def _wanted(columns: int) -> int:
 def _is_dense(op: Op) -> bool:
     """Whether a layer is one matrix from inputs to units: linear, or a convolution of one group."""
     return op.key in LINEAR or (op.key in CONV and op.argument("groups", 6, 1) == 1)
-
-
-def _merged(total: Moments | None, batch: Moments) -> Moments:
-    return batch if total is None else total.merge(batch)
-
-
-def _merged_cross(total: CrossMoments | None, batch: CrossMoments) -> CrossMoments:
-    return batch if total is None else total.merge(batch)
 
 
 def _moments(batches: Iterator[Tensor], dim: int) -> Moments:

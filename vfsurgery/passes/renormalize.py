@@ -30,7 +30,7 @@ from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.mixture import Mixture
 from vfsurgery.passes.producers import Producer, find_producers, has_prefixes, in_stages
 from vfsurgery.stats.collect import Site
-from vfsurgery.stats.moments import Moments, weighted_goal
+from vfsurgery.stats.moments import Moments, add_batch, weighted_goal
 from vfsurgery.stats.prefix import Prefix
 
 CONSTANT = 1e-4
@@ -185,7 +185,7 @@ class Measured(Renormalize):
 
             def correct_batch(value: Tensor) -> Tensor:
                 batch = Moments.of(value, dim=target.dim)
-                totals[target.node] = totals[target.node].merge(batch) if target.node in totals else batch
+                add_batch(totals, target.node, batch)
                 types[target.node] = value.dtype
                 return Affine(*self.correct(above_rounding(batch, goal[1], value.dtype), *goal), target.dim)(value)
 

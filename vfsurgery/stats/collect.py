@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
 from vfsurgery.stats.correlation import Centred, CrossMoments
-from vfsurgery.stats.moments import Moments
+from vfsurgery.stats.moments import Moments, add_batch
 from vfsurgery.tracing.ops import Key, canonical_key
 from vfsurgery.tracing.values import VALUE
 
@@ -138,7 +138,7 @@ class Watch(dict[str, Callable[[Tensor], "Tensor | None"]]):
 def _take_moments(name: str, site: Site, totals: dict[str, Moments]) -> Callable[[Tensor], None]:
     def see(value: Tensor) -> None:
         batch = Moments.of(value, site.places, site.dim)
-        totals[name] = totals[name].merge(batch) if name in totals else batch
+        add_batch(totals, name, batch)
 
     return see
 
@@ -159,7 +159,7 @@ def _correlate(
             kept[number, reading] = own
         for partner, totals in partners.items():
             batch = CrossMoments.of(own if partner == number else kept[partner, reading], own)
-            totals[reading] = totals[reading].merge(batch) if reading in totals else batch
+            add_batch(totals, reading, batch)
 
     return see
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,6 +73,23 @@ class Moments:
     def take(self, order: Tensor) -> Moments:
         """Moments of the units in another order."""
         return Moments(self.count, self.mean[order], self.squares[order])
+
+
+class Mergeable(Protocol):
+    """A statistic of one set of samples that joins with that of another."""
+
+    def merge(self, other: Self) -> Self:
+        """The statistic of both sets together."""
+        ...
+
+
+Key = TypeVar("Key")
+Statistic = TypeVar("Statistic", bound=Mergeable)
+
+
+def add_batch(totals: dict[Key, Statistic], key: Key, batch: Statistic) -> None:
+    """Join the statistic of one more batch to what was gathered under a key, if anything was."""
+    totals[key] = totals[key].merge(batch) if key in totals else batch
 
 
 def weighted_goal(sources: Sequence[Moments], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
