@@ -16,8 +16,8 @@ PACKAGE = ROOT / "vfsurgery"
 LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report"),
     *("tracing", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial"),
-    *("batches", "holdout", "stats", "matching", "sources", "passes", "costs", "budget", "verification", "merging"),
-    *("choosing", "api", "checkpoints", "figures", "evaluation", "preserving"),
+    *("batches", "holdout", "stats", "matching", "sources", "checkpoints", "passes", "costs", "budget"),
+    *("verification", "pruning", "merging", "choosing", "api", "figures", "evaluation", "preserving"),
     *("flip_rates", "verdict", "page", "diagnosis"),
     *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training"),
     *("comparison", "expectations", "sections", "recipe", "twins", "zoo"),

@@ -37,7 +37,7 @@ from vfsurgery.matching.pairwise import gains_of_all, mean_state
 from vfsurgery.matching.schemes import DEFAULT, MAX_ROUNDS, Scheme, align, check_scheme
 from vfsurgery.matching.similarity import Similarity, States, is_matrix, member_rows
 
-MAX_SWEEPS, TOLERANCE = 100, 1e-3
+MAX_SWEEPS, TOLERANCE = 100, 3e-3
 ROUNDS = 5
 """Most rounds over the inner groups of a family whose parameters have units of several of them."""
 
