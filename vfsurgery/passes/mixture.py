@@ -16,7 +16,7 @@ from vfsurgery.passes.base import Context
 from vfsurgery.passes.producers import Producer
 from vfsurgery.stats.collect import image_dtype
 from vfsurgery.stats.correlation import Centred
-from vfsurgery.stats.moments import Moments, add_batch
+from vfsurgery.stats.moments import Moments, add_batch, row_squares
 from vfsurgery.stats.prefix import Prefix
 
 
@@ -68,5 +68,4 @@ class _Part:
     mean: Tensor
 
     def moments(self) -> Moments:
-        squares = torch.linalg.vector_norm(self.samples, dim=1).double() ** 2
-        return Moments(self.samples.shape[1], self.mean, squares)
+        return Moments(self.samples.shape[1], self.mean, row_squares(self.samples))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vfsurgery.stats.moments import Moments
+from vfsurgery.stats.moments import Moments, unit_rows
 
 CONSTANT = 1e-12
 """Variance, relative to the squared mean plus one, below which a unit counts as constant and correlates with
@@ -36,10 +36,8 @@ class Centred:
             dim: The units' dim.
         """
         rows = unit_rows(activations, places, dim)
-        mean = rows.mean(1, keepdim=True)
-        centred = rows.sub_(mean)
-        squares = torch.linalg.vector_norm(centred, dim=1).double() ** 2
-        return Centred(centred, Moments(centred.shape[1], mean.squeeze(1).double(), squares))
+        moments = Moments.centre(rows)
+        return Centred(rows, moments)
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,3 @@ def mean_correlation(readings: Sequence[CrossMoments]) -> Tensor:
 def _inverse_norm(moments: Moments) -> Tensor:
     constant = moments.var <= CONSTANT * (moments.mean**2 + 1)
     return torch.where(constant, 0.0, moments.squares.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
-
-
-def unit_rows(activations: Tensor, places: Tensor | None, dim: int) -> Tensor:
-    """Activations as a new float matrix ``(units, samples)``, units in the order of ``places``."""
-    moved = activations.movedim(dim, 0)
-    if places is not None:
-        moved = moved.index_select(0, places.reshape(-1))
-    units = moved.shape[0] if places is None else places.shape[0]
-    dtype = activations.dtype if activations.dtype.itemsize >= 4 else torch.float32
-    rows = torch.empty(moved.shape, dtype=dtype, device=moved.device)
-    return rows.copy_(moved).reshape(units, -1)

@@ -15,6 +15,9 @@ from typing import Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+RUN = 512
+"""Entries whose squares are added in float32."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -39,6 +42,8 @@ class Moments:
             places: Indices along ``dim``, ``(units, places per unit)``, where a unit is not simply one index.
             dim: The units' dim.
         """
+        if samples.device.type == "cpu":  # torch.var_mean takes 2 to 12 times as long there
+            return Moments.centre(unit_rows(samples, places, dim))
         samples = samples.float() if samples.dtype.itemsize < 4 else samples
         if places is not None:
             samples = samples.movedim(dim, 0).index_select(0, places.reshape(-1)).reshape(len(places), -1)
@@ -47,6 +52,18 @@ class Moments:
         var, mean = torch.var_mean(samples, dim=others, correction=0)
         count = samples.numel() // max(samples.shape[dim], 1)
         return Moments(count, mean.double(), var.double() * count)
+
+    @staticmethod
+    def centre(rows: Tensor) -> Moments:
+        """Moments of ``rows``, ``(units, samples)``, from which the units' means are then taken away in place.
+
+        What rounding of the mean leaves behind is put right: a unit that is constant has a variance of zero.
+        """
+        mean = rows.mean(1, keepdim=True)
+        squares = row_squares(rows.sub_(mean))
+        rest = rows.mean(1).double()
+        count = rows.shape[1]
+        return Moments(count, mean.squeeze(1).double() + rest, (squares - count * rest.square()).clamp_min(0))
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of samples together."""
@@ -73,6 +90,27 @@ class Moments:
     def take(self, order: Tensor) -> Moments:
         """Moments of the units in another order."""
         return Moments(self.count, self.mean[order], self.squares[order])
+
+
+def unit_rows(activations: Tensor, places: Tensor | None, dim: int) -> Tensor:
+    """Activations as a new float matrix ``(units, samples)``, units in the order of ``places``."""
+    moved = activations.movedim(dim, 0)
+    if places is not None:
+        moved = moved.index_select(0, places.reshape(-1))
+    units = moved.shape[0] if places is None else places.shape[0]
+    dtype = activations.dtype if activations.dtype.itemsize >= 4 else torch.float32
+    rows = torch.empty(moved.shape, dtype=dtype, device=moved.device)
+    return rows.copy_(moved).reshape(units, -1)
+
+
+def row_squares(rows: Tensor) -> Tensor:
+    """The sum of squares of each row of ``(rows, columns)``, in float64.
+
+    Norms of short runs are fast and lose nothing; a norm of half a million float32 is off by 1e-5.
+    """
+    whole = rows.shape[1] // RUN * RUN
+    squares = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, RUN)), dim=2).double().square().sum(1)
+    return squares + torch.linalg.vector_norm(rows[:, whole:], dim=1).double().square()
 
 
 class Mergeable(Protocol):
