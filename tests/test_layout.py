@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vfsurgery"
 
 LADDER = [
-    *("errors", "registry", "axes", "layouts", "groups", "report"),
+    *("errors", "registry", "axes", "layouts", "groups", "report", "results"),
     *("tracing", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial"),
     *("batches", "holdout", "stats", "matching", "sources", "checkpoints", "passes", "costs", "budget"),
     *("verification", "pruning", "merging", "choosing", "api", "figures", "evaluation", "preserving"),

@@ -8,7 +8,6 @@
 from vfsurgery.api import find_groups as find_groups
 from vfsurgery.api import match as match
 from vfsurgery.api import merge as merge
-from vfsurgery.api import report_of as report_of
 from vfsurgery.api import trace as trace
 from vfsurgery.api import verify as verify
 from vfsurgery.diagnosis import Diagnosis as Diagnosis
@@ -39,6 +38,9 @@ from vfsurgery.passes import Reset as Reset
 from vfsurgery.passes import Reshift as Reshift
 from vfsurgery.preserving import PreserveCurve as PreserveCurve
 from vfsurgery.preserving import preserve_curve as preserve_curve
+from vfsurgery.pruning import Masks as Masks
 from vfsurgery.recipe import Recipe as Recipe
+from vfsurgery.report import MergeReport as MergeReport
 from vfsurgery.report import Report as Report
+from vfsurgery.results import report_of as report_of
 from vfsurgery.rules import rule as rule

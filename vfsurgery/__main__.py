@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vfsurgery import zoo
-from vfsurgery.api import find_groups, merge, report_of
+from vfsurgery.api import find_groups, merge
 from vfsurgery.architectures import FORMS, build_model
 from vfsurgery.checkpoints import (
     PROGRAM,
@@ -33,6 +33,7 @@ from vfsurgery.diagnosis import diagnose
 from vfsurgery.errors import CheckpointError, ExampleInputError, OptionError, SurgeryError, explain
 from vfsurgery.evaluation import first_images
 from vfsurgery.recipe import Recipe
+from vfsurgery.results import merge_report_of
 from vfsurgery.tracing.examples import example_inputs_of
 
 C = TypeVar("C", bound=Callable[..., object])
@@ -242,7 +243,7 @@ def merge_checkpoints(
         seed=seed,
         progress=not quiet,
     )
-    report = report_of(merged)
+    report = merge_report_of(merged)
     if whole:
         images = first_images(source_a, calibration) if example is None and calibration is not None else example
         save_program(merged, example_inputs_of(source_a, images), output)

@@ -23,7 +23,7 @@ from vfsurgery.passes.producers import is_norm
 from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.passes.renormalize import Repair
 from vfsurgery.recording import hidden_norms, record, record_or_export
-from vfsurgery.report import Report
+from vfsurgery.results import remember
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.ops import OpReader
@@ -33,7 +33,6 @@ from vfsurgery.verification import Verification, prove
 Matchings: TypeAlias = str | Matcher
 Renormalization: TypeAlias = str | Pass | Sequence[str | Pass] | None
 
-_REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
 _PASSES: weakref.WeakKeyDictionary[nn.Module, tuple[Pass, ...]] = weakref.WeakKeyDictionary()
 
 
@@ -185,7 +184,7 @@ def merge(
     The units of every source are reordered to match the first one's (more than two are matched to each other, too: see
     docs/several_sources.md), the weights are averaged, and the statistics that averaging destroys are restored. Every
     reordering is certified: a source that does not compute after it what it computed before is refused. What was done
-    is in :func:`report_of` the result.
+    is in :func:`~vfsurgery.results.report_of` the result.
 
     Args:
         a: The first source (the *reference*, whose order of units is kept), or a list of all sources.
@@ -258,33 +257,16 @@ def merge(
         kept = plan_prefix(graph_module, work.inputs, sum(share > 0 for share in shares), preserve, budget)
         best, trials = choose(work, ways, shares, kept and kept[0])
         merged = work.finish(best.model, best.context, inplace, preserved=kept is not None)
-    _REPORTS[merged] = work.report(
-        best.way.matcher, best.matchings, best.way.passes, best.certificates, best.context, kept and kept[1], trials
-    )
-    _PASSES[merged] = best.way.passes
+    way, preserved = best.way, kept and kept[1]
+    report = work.report(way.matcher, best.matchings, way.passes, best.certificates, best.context, preserved, trials)
+    remember(merged, report)
+    _PASSES[merged] = way.passes
     return merged
 
 
 def passes_of(merged: nn.Module) -> tuple[Pass, ...]:
     """The normalizations that :func:`merge` ran on a model it returned: what ``"auto"`` came to."""
     return _PASSES[merged]
-
-
-def report_of(merged: nn.Module) -> Report:
-    """The report of the merge that made a model, as long as that very model lives.
-
-    Raises:
-        OptionError: the model does not come from :func:`merge`.
-    """
-    report = _REPORTS.get(merged)
-    if report is None:
-        raise OptionError(
-            explain(
-                f"this {type(merged).__name__} has no report",
-                remedy="ask for the report of the model that merge returned, not of a copy of it",
-            )
-        )
-    return report
 
 
 def _models(a: nn.Module | Sequence[nn.Module], b: nn.Module | None) -> list[nn.Module]:

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from vfsurgery.api import match, merge, report_of
+from vfsurgery.api import match, merge
 from vfsurgery.batches import Data
 from vfsurgery.diagnosis import Diagnosis, diagnose
 from vfsurgery.evaluation import Barrier, Score, barrier, compare, evaluate, first_images
 from vfsurgery.flip_rates import Flips, flips
 from vfsurgery.matching import Given
-from vfsurgery.report import Report
+from vfsurgery.report import MergeReport
+from vfsurgery.results import merge_report_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Comparison:
     name: str
     scores: Mapping[str, Score]
     barrier: Barrier
-    report: Report
+    report: MergeReport
     diagnosis: Diagnosis
     flips: Flips
     merged: nn.Module = field(repr=False, compare=False)
@@ -91,7 +92,7 @@ def compare_merges(
     sources = {"source a": a, "source b": b}
     diagnosis = diagnose(merged, list(sources.values()), calibration, progress=progress)
     flipped = flips(sources, merged, test, progress=progress)
-    return Comparison(name, scores, line, report_of(merged), diagnosis, flipped, merged)
+    return Comparison(name, scores, line, merge_report_of(merged), diagnosis, flipped, merged)
 
 
 def _matched_once(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vfsurgery.evaluation import Barrier, Score
     from vfsurgery.flip_rates import Flips
     from vfsurgery.page import CostRow
-    from vfsurgery.report import Report
+    from vfsurgery.report import MergeReport
 
 Distance: TypeAlias = Literal["paper", "code"]
 """How the smoothed bound counts layers: to the last one, or to one beyond it."""
@@ -199,7 +199,7 @@ class Diagnosis:
         self,
         path: str | Path,
         *,
-        report: Report | None = None,
+        report: MergeReport | None = None,
         scores: Mapping[str, Score] | None = None,
         barrier: Barrier | None = None,
         flips: Flips | None = None,

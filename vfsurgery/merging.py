@@ -28,7 +28,7 @@ from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline, Preserve
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.preserve import standalone
 from vfsurgery.recording import hidden_norms, record_or_export
-from vfsurgery.report import Certificate, GroupMatch, Preserved, Report, Trial
+from vfsurgery.report import Certificate, GroupMatch, MergeReport, Preserved, Trial
 from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode, write_into
 from vfsurgery.stats.collect import Site, Survey, group_sites, image_dtype, survey
 from vfsurgery.tracing.examples import example_inputs_of
@@ -249,7 +249,7 @@ class Merging:
         context: Context,
         preserved: Preserved | None = None,
         trials: tuple[Trial, ...] = (),
-    ) -> Report:
+    ) -> MergeReport:
         """Freeze what happened."""
         matches = tuple(
             GroupMatch(
@@ -258,7 +258,7 @@ class Merging:
             for number, matching in enumerate(self._of_all_sources(matchings))
             for g in matching.gains
         )
-        return Report(
+        return MergeReport(
             model=type(self.sources[0].model).__name__,
             sources=len(self.sources),
             weights=tuple(context.weights),

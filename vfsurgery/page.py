@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vfsurgery.diagnosis import Diagnosis, LayerDiagnosis
     from vfsurgery.evaluation import Barrier, Score
     from vfsurgery.flip_rates import Flips
-    from vfsurgery.report import Report
+    from vfsurgery.report import MergeReport
 
 CostRow: TypeAlias = tuple[int, float, float, float]
 """Layers preserved, FLOPs and parameters relative to one source, accuracy from 0 to 1."""
@@ -40,7 +40,7 @@ def write_page(
     found: Diagnosis,
     path: str | Path,
     *,
-    report: Report | None = None,
+    report: MergeReport | None = None,
     scores: Mapping[str, Score] | None = None,
     barrier: Barrier | None = None,
     flips: Flips | None = None,
@@ -109,7 +109,7 @@ class Wires:
     writes: dict[str, Chip] = field(default_factory=dict[str, Chip])
 
 
-def wiring(report: Report, found: Diagnosis) -> list[Wires]:
+def wiring(report: MergeReport, found: Diagnosis) -> list[Wires]:
     """The groups as a table: layers in order of execution, and which groups each reads and writes.
 
     A weight is written along its first dim and read along the others, that of a transposed convolution the other way
@@ -151,7 +151,7 @@ def _layer_rows(found: Diagnosis, before: Diagnosis | None) -> list[LayerRow]:
     ]
 
 
-def _matches(report: Report | None) -> dict[str, list[Any]]:
+def _matches(report: MergeReport | None) -> dict[str, list[Any]]:
     """What matching did, by group; one entry per source after the first."""
     found: dict[str, list[Any]] = {}
     for match in report.matches if report else ():

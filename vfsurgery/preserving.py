@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.api import ExampleInputs, Matchings, Renormalization, match, merge, report_of
+from vfsurgery.api import ExampleInputs, Matchings, Renormalization, match, merge
 from vfsurgery.batches import Batches, Data
 from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import OptionError, explain
@@ -18,6 +18,7 @@ from vfsurgery.evaluation import first_images, logits_of
 from vfsurgery.matching import Given
 from vfsurgery.passes.cut import Boundaries
 from vfsurgery.recording import record_or_export
+from vfsurgery.results import merge_report_of
 from vfsurgery.sources import eval_mode
 from vfsurgery.tracing.examples import example_inputs_of
 
@@ -125,7 +126,7 @@ def preserve_curve(
         merged = merge(
             a, b, data=calibration, alpha=alpha, matching=found, renormalize=renormalize, preserve=boundary, **options
         )
-        kept = report_of(merged).preserved
+        kept = merge_report_of(merged).preserved
         layers, flops, parameters = (0, 1.0, 1.0) if kept is None else (kept.layers, kept.flops, kept.parameters)
         points.append(PreservePoint(boundary, layers, flops, parameters, *expected.compare(merged, data)))
     return PreserveCurve(tuple(points), cuts[0].depth, expected.accuracy)

@@ -1,4 +1,7 @@
-"""The record of a merge: what was matched, permuted, pinned and corrected, and the numbers that prove it."""
+"""Records of what was done.
+
+That of a merge says what was matched, permuted, pinned and corrected, and has the numbers that prove it.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +109,20 @@ class Trial:
 
 @dataclass(frozen=True)
 class Report:
-    """All that happened in one merge; frozen, printable, and as JSON readable by machines."""
+    """What was done to make a model: frozen, printable, and as JSON readable by machines."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, strings and numbers."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def to_json(self) -> str:
+        """The record as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+@dataclass(frozen=True)
+class MergeReport(Report):
+    """All that happened in one merge."""
 
     model: str
     sources: int
@@ -147,10 +163,6 @@ class Report:
         plain["preserved"] = None if self.preserved is None else dataclasses.asdict(self.preserved)
         plain["versions"], plain["seconds"] = dict(self.versions), dict(self.seconds)
         return json.loads(json.dumps(plain))
-
-    def to_json(self) -> str:
-        """The record as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
         steps = ", ".join(self.renormalize) or "none"
