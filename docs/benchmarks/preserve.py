@@ -1,13 +1,14 @@
 """Preserve-first merging of the two trained CIFAR-10 pairs: accuracy and cost at every boundary, and inference time.
 
 Statistics come from 5,000 random training images, accuracy from the 10,000 test images. Matching is done once for all
-boundaries: on activations, RESCALE for `vgg11_half`, RESET for `tv_resnet18`. Times are CPU seconds
+boundaries: on activations, RESCALE for `vgg11_half`, RESET for `tv_resnet18`, or what `--renormalize` says. Times are CPU seconds
 of one batch, the least of many interleaved runs, over those of one source. Beside them stand the ratio of
 FLOPs and that of the time of the source's single ops, each counted as often as it runs. Where the folder with the
 pairs is missing, the script says so and stops.
 
     python docs/benchmarks/preserve.py --output preserve.json
     python docs/benchmarks/preserve.py --pair tv_resnet18 --draws 5
+    python docs/benchmarks/preserve.py --renormalize regress
     python docs/benchmarks/preserve.py --times --threads 1
 """
 
@@ -55,9 +56,12 @@ def measure_accuracy(name: str, options: argparse.Namespace) -> surgery.Preserve
         for seed in range(options.draws)
     ]
     curves = [
-        surgery.preserve_curve(a, b, draws[0].test, calibration=draw.calibration, boundaries=list(BOUNDARIES[name]))
+        surgery.preserve_curve(
+            a, b, draws[0].test, calibration=draw.calibration, boundaries=list(BOUNDARIES[name]),
+            renormalize=options.renormalize,
+        )
         for draw in draws
-    ]
+    ]  # fmt: skip
     print(f"\n### {name}\n\n| preserved | layers | flops | params | accuracy (%) | public | agreement (%) |")
     print("|---|---|---|---|---|---|---|")
     for place, (point, public) in enumerate(zip(curves[0].points, BOUNDARIES[name].values(), strict=True)):
@@ -170,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=64, help="images in a batch for times (default: %(default)s)")
     made.add_argument("--times", action="store_true", help="measure inference time instead of accuracy")
     made.add_argument("--side", type=int, default=32, help="side of the images for times (default: %(default)s)")
+    made.add_argument("--renormalize", default="auto", help="for example regress (default: by architecture)")
     made.add_argument("--output", type=Path, metavar="FILE", help="also write the figures as JSON, one file per pair")
     return made
 
