@@ -1,8 +1,8 @@
 """Preserve-first merging of the two trained CIFAR-10 pairs: accuracy and cost at every boundary, and inference time.
 
 Statistics come from 5,000 random training images, accuracy from the 10,000 test images. Matching is done once for all
-boundaries: on activations, RESCALE for `vgg11_half`, RESET for `tv_resnet18`, or what `--renormalize` says. Times are CPU seconds
-of one batch, the least of many interleaved runs, over those of one source. Beside them stand the ratio of
+boundaries: on activations, RESCALE for `vgg11_half`, RESET for `tv_resnet18`, or what `--renormalize` says. Times are
+CPU seconds of one batch, the least of many interleaved runs, over those of one source. Beside them stand the ratio of
 FLOPs and that of the time of the source's single ops, each counted as often as it runs. Where the folder with the
 pairs is missing, the script says so and stops.
 
