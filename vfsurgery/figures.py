@@ -18,9 +18,13 @@ from vfsurgery.checkpoints import atomic
 if TYPE_CHECKING:
     from vfsurgery.diagnosis import Diagnosis
     from vfsurgery.evaluation import Barrier
+    from vfsurgery.sweep import Sweep
 
 COLOURS = {"naive": "#D55E00", "aligned": "#0072B2", "renormalized": "#009E73"}
 """From the palette of Okabe and Ito, told apart by colour-blind readers too."""
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""The same one, for however many curves."""
 
 BEFORE, AFTER = "#D55E00", "#0072B2"
 
@@ -63,6 +67,48 @@ def draw_diagnosis(found: Diagnosis, path: str | Path) -> Path:
         axes.set_title(title, loc="left", fontsize=12)
         draw(axes)
     return _save(figure, path)
+
+
+def draw_sweep(found: Sweep, path: str | Path, published: Mapping[str, Sequence[float | None]] | None = None) -> Path:
+    """Draw accuracy over sparsity: for each method dashed as pruned, solid as renormalized, and the dense network.
+
+    Args:
+        found: The sweep.
+        path: The file; its ending is the format, PNG without one.
+        published: Accuracies (%) from elsewhere, by method and by ``METHOD renormalized``, one per sparsity; crosses.
+
+    Raises:
+        CheckpointError: The file cannot be written; nothing is left of it then.
+    """
+    figure = Figure(figsize=(8.6, 4.8), layout="constrained")
+    sweep_panel(found, published)(figure.subplots())
+    return _save(figure, path)
+
+
+def sweep_panel(found: Sweep, published: Mapping[str, Sequence[float | None]] | None = None) -> Draw:
+    """The panel of :func:`draw_sweep`."""
+
+    def draw(axes: Axes) -> None:
+        for number, (method, cells) in enumerate(found.curves.items()):
+            colour, places = PALETTE[number % len(PALETTE)], [100 * cell.sparsity for cell in cells]
+            for label, style in ((method, "--"), (f"{method} renormalized", "-")):
+                scores = [cell.pruned if style == "--" else cell.renormalized for cell in cells]
+                heights = [100 * score.accuracy for score in scores]
+                axes.plot(places, heights, style, color=colour, marker="o", label=label, **POINTS)
+                known = (published or {}).get(label)
+                if known is not None:
+                    heights = [math.nan if height is None else height for height in known]
+                    text = f"{label}, published"
+                    axes.plot(places, heights, "x" if style == "--" else "+", color=colour, markersize=8, label=text)
+        axes.axhline(100 * found.dense.accuracy, color="black", linestyle=":", linewidth=1.2, label="dense")
+        axes.set_xlabel("sparsity (%)", fontsize=11)
+        axes.set_ylabel("accuracy (%)", fontsize=11)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
+
+    return draw
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
