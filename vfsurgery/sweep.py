@@ -1,7 +1,7 @@
 """One network pruned by several methods to several sparsities, before and after renormalization.
 
-The experiment of Qu & Horvath (CPAL 2025), section 5.5 and figures 5 and 14: one-shot pruning kills the accuracy because
-features vanish, and giving every unit the dense network's statistics brings much of it back without training.
+The experiment of Qu & Horvath (CPAL 2025), section 5.5 and figures 5 and 14: one-shot pruning kills the accuracy
+because features vanish, and giving every unit the dense network's statistics brings much of it back without training.
 """
 
 from __future__ import annotations
@@ -127,9 +127,7 @@ def sweep(
         for sparsity in sparsities:
             arguments: dict[str, Any] = {"data": calibration, "seed": seed, "progress": progress, **options}
             pruned = prune(model, sparsity, **arguments)
-            restored = restore(
-                pruned, reference=model, data=calibration, renormalize=renormalize, progress=progress
-            )
+            restored = restore(pruned, reference=model, data=calibration, renormalize=renormalize, progress=progress)
             scores = [evaluate(network, test, progress=progress) for network in (pruned, restored)]
             cells.append(Cell(sparsity, *scores))
             if best is None or cells[-1].gain > best[0]:
@@ -139,7 +137,11 @@ def sweep(
     _, label, sparsity, pruned, restored = best
     before, after = (diagnose(network, [model], calibration, progress=progress) for network in (pruned, restored))
     cell = next(cell for cell in curves[label] if cell.sparsity == sparsity)
-    shown = {DENSE: dense, row(label, sparsity): cell.pruned, row(label, sparsity, renormalized=True): cell.renormalized}
+    shown = {
+        DENSE: dense,
+        row(label, sparsity): cell.pruned,
+        row(label, sparsity, renormalized=True): cell.renormalized,
+    }
     return Sweep(name, dense, curves, Example(label, sparsity, before, after, shown, restored))
 
 

@@ -1,0 +1,49 @@
+"""The command line, one module per command; ``vfsurgery --help`` lists them."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from vfsurgery.cli.diagnose import diagnose_checkpoint
+from vfsurgery.cli.groups import groups
+from vfsurgery.cli.merge import merge_checkpoints
+from vfsurgery.cli.options import EPILOG
+from vfsurgery.cli.run import run
+from vfsurgery.cli.zoo import survey_zoo
+from vfsurgery.errors import ExampleInputError, OptionError, SurgeryError
+
+
+class Commands(click.Group):
+    """Prints the library's own errors as one message without traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; exit with 2 for wrong options or recipes, with 1 for any other of our errors."""
+        try:
+            return super().invoke(ctx)
+        except SurgeryError as error:
+            if os.environ.get("VFSURGERY_TRACEBACK") == "1":
+                raise
+            hint = "\n  option  --input-size, as in 3x224x224" if isinstance(error, ExampleInputError) else ""
+            click.echo(f"error: {error}{hint}", err=True)
+            ctx.exit(2 if isinstance(error, OptionError) else 1)
+
+
+@click.group("vfsurgery", cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="vfsurgery")
+def main() -> None:
+    """Merge trained networks in weight space, and repair what merging breaks.
+
+    \b
+    Start here, with data that comes along:
+      vfsurgery run recipes/digits.yaml
+    Merge two checkpoints of one architecture:
+      vfsurgery merge a.safetensors b.pt --model timm:resnet18 -o ab.safetensors
+    See which units of a network may be reordered:
+      vfsurgery groups torchvision:resnet18
+    """
+
+
+for command in (run, merge_checkpoints, diagnose_checkpoint, groups, survey_zoo):
+    main.add_command(command)

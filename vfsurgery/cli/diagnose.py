@@ -1,0 +1,59 @@
+"""``vfsurgery diagnose``: where the features of a checkpoint vanish."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vfsurgery.architectures import FORMS
+from vfsurgery.cli.options import EPILOG, data_options, find_device, import_from_here, load_images, load_model
+from vfsurgery.diagnosis import diagnose
+from vfsurgery.errors import CheckpointError, OptionError, explain
+
+
+@click.command("diagnose", epilog=EPILOG)
+@click.argument("merged", type=click.Path(path_type=Path))
+@click.argument("sources", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--model", required=True, help=f"The architecture of all: {FORMS}.")
+@click.option("--num-classes", type=int, help="Passed on to the architecture.")
+@data_options
+@click.option("--seed", default=0, show_default=True, help="Decides which images are drawn.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--quiet", is_flag=True, help="Show no progress bars.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write one self-contained HTML page.")
+def diagnose_checkpoint(
+    merged: Path,
+    sources: tuple[Path, ...],
+    model: str,
+    num_classes: int | None,
+    seed: int,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+    output: Path | None,
+    **data: Any,
+) -> None:
+    """Say where the features of the checkpoint MERGED vanish, layer by layer, beside its SOURCES.
+
+    MERGED may as well be a pruned network, and SOURCES the one before pruning. Needs --data.
+
+    \b
+    Examples:
+      vfsurgery diagnose ab.safetensors a.safetensors b.safetensors \\
+          --model timm:resnet18 --data imagefolder:photos/train -o ab.html
+    """
+    import_from_here()
+    if output is not None and output.resolve() in [path.resolve() for path in (merged, *sources)]:
+        raise CheckpointError(explain(f"{output} would be overwritten by the page", remedy="name another file with -o"))
+    network, *others = (load_model(path, model, num_classes, find_device(device)) for path in (merged, *sources))
+    images = load_images(model, network, seed=seed, **data)
+    if images is None:
+        raise OptionError(explain("a diagnosis needs images", remedy="--data imagefolder:PATH, or --data digits"))
+    found = diagnose(network, others, images, progress=not quiet)
+    click.echo(found.to_json() if as_json else str(found))
+    if output is not None:
+        found.page(output)
+        click.echo(f"\nwritten to {output}", err=as_json)

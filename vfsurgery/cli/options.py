@@ -1,0 +1,133 @@
+"""Options that several commands share, and what they mean: a model, a device, images, steps."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vfsurgery.architectures import build_model
+from vfsurgery.checkpoints import check_writable, load_into, load_state_dict
+from vfsurgery.data import digits, image_folder, loader, preprocessing
+from vfsurgery.errors import CheckpointError, OptionError, explain
+
+C = TypeVar("C", bound=Callable[..., object])
+
+EPILOG = "Every option with examples: docs/cli.md. Recipes: docs/recipes.md. Set VFSURGERY_TRACEBACK=1 to debug."
+
+
+def image_shape(text: str) -> tuple[int, int, int]:
+    """Parse one image's shape, written as ``3x224x224``."""
+    try:
+        channels, height, width = (int(length) for length in text.split("x"))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no shape; write channels x height x width, as in 3x224x224") from None
+    return channels, height, width
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Parse one number per channel, with commas between them."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is no list of numbers; write one per channel, as in 0.485,0.456,0.406"
+        ) from None
+
+
+def data_options(command: C) -> C:
+    """Options of ``merge`` that say what the calibration data is."""
+    options = [
+        click.option("--data", help="Calibration images: imagefolder:PATH or digits. Without, weights alone are used."),
+        click.option("--limit", default=5000, show_default=True, help="Draw at most so many images."),
+        click.option("--batch-size", default=64, show_default=True, help="Images per batch."),
+        click.option(
+            "--input-size",
+            type=image_shape,
+            metavar="CxHxW",
+            help="Image shape.  [default: what the model's source says]",
+        ),
+        click.option("--mean", type=numbers, metavar="N,N,...", help="Per channel, subtracted from pixels in [0, 1]."),
+        click.option("--std", type=numbers, metavar="N,N,...", help="Per channel, dividing after that."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def import_from_here() -> None:
+    """Let ``import.path:factory`` name a module in the current folder, as ``python -m`` does."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def check_output(output: Path, report: Path, inputs: tuple[Path, ...], suffix: str) -> None:
+    check_writable(output, suffix)
+    for path in inputs:
+        if path.resolve() in (output.resolve(), report.resolve()):
+            raise CheckpointError(
+                explain(f"{path} would be overwritten by the merge", remedy="name another file with -o")
+            )
+
+
+def find_device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        cause = str(error).partition("\n")[0]
+        raise OptionError(explain(f"cannot compute on device {name!r}", cause=cause)) from error
+
+
+def load_model(path: Path, model: str, num_classes: int | None, device: torch.device) -> nn.Module:
+    state = load_state_dict(path)
+    source = build_model(model, num_classes)
+    load_into(source, state, path)
+    return source.to(device).eval()
+
+
+def example_input(shape: tuple[int, int, int] | None, device: torch.device | None = None) -> Tensor | None:
+    """Random pixels, because on equal ones a wrong order of units may go unseen."""
+    if shape is None:
+        return None
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def steps(renormalize: str) -> str | tuple[str, ...] | None:
+    """From ``none``, ``auto`` or ``reset,repair`` to what :func:`vfsurgery.merge` takes."""
+    if renormalize == "none":
+        return None
+    return tuple(renormalize.split(",")) if "," in renormalize else renormalize
+
+
+def load_images(
+    spec: str,
+    model: nn.Module,
+    *,
+    data: str | None,
+    limit: int,
+    batch_size: int,
+    input_size: tuple[int, int, int] | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    seed: int,
+) -> DataLoader[Any] | None:
+    """The images that ``--data`` names, as the model expects them."""
+    if data is None:
+        return None
+    kind, _, folder = data.partition(":")
+    if data == "digits":
+        return loader(digits(seed=seed).calibration, batch_size=batch_size, limit=limit, seed=seed)
+    if kind != "imagefolder" or not folder:
+        raise OptionError(explain(f"unknown data {data!r}", accepted="imagefolder:PATH, digits"))
+    if input_size is not None and input_size[1] != input_size[2]:
+        raise OptionError(explain("images from a folder are square", found="x".join(map(str, input_size))))
+    size = None if input_size is None else input_size[1]
+    transform = preprocessing(spec, model, size=size, mean=mean, std=std)
+    return image_folder(folder, transform, batch_size=batch_size, limit=limit, seed=seed)
