@@ -219,7 +219,7 @@ VERDICTS = {
         r"Features vanish: from l2 \(67% of the depth\) on.* 0.01 times.*RESCALE",
     ),
     "batch norm": ([1.0, 0.01], "batch norm", r"Features vanish: from l1 \(100% of the depth\) on.*RESET"),
-    "layer norm": ([1.0, 0.01], "norm", r"Features vanish.*REPAIR \(renormalize='repair'\)"),
+    "layer norm": ([1.0, 0.01], "norm", r"Features vanish.*REPAIR \(renormalize\(model, reference="),
     "fade": ([1.0, 0.05, 0.3], "conv", r"Features fade but do not vanish.* 0.3 times.*RESCALE"),
     "fine": (
         [0.6, 0.9],

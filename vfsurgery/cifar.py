@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ def cifar(
     calibration: int = 5000,
     test: int | None = None,
     seed: int = 0,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
 ) -> Splits:
     """Read CIFAR-10 or CIFAR-100 into memory, standardised: float32 images (N, 3, 32, 32) and int64 labels.
 
@@ -42,14 +45,16 @@ def cifar(
             the whole training set.
         test: So many test images, drawn at random; all by default.
         seed: Decides which images are drawn.
+        mean: Of the pixels in [0, 1], per channel, that the network was trained with.
+        std: Likewise.
 
     Raises:
         DataError: The data is not there, is damaged, or is not 32 pixels wide and high.
     """
     generator = torch.Generator().manual_seed(seed)
-    images, labels = _drawn(*_read(name, Path(path), "train"), train, generator)
+    images, labels = _drawn(*_read(name, Path(path), "train"), train, generator, mean, std)
     picked = torch.randperm(len(images), generator=generator)[:calibration]
-    tested = _drawn(*_read(name, Path(path), "test"), test, generator)
+    tested = _drawn(*_read(name, Path(path), "test"), test, generator, mean, std)
     return Splits(
         train=TensorDataset(images, labels),
         calibration=TensorDataset(images[picked], labels[picked]),
@@ -57,13 +62,20 @@ def cifar(
     )
 
 
-def _drawn(pixels: Tensor, labels: Tensor, count: int | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _drawn(
+    pixels: Tensor,
+    labels: Tensor,
+    count: int | None,
+    generator: torch.Generator,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[Tensor, Tensor]:
     """``count`` images, or all in their order, standardised."""
     if count is not None:
         index = torch.randperm(len(pixels), generator=generator)[:count]
         pixels, labels = pixels[index], labels[index]
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (pixels.float() / 255 - mean) / std, labels
+    centre, spread = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (pixels.float() / 255 - centre) / spread, labels
 
 
 def _read(name: Name, path: Path, part: str) -> tuple[Tensor, Tensor]:

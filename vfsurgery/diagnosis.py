@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from vfsurgery.evaluation import Barrier, Score
     from vfsurgery.flip_rates import Flips
     from vfsurgery.page import CostRow
-    from vfsurgery.report import MergeReport
+    from vfsurgery.report import Report
+    from vfsurgery.sweep import Sweep
 
 Distance: TypeAlias = Literal["paper", "code"]
 """How the smoothed bound counts layers: to the last one, or to one beyond it."""
@@ -199,23 +200,25 @@ class Diagnosis:
         self,
         path: str | Path,
         *,
-        report: MergeReport | None = None,
+        report: Report | None = None,
         scores: Mapping[str, Score] | None = None,
         barrier: Barrier | None = None,
         flips: Flips | None = None,
         cost_curve: Sequence[CostRow] | None = None,
         before: Diagnosis | None = None,
+        sweep: Sweep | None = None,
     ) -> Path:
         """Write one HTML file that needs nothing beside it, neither files nor a network.
 
         Args:
             path: The file.
-            report: Of the merge: certificates and groups.
+            report: Of what made the model; that of a merge has certificates and groups.
             scores: Accuracy and loss by name, as from :func:`vfsurgery.evaluation.compare`.
             barrier: The line between the sources.
             flips: What the model gets wrong that its sources got right.
             cost_curve: Rows ``(layers preserved, FLOPs ratio, parameter ratio, accuracy from 0 to 1)``.
             before: The diagnosis of the same network before it was renormalized, to show beside this one.
+            sweep: Accuracy over sparsity, of a pruned network.
 
         Raises:
             CheckpointError: the file cannot be written; nothing is left of it then.
@@ -223,7 +226,15 @@ class Diagnosis:
         from vfsurgery.page import write_page
 
         return write_page(
-            self, path, report=report, scores=scores, barrier=barrier, flips=flips, cost_curve=cost_curve, before=before
+            self,
+            path,
+            report=report,
+            scores=scores,
+            barrier=barrier,
+            flips=flips,
+            cost_curve=cost_curve,
+            before=before,
+            sweep=sweep,
         )
 
     def __str__(self) -> str:

@@ -17,14 +17,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vfsurgery.checkpoints import write_text
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.figures import Draw, barrier_panels, diagnosis_panels, draw_costs, svg
+from vfsurgery.figures import Draw, barrier_panels, diagnosis_panels, draw_costs, svg, sweep_panel
+from vfsurgery.report import MergeReport, Report
 from vfsurgery.verdict import VANISHED
 
 if TYPE_CHECKING:
     from vfsurgery.diagnosis import Diagnosis, LayerDiagnosis
     from vfsurgery.evaluation import Barrier, Score
     from vfsurgery.flip_rates import Flips
-    from vfsurgery.report import MergeReport
+    from vfsurgery.sweep import Sweep
 
 CostRow: TypeAlias = tuple[int, float, float, float]
 """Layers preserved, FLOPs and parameters relative to one source, accuracy from 0 to 1."""
@@ -40,12 +41,13 @@ def write_page(
     found: Diagnosis,
     path: str | Path,
     *,
-    report: MergeReport | None = None,
+    report: Report | None = None,
     scores: Mapping[str, Score] | None = None,
     barrier: Barrier | None = None,
     flips: Flips | None = None,
     cost_curve: Sequence[CostRow] | None = None,
     before: Diagnosis | None = None,
+    sweep: Sweep | None = None,
 ) -> Path:
     """What :meth:`vfsurgery.diagnosis.Diagnosis.page` does.
 
@@ -54,10 +56,12 @@ def write_page(
         CheckpointError: the file cannot be written; nothing is left of it then.
     """
     costs = _cost_rows(cost_curve or ())
+    merge = report if isinstance(report, MergeReport) else None
     figures = {
         "features": _figures(diagnosis_panels(found, before), "vf"),
         "barrier": _figures(barrier_panels(barrier), "barrier") if barrier else [],
         "costs": _figures({"accuracy over cost": lambda axes: draw_costs(axes, costs)}, "cost") if costs else [],
+        "sweep": _figures({"accuracy over sparsity": sweep_panel(sweep)}, "sweep") if sweep else [],
     }
     text = (
         _environment()
@@ -69,8 +73,10 @@ def write_page(
             vanished=VANISHED,
             layers=_layer_rows(found, before),
             report=report,
-            wiring=wiring(report, found) if report else [],
-            matches=_matches(report),
+            merge=merge,
+            wiring=wiring(merge, found) if merge else [],
+            matches=_matches(merge),
+            sources="reference" if len(found.layers[0].sources) == 1 else "sources",
             scores=scores or {},
             barrier=barrier,
             flips=flips,

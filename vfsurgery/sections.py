@@ -23,6 +23,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 _Count = Annotated[int, Field(ge=1)]
+Channels = tuple[float, float, float]
 _Share = Annotated[float, Field(ge=0, le=1)]
 V = TypeVar("V")
 
@@ -34,10 +35,10 @@ class FrozenDict(dict[str, V]):
         return hash(frozenset(self.items()))
 
 
-_Frozen = AfterValidator(FrozenDict)
-Options = Annotated[dict[str, bool | int | float | str], _Frozen]
+Frozen = AfterValidator(FrozenDict)
+Options = Annotated[dict[str, bool | int | float | str], Frozen]
 """Keyword arguments of a model."""
-Published = Annotated[dict[str, float], _Frozen]
+Published = Annotated[dict[str, float], Frozen]
 """Accuracies (%) as printed in the paper, by the label of their row."""
 
 
@@ -62,11 +63,14 @@ class Images(Section):
     train: _Count | None = None
     calibration: _Count | None = None
     test: _Count | None = None
+    mean: Annotated[Channels | None, AsTuple] = None
+    std: Annotated[Channels | None, AsTuple] = None
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        own = {"size"} if self.name == "digits" else {"path", "train", "calibration", "test"}
-        for option in ("size", "path", "train", "calibration", "test"):
+        of_cifar = ("path", "train", "calibration", "test", "mean", "std")
+        own = {"size"} if self.name == "digits" else set(of_cifar)
+        for option in ("size", *of_cifar):
             if option not in own and getattr(self, option) is not None:
                 raise ValueError(f"{self.name} has no {option}; accepted: {', '.join(sorted({'name', 'seed', *own}))}")
         if "path" in own and self.path is None:
@@ -77,7 +81,7 @@ class Images(Section):
         """Return the splits."""
         if self.name == "digits":
             return digits(seed=self.seed, size=self.size)
-        drawn = self.model_dump(include={"train", "calibration", "test"}, exclude_none=True)
+        drawn = self.model_dump(include={"train", "calibration", "test", "mean", "std"}, exclude_none=True)
         return cifar(self.name, self.path or "", seed=self.seed, **drawn)
 
 
@@ -113,16 +117,16 @@ class Merge(Section):
     @field_validator("matching")
     @classmethod
     def _matching_exists(cls, matching: str) -> str:
-        _refuse_unknown("matching", (matching,), ["auto", *MATCHERS])
+        refuse_unknown("matching", (matching,), ["auto", *MATCHERS])
         return matching
 
     @field_validator("renormalize")
     @classmethod
     def _renormalizations_exist(cls, steps: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         if isinstance(steps, str):
-            _refuse_unknown("renormalization", (steps,), ["auto", *NORMALIZATIONS])
+            refuse_unknown("renormalization", (steps,), ["auto", *NORMALIZATIONS])
         else:
-            _refuse_unknown("renormalization", steps or (), NORMALIZATIONS)
+            refuse_unknown("renormalization", steps or (), NORMALIZATIONS)
         return steps
 
     @property
@@ -172,9 +176,9 @@ class Pair(Section):
 
     @model_validator(mode="after")
     def _labels_are_rows(self) -> Self:
-        _refuse_unknown("row", tuple(self.published), self.rows)
+        refuse_unknown("row", tuple(self.published), self.rows)
         for expectation in self.expectations:
-            _refuse_unknown("row", expectation.rows, self.rows)
+            refuse_unknown("row", expectation.rows, self.rows)
             if expectation.points is not None and expectation.rows[0] not in self.published:
                 raise ValueError(f"nothing is published for {expectation.rows[0]!r}, so it can be in no band around it")
         return self
@@ -237,7 +241,7 @@ class Reduced(Section):
     pairs: Annotated[tuple[ReducedPair, ...], AsTuple] = ()
 
 
-def _refuse_unknown(kind: str, names: Sequence[str], known: Iterable[str]) -> None:
+def refuse_unknown(kind: str, names: Sequence[str], known: Iterable[str]) -> None:
     known = list(known)
     for name in names:
         if name not in known:

@@ -25,16 +25,16 @@ Remedy: TypeAlias = Literal["reset", "repair", "rescale"]
 
 ADVICE: dict[Remedy, str] = {
     "reset": (
-        "RESET (renormalize='reset'): the statistics in its BatchNorm layers do not fit the changed weights; measured "
+        "RESET ({call}): the statistics in its BatchNorm layers do not fit the changed weights; measured "
         "anew they restore mean and deviation of every unit, which works best in BatchNorm networks."
     ),
     "repair": (
-        "REPAIR (renormalize='repair'): its norm layers keep no statistics that could be measured anew, so every unit "
-        "is given back the sources' mean and deviation before the norm."
+        "REPAIR ({call}): its norm layers keep no statistics that could be measured anew, so every unit "
+        "is given back the mean and deviation that {owner} has before the norm."
     ),
     "rescale": (
-        "RESCALE (renormalize='rescale'): in networks without norm layers, giving every unit back its deviation works "
-        "best, and better than REPAIR; without data, bias calibration comes near."
+        "RESCALE ({call}): in networks without norm layers, giving every unit back its deviation works "
+        "best, and better than REPAIR{also}."
     ),
 }
 """What to do and why, by the name of the pass (Qu & Horvath, CPAL 2025, section 5.3)."""
@@ -54,6 +54,8 @@ def state_of(found: Diagnosis) -> State:
 def in_words(found: Diagnosis) -> str:
     """What :attr:`vfsurgery.diagnosis.Diagnosis.verdict` says."""
     state, broken, start, last = state_of(found), _first_broken(found), found.vanishes_at(), found.layers[-1]
+    alone = len(last.sources) == 1
+    sources = "the reference" if alone else "the sources"
     if broken is not None:
         return f"The model's values are not finite from {_place(broken)} on: it holds or makes NaN or infinity."
     at_last = f"{last.ratio:.3g} times at the last layer, {last.name}"
@@ -62,24 +64,28 @@ def in_words(found: Diagnosis) -> str:
         lowest, highest = (choose(known, key=lambda layer: layer.ratio) for choose in (min, max))
         if state == "kept":
             return (
-                f"Nothing vanishes: in every layer the feature norm is at least {lowest.ratio:.3g} times that of the "
-                f"sources, as at {_place(lowest)}; it is {at_last}."
+                f"Nothing vanishes: in every layer the feature norm is at least {lowest.ratio:.3g} times that of "
+                f"{sources}, as at {_place(lowest)}; it is {at_last}."
             )
         return (
             f"Nothing vanishes, but features have grown: at {_place(highest)} their norm is {highest.ratio:.3g} times "
-            f"that of the sources, {at_last}. Statistics of too few images, or of units that hardly vary, can do this."
+            f"that of {sources}, {at_last}. Statistics of too few images, or of units that hardly vary, can do this."
         )
-    words = f"Features fade but do not vanish: beside the sources', their norm is {at_last}."
+    words = f"Features fade but do not vanish: beside those of {sources}, their norm is {at_last}."
     if start is not None:
         words = (
-            f"Features vanish: from {_place(start)} on, no layer has {VANISHED:.0%} of the feature norm of its "
-            f"sources; it is {at_last}."
+            f"Features vanish: from {_place(start)} on, no layer has {VANISHED:.0%} of the feature norm of "
+            f"{sources}; it is {at_last}."
         )
     offset = (
         f"There the input moves the values by {last.model.feature:.2g} around an offset of {last.model.offset:.2g}, "
-        f"in the sources by {last.source('feature'):.2g} around {last.source('offset'):.2g}."
+        f"in {sources} by {last.source('feature'):.2g} around {last.source('offset'):.2g}."
     )
-    return f"{words} {offset} Recommended for this kind of network: {ADVICE[found.recommended]}"
+    step = found.recommended
+    call = f"renormalize(model, reference=..., data=..., renormalize='{step}')" if alone else f"renormalize='{step}'"
+    also = "" if alone else "; without data, bias calibration comes near"
+    advice = ADVICE[step].format(call=call, owner="the reference" if alone else "a mean of the sources", also=also)
+    return f"{words} {offset} Recommended for this kind of network: {advice}"
 
 
 def _first_broken(found: Diagnosis) -> LayerDiagnosis | None:

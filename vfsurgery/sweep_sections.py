@@ -1,0 +1,134 @@
+"""The section of a recipe that prunes one trained network in several ways to several sparsities."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from torch import nn
+
+from vfsurgery.architectures import build_model
+from vfsurgery.expectations import Expectation
+from vfsurgery.pruning import PRUNERS
+from vfsurgery.sections import (
+    AsTuple,
+    Frozen,
+    FrozenDict,
+    Name,
+    Options,
+    Section,
+    Training,
+    given,
+    refuse_repeated,
+    refuse_unknown,
+)
+from vfsurgery.sweep import DENSE, row
+
+Sparsity = Annotated[float, Field(gt=0, lt=1)]
+Curve = Annotated[tuple[float | None, ...], AsTuple]
+
+
+class Method(Section):
+    """One curve: options of :func:`vfsurgery.prune`, under ``label`` or a name made from them."""
+
+    method: str = "magnitude"
+    scope: Literal["global", "layer", "row"] | None = None
+    exclude: Annotated[tuple[str, ...], AsTuple] = ()
+    label: str | None = None
+
+    @field_validator("method")
+    @classmethod
+    def _method_exists(cls, method: str) -> str:
+        refuse_unknown("pruner", (method,), PRUNERS)
+        return method
+
+    @property
+    def name(self) -> str:
+        """The label, or as in ``magnitude, layer``."""
+        return self.label or ", ".join([self.method, *([self.scope] if self.scope else [])])
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of :func:`vfsurgery.prune`."""
+        return self.model_dump(include={"method", "scope", "exclude"})
+
+
+class PruningSweep(Section):
+    """One trained network, pruned by every method to every sparsity, before and after renormalization."""
+
+    name: Name
+    model: str
+    options: Options = FrozenDict()
+    seed: int = 0
+    checkpoint: str | None = None
+    training: Training = Training()
+    methods: Annotated[tuple[Method, ...], AsTuple, Field(min_length=1)] = (Method(),)
+    sparsities: Annotated[tuple[Sparsity, ...], AsTuple, Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    renormalize: Annotated[str | tuple[str, ...], AsTuple] = "auto"
+    published: Annotated[dict[str, Curve], Frozen] = FrozenDict()
+    expect: Annotated[tuple[str, ...], AsTuple] = ()
+
+    @field_validator("sparsities")
+    @classmethod
+    def _sparsities_rise(cls, sparsities: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(low < high for low, high in pairwise(sparsities)):
+            raise ValueError("sparsities rise from one to the next")
+        return sparsities
+
+    @model_validator(mode="after")
+    def _rows_are_there(self) -> Self:
+        names = [method.name for method in self.methods]
+        refuse_repeated("method", names)
+        refuse_unknown("curve", tuple(self.published), [*names, *(f"{name} renormalized" for name in names)])
+        for label, curve in self.published.items():
+            if len(curve) != len(self.sparsities):
+                raise ValueError(f"published {label!r} has {len(curve)} values for {len(self.sparsities)} sparsities")
+        for expectation in self.expectations:
+            refuse_unknown("row", expectation.rows, self.rows)
+            if expectation.points is not None and expectation.rows[0] not in self.published_rows:
+                raise ValueError(f"nothing is published for {expectation.rows[0]!r}, so it can be in no band around it")
+        return self
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Labels of all networks, as in ``magnitude 80% renormalized``."""
+        cells = [(method.name, sparsity) for method in self.methods for sparsity in self.sparsities]
+        return (DENSE, *(row(*cell, renormalized) for cell in cells for renormalized in (False, True)))
+
+    @property
+    def published_rows(self) -> dict[str, float]:
+        """Published accuracies (%) by label of network."""
+        found: dict[str, float] = {}
+        for label, curve in self.published.items():
+            method = label.removesuffix(" renormalized")
+            for sparsity, accuracy in zip(self.sparsities, curve, strict=True):
+                if accuracy is not None:
+                    found[row(method, sparsity, renormalized=label != method)] = accuracy
+        return found
+
+    @property
+    def expectations(self) -> tuple[Expectation, ...]:
+        """What ``expect`` says."""
+        return tuple(Expectation.parse(text) for text in self.expect)
+
+    def build(self) -> nn.Module:
+        """Return one untrained model."""
+        options: dict[str, Any] = self.options
+        return build_model(self.model, **options)
+
+
+class ReducedSweep(Section):
+    """What the reduced form changes in the sweep of this name; a key that is given replaces the whole section."""
+
+    name: Name
+    options: Options | None = None
+    training: Training | None = None
+    methods: Annotated[Annotated[tuple[Method, ...], Field(min_length=1)] | None, AsTuple] = None
+    sparsities: Annotated[Annotated[tuple[Sparsity, ...], Field(min_length=1)] | None, AsTuple] = None
+    expect: Annotated[tuple[str, ...] | None, AsTuple] = None
+
+    def changed(self, sweep: PruningSweep) -> dict[str, Any]:
+        """The sweep as it is in the reduced form: without what is published, which is of the full one."""
+        full = sweep.model_dump(mode="json", exclude={"checkpoint", "published"})
+        full["expect"] = [expected.text for expected in sweep.expectations if expected.points is None]
+        return full | given(self)
