@@ -8,7 +8,7 @@ backward pass stops at the first of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vfsurgery.errors import DataError, InvalidWeightsError, OptionError, did_you_mean, explain
+from vfsurgery.errors import DataError, InvalidWeightsError, explain
 from vfsurgery.pruning.layers import stored_weight
 
 Labels: TypeAlias = Literal["auto", "given", "drawn"]
@@ -41,7 +41,7 @@ class Gradients:
 
     Args:
         model: In evaluation mode, with logits of shape (batch, classes) as its output.
-        data: Returns the labelled images afresh at each call, in the same order.
+        data: Labelled images, which can be iterated over again and again, in the same order.
         samples: How many gradients.
         batch: Images per gradient.
         labels: ``"given"`` by the data, ``"drawn"`` from the model's own softmax, which makes F the true Fisher matrix
@@ -50,24 +50,17 @@ class Gradients:
 
     >>> model = nn.Linear(3, 2)
     >>> images, labels = torch.randn(8, 3), torch.tensor([0, 1] * 4)
-    >>> gradients = Gradients(model, lambda: [(images, labels)], samples=4, batch=2)
+    >>> gradients = Gradients(model, [(images, labels)], samples=4, batch=2)
     >>> gradients.rows([Part("weight", 0, 2)])[0].shape  # rows of the weight, gradients, columns
     torch.Size([2, 4, 3])
     """
 
     model: nn.Module
-    data: Callable[[], Labelled]
+    data: Labelled
     samples: int = 400
     batch: int = 1
     labels: Labels = "auto"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for option, value in (("samples", self.samples), ("batch", self.batch)):
-            if value < 1:
-                raise OptionError(explain(f"{option}={value} is not a count", remedy="take 1 or more"))
-        if self.labels not in LABELS:
-            raise OptionError(explain(f"unknown labels={self.labels!r}", remedy=did_you_mean(self.labels, LABELS)))
 
     def each(self, names: Sequence[str]) -> Iterator[tuple[Tensor, ...]]:
         """One gradient after the other, each as one tensor per weight, of that weight's shape.
@@ -117,7 +110,7 @@ class Gradients:
         """The first ``samples`` groups of ``batch`` images, whatever sizes the data comes in."""
         left: list[tuple[Tensor, Tensor | None]] = []
         seen = made = 0
-        for images, given in self.data():
+        for images, given in self.data:
             seen += len(images)
             left.append((images, None if self.labels == "drawn" else given))
             if sum(len(kept) for kept, _ in left) < self.batch:
@@ -195,7 +188,7 @@ def _room(part: Part, gradient: Tensor, samples: int) -> Tensor:
 
 
 @contextmanager
-def _only(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+def _only(model: nn.Module, weights: Sequence[nn.Parameter]) -> Generator[None]:
     """Only these parameters require a gradient."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     chosen = {id(weight) for weight in weights}

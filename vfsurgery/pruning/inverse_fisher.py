@@ -1,4 +1,4 @@
-"""The inverse of the empirical Fisher matrix of blocks of weights, from their gradients, without inverting anything big.
+"""The inverse of the Fisher matrix of blocks of weights, from their gradients, without inverting anything big.
 
 For a block of B weights with N gradients, the rows of G (N x B), the Fisher matrix is ``F = G^T G / N + lambda I``
 (Singh & Alistarh, "WoodFisher", 2020, Eq. 4-6). Their recursion starts at ``I / lambda`` and takes one gradient after
