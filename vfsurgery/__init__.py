@@ -40,6 +40,8 @@ from vfsurgery.preserving import PreserveCurve as PreserveCurve
 from vfsurgery.preserving import preserve_curve as preserve_curve
 from vfsurgery.pruning import Masks as Masks
 from vfsurgery.recipe import Recipe as Recipe
+from vfsurgery.renormalizing import RenormalizeReport as RenormalizeReport
+from vfsurgery.renormalizing import renormalize as renormalize
 from vfsurgery.report import MergeReport as MergeReport
 from vfsurgery.report import Report as Report
 from vfsurgery.results import report_of as report_of
