@@ -15,9 +15,9 @@ PACKAGE = ROOT / "vfsurgery"
 
 LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report", "results"),
-    *("tracing", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial"),
-    *("batches", "holdout", "stats", "matching", "sources", "checkpoints", "passes", "costs", "budget"),
-    *("verification", "pruning", "merging", "choosing", "api", "figures", "evaluation", "preserving"),
+    *("tracing", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial", "computed"),
+    *("batches", "holdout", "stats", "matching", "sources", "checkpoints", "passes", "pairing", "costs", "budget"),
+    *("verification", "pruning", "merging", "choosing", "references", "renormalizing", "api", "figures", "evaluation", "preserving"),
     *("flip_rates", "verdict", "page", "diagnosis"),
     *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training"),
     *("comparison", "sweep", "expectations", "sections", "recipe", "twins", "zoo"),

@@ -43,6 +43,8 @@ from vfsurgery.pruning import Pruner as Pruner
 from vfsurgery.pruning import PruneReport as PruneReport
 from vfsurgery.pruning import prune as prune
 from vfsurgery.recipe import Recipe as Recipe
+from vfsurgery.renormalizing import RenormalizeReport as RenormalizeReport
+from vfsurgery.renormalizing import renormalize as renormalize
 from vfsurgery.report import MergeReport as MergeReport
 from vfsurgery.report import Report as Report
 from vfsurgery.results import report_of as report_of

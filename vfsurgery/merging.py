@@ -84,7 +84,7 @@ class Merging:
         check_same_architecture(models)
         check_weights(models)
         batches = None if data is None else Batches(data, device=device, dtype=dtype)
-        inputs = _example(models[0], batches, given)
+        inputs = example_from(models[0], batches, given)
         try:
             sources = [Source.of(model, record_or_export(model, inputs, leaf)) for model in models]
         except TraceError as error:
@@ -275,14 +275,15 @@ class Merging:
             ),
             guards=self.sources[0].graph_module.meta["guards"],
             seed=self.seed,
-            versions=tuple((name, _version(name)) for name in ("vfsurgery", "torch", "scipy", "networkx")),
+            versions=tuple((name, version_of(name)) for name in ("vfsurgery", "torch", "scipy", "networkx")),
             seconds=tuple(self.seconds),
             preserved=preserved,
             trials=trials,
         )
 
 
-def _example(model: nn.Module, batches: Batches | None, given: ExampleInputs | None) -> tuple[Tensor, ...]:
+def example_from(model: nn.Module, batches: Batches | None, given: ExampleInputs | None) -> tuple[Tensor, ...]:
+    """Example inputs: those given, else two images of the data, else what the model says."""
     if given is None and batches is not None:
         images, _ = next(iter(batches))
         return (images[:2],)
@@ -322,7 +323,8 @@ def _device(models: Sequence[nn.Module]) -> torch.device:
     return device
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """The installed version of a package."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -71,7 +71,7 @@ def check_weights(models: Sequence[nn.Module]) -> None:
     """
     states = [canonical_state(model) for model in models]
     for number, state in enumerate(states):
-        _check_finite(number, state)
+        check_finite(f"source {number}", state)
     owners: dict[int, int] = {}
     for number, state in enumerate(states):
         for name, tensor in state.items():
@@ -86,18 +86,23 @@ def check_weights(models: Sequence[nn.Module]) -> None:
                 )
 
 
-def _check_finite(number: int, state: dict[str, Tensor]) -> None:
+def check_finite(name: str, state: dict[str, Tensor]) -> None:
+    """Refuse NaN and infinite values in a model's state.
+
+    Raises:
+        InvalidWeightsError: names the model, as it was called, and the parameter.
+    """
     floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()}
     # NaN spreads into both ends of the range, so no mask of a tensor's size is needed
     finite = {name: torch.isfinite(torch.stack(torch.aminmax(tensor))).all() for name, tensor in floats.items()}
     if bool(torch.stack([*finite.values()]).all()):  # a single wait for the device
         return
-    name = next(name for name, verdict in finite.items() if not verdict)
+    bad = next(parameter for parameter, verdict in finite.items() if not verdict)
     raise InvalidWeightsError(
         explain(
-            f"source {number} holds NaN or infinite values",
-            parameter=name,
-            count=int((~torch.isfinite(state[name])).sum()),
+            f"{name} holds NaN or infinite values",
+            parameter=bad,
+            count=int((~torch.isfinite(state[bad])).sum()),
             remedy="check that its checkpoint was loaded completely and its training did not diverge",
         )
     )

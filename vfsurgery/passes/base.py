@@ -17,6 +17,7 @@ from vfsurgery.batches import Batches, progress
 from vfsurgery.errors import DataError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.maps import Order
+from vfsurgery.passes.beside import Beside
 from vfsurgery.sources import Source
 from vfsurgery.stats.collect import Site, Survey
 
@@ -47,7 +48,9 @@ class Context:
 
     ``weights`` are the sources' shares and sum to one. ``permutations`` holds for every source the order (or map) of
     its units by group name, usually none for the first. ``survey()`` has the statistics that the passes announced to
-    read. ``notes`` are sentences for the report. Where a step holds images out, ``data`` is without them.
+    read. ``notes`` are sentences for the report. Where a step holds images out, ``data`` is without them. ``beside`` is
+    there where the model has one reference that need not be of its architecture: then only layers with a partner there
+    are corrected. ``folded`` has the weights that something was folded into, in order, with the scales and shifts.
     """
 
     groups: GroupSet
@@ -60,6 +63,8 @@ class Context:
     notes: list[str] = field(default_factory=list[str])
     created_biases: list[str] = field(default_factory=list[str])
     held_out: Batches | None = None
+    beside: Beside | None = None
+    folded: list[tuple[str, Tensor, Tensor]] = field(default_factory=list[tuple[str, Tensor, Tensor]])
 
     def images(self, label: str) -> Iterator[Tensor]:
         """One pass over the calibration images, with a progress bar."""

@@ -47,6 +47,7 @@ class Fold(Pass):
                         remedy="insert it right after a convolution, linear or normalization layer",
                     )
                 )
+            context.folded.append((producer.weight, affine.scale, affine.shift))
             created = fold_affine(graph_module, producer, affine)
             if created is not None:
                 context.created_biases.append(created)

@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.passes.base import Context, Pass
+from vfsurgery.passes.beside import Beside
 from vfsurgery.passes.mixture import Mixture
 from vfsurgery.passes.producers import Producer, find_producers, has_prefixes, in_stages
 from vfsurgery.stats.collect import Site
@@ -111,6 +112,8 @@ class Renormalize(Pass):
             OptionError: there is nothing to correct, or ``reference`` is not the number of a source.
         """
         targets = self.targets(graph_module, context.groups)
+        if context.beside is not None:
+            targets = [target for target in targets if target.node in context.beside.sites]
         if has_prefixes(graph_module) and all(target.is_output for target in targets):  # the ensemble
             context.notes.append(f"{self.name}: every layer is preserved")
             return graph_module
@@ -166,24 +169,51 @@ class Measured(Renormalize):
         self, graph_module: fx.GraphModule, context: Context, targets: Sequence[Producer]
     ) -> Iterator[tuple[Producer, Moments, Goal]]:
         """Run the merged model, stage by stage if ``sequential``."""
+        if context.beside is not None and not self.sequential:
+            yield from self._beside(graph_module, context, context.beside, targets)
+            return
         goals = {
             target.node: self.goal(moments, context.weights)
             for target, moments in zip(targets, _aligned(targets, context, self.name), strict=True)
         }
         for stage in in_stages(graph_module, targets) if self.sequential else [targets]:
-            moments = self._measure(graph_module, context, stage, goals)
-            yield from ((target, moments[target.node], goals[target.node]) for target in stage)
+            moments = self._measure(graph_module, context, stage, lambda images: goals)
+            for target in stage:
+                goal, (found, dtype) = goals[target.node], moments[target.node]
+                yield target, above_rounding(found, goal[1], dtype), goal
+
+    def _beside(
+        self, graph_module: fx.GraphModule, context: Context, beside: Beside, targets: Sequence[Producer]
+    ) -> Iterator[tuple[Producer, Moments, Goal]]:
+        """The reference runs first on every batch, which then flows on with the reference's statistics of it."""
+        totals: dict[str, Moments] = {}
+
+        def goals(images: Tensor) -> dict[str, Goal]:
+            batch = beside.moments(images)
+            for node, moments in batch.items():
+                add_batch(totals, node, moments)
+            return {node: self.goal([moments], [1.0]) for node, moments in batch.items()}
+
+        moments = self._measure(graph_module, context, targets, goals)
+        for target in targets:
+            goal, (found, dtype) = self.goal([totals[target.node]], [1.0]), moments[target.node]
+            yield target, above_rounding(found, goal[1], dtype), goal
 
     def _measure(
-        self, graph_module: fx.GraphModule, context: Context, stage: Sequence[Producer], goals: Mapping[str, Goal]
-    ) -> dict[str, Moments]:
+        self,
+        graph_module: fx.GraphModule,
+        context: Context,
+        stage: Sequence[Producer],
+        goals: Callable[[Tensor], Mapping[str, Goal]],
+    ) -> dict[str, tuple[Moments, torch.dtype]]:
+        """Moments and dtype of the targets' values, each batch corrected to ``goals(images)`` as it flows on."""
         totals: dict[str, Moments] = {}
         types: dict[str, torch.dtype] = {}
+        current: Mapping[str, Goal] = {}
 
         def watcher(target: Producer) -> Callable[[Tensor], Tensor]:
-            goal = goals[target.node]
-
             def correct_batch(value: Tensor) -> Tensor:
+                goal = current[target.node]
                 batch = Moments.of(value, dim=target.dim)
                 add_batch(totals, target.node, batch)
                 types[target.node] = value.dtype
@@ -193,8 +223,9 @@ class Measured(Renormalize):
 
         observer = Prefix(graph_module, {target.node: watcher(target) for target in stage})
         for images in context.images(f"{self.name} of the merged model"):
+            current = goals(images)
             observer.run(images)
-        return {node: above_rounding(found, goals[node][1], types[node]) for node, found in totals.items()}
+        return {node: (found, types[node]) for node, found in totals.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,9 +104,7 @@ def survey(
     for images in batches:
         kept: dict[tuple[int, Reading], Centred] = {}
         for number, source in enumerate(sources):
-            watch = Watch()
-            for name, site in units.items():
-                watch.add(site.node, _take_moments(name, site, moments[number]))
+            watch = moments_watch(units, moments[number])
             partners = {i: crossed[i, j] for i, j in chosen if j == number}
             last = not any(i == number < j for i, j in chosen)
             for reading, site in readings.items():
@@ -133,6 +131,14 @@ class Watch(dict[str, Callable[[Tensor], "Tensor | None"]]):
             callback(value)
 
         self[node] = both
+
+
+def moments_watch(units: Mapping[str, Site], totals: dict[str, Moments]) -> Watch:
+    """Callbacks that add the moments of units to ``totals`` under their names."""
+    watch = Watch()
+    for name, site in units.items():
+        watch.add(site.node, _take_moments(name, site, totals))
+    return watch
 
 
 def _take_moments(name: str, site: Site, totals: dict[str, Moments]) -> Callable[[Tensor], None]:

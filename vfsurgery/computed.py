@@ -1,0 +1,111 @@
+"""Weights that a module does not hold but computes: pruning hooks, weight norm, parametrizations, fake quantization.
+
+Surgery reads and writes weights as plain parameters. :func:`plain_copy` gives a model that has them so, and says which
+layers had them otherwise: what surgery finds out on the copy can then be brought to the model itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+HOOKS = "torch.nn.utils"
+"""The package whose hooks set a module's weight before each forward."""
+
+
+@dataclass(frozen=True)
+class PlainCopy:
+    """A copy of a model whose weights are plain parameters.
+
+    ``masked`` has the names of weights that were stored weight times mask, as ``torch.nn.utils.prune`` leaves them;
+    ``computed`` says for all other names of tensors that were no plain parameters what computes them.
+    """
+
+    model: nn.Module
+    masked: frozenset[str]
+    computed: Mapping[str, str]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the original had nothing but plain parameters, so that the copy may take its place."""
+        return not self.masked and not self.computed
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, of models too whose hooks have left a weight with a gradient history behind.
+
+    >>> pruned = prune.l1_unstructured(nn.Linear(4, 2), "weight", amount=0.5)
+    >>> torch.equal(copy_of(pruned)(torch.ones(1, 4)), pruned(torch.ones(1, 4)))
+    True
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+@torch.no_grad()
+def plain_copy(model: nn.Module) -> PlainCopy:
+    """A copy with the weights that the next forward of ``model`` would use, as plain parameters.
+
+    Fake quantization that a module does in its own forward is none of its weights and stays.
+
+    >>> plain = plain_copy(nn.Sequential(prune.random_unstructured(nn.Linear(4, 2), "weight", amount=0.5)))
+    >>> sorted(plain.masked), list(plain.model.state_dict())
+    (['0.weight'], ['0.bias', '0.weight'])
+    """
+    copied = copy_of(model)
+    masked: set[str] = set()
+    computed: dict[str, str] = {}
+    for path, module in list(copied.named_modules()):
+        prefix = f"{path}." if path else ""
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+                computed[f"{prefix}{name}"] = "a parametrization computes it"
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                name = hook._tensor_name
+                prune.remove(module, name)
+                masked.add(f"{prefix}{name}")
+        for name in _hooked(module):
+            weight = getattr(module, name).detach().clone()
+            delattr(module, name)
+            module.register_parameter(name, nn.Parameter(weight))
+            computed[f"{prefix}{name}"] = "a hook computes it"
+    return PlainCopy(copied, frozenset(masked), computed)
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether all weights of a model are plain parameters."""
+    return not any(parametrize.is_parametrized(module) or _known_hooks(module) for module in model.modules())
+
+
+def refresh(module: nn.Module) -> None:
+    """Let pruning hooks set the module's weight anew, after what they compute it from has changed."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            hook(module, ())
+
+
+def _known_hooks(module: nn.Module) -> dict[int, Any]:
+    """The hooks of a module that set a weight of it, by their handle's id."""
+    hooks: dict[int, Any] = module._forward_pre_hooks  # type: ignore[assignment]
+    return {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith(HOOKS)}
+
+
+def _hooked(module: nn.Module) -> list[str]:
+    """Names of tensors that torch's other hooks set (weight and spectral norm of old); their values are brought up."""
+    known = _known_hooks(module)
+    for key, hook in known.items():
+        hook(module, ())
+        del module._forward_pre_hooks[key]
+    return [name for name, value in vars(module).items() if isinstance(value, Tensor)] if known else []

@@ -1,0 +1,407 @@
+"""Repair a compressed network: give its units the statistics that they have in the network it was made from.
+
+Pruning, factors of low rank, coarse weights: whatever takes something away from a layer weakens what its units say, the
+more the deeper (Qu & Horvath, CPAL 2025, section 5.5). The dense network is the one reference,
+
+``f_p <- (f_p - E f_p) / Std f_p * Std f + E f``
+
+per unit, folded into weights and biases: a scale per unit leaves every zero of a weight where it is.
+
+Both networks run on the same images, the dense one first on each batch, so what these images have by chance cancels.
+That is why REPAIR is the default under BatchNorm too, where it goes into the norm's own scale and shift: RESET measures
+the compressed network alone and needs thousands of images for what REPAIR does with 64.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from vfsurgery.batches import Batches, Data
+from vfsurgery.computed import PlainCopy, copy_of, plain_copy, refresh
+from vfsurgery.discovery import discover
+from vfsurgery.errors import (
+    DataError,
+    OptionError,
+    SurgeryError,
+    TraceError,
+    did_you_mean,
+    explain,
+)
+from vfsurgery.groups import GroupSet
+from vfsurgery.merging import ExampleInputs, example_from, version_of
+from vfsurgery.pairing import Keep, Pair, Pairing, Unpaired, find_others, find_stages, pair_stages
+from vfsurgery.passes import Context, Fold, Pass, Pipeline, Repair, Rescale, Reset, Reshift
+from vfsurgery.passes.base import calibration_images
+from vfsurgery.passes.beside import Beside
+from vfsurgery.passes.recalibrate import batch_norm_nodes
+from vfsurgery.passes.renormalize import Measured
+from vfsurgery.pruning import Masks
+from vfsurgery.recording import hidden_norms, record_or_export
+from vfsurgery.references import check_outputs, check_pairing, check_reference, device_of, trace_reference
+from vfsurgery.report import Report
+from vfsurgery.results import remember
+from vfsurgery.sources import Source, canonical_state, eval_mode
+from vfsurgery.stats.collect import Survey, image_dtype, survey
+
+Choice: TypeAlias = str | Pass | Sequence[str | Pass]
+
+PASSES: dict[str, type[Pass]] = {step.name: step for step in (Reset, Repair, Rescale, Reshift)}
+"""The normalizations that need no second source, by name."""
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """A layer of the compressed network and what was done to it.
+
+    ``partner`` is the reference's layer, found ``by`` name or position; ``scale`` the geometric mean over its units of
+    what its weight was multiplied by.
+    """
+
+    layer: str
+    partner: str
+    by: str
+    units: int
+    scale: float
+
+    def __str__(self) -> str:
+        found = "" if self.layer == self.partner else f" from {self.partner}, found by {self.by}"
+        return f"{self.layer}: {self.units} units, scaled by {self.scale:.3g}{found}"
+
+
+@dataclass(frozen=True)
+class RenormalizeReport(Report):
+    """All that happened in one repair.
+
+    ``paired`` layers were compared with the reference, ``unpaired`` ones left as they were. ``sparsity`` is the share
+    of zeros in the weights of convolutions and linear layers, before as after. ``seconds`` are wall time by step.
+    """
+
+    model: str
+    reference: str
+    passes: tuple[str, ...]
+    paired: tuple[LayerPair, ...]
+    unpaired: tuple[Unpaired, ...]
+    images: int
+    sparsity: float
+    created_biases: tuple[str, ...]
+    notes: tuple[str, ...]
+    seconds: tuple[tuple[str, float], ...]
+    versions: tuple[tuple[str, str], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, strings and numbers."""
+        return {**super().to_dict(), "seconds": dict(self.seconds), "versions": dict(self.versions)}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model} renormalized after {self.reference}: {', '.join(self.passes)} on {self.images} images",
+            f"  {self.sparsity:.2%} of the weights are zero, before as after",
+            *(f"  {note}" for note in self.notes),
+            *(f"  {pair}" for pair in self.paired),
+            *(f"  left as it is, {layer}" for layer in self.unpaired),
+            *(
+                f"  created {bias}: load the state with strict=False, or set bias=True on that layer"
+                for bias in self.created_biases
+            ),
+        ]
+        lines.append("  " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds))
+        lines.append("  " + ", ".join(f"{name} {version}" for name, version in self.versions))
+        return "\n".join(lines)
+
+
+def renormalize(
+    compressed: nn.Module,
+    *,
+    reference: nn.Module,
+    data: Data | None = None,
+    renormalize: Choice = "auto",
+    keep: Keep | None = None,
+    example_inputs: ExampleInputs | None = None,
+    inplace: bool = False,
+    progress: bool = True,
+) -> nn.Module:
+    """Give every unit of a compressed network the mean and deviation that it has in the network it was made from.
+
+    It does not matter what has compressed it: ``torch.nn.utils.prune`` (hooks still on, or removed), any other pruner,
+    N:M patterns, two factors of low rank in the place of a layer, weights rounded to a grid, half precision, or an edit
+    of your own. Layers are paired by module path, then by their place in the graph; what has no partner is left as it
+    is, and :func:`~vfsurgery.results.report_of` the result names it with the reason. Weights that a parametrization
+    computes take no scale and are left as well; a BatchNorm behind them is corrected.
+
+    ``f_p <- (f_p - E f_p) / Std f_p * Std f + E f`` per unit (Qu & Horvath, CPAL 2025, section 5.5), with the moments
+    of both networks on ``data``, folded: size and speed stay, and so does every zero of a weight, bit for bit.
+
+    Args:
+        compressed: The network to repair.
+        reference: The network that it was made from, in any precision.
+        data: Calibration images as for :func:`~vfsurgery.api.merge`, labels ignored. One batch of 64 does.
+        renormalize: ``"auto"``, ``"repair"``, ``"rescale"``, ``"reshift"``, ``"reset"``, a pass such as
+            ``Repair(sequential=True)``, or a list of those run in order. ``"auto"`` is REPAIR of all layers, the output
+            layer included, after RESET where a BatchNorm has no scale and shift of its own. It runs each of the two
+            networks once over the data (with RESET the compressed one twice); ``sequential`` takes a pass per layer.
+        keep: For layers that have lost units, by module path: which of the reference's units are left, in their order.
+        example_inputs: As for :func:`~vfsurgery.api.trace`; by default the shape of ``data``'s images.
+        inplace: Write the result into ``compressed``, whose tensors keep their storage, once all has succeeded.
+            Otherwise a copy is returned. The peak is both networks, one more ``compressed`` (two where hooks or
+            parametrizations compute weights), and what a batch needs.
+        progress: Show bars for work that takes over a second.
+
+    Returns:
+        A network of the class, the ``state_dict`` keys and the hooks of ``compressed``, with a bias more where the
+        report says so; ``compressed`` itself if ``inplace``.
+
+    Raises:
+        OptionError: an argument is not acceptable.
+        DataError: the data is missing, empty, cannot be read twice, or does not fit the network.
+        IncompatibleModelsError: the reference is of another architecture; names the first difference.
+        InvalidWeightsError: a network holds NaN or infinite values, or ``inplace`` would change the reference.
+        SurgeryError: a weight would underflow to zero or overflow in the network's precision; names it.
+
+    >>> from torch.nn.utils import prune
+    >>> dense = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> sparse = copy_of(dense)
+    >>> for layer in (sparse[0], sparse[2]):
+    ...     _ = prune.l1_unstructured(layer, "weight", amount=0.5)
+    >>> data = [torch.randn(64, 4)]
+    >>> repaired = renormalize(sparse, reference=dense, data=data)
+    >>> bool((repaired(data[0]).mean(0) - dense(data[0]).mean(0)).abs().max() < 1e-5)
+    True
+    """
+    passes = _named(renormalize)
+    check_reference(compressed, reference, inplace)
+    if data is None:
+        raise DataError(explain("renormalize needs data", remedy="pass data=; one batch of 64 images does"))
+    device = device_of(compressed)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        work = _Work.prepare(compressed, reference, data, example_inputs, keep, progress)
+        context, names = work.run(passes or work.sensible())
+    result = work.deliver(compressed, context, inplace)
+    remember(result, work.report(compressed, reference, names, context))
+    return result
+
+
+class _Counted(Batches):
+    """Batches that know how many images the last pass had."""
+
+    images = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        self.images = 0
+        for images, labels in super().__iter__():
+            self.images += len(images)
+            yield images, labels
+
+
+@dataclass
+class _Work:
+    """One repair in progress."""
+
+    plain: PlainCopy
+    graph_module: fx.GraphModule
+    groups: GroupSet
+    source: Source
+    pairing: Pairing
+    unpaired: tuple[Unpaired, ...]
+    batches: _Counted
+    progress: bool
+    before: Masks
+    sparsity: float
+    seconds: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
+
+    @staticmethod
+    def prepare(
+        compressed: nn.Module,
+        reference: nn.Module,
+        data: Data,
+        given: ExampleInputs | None,
+        keep: Keep | None,
+        progress: bool,
+    ) -> _Work:
+        """Trace both networks and pair their layers."""
+        started = time.perf_counter()
+        plain = plain_copy(compressed)
+        batches = _Counted(data, device=device_of(compressed), dtype=image_dtype(plain.model))
+        inputs = example_from(plain.model, batches, given)
+        graph_module = _trace(plain.model, inputs, given)
+        groups = discover(graph_module)
+        source = trace_reference(reference, inputs)
+        check_outputs(graph_module, source.graph_module)
+        ours, theirs = (find_stages(g, s) for g, s in ((graph_module, groups), (source.graph_module, GroupSet(()))))
+        pairing = pair_stages(ours, theirs, keep)
+        check_pairing(pairing, compressed, reference)
+        pairing, computed = _writable(pairing, plain)
+        unpaired = (*pairing.unpaired, *computed, *find_others(graph_module, groups), *pairing.factors)
+        state = canonical_state(plain.model)
+        before = Masks({name: tensor != 0 for name, tensor in state.items() if tensor.ndim > 1})
+        work = _Work(plain, graph_module, groups, source, pairing, unpaired, batches, progress, before, 0.0)
+        work.sparsity = Masks.of(plain.model).sparsity
+        work.seconds.append(("trace and pairs", time.perf_counter() - started))
+        return work
+
+    def sensible(self) -> tuple[Pass, ...]:
+        """What ``"auto"`` stands for: see :func:`renormalize` and docs/pruning.md, which has the figures."""
+        bare = [n for n in batch_norm_nodes(self.graph_module).values() if not n.affine]
+        repair = Repair(include_output=True)
+        return (Reset(), repair) if bare else (repair,)
+
+    def run(self, passes: Sequence[Pass]) -> tuple[Context, tuple[str, ...]]:
+        """Correct the plain copy.
+
+        Raises:
+            SurgeryError: a weight has become zero, or infinite.
+        """
+        started = time.perf_counter()
+        beside = Beside(self.source.graph_module, {node: pair.site for node, pair in self.pairing.by_node.items()})
+        context = Context(
+            self.groups, [self.source], (1.0,), [{}], lambda: self._survey(beside), self.batches, self.progress
+        )
+        context.beside = beside
+        models = (self.plain.model, self.graph_module, self.source.model, self.source.graph_module)
+        with eval_mode(*models):
+            Pipeline(tuple(step for each in passes for step in (each, Fold()))).run(self.graph_module, context)
+        _check_result(self.plain.model, self.before)
+        self.seconds.append(("statistics and folding", time.perf_counter() - started))
+        return context, tuple(step.name for step in passes)
+
+    def _survey(self, beside: Beside) -> Survey:
+        images = calibration_images(self.batches, "statistics of the reference", self.progress)
+        return survey([self.source.graph_module], images, {}, beside.sites)
+
+    @torch.no_grad()
+    def deliver(self, compressed: nn.Module, context: Context, inplace: bool) -> nn.Module:
+        """Bring what the plain copy has become to the network asked for."""
+        if self.plain.is_exact and not inplace:
+            return self.plain.model
+        target = compressed if inplace else copy_of(compressed)
+        for name in context.created_biases:
+            owner, _, own = name.rpartition(".")
+            bias = self.plain.model.get_parameter(name)
+            target.get_submodule(owner).register_parameter(own, nn.Parameter(bias.detach(), bias.requires_grad))
+        state = canonical_state(self.plain.model)
+        for name, tensor in canonical_state(target).items():
+            if name in state:
+                tensor.copy_(state[name])
+        for name, scale, _ in context.folded:
+            if name in self.plain.masked:
+                self._scale_masked(target, name, scale)
+        return target
+
+    def _scale_masked(self, target: nn.Module, name: str, scale: Tensor) -> None:
+        """Scale the weight that pruning hooks multiply by their mask; masks and hooks stay."""
+        path, _, own = name.rpartition(".")
+        module = target.get_submodule(path)
+        rows = next(p.stage.end.rows for p in self.pairing.pairs if p.stage.end.weight == name)
+        stored = module.get_parameter(f"{own}_orig").detach()
+        wide = torch.promote_types(stored.dtype, torch.float32)
+        shape = [-1 if dim == rows else 1 for dim in range(stored.ndim)]
+        stored.copy_(stored.to(wide) * scale.to(wide).view(shape))
+        refresh(module)
+
+    def report(
+        self, compressed: nn.Module, reference: nn.Module, passes: tuple[str, ...], context: Context
+    ) -> RenormalizeReport:
+        """Freeze what happened."""
+        logs: dict[str, float] = {}
+        for name, scale, _ in context.folded:
+            logs[name] = logs.get(name, 0.0) + float(scale.abs().clamp_min(1e-30).log().mean())
+        paired = tuple(_described(pair, logs) for pair in self.pairing.pairs)
+        return RenormalizeReport(
+            model=type(compressed).__name__,
+            reference=type(reference).__name__,
+            passes=passes,
+            paired=paired,
+            unpaired=self.unpaired,
+            images=self.batches.images,
+            sparsity=self.sparsity,
+            created_biases=tuple(context.created_biases),
+            notes=tuple(context.notes),
+            seconds=tuple(self.seconds),
+            versions=tuple((name, version_of(name)) for name in ("vfsurgery", "torch")),
+        )
+
+
+def _named(choice: Choice) -> tuple[Pass, ...]:
+    """The passes asked for; none for ``"auto"``, which depends on the network."""
+    if isinstance(choice, str) and choice == "auto":
+        return ()
+    steps = [choice] if isinstance(choice, str | Pass) else list(choice or ())
+    passes: list[Pass] = []
+    for step in steps:
+        if isinstance(step, str) and step in PASSES:
+            passes.append(PASSES[step]())
+        elif isinstance(step, Reset | Measured):
+            passes.append(step)
+        else:
+            remedy = did_you_mean(step, ["auto", *PASSES]) if isinstance(step, str) else f"one of {', '.join(PASSES)}"
+            raise OptionError(
+                explain(f"renormalize holds {step!r}, which compares no network with a reference", remedy=remedy)
+            )
+    if not passes:
+        raise OptionError(explain(f"renormalize={choice!r} leaves nothing to do", remedy="leave it out for 'auto'"))
+    return tuple(passes)
+
+
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...], given: ExampleInputs | None) -> fx.GraphModule:
+    try:
+        graph_module = record_or_export(model, inputs)
+    except TraceError as error:
+        if given is not None:
+            raise
+        raise DataError(f"the model cannot run on images like those in the data\n{error}") from error
+    hidden = hidden_norms(graph_module)
+    if hidden:
+        raise OptionError(
+            explain(
+                "renormalize cannot find the BatchNorm layers: it needs an fx trace, and fx cannot record this model",
+                layers=", ".join(hidden[:4]),
+                remedy="renormalize a part that fx can record, with example_inputs= and inplace=True",
+            )
+        )
+    return graph_module
+
+
+def _writable(pairing: Pairing, plain: PlainCopy) -> tuple[Pairing, list[Unpaired]]:
+    """The pairs whose weights and biases can be written, and the others with the reason."""
+    pairs: list[Pair] = []
+    others: list[Unpaired] = []
+    for pair in pairing.pairs:
+        end = pair.stage.end
+        how = plain.computed.get(end.weight) or plain.computed.get(end.bias or "")
+        if how is not None:
+            others.append(Unpaired(pair.stage.name, f"nothing can be folded into its weight: {how}"))
+        elif end.bias in plain.masked:
+            others.append(Unpaired(pair.stage.name, "pruning hooks mask its bias, which a shift would have to change"))
+        else:
+            pairs.append(pair)
+    return replace(pairing, pairs=tuple(pairs)), others
+
+
+def _check_result(model: nn.Module, before: Masks) -> None:
+    """Refuse a weight that has lost its zero pattern, which rounding to zero can bring about, or has overflowed."""
+    for name, tensor in canonical_state(model).items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            fact, entries = "has become infinite", ~tensor.isfinite()
+        elif name in before and not torch.equal(tensor != 0, before[name]):
+            fact, entries = "has lost its zero pattern", (tensor != 0) != before[name]
+        else:
+            continue
+        raise SurgeryError(
+            explain(
+                f"{name} {fact} in {tensor.dtype}",
+                entries=int(entries.sum()),
+                because="a unit of it is scaled beyond what this precision can hold",
+                remedy="renormalize in float32, model.float(), and convert the result",
+            )
+        )
+
+
+def _described(pair: Pair, logs: Mapping[str, float]) -> LayerPair:
+    scale = math.exp(logs.get(pair.stage.end.weight, 0.0))
+    return LayerPair(pair.stage.name, pair.partner.name, pair.by, pair.stage.units, scale)
