@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from vfsurgery.api import Renormalization
 from vfsurgery.batches import Data
 from vfsurgery.diagnosis import Diagnosis, diagnose
 from vfsurgery.evaluation import Score, evaluate
 from vfsurgery.pruning import prune
+from vfsurgery.renormalizing import Choice
 from vfsurgery.renormalizing import renormalize as restore
 
 DENSE = "dense"
@@ -102,7 +102,7 @@ def sweep(
     *,
     calibration: Data,
     test: Data,
-    renormalize: Renormalization = "auto",
+    renormalize: Choice = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> Sweep:
