@@ -20,7 +20,7 @@ LADDER = [
     *("verification", "pruning", "merging", "choosing", "api", "figures", "evaluation", "preserving"),
     *("flip_rates", "verdict", "page", "diagnosis"),
     *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training"),
-    *("comparison", "expectations", "sections", "recipe", "twins", "zoo"),
+    *("comparison", "ratio_rows", "expectations", "sections", "recipe", "twins", "zoo"),
     "__main__",
 ]
 """From the bottom up; a package's own modules may import each other."""
