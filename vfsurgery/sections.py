@@ -218,8 +218,10 @@ def _is_row(label: str, merges: Sequence[Merge]) -> bool:
 def _refuse_unknown_rows(labels: Sequence[str], merges: Sequence[Merge]) -> None:
     for label in labels:
         if not _is_row(label, merges):
-            ratios = [f"{PREFIX}{merge.row}" for merge in merges]
-            _refuse_unknown("row", (label,), ratios if label.startswith(PREFIX) else _rows(merges))
+            merge = label.removeprefix(PREFIX)
+            if merge != label:
+                _refuse_unknown("merge", (merge,), [merge.row for merge in merges])
+            _refuse_unknown("row", (label,), _rows(merges))
 
 
 def given(section: Section) -> dict[str, Any]:
