@@ -21,7 +21,7 @@ LADDER = [
     *("figures", "evaluation", "preserving"),
     *("flip_rates", "verdict", "page", "diagnosis"),
     *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training"),
-    *("comparison", "sweep", "expectations", "sections", "sweep_sections", "recipe", "twins", "zoo"),
+    *("comparison", "sweep", "ratio_rows", "expectations", "sections", "sweep_sections", "recipe", "twins", "zoo"),
     *("cli", "__main__"),
 ]
 """From the bottom up; a package's own modules may import each other."""

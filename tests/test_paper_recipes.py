@@ -18,7 +18,7 @@ from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import CheckpointError, RecipeError
 from vfsurgery.evaluation import evaluate
 from vfsurgery.expectations import Expectation
-from vfsurgery.paper_networks import VGG16, ResNet20
+from vfsurgery.paper_networks import VGG16, ResNet20, vision_transformer
 from vfsurgery.recipe import Recipe
 from vfsurgery.training import from_seed
 
@@ -78,7 +78,7 @@ def test_recipes_of_the_paper_are_valid_in_both_forms(path):
 
 
 def test_there_is_a_recipe_for_each_table():
-    assert len(RECIPES) == 6
+    assert len(RECIPES) == 7
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,24 @@ def test_there_is_a_recipe_for_each_table():
 def test_networks_have_as_many_parameters_as_the_paper_counts(build, count):
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in build().parameters()) == count
+
+
+def test_vision_transformer_has_the_counts_of_the_table():
+    """In millions, of layers' own tensors; preserving also costs a map of the residual stream and the patches."""
+    with torch.device("meta"):
+        model = vision_transformer()
+    layers = [module for module in model.modules() if not list(module.children())]
+    parameters = sum(tensor.numel() for layer in layers for tensor in layer.parameters(recurse=False))
+    patches = sum(tensor.numel() for tensor in model.patch_embed.parameters())
+    block = sum(tensor.numel() for tensor in model.blocks[0].parameters())
+    stream = 384 * 384
+    counts = [parameters, *(parameters + patches + stream + k * block for k in (3, 4, 5, 6))]
+    assert [round(count / 1e6, 2) for count in counts] == [12.44, 17.93, 19.71, 21.48, 23.26]
+    # the published FLOPs: patches at each of their 64 places, every linear layer once and without its bias
+    flops = 64 * patches + sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
+    of_block = sum(layer.weight.numel() for layer in model.blocks[0].modules() if isinstance(layer, nn.Linear))
+    counts = [flops, *(flops + 64 * patches + stream + k * of_block for k in (3, 4, 5, 6))]
+    assert [round(count / 1e6, 2) for count in counts] == [13.59, 20.25, 22.02, 23.79, 25.56]
 
 
 def test_layers_of_a_network_are_its_own():

@@ -48,7 +48,11 @@ def cut_off_after(epochs: int, monkeypatch, path, **options) -> None:
             trained(path, **options)
 
 
-@pytest.mark.parametrize("options", [{}, STEPS, {"augment": False}], ids=["cycle", "steps", "plain"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, STEPS, {"augment": False}, {"optimizer": "adamw", "lr": 0.01}],
+    ids=["cycle", "steps", "plain", "adamw"],
+)
 def test_resumed_training_equals_uninterrupted_bit_for_bit(options, tmp_path, monkeypatch):
     path = tmp_path / "kept" / "net.pt"
     cut_off_after(2, monkeypatch, path, **options)

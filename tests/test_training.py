@@ -57,12 +57,28 @@ def test_networks_learn(net):
     assert accuracy > 0.7
 
 
-@pytest.mark.parametrize("option", [{"lr": 0.2}, {"momentum": 0.5}, {"weight_decay": 0.5}, {"batch_size": 32}])
+OPTIONS = [{"lr": 0.2}, {"momentum": 0.5}, {"weight_decay": 0.5}, {"batch_size": 32}, {"optimizer": "adamw"}]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_every_option_counts(option):
     options = {"lr": 0.05, **option}
     model = from_seed(lambda: TinyConvNet(width=4), 0)
     train(model, digits().train, epochs=1, seed=0, progress=False, **options)
     assert not torch.equal(weights(model), weights(trained(0, net=TinyConvNet)))
+
+
+def test_steps_of_adamw_do_not_depend_on_the_size_of_gradients():
+    images = TensorDataset(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64))
+    moved = []
+    for scale in (1.0, 0.01):
+        model = nn.Sequential(nn.Linear(1, 2, bias=False))
+        nn.init.zeros_(model[0].weight)
+        model[0].register_full_backward_pre_hook(lambda _, grads, scale=scale: (scale * grads[0],))
+        train(model, images, epochs=1, lr=0.1, seed=0, optimizer="adamw", milestones=(), progress=False)
+        moved.append(model[0].weight.abs())
+    assert torch.allclose(moved[0], torch.full((2, 1), 0.1), rtol=1e-3)  # the first step is as long as lr
+    assert torch.allclose(moved[0], moved[1], rtol=1e-3)
 
 
 @pytest.mark.parametrize("shown", [True, False])

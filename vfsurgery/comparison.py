@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ class Comparison:
 
     ``merged`` is the last merge, ``report`` its report, ``diagnosis`` says what is left of the sources' features,
     ``flips`` what it gets wrong that they got right, and ``barrier`` is the line between them, merged that way.
+    ``diagnoses`` are those of the merges that one was asked for, by label.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Comparison:
     diagnosis: Diagnosis
     flips: Flips
     merged: nn.Module = field(repr=False, compare=False)
+    diagnoses: Mapping[str, Diagnosis] = field(default_factory=dict[str, Diagnosis])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the weights, as plain JSON values."""
@@ -42,6 +44,10 @@ class Comparison:
             "barrier": self.barrier.to_dict(),
             "report": self.report.to_dict(),
             "diagnosis": self.diagnosis.to_dict(),
+            "diagnoses": {
+                label: {key: found.to_dict()[key] for key in ("state", "depths", "curves")}
+                for label, found in self.diagnoses.items()
+            },
             "flips": self.flips.to_dict(),
         }
 
@@ -60,6 +66,7 @@ def compare_merges(
     alpha: float = 0.5,
     alphas: int = 11,
     seed: int = 0,
+    diagnosed: Collection[str] = (),
     progress: bool = True,
 ) -> Comparison:
     """Merge two sources in several ways and score each on the same test data.
@@ -75,9 +82,12 @@ def compare_merges(
         alpha: Weight of ``b``, where a merge says no other.
         alphas: Points of the line between the sources, for the last merge.
         seed: Decides the order of random sweeps in matching.
+        diagnosed: Labels of merges to compare with the sources layer by layer, each for a pass over ``calibration``.
         progress: Whether to show bars.
     """
-    scores = compare({"source a": a, "source b": b}, test, progress=progress)
+    sources = {"source a": a, "source b": b}
+    scores = compare(sources, test, progress=progress)
+    diagnoses: dict[str, Diagnosis] = {}
     merged = a
     labels = list(merges)
     known = _matched_once(a, b, [merges[label]["matching"] for label in labels[:-1]], calibration, seed, progress)
@@ -87,12 +97,14 @@ def compare_merges(
         arguments: dict[str, Any] = {"alpha": alpha, **options}
         merged = merge(a, b, data=calibration, seed=seed, progress=progress, **arguments)
         scores[label] = evaluate(merged, test, progress=progress)
+        if label in diagnosed or label == labels[-1]:
+            diagnoses[label] = diagnose(merged, [a, b], calibration, progress=progress)
     last = {key: value for key, value in merges[labels[-1]].items() if key not in ("preserve", "alpha")}
     line = barrier(a, b, test, calibration=calibration, alphas=alphas, seed=seed, progress=progress, **last)
-    sources = {"source a": a, "source b": b}
-    diagnosis = diagnose(merged, list(sources.values()), calibration, progress=progress)
     flipped = flips(sources, merged, test, progress=progress)
-    return Comparison(name, scores, line, merge_report_of(merged), diagnosis, flipped, merged)
+    last_diagnosis = diagnoses[labels[-1]]
+    asked = {label: found for label, found in diagnoses.items() if label in diagnosed}
+    return Comparison(name, scores, line, merge_report_of(merged), last_diagnosis, flipped, merged, asked)
 
 
 def _matched_once(
@@ -104,17 +116,20 @@ def _matched_once(
     return {name: Given(match(a, b, matching=name, progress=progress, **options)) for name in sorted(repeated)}
 
 
-def table(comparison: Comparison, published: Mapping[str, float] | None = None) -> Iterator[str]:
+def table(
+    comparison: Comparison, published: Mapping[str, float] | None = None, ratios: Mapping[str, float] | None = None
+) -> Iterator[str]:
     """Lines of a table; in each row also the distance to the sources' mean accuracy, in points.
 
     Args:
         comparison: What was measured.
-        published: Accuracies (%) from elsewhere, by row, for a column of their own; rows that only they have come last.
+        published: Accuracies (%) from elsewhere, by row, for a column of their own.
+        ratios: More rows, that are no accuracies, with what stands in them.
     """
-    published = published or {}
+    published, ratios = published or {}, ratios or {}
     scores = comparison.scores
     ends = (scores["source a"].accuracy + scores["source b"].accuracy) / 2
-    width = max(map(len, [*scores, *published]))
+    width = max(map(len, [*scores, *published, *ratios]))
     extra = f"  {'published':>9}" if published else ""
     yield f"  {'':<{width}}  accuracy{extra}  to sources    loss"
     for label, score in scores.items():
@@ -124,6 +139,9 @@ def table(comparison: Comparison, published: Mapping[str, float] | None = None) 
     for name, curve in comparison.barrier.curves.items() if published else ():
         label = f"barrier {name}"
         yield f"  {label:<{width}}  {curve.accuracy_barrier:8.2%}{_cell(published.get(label))}".rstrip()
+    for label, ratio in ratios.items():
+        extra = f"  {published[label]:8.3g}" if label in published else ""
+        yield f"  {label:<{width}}  {ratio:8.3g}{extra}"
 
 
 def _cell(accuracy: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What a recipe expects of its table, as text: orders of rows, and bands around published figures."""
+"""What a recipe expects of its table, as text: orders of rows and numbers, and bands around published figures."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from itertools import pairwise
 from typing import Any
 
 _BAND = re.compile(r"(?P<row>.+) within (?P<points>\d+(\.\d+)?) of published")
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """A chain of rows whose accuracies rise strictly, or one row in a band around its published accuracy.
+    """A chain of rows and numbers that rise strictly, or one row in a band around its published figure.
 
-    ``text`` is as written, ``rows`` are the labels in it, and ``points`` is half the band's width in percentage points,
-    ``None`` for a chain.
+    ``text`` is as written, ``rows`` are the labels and numbers in it, and ``points`` is half the band's width in what
+    the row counts (percentage points, of a ratio none), ``None`` for a chain.
 
     >>> expected = Expectation.parse("direct < matched < matched + repair")
     >>> expected.rows
     ('direct', 'matched', 'matched + repair')
     >>> print(expected.check({"direct": 10.0, "matched": 42.0, "matched + repair": 41.0}))
     FAILS  direct < matched < matched + repair  (10.00, 42.00, 41.00)
+    >>> print(Expectation.parse("ratio direct < 0.2").check({"ratio direct": 0.03125}))
+    holds  ratio direct < 0.2  (0.0312, 0.2)
     >>> print(Expectation.parse("matched within 2 of published").check({"matched": 42.0}, {"matched": 43.5}))
     holds  matched within 2 of published  (42.00, published 43.50)
     """
@@ -41,13 +44,13 @@ class Expectation:
         if band := _BAND.fullmatch(text.strip()):
             return cls(text, (band["row"].strip(),), float(band["points"]))
         rows = tuple(row.strip() for row in text.split(" < "))
-        if len(rows) < 2 or not all(rows):
+        if len(rows) < 2 or not all(rows) or all(map(is_number, rows)):
             raise ValueError(f"{text!r} expects nothing: write LABEL < LABEL, or LABEL within POINTS of published")
         return cls(text, rows)
 
     def check(self, measured: Mapping[str, float], published: Mapping[str, float] | None = None) -> Outcome:
-        """Compare with what was measured, in percent by row; NaN meets no expectation."""
-        found = tuple(measured[row] for row in self.rows)
+        """Compare with what was measured, by row, accuracies in percent; NaN meets no expectation."""
+        found = tuple(measured[row] if row in measured else float(row) for row in self.rows)
         if self.points is None:
             holds = all(low < high for low, high in pairwise(found))
             return Outcome(self.text, holds, found)
@@ -57,7 +60,7 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether an expectation holds, with the accuracies (%) that say so, and the published one of a band."""
+    """Whether an expectation holds, with the figures that say so, and the published one of a band."""
 
     text: str
     holds: bool
@@ -69,6 +72,20 @@ class Outcome:
         return asdict(self)
 
     def __str__(self) -> str:
-        figures = [f"{accuracy:.2f}" for accuracy in self.found]
-        figures += [] if self.published is None else [f"published {self.published:.2f}"]
+        figures = [_figure(value) for value in self.found]
+        figures += [] if self.published is None else [f"published {_figure(self.published)}"]
         return f"{'holds' if self.holds else 'FAILS'}  {self.text}  ({', '.join(figures)})"
+
+
+def is_number(row: str) -> bool:
+    """Whether what stands in the place of a row is a number, which then stands for itself.
+
+    >>> is_number("0.2"), is_number("k=0")
+    (True, False)
+    """
+    return _NUMBER.fullmatch(row) is not None
+
+
+def _figure(value: float) -> str:
+    """Two decimals for percent, three digits for what is below 1, as ratios are."""
+    return f"{value:.3g}" if 0 < value < 1 else f"{value:.2f}"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +149,7 @@ class Recipe(Section):
             alpha=self.alpha,
             alphas=pair.alphas,
             seed=self.seed,
+            diagnosed={ratio.merge for ratio in pair.ratios},
             progress=progress,
         )
 
@@ -194,7 +195,7 @@ class RecipeRun:
     def outcomes(self) -> tuple[tuple[Outcome, ...], ...]:
         """Pair by pair, which expectations hold."""
         return tuple(
-            tuple(expected.check(_percent(comparison), pair.published) for expected in pair.expectations)
+            tuple(expected.check(_measured(comparison, pair), pair.published) for expected in pair.expectations)
             for pair, comparison in zip(self.recipe.pairs, self.comparisons, strict=True)
         )
 
@@ -209,8 +210,12 @@ class RecipeRun:
             "recipe": self.recipe.model_dump(mode="json"),
             "seconds": self.seconds,
             "pairs": [
-                {**comparison.to_dict(), "expectations": [outcome.to_dict() for outcome in outcomes]}
-                for comparison, outcomes in zip(self.comparisons, self.outcomes(), strict=True)
+                {
+                    **comparison.to_dict(),
+                    "ratios": _ratios(comparison, pair),
+                    "expectations": [outcome.to_dict() for outcome in outcomes],
+                }
+                for pair, comparison, outcomes in self._found()
             ],
         }
 
@@ -230,19 +235,27 @@ class RecipeRun:
         write_text(self.output / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __str__(self) -> str:
-        found = zip(self.recipe.pairs, self.comparisons, self.outcomes(), strict=True)
-        tables = [
-            "\n".join([pair.name, *table(comparison, pair.published), *(f"  {outcome}" for outcome in outcomes)])
-            for pair, comparison, outcomes in found
-        ]
+        tables: list[str] = []
+        for pair, comparison, outcomes in self._found():
+            rows = table(comparison, pair.published, _ratios(comparison, pair))
+            tables.append("\n".join([pair.name, *rows, *(f"  {outcome}" for outcome in outcomes)]))
         return "\n\n".join([*tables, f"written to {self.output} after {self.seconds:.0f} s"])
 
+    def _found(self) -> Iterator[tuple[Pair, Comparison, tuple[Outcome, ...]]]:
+        return zip(self.recipe.pairs, self.comparisons, self.outcomes(), strict=True)
 
-def _percent(comparison: Comparison) -> dict[str, float]:
-    """Accuracies and barriers of all rows, in percent."""
+
+def _ratios(comparison: Comparison, pair: Pair) -> dict[str, float]:
+    """Of the rows that ask for a ratio, by label."""
+    return {row.label: row.of(comparison.diagnoses[row.merge]) for row in pair.ratios}
+
+
+def _measured(comparison: Comparison, pair: Pair) -> dict[str, float]:
+    """What stands in all rows: accuracies and barriers in percent, and ratios."""
     accuracies = {label: 100 * score.accuracy for label, score in comparison.scores.items()}
     curves = comparison.barrier.curves.items()
-    return accuracies | {f"barrier {name}": 100 * curve.accuracy_barrier for name, curve in curves}
+    barriers = {f"barrier {name}": 100 * curve.accuracy_barrier for name, curve in curves}
+    return accuracies | barriers | _ratios(comparison, pair)
 
 
 def _device(name: str) -> torch.device:

@@ -12,9 +12,11 @@ from vfsurgery.architectures import build_model
 from vfsurgery.cifar import cifar
 from vfsurgery.data import Splits, digits
 from vfsurgery.errors import did_you_mean
-from vfsurgery.expectations import Expectation
+from vfsurgery.expectations import Expectation, is_number
 from vfsurgery.matching import MATCHERS
 from vfsurgery.passes import NORMALIZATIONS
+from vfsurgery.ratio_rows import PREFIX, RatioRow
+from vfsurgery.training import OptimizerName
 
 # YAML has lists only; a frozen value needs tuples
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
@@ -39,7 +41,7 @@ Frozen = AfterValidator(FrozenDict)
 Options = Annotated[dict[str, bool | int | float | str], Frozen]
 """Keyword arguments of a model."""
 Published = Annotated[dict[str, float], Frozen]
-"""Accuracies (%) as printed in the paper, by the label of their row."""
+"""Accuracies (%) and ratios as printed in the paper, by the label of their row."""
 
 
 SOURCES = ("source a", "source b", "ensemble")
@@ -91,6 +93,7 @@ class Training(Section):
     epochs: Annotated[int, Field(ge=1)] = 20
     lr: Annotated[float, Field(gt=0)] = 0.05
     batch_size: Annotated[int, Field(ge=1)] = 64
+    optimizer: OptimizerName = "sgd"
     momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     nesterov: bool = True
@@ -176,9 +179,9 @@ class Pair(Section):
 
     @model_validator(mode="after")
     def _labels_are_rows(self) -> Self:
-        refuse_unknown("row", tuple(self.published), self.rows)
+        _refuse_unknown_rows(tuple(self.published), self.merges)
         for expectation in self.expectations:
-            refuse_unknown("row", expectation.rows, self.rows)
+            _refuse_unknown_rows([row for row in expectation.rows if not is_number(row)], self.merges)
             if expectation.points is not None and expectation.rows[0] not in self.published:
                 raise ValueError(f"nothing is published for {expectation.rows[0]!r}, so it can be in no band around it")
         return self
@@ -193,6 +196,14 @@ class Pair(Section):
         """What ``expect`` says."""
         return tuple(Expectation.parse(text) for text in self.expect)
 
+    @property
+    def ratios(self) -> tuple[RatioRow, ...]:
+        """Rows ``ratio LABEL`` that expectations name, each once; they cost a pass over the calibration data."""
+        merges = [merge.row for merge in self.merges]
+        named = dict.fromkeys(row for expectation in self.expectations for row in expectation.rows)
+        found = (RatioRow.parse(row, merges) for row in named if row not in self.rows)
+        return tuple(row for row in found if row is not None)
+
     def build(self) -> nn.Module:
         """Return one untrained model."""
         options: dict[str, Any] = self.options
@@ -202,6 +213,19 @@ class Pair(Section):
 def _rows(merges: Sequence[Merge]) -> tuple[str, ...]:
     curves = BARRIERS if merges[-1].renormalize is not None else BARRIERS[:-1]
     return (*SOURCES, *(merge.row for merge in merges), *curves)
+
+
+def _is_row(label: str, merges: Sequence[Merge]) -> bool:
+    return label in _rows(merges) or RatioRow.parse(label, [merge.row for merge in merges]) is not None
+
+
+def _refuse_unknown_rows(labels: Sequence[str], merges: Sequence[Merge]) -> None:
+    for label in labels:
+        if not _is_row(label, merges):
+            merge = label.removeprefix(PREFIX)
+            if merge != label:
+                refuse_unknown("merge", (merge,), [merge.row for merge in merges])
+            refuse_unknown("row", (label,), _rows(merges))
 
 
 def given(section: Section) -> dict[str, Any]:
@@ -228,8 +252,8 @@ class ReducedPair(Section):
         changes = given(self)
         full = pair.model_dump(mode="json", exclude={"checkpoints"})
         full["expect"] = [expected.text for expected in pair.expectations if expected.points is None]
-        rows = _rows(self.merges or pair.merges)
-        full["published"] = {label: accuracy for label, accuracy in pair.published.items() if label in rows}
+        merges = self.merges or pair.merges
+        full["published"] = {label: figure for label, figure in pair.published.items() if _is_row(label, merges)}
         return full | changes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from vfsurgery.augmentation import crop_and_flip
 from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import DataError, explain
 from vfsurgery.resuming import Progress
+
+OptimizerName: TypeAlias = Literal["sgd", "adamw"]
+"""SGD with momentum, or AdamW, which transformers need."""
 
 WARMUP_START = 1e-6
 """Learning rate of the first step of a warm-up, as in the paper's trainings."""
@@ -40,6 +43,7 @@ def train(
     lr: float,
     seed: int,
     batch_size: int = 64,
+    optimizer: OptimizerName = "sgd",
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     nesterov: bool = True,
@@ -50,7 +54,7 @@ def train(
     label: str = "training",
     progress: bool = True,
 ) -> nn.Module:
-    """Train a classifier in place: SGD on the cross-entropy, one learning-rate cycle or falling steps.
+    """Train a classifier in place: SGD or AdamW on the cross-entropy, one learning-rate cycle or falling steps.
 
     Args:
         model: Maps images (N, ...) to logits (N, classes); trained where its parameters are.
@@ -59,9 +63,10 @@ def train(
         lr: Highest learning rate. In a cycle, the default, it is reached after 30% of the steps.
         seed: Decides the order of the images; the same seed gives the same weights on the same machine.
         batch_size: Images per step.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
-        nesterov: Whether the momentum is Nesterov's.
+        optimizer: What takes the steps.
+        momentum: Of SGD; of AdamW the first beta, the second is 0.999.
+        weight_decay: Of either optimizer.
+        nesterov: Whether the momentum of SGD is Nesterov's.
         milestones: Steps after which the learning rate falls to a tenth, in place of the cycle; none keep it constant.
         warmup: Epochs in which it first rises from 1e-6 to ``lr``, with ``milestones`` only.
         augment: Whether images are shifted and mirrored at random, see :func:`~vfsurgery.augmentation.crop_and_flip`.
@@ -82,10 +87,14 @@ def train(
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, generator=order)
     setting = f"{seed=} {epochs=} {lr=} {batch_size=} {momentum=} {weight_decay=} {nesterov=} {milestones=} {warmup=} "
-    setting += f"{augment=}, {len(loader)} batches"
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
-    schedule = _schedule(optimizer, lr, epochs * len(loader), milestones, warmup * len(loader))
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    setting += f"{augment=}, {len(loader)} batches" + f", {optimizer=}" * (optimizer != "sgd")
+    steps: torch.optim.Optimizer
+    if optimizer == "adamw":
+        steps = torch.optim.AdamW(model.parameters(), lr, (momentum, 0.999), weight_decay=weight_decay)
+    else:
+        steps = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
+    schedule = _schedule(steps, lr, epochs * len(loader), milestones, warmup * len(loader))
+    parts = {"model": model, "optimizer": steps, "schedule": schedule}
     state = Progress(parts, order, setting)
     done = 0 if checkpoint is None else state.load(Path(checkpoint))
     device = next(model.parameters()).device
@@ -98,10 +107,10 @@ def train(
 
     model.train()
     for images, labels in progress_bar(epoch_batches(), label, (epochs - done) * len(loader), progress):
-        optimizer.zero_grad()
+        steps.zero_grad()
         images = crop_and_flip(images, order) if augment else images
         F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
-        optimizer.step()
+        steps.step()
         schedule.step()
     return model.eval()
 
