@@ -20,9 +20,9 @@ LADDER = [
     *("verification", "pruning", "merging", "choosing", "references", "renormalizing", "api"),
     *("figures", "evaluation", "preserving"),
     *("flip_rates", "verdict", "page", "diagnosis"),
-    *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training"),
-    *("comparison", "sweep", "ratio_rows", "expectations", "sections", "sweep_sections", "recipe", "twins", "zoo"),
-    *("cli", "__main__"),
+    *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training", "soups", "phases"),
+    *("comparison", "sweep", "ratio_rows", "expectations", "sections", "pruning_sections", "experiments"),
+    *("recipe", "twins", "zoo", "cli", "__main__"),
 ]
 """From the bottom up; a package's own modules may import each other."""
 
@@ -30,7 +30,7 @@ ONLY_IN = {
     "scipy": ["matching/assignment.py"],
     "yaml": ["recipe.py"],
     "networkx": ["discovery.py", "nesting.py", "roles.py"],
-    "pydantic": ["recipe.py", "sections.py", "sweep_sections.py"],
+    "pydantic": ["pruning_sections.py", "recipe.py", "sections.py"],
     "click": [f"cli/{name}.py" for name in ("__init__", "diagnose", "groups", "merge", "options", "run", "zoo")],
     "tqdm": ["batches.py"],
     "matplotlib": ["figures.py"],

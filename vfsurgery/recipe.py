@@ -1,4 +1,4 @@
-"""A whole experiment written down in YAML: which pairs to train, how to merge them, what to compare and to write."""
+"""Experiments written down in YAML: which networks to train, how to merge or prune them, what to compare and write."""
 
 from __future__ import annotations
 
@@ -17,19 +17,41 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
-from vfsurgery.checkpoints import load_into, load_state_dict, save_state_dict, write_text
-from vfsurgery.comparison import Comparison, compare_merges, table
-from vfsurgery.data import Splits
+from vfsurgery.checkpoints import load_into, load_state_dict, write_text
+from vfsurgery.comparison import Comparison
 from vfsurgery.errors import RecipeError, did_you_mean, explain
 from vfsurgery.expectations import Outcome
-from vfsurgery.sections import AsTuple, Images, Name, Pair, Reduced, ReducedPair, Section, given, refuse_repeated
-from vfsurgery.training import from_seed, train
+from vfsurgery.experiments import Finding, Lab, PairFinding, outcomes, run_pair, run_soup, run_sweep
+from vfsurgery.pruning_sections import PruningSweep, ReducedSweep, Soup
+from vfsurgery.sections import (
+    AsTuple,
+    Count,
+    Experiment,
+    Images,
+    Name,
+    Pair,
+    ReducedPair,
+    Section,
+    given,
+    refuse_repeated,
+    refuse_unknown,
+)
+from vfsurgery.training import from_seed
+
+
+class Reduced(Section):
+    """What a smaller form of the recipe changes, for machines without a GPU."""
+
+    data: Images | None = None
+    threads: Count | None = None
+    pairs: Annotated[tuple[ReducedPair, ...], AsTuple] = ()
+    sweeps: Annotated[tuple[ReducedSweep, ...], AsTuple] = ()
 
 
 class Recipe(Section):
-    """An experiment: data, pairs of models, and the merges to compare.
+    """Data, and experiments on it: pairs of models to merge, networks to prune.
 
-    A pair's ``model`` may name any importable factory, which is then called: run only recipes that you trust.
+    An experiment's ``model`` may name any importable factory, which is then called: run only recipes that you trust.
 
     >>> recipe = Recipe.from_yaml('''
     ... name: tiny
@@ -50,22 +72,32 @@ class Recipe(Section):
     threads: Annotated[int, Field(ge=1)] | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "cpu"
     resume: str | None = None
-    pairs: Annotated[tuple[Pair, ...], AsTuple, Field(min_length=1)]
+    pairs: Annotated[tuple[Pair, ...], AsTuple] = ()
+    sweeps: Annotated[tuple[PruningSweep, ...], AsTuple] = ()
+    soups: Annotated[tuple[Soup, ...], AsTuple] = ()
     reduced: Reduced | None = None
 
-    @field_validator("pairs")
-    @classmethod
-    def _names_differ(cls, pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
-        refuse_repeated("pair", [pair.name for pair in pairs])
-        return pairs
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        refuse_repeated("experiment", [experiment.name for experiment in self.experiments])
+        if not self.experiments:
+            raise ValueError("there is nothing to do: a recipe has pairs, sweeps or soups")
+        return self
+
+    @property
+    def experiments(self) -> tuple[Experiment, ...]:
+        """Pairs, sweeps and soups, in the order in which they run."""
+        return (*self.pairs, *self.sweeps, *self.soups)
 
     @model_validator(mode="after")
     def _reduced_form_is_a_recipe(self) -> Self:
         if self.reduced is not None:
-            known = [pair.name for pair in self.pairs]
-            for change in self.reduced.pairs:
-                if change.name not in known:
-                    raise ValueError(f"reduced: unknown pair {change.name!r}; {did_you_mean(change.name, known)}")
+            for kind, changes, known in (
+                ("pair", self.reduced.pairs, self.pairs),
+                ("sweep", self.reduced.sweeps, self.sweeps),
+            ):
+                names = [experiment.name for experiment in known]
+                refuse_unknown(f"reduced {kind}", [change.name for change in changes], names)
             try:
                 self.in_reduced_form()
             except ValidationError as error:
@@ -84,11 +116,13 @@ class Recipe(Section):
             raise RecipeError(
                 explain(f"{self.name} has no reduced form", remedy="leave --reduced out, or describe one")
             )
-        changes = {change.name: change for change in self.reduced.pairs}
+        pairs = {change.name: change for change in self.reduced.pairs}
+        sweeps = {change.name: change for change in self.reduced.sweeps}
         content = self.model_dump(mode="json", exclude={"reduced"})
         content |= given(self.reduced)
         content["name"] = f"{self.name}-reduced"
-        content["pairs"] = [changes.get(pair.name, ReducedPair(name=pair.name)).changed(pair) for pair in self.pairs]
+        content["pairs"] = [pairs.get(pair.name, ReducedPair(name=pair.name)).changed(pair) for pair in self.pairs]
+        content["sweeps"] = [sweeps.get(one.name, ReducedSweep(name=one.name)).changed(one) for one in self.sweeps]
         return type(self).model_validate(content)
 
     @classmethod
@@ -125,137 +159,71 @@ class Recipe(Section):
         output = Path(output) if output is not None else Path("out") / self.name
         _check_folder(output)
         device = _device(self.device)
-        for pair in self.pairs:
-            model = from_seed(pair.build, 0)  # every misspelt model is met before the first minute of training
-            for path in pair.checkpoints or ():
+        for experiment in self.experiments:
+            model = from_seed(experiment.build, 0)  # every misspelt model is met before the first minute of training
+            for path in experiment.files:
                 load_into(model, load_state_dict(path), path)
         start = time.perf_counter()
-        splits = self.data.load()
+        lab = Lab(
+            self.data, self.data.load(), device, self.seed, self.alpha, self.threads, self.resume, progress=progress
+        )
         with _threads(self.threads):
-            comparisons = tuple(self._compare(pair, splits, device, progress) for pair in self.pairs)
-        run = RecipeRun(self, comparisons, output, time.perf_counter() - start)
+            findings = (
+                *(run_pair(pair, lab) for pair in self.pairs),
+                *(run_sweep(one, lab) for one in self.sweeps),
+                *(run_soup(one, lab) for one in self.soups),
+            )
+        run = RecipeRun(self, findings, output, time.perf_counter() - start)
         run.write()
         return run
-
-    def _compare(self, pair: Pair, splits: Splits, device: torch.device, progress: bool) -> Comparison:
-        a, b = (self._source(pair, index, splits, device, progress) for index in range(2))
-        return compare_merges(
-            pair.name,
-            a,
-            b,
-            {merge.row: merge.arguments() for merge in pair.merges},
-            calibration=splits.calibration,
-            test=splits.test,
-            alpha=self.alpha,
-            alphas=pair.alphas,
-            seed=self.seed,
-            diagnosed={ratio.merge for ratio in pair.ratios},
-            progress=progress,
-        )
-
-    def _source(self, pair: Pair, index: int, splits: Splits, device: torch.device, progress: bool) -> nn.Module:
-        """Source a or b: loaded where a checkpoint is given, else trained, or trained on, from its seed."""
-        seed = pair.seeds[index]
-        model = from_seed(pair.build, seed).to(device)
-        if pair.checkpoints is not None:
-            load_into(model, load_state_dict(pair.checkpoints[index]), pair.checkpoints[index])
-            return model.eval()
-        return train(
-            model,
-            splits.train,
-            seed=seed,
-            checkpoint=self._kept_training(pair, seed),
-            label=f"training {pair.name}, seed {seed}",
-            progress=progress,
-            **pair.training.model_dump(),
-        )
-
-    def _kept_training(self, pair: Pair, seed: int) -> Path | None:
-        """Named after all that decides the weights, so recipes that train the same network share the file."""
-        if self.resume is None:
-            return None
-        decides = {
-            "data": self.data.model_dump(exclude={"calibration", "test"}),
-            "model": pair.model_dump(include={"model", "options", "training"}),
-            "threads": self.threads,
-        }
-        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-        return Path(self.resume) / f"{pair.model.rpartition(':')[2]}_seed{seed}_{digest}.pt"
 
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """What running a recipe gave: one comparison per pair, printed as tables; the files lie in ``output``."""
+    """What running a recipe gave: one finding per experiment, printed as tables; the files lie in ``output``."""
 
     recipe: Recipe
-    comparisons: tuple[Comparison, ...]
+    findings: tuple[Finding, ...]
     output: Path
     seconds: float
 
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """What merging the pairs gave."""
+        return tuple(found.comparison for found in self.findings if isinstance(found, PairFinding))
+
     def outcomes(self) -> tuple[tuple[Outcome, ...], ...]:
-        """Pair by pair, which expectations hold."""
-        return tuple(
-            tuple(expected.check(_measured(comparison, pair), pair.published) for expected in pair.expectations)
-            for pair, comparison in zip(self.recipe.pairs, self.comparisons, strict=True)
-        )
+        """Experiment by experiment, which expectations hold."""
+        return tuple(map(outcomes, self.findings))
 
     @property
     def failures(self) -> tuple[Outcome, ...]:
-        """The expectations that do not hold, of all pairs."""
-        return tuple(outcome for outcomes in self.outcomes() for outcome in outcomes if not outcome.holds)
+        """The expectations that do not hold, of all experiments."""
+        return tuple(outcome for held in self.outcomes() for outcome in held if not outcome.holds)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the weights, as plain JSON values."""
-        return {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "seconds": self.seconds,
-            "pairs": [
-                {
-                    **comparison.to_dict(),
-                    "ratios": _ratios(comparison, pair),
-                    "expectations": [outcome.to_dict() for outcome in outcomes],
-                }
-                for pair, comparison, outcomes in self._found()
-            ],
-        }
+        plain: dict[str, Any] = {"recipe": self.recipe.model_dump(mode="json"), "seconds": self.seconds}
+        for kind in ("pairs", "sweeps", "soups"):
+            plain[kind] = [
+                {**finding.to_dict(), "expectations": [outcome.to_dict() for outcome in outcomes(finding)]}
+                for finding in self.findings
+                if finding.experiment in getattr(self.recipe, kind)
+            ]
+        return plain
 
     def write(self) -> None:
-        """Write per pair the last merge's weights, barrier plot and page, and ``report.json`` for all."""
-        for comparison in self.comparisons:
-            base = self.output / comparison.name
-            save_state_dict(comparison.merged.state_dict(), f"{base}.safetensors", {"recipe": self.recipe.name})
-            comparison.barrier.plot(f"{base}_barrier.png")
-            comparison.diagnosis.page(
-                f"{base}.html",
-                report=comparison.report,
-                scores=comparison.scores,
-                barrier=comparison.barrier,
-                flips=comparison.flips,
-            )
+        """Write the files of each experiment, and ``report.json`` for all."""
+        for finding in self.findings:
+            finding.write(self.output / finding.experiment.name, self.recipe.name)
         write_text(self.output / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __str__(self) -> str:
-        tables: list[str] = []
-        for pair, comparison, outcomes in self._found():
-            rows = table(comparison, pair.published, _ratios(comparison, pair))
-            tables.append("\n".join([pair.name, *rows, *(f"  {outcome}" for outcome in outcomes)]))
+        tables = [
+            "\n".join([found.experiment.name, *found.lines(), *(f"  {outcome}" for outcome in outcomes(found))])
+            for found in self.findings
+        ]
         return "\n\n".join([*tables, f"written to {self.output} after {self.seconds:.0f} s"])
-
-    def _found(self) -> Iterator[tuple[Pair, Comparison, tuple[Outcome, ...]]]:
-        return zip(self.recipe.pairs, self.comparisons, self.outcomes(), strict=True)
-
-
-def _ratios(comparison: Comparison, pair: Pair) -> dict[str, float]:
-    """Of the rows that ask for a ratio, by label."""
-    return {row.label: row.of(comparison.diagnoses[row.merge]) for row in pair.ratios}
-
-
-def _measured(comparison: Comparison, pair: Pair) -> dict[str, float]:
-    """What stands in all rows: accuracies and barriers in percent, and ratios."""
-    accuracies = {label: 100 * score.accuracy for label, score in comparison.scores.items()}
-    curves = comparison.barrier.curves.items()
-    barriers = {f"barrier {name}": 100 * curve.accuracy_barrier for name, curve in curves}
-    return accuracies | barriers | _ratios(comparison, pair)
 
 
 def _device(name: str) -> torch.device:

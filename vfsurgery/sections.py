@@ -24,9 +24,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 """Names become file names, so they hold letters, digits, ``_``, ``.`` and ``-`` only."""
 
 
-_Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1)]
 Channels = tuple[float, float, float]
-_Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 V = TypeVar("V")
 
 
@@ -62,9 +62,9 @@ class Images(Section):
     seed: int = 0
     size: Annotated[int, Field(ge=1)] | None = None
     path: str | None = None
-    train: _Count | None = None
-    calibration: _Count | None = None
-    test: _Count | None = None
+    train: Count | None = None
+    calibration: Count | None = None
+    test: Count | None = None
     mean: Annotated[Channels | None, AsTuple] = None
     std: Annotated[Channels | None, AsTuple] = None
 
@@ -97,7 +97,7 @@ class Training(Section):
     momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     nesterov: bool = True
-    milestones: Annotated[tuple[_Count, ...] | None, AsTuple] = None
+    milestones: Annotated[tuple[Count, ...] | None, AsTuple] = None
     warmup: Annotated[int, Field(ge=0)] = 0
     augment: bool = False
 
@@ -114,7 +114,7 @@ class Merge(Section):
     matching: str = "auto"
     renormalize: Annotated[str | tuple[str, ...] | None, AsTuple] = "auto"
     preserve: Annotated[int, Field(ge=0)] | str = 0
-    alpha: _Share | None = None
+    alpha: Share | None = None
     label: str | None = None
 
     @field_validator("matching")
@@ -146,19 +146,45 @@ class Merge(Section):
         return given if self.alpha is None else {**given, "alpha": self.alpha}
 
 
-class Pair(Section):
-    """Two models of one architecture from two seeds, and the merges to compare; the last one is written out."""
+class Experiment(Section):
+    """A network to train or to load, and what is expected of the table; subclasses say what is done with it."""
 
     name: Name
     model: str
     options: Options = FrozenDict()
+    training: Training = Training()
+    expect: Annotated[tuple[str, ...], AsTuple] = ()
+
+    @property
+    def expectations(self) -> tuple[Expectation, ...]:
+        """What ``expect`` says."""
+        return tuple(Expectation.parse(text) for text in self.expect)
+
+    def build(self) -> nn.Module:
+        """Return one untrained model."""
+        options: dict[str, Any] = self.options
+        return build_model(self.model, **options)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Checkpoints that are loaded in place of a training."""
+        return ()
+
+    def check_bands(self, published: Iterable[str]) -> None:
+        """Refuse bands around what is not published."""
+        for expectation in self.expectations:
+            if expectation.points is not None and expectation.rows[0] not in published:
+                raise ValueError(f"nothing is published for {expectation.rows[0]!r}, so it can be in no band around it")
+
+
+class Pair(Experiment):
+    """Two models of one architecture from two seeds, and the merges to compare; the last one is written out."""
+
     seeds: Annotated[tuple[int, int], AsTuple] = (0, 1)
     checkpoints: Annotated[tuple[str, str] | None, AsTuple] = None
-    training: Training = Training()
     merges: Annotated[tuple[Merge, ...], AsTuple, Field(min_length=1)] = (Merge(),)
     alphas: Annotated[int, Field(ge=3)] = 11
     published: Published = FrozenDict()
-    expect: Annotated[tuple[str, ...], AsTuple] = ()
 
     @field_validator("alphas")
     @classmethod
@@ -182,8 +208,7 @@ class Pair(Section):
         _refuse_unknown_rows(tuple(self.published), self.merges)
         for expectation in self.expectations:
             _refuse_unknown_rows([row for row in expectation.rows if not is_number(row)], self.merges)
-            if expectation.points is not None and expectation.rows[0] not in self.published:
-                raise ValueError(f"nothing is published for {expectation.rows[0]!r}, so it can be in no band around it")
+        self.check_bands(self.published)
         return self
 
     @property
@@ -192,9 +217,9 @@ class Pair(Section):
         return _rows(self.merges)
 
     @property
-    def expectations(self) -> tuple[Expectation, ...]:
-        """What ``expect`` says."""
-        return tuple(Expectation.parse(text) for text in self.expect)
+    def files(self) -> tuple[str, ...]:
+        """The checkpoints of both sources."""
+        return self.checkpoints or ()
 
     @property
     def ratios(self) -> tuple[RatioRow, ...]:
@@ -203,11 +228,6 @@ class Pair(Section):
         named = dict.fromkeys(row for expectation in self.expectations for row in expectation.rows)
         found = (RatioRow.parse(row, merges) for row in named if row not in self.rows)
         return tuple(row for row in found if row is not None)
-
-    def build(self) -> nn.Module:
-        """Return one untrained model."""
-        options: dict[str, Any] = self.options
-        return build_model(self.model, **options)
 
 
 def _rows(merges: Sequence[Merge]) -> tuple[str, ...]:
@@ -257,15 +277,8 @@ class ReducedPair(Section):
         return full | changes
 
 
-class Reduced(Section):
-    """What a smaller form of the experiment changes, for machines without a GPU."""
-
-    data: Images | None = None
-    threads: _Count | None = None
-    pairs: Annotated[tuple[ReducedPair, ...], AsTuple] = ()
-
-
 def refuse_unknown(kind: str, names: Sequence[str], known: Iterable[str]) -> None:
+    """Refuse a name that is not known, and offer the nearest spelling."""
     known = list(known)
     for name in names:
         if name not in known:
@@ -273,6 +286,7 @@ def refuse_unknown(kind: str, names: Sequence[str], known: Iterable[str]) -> Non
 
 
 def refuse_repeated(kind: str, names: list[str]) -> None:
+    """Refuse two entries of one name."""
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"two entries have the {kind} name {repeated[0]!r}")

@@ -1,4 +1,4 @@
-"""The section of a recipe that prunes one trained network in several ways to several sparsities."""
+"""Sections of a recipe that prune one trained network: in several ways to several sparsities, or in phases as soups."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
-from torch import nn
 
-from vfsurgery.architectures import build_model
-from vfsurgery.expectations import Expectation
+from vfsurgery.expectations import is_number
+from vfsurgery.passes import NORMALIZATIONS
 from vfsurgery.pruning import PRUNERS
 from vfsurgery.sections import (
     AsTuple,
+    Count,
+    Experiment,
     Frozen,
     FrozenDict,
     Name,
@@ -53,20 +54,15 @@ class Method(Section):
         return self.model_dump(include={"method", "scope", "exclude"})
 
 
-class PruningSweep(Section):
+class PruningSweep(Experiment):
     """One trained network, pruned by every method to every sparsity, before and after renormalization."""
 
-    name: Name
-    model: str
-    options: Options = FrozenDict()
     seed: int = 0
     checkpoint: str | None = None
-    training: Training = Training()
     methods: Annotated[tuple[Method, ...], AsTuple, Field(min_length=1)] = (Method(),)
     sparsities: Annotated[tuple[Sparsity, ...], AsTuple, Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     renormalize: Annotated[str | tuple[str, ...], AsTuple] = "auto"
     published: Annotated[dict[str, Curve], Frozen] = FrozenDict()
-    expect: Annotated[tuple[str, ...], AsTuple] = ()
 
     @field_validator("sparsities")
     @classmethod
@@ -74,6 +70,13 @@ class PruningSweep(Section):
         if not all(low < high for low, high in pairwise(sparsities)):
             raise ValueError("sparsities rise from one to the next")
         return sparsities
+
+    @field_validator("renormalize")
+    @classmethod
+    def _renormalizations_exist(cls, steps: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        named = (steps,) if isinstance(steps, str) else steps
+        refuse_unknown("renormalization", named, ["auto", *NORMALIZATIONS] if isinstance(steps, str) else NORMALIZATIONS)
+        return steps
 
     @model_validator(mode="after")
     def _rows_are_there(self) -> Self:
@@ -84,9 +87,8 @@ class PruningSweep(Section):
             if len(curve) != len(self.sparsities):
                 raise ValueError(f"published {label!r} has {len(curve)} values for {len(self.sparsities)} sparsities")
         for expectation in self.expectations:
-            refuse_unknown("row", expectation.rows, self.rows)
-            if expectation.points is not None and expectation.rows[0] not in self.published_rows:
-                raise ValueError(f"nothing is published for {expectation.rows[0]!r}, so it can be in no band around it")
+            refuse_unknown("row", [label for label in expectation.rows if not is_number(label)], self.rows)
+        self.check_bands(self.published_rows)
         return self
 
     @property
@@ -107,14 +109,9 @@ class PruningSweep(Section):
         return found
 
     @property
-    def expectations(self) -> tuple[Expectation, ...]:
-        """What ``expect`` says."""
-        return tuple(Expectation.parse(text) for text in self.expect)
-
-    def build(self) -> nn.Module:
-        """Return one untrained model."""
-        options: dict[str, Any] = self.options
-        return build_model(self.model, **options)
+    def files(self) -> tuple[str, ...]:
+        """The network's checkpoint."""
+        return () if self.checkpoint is None else (self.checkpoint,)
 
 
 class ReducedSweep(Section):
@@ -132,3 +129,56 @@ class ReducedSweep(Section):
         full = sweep.model_dump(mode="json", exclude={"checkpoint", "published"})
         full["expect"] = [expected.text for expected in sweep.expectations if expected.points is None]
         return full | given(self)
+
+
+class Retrain(Section):
+    """Options of :class:`vfsurgery.phases.Retraining`."""
+
+    epochs: Count = 10
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    batch_size: Count = 64
+    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    nesterov: bool = True
+    weight_decay: Annotated[float | tuple[float, ...], AsTuple] = 5e-4
+    shape: Literal["cycle", "linear"] = "linear"
+    augment: bool = False
+
+
+class Soup(Experiment):
+    """One trained network, made sparse in phases: prune, retrain copies with the mask fixed, average them."""
+
+    seed: int = 0
+    checkpoint: str | None = None
+    sparsity: Sparsity = 0.9
+    phases: Count = 3
+    copies: Count = 3
+    method: str = "magnitude"
+    scope: Literal["global", "layer"] = "global"
+    exclude: Annotated[tuple[str, ...], AsTuple] = ()
+    greedy: bool = False
+    retraining: Retrain = Retrain()
+
+    @field_validator("method")
+    @classmethod
+    def _method_exists(cls, method: str) -> str:
+        refuse_unknown("pruner", (method,), PRUNERS)
+        return method
+
+    @model_validator(mode="after")
+    def _rows_are_there(self) -> Self:
+        for expectation in self.expectations:
+            refuse_unknown("row", [label for label in expectation.rows if not is_number(label)], self.rows)
+        self.check_bands(())
+        return self
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Labels of all networks, as in ``phase 2 soup``."""
+        phases = range(1, self.phases + 1)
+        each = ("pruned", *(f"copy {number}" for number in range(self.copies)), "soup", "one copy")
+        return (DENSE, *(f"phase {phase} {name}" for phase in phases for name in each))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The network's checkpoint."""
+        return () if self.checkpoint is None else (self.checkpoint,)
