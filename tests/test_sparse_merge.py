@@ -123,7 +123,7 @@ def test_a_step_that_revives_one_weight_by_the_smallest_number_is_caught(preserv
 def test_a_regression_fills_zeros_so_it_is_refused_by_name_and_never_tried():
     models = sparse("chain", 1), sparse("chain", 2)
     for renormalize in ("regress", ["rescale", "regress"], surgery.Regress(ridge=1.0)):
-        with pytest.raises(OptionError, match="'regress' gives values to pruned weights\n  sparsity +50.60%, 50.60%"):
+        with pytest.raises(OptionError, match=r"'regress' gives values to pruned weights\n  sparsity +50.60%, 50.60%"):
             merge(*models, renormalize=renormalize, data=DATA)
     found = surgery.report_of(merge(*models, data=DATA))
     assert [trial.renormalize for trial in found.trials] == [("rescale",), ("repair",)]
