@@ -39,6 +39,9 @@ from vfsurgery.passes import Reshift as Reshift
 from vfsurgery.preserving import PreserveCurve as PreserveCurve
 from vfsurgery.preserving import preserve_curve as preserve_curve
 from vfsurgery.pruning import Masks as Masks
+from vfsurgery.pruning import Pruner as Pruner
+from vfsurgery.pruning import PruneReport as PruneReport
+from vfsurgery.pruning import prune as prune
 from vfsurgery.recipe import Recipe as Recipe
 from vfsurgery.report import MergeReport as MergeReport
 from vfsurgery.report import Report as Report

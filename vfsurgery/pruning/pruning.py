@@ -1,0 +1,252 @@
+"""Prune a model: ask a pruner for saliencies, choose what is kept, write the new weights."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from vfsurgery.batches import Batches, Data
+from vfsurgery.errors import DataError, InvalidWeightsError, OptionError, did_you_mean, explain
+from vfsurgery.pruning.base import PRUNERS, Pruner, Pruning, Scope
+from vfsurgery.pruning.layers import Layout, prunable, stored_weight
+from vfsurgery.pruning.masks import Masks
+from vfsurgery.pruning.report import PrunedLayer, PruneReport
+from vfsurgery.pruning.schedule import Schedule, by_pattern, by_sparsity, read_pattern
+from vfsurgery.pruning.selection import select
+from vfsurgery.results import remember
+from vfsurgery.sources import eval_mode
+from vfsurgery.stats.collect import image_dtype
+
+
+def prune(
+    model: nn.Module,
+    sparsity: float | Mapping[str, float] | None = None,
+    *,
+    method: str | Pruner = "magnitude",
+    scope: Scope | None = None,
+    pattern: str | None = None,
+    exclude: str | Sequence[str] = (),
+    data: Data | None = None,
+    inplace: bool = False,
+    allow_empty: bool = False,
+    memory: float = 2.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> nn.Module:
+    """Set the least salient weights of all convolutions and linear layers to zero, at once and without training.
+
+    Of ``n`` weights that compete, the ``ceil(n (1 - sparsity))`` most salient ones are kept, of equal ones the first.
+    Biases and norms are left alone, and what is zero already stays zero and counts as pruned. What was done is in
+    :func:`~vfsurgery.results.report_of` the result; its zero pattern is ``Masks.of`` the result.
+
+    Args:
+        model: Any module; need not be traceable.
+        sparsity: Share of weights to set to zero, in [0, 1). Or shares by pattern of layers, as in
+            ``{"conv1": 0, "layer4": 0.95, "*": 0.8}``: the first pattern that matches a layer decides, and a layer that
+            none matches stays dense. Not needed with ``pattern``, which decides alone.
+        method: ``"magnitude"``, ``"random"``, ``"wanda"``, ``"sparsegpt"``, another name in ``PRUNERS``, or a
+            :class:`~vfsurgery.pruning.base.Pruner` with options of its own; docs/pruners.md has the table.
+        scope: Among which weights the most salient ones are kept: ``"global"`` (of all layers; with several sparsities,
+            of all layers that one pattern decides about), ``"layer"``, or ``"row"`` (of each output unit). By default
+            what the pruner was made for.
+        pattern: ``"2:4"`` keeps 2 of every 4 consecutive inputs of each unit: of a linear layer's input features, and
+            of a convolution's input channels at each kernel position, as NVIDIA's sparse kernels want it. Layers with a
+            number of inputs (per group) that is no multiple of 4 stay dense.
+        exclude: Layers to leave dense: module paths, names of weights, or patterns of either.
+        data: Calibration images for pruners that need some, labels ignored by those built in so far.
+        inplace: Write the result into ``model``, whose tensors keep their storage, once all has succeeded.
+        allow_empty: Accept that a layer loses all of its weights, as a global threshold may have it.
+        memory: GiB that the statistics of a pruner may take.
+        seed: Seeds random choices. torch's global random state is neither used nor changed.
+        progress: Show bars for work that takes over a second.
+
+    Returns:
+        A module of the same class with the same ``state_dict`` keys, zeros in place; ``model`` itself if ``inplace``.
+        Either way memory is needed for one model more, the masks (a byte per weight) and the pruner's statistics; with
+        a global scope for the saliencies of all layers.
+
+    Raises:
+        OptionError: an argument is not acceptable; a layer would lose all of its weights; or hooks of
+            ``torch.nn.utils.prune`` compute a weight.
+        DataError: the pruner needs data and there is none, or it is empty or does not fit the model.
+        InvalidWeightsError: a weight is NaN or infinite.
+
+    >>> import vfsurgery as surgery
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> sparse = prune(net, 0.75)
+    >>> surgery.Masks.of(sparse).sparsity, surgery.Masks.of(net).sparsity
+    (0.75, 0.0)
+    >>> prune(net, pattern="2:4")[2].weight.count_nonzero(dim=1).tolist()
+    [4, 4]
+    """
+    started = time.perf_counter()
+    pruner = _pruner(method)
+    wanted = read_pattern(pattern)
+    weights = _weights(model, exclude)
+    layouts = {name: Layout.of(model, name) for name in weights}
+    schedule = by_sparsity(weights, sparsity) if wanted is None else by_pattern(weights, layouts, wanted)
+    _check(model, pruner, scope, pattern, data, schedule)
+    copied = copy.deepcopy(model, _computed(model))
+    work = Pruning(
+        model=copied,
+        weights={name: copied.get_parameter(name) for name in schedule.goals},
+        layouts=layouts,
+        data=_batches(copied, data),
+        generator=torch.Generator().manual_seed(seed),
+        scope=scope or pruner.scope,
+        pattern=wanted,
+        memory=memory,
+        progress=progress,
+        dense=dict(schedule.dense),
+    )
+    if wanted is not None and sparsity is not None:
+        work.notes.append(f"the pattern {pattern} decides alone: sparsity={sparsity} was not used")
+    with eval_mode(copied):
+        _run(pruner, work, schedule, allow_empty)
+    if inplace:
+        with torch.no_grad():
+            for name, weight in work.weights.items():
+                stored_weight(model, name).copy_(weight)
+    result = model if inplace else copied
+    by_scope = "pattern" if wanted else work.scope
+    asked = sparsity if pattern is None and sparsity is not None else str(pattern)
+    requested = dict(asked) if isinstance(asked, Mapping) else asked
+    layers = _layers(result, weights, work)
+    count = sum(parameter.numel() for parameter in result.parameters())
+    seconds, notes = time.perf_counter() - started, tuple(work.notes)
+    remember(
+        result,
+        PruneReport(type(model).__name__, pruner.name, by_scope, requested, layers, count, seed, seconds, notes),
+    )
+    return result
+
+
+def _run(pruner: Pruner, work: Pruning, schedule: Schedule, allow_empty: bool) -> None:
+    """Score, select, update and write, on the copy."""
+    masks = select(pruner.score(work) if work.weights else (), work, schedule.goals)
+    for name in work.weights:
+        if name not in masks:
+            work.dense.setdefault(name, f"{pruner.name} cannot judge it")
+    if work.weights and not masks:
+        reasons = "; ".join(f"{name}: {work.dense[name]}" for name in list(work.weights)[:3])
+        raise OptionError(explain(f"{pruner.name} can judge no layer of this model", layers=reasons))
+    _check_alive(masks, work, allow_empty)
+    written: set[str] = set()
+    for name, value in pruner.update(work, masks):
+        _check_update(pruner, name, value, masks, work)
+        work.weights[name].copy_(value)
+        written.add(name)
+    for name, mask in masks.items():
+        if name not in written:
+            work.weights[name].masked_fill_(~mask, 0)
+
+
+def _pruner(method: str | Pruner) -> Pruner:
+    if isinstance(method, Pruner):
+        return method
+    if not isinstance(method, str):
+        raise OptionError(
+            explain(f"method must be a name or a Pruner but is {method!r}", remedy=did_you_mean("", PRUNERS))
+        )
+    return PRUNERS[method]()
+
+
+def _weights(model: nn.Module, exclude: str | Sequence[str]) -> dict[str, Tensor]:
+    weights = prunable(model, exclude)
+    if not weights:
+        raise OptionError(
+            explain(
+                f"there is nothing to prune in this {type(model).__name__}",
+                because="it has no convolution or linear layer" + (" that is not excluded" if exclude else ""),
+            )
+        )
+    return weights
+
+
+def _check(
+    model: nn.Module, pruner: Pruner, scope: str | None, pattern: str | None, data: Data | None, schedule: Schedule
+) -> None:
+    """Refuse what cannot work before anything is copied."""
+    if scope is not None and scope not in get_args(Scope):
+        raise OptionError(explain(f"unknown scope {scope!r}", remedy=did_you_mean(str(scope), get_args(Scope))))
+    if scope is not None and pattern is not None:
+        raise OptionError(
+            explain(
+                f"scope={scope!r} and pattern={pattern!r} exclude each other",
+                because="a pattern says by itself which weights compete",
+                remedy="leave one of them out",
+            )
+        )
+    if pruner.needs_data and data is None:
+        raise DataError(explain(f"method {pruner.name!r} needs data", remedy="pass data=, some hundred images"))
+    for name in schedule.goals:
+        weight = stored_weight(model, name).detach()
+        if weight.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
+            raise InvalidWeightsError(
+                explain(
+                    f"{name} holds NaN or infinite values",
+                    count=int((~torch.isfinite(weight)).sum()),
+                    remedy="check that the checkpoint was loaded completely and its training did not diverge",
+                )
+            )
+
+
+def _computed(model: nn.Module) -> dict[int, Tensor]:
+    """Copies of tensors that hooks computed, which torch does not copy by itself."""
+    values = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return {id(value): value.detach().clone() for value in values if not value.is_leaf}
+
+
+def _batches(model: nn.Module, data: Data | None) -> Batches | None:
+    if data is None:
+        return None
+    return Batches(data, device=next(model.parameters()).device, dtype=image_dtype(model))
+
+
+def _check_alive(masks: Masks, work: Pruning, allow_empty: bool) -> None:
+    """Note which layers lose all of their weights, or refuse it."""
+    lost = [name for name, mask in masks.items() if not bool(mask.any()) and bool(work.weights[name].any())]
+    if not lost:
+        return
+    if not allow_empty:
+        raise OptionError(
+            explain(
+                f"{lost[0]} would lose all of its weights" + (f", and {len(lost) - 1} more" if lost[1:] else ""),
+                because=f"the scope is {work.scope!r}, and all of its entries are less salient than those of others",
+                remedy=f"a lower sparsity, scope='layer', exclude={lost[0].rpartition('.')[0]!r}, or allow_empty=True",
+            )
+        )
+    work.notes.append(f"without any weight left: {', '.join(lost)}")
+
+
+def _check_update(pruner: Pruner, name: str, value: Tensor, masks: Masks, work: Pruning) -> None:
+    """Hold a pruner to its masks, or where it chooses again, to their counts and to the zeros that were there."""
+    fact = None
+    weight = work.weights.get(name)
+    if weight is None or name not in masks or value.shape != weight.shape:
+        fact = f"updated {name}, which is no weight of that shape that it was given"
+    elif not bool(torch.isfinite(value).all()):
+        fact = f"made {name} NaN or infinite"
+    elif pruner.rechooses:
+        if int(value.count_nonzero()) > int(masks[name].count_nonzero()) or bool(value[weight == 0].any()):
+            fact = f"kept more entries of {name} than its mask does"
+    elif bool(value[~masks[name]].any()):
+        fact = f"wrote to entries of {name} that its mask does not keep"
+    if fact is not None:
+        raise OptionError(
+            explain(f"{type(pruner).__name__} {fact}", remedy="update yields zeros wherever a mask is false")
+        )
+
+
+def _layers(result: nn.Module, weights: Mapping[str, Tensor], work: Pruning) -> tuple[PrunedLayer, ...]:
+    now = prunable(result)
+    counts = {name: int(now[name].count_nonzero()) for name in weights}
+    return tuple(
+        PrunedLayer(name, weight.numel(), weight.numel() - counts[name], work.dense.get(name, ""))
+        for name, weight in weights.items()
+    )
