@@ -47,3 +47,5 @@ from vfsurgery.report import MergeReport as MergeReport
 from vfsurgery.report import Report as Report
 from vfsurgery.results import report_of as report_of
 from vfsurgery.rules import rule as rule
+from vfsurgery.soups import SoupReport as SoupReport
+from vfsurgery.soups import soup as soup

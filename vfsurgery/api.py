@@ -244,7 +244,7 @@ def merge(
     True
     """
     models = _models(a, b)
-    shares = _shares(len(models), alpha, weights)
+    shares = shares_of(len(models), alpha, weights)
     matcher = _matcher(matching, data)
     budget = Budget(max_flops, max_params)
     if inplace and (preserve or budget != Budget()):
@@ -297,7 +297,7 @@ def _models(a: nn.Module | Sequence[nn.Module], b: nn.Module | None) -> list[nn.
     return given
 
 
-def _shares(count: int, alpha: float, weights: Sequence[float] | None) -> tuple[float, ...]:
+def shares_of(count: int, alpha: float, weights: Sequence[float] | None) -> tuple[float, ...]:
     """The sources' shares, which must be at least 0 and sum to 1: statistics of sources are averaged with them."""
     if weights is not None and alpha != 0.5:
         raise OptionError(explain("alpha and weights were both given", remedy="weights alone says all shares"))
@@ -342,7 +342,7 @@ def _masked(
     passes: tuple[Pass, ...] = (),
 ) -> Matcher:
     """Plan what becomes of the sources' zeros, and return the matcher that suits them."""
-    work.masks = plan_masks(work.sources, choice, shares)
+    work.masks = plan_masks([source.model for source in work.sources], choice, shares)
     if work.masks is None:
         return matcher
     work.masks.refuse(passes)

@@ -26,6 +26,7 @@ from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.matching.pairwise import describe
 from vfsurgery.passes import Average, Context, Fold, KeepZeros, Pass, Pipeline, Preserve
 from vfsurgery.passes.base import calibration_images
+from vfsurgery.passes.mask import aligned_members
 from vfsurgery.passes.preserve import standalone
 from vfsurgery.recording import hidden_norms, record_or_export
 from vfsurgery.report import Certificate, GroupMatch, MergeReport, Preserved, Trial
@@ -83,7 +84,7 @@ class Merging:
         """Check, trace and group the sources."""
         started = time.perf_counter()
         refuse_hooks(models)
-        device, dtype = _device(models), image_dtype(models[0])
+        device, dtype = common_device(models), image_dtype(models[0])
         check_same_architecture(models)
         check_weights(models)
         batches = None if data is None else Batches(data, device=device, dtype=dtype)
@@ -225,7 +226,7 @@ class Merging:
             # folded right away, since the next normalization reads weights
             folded = tuple(step for normalization in passes for step in (normalization, Fold()))
             if self.masks is not None:
-                self.masks.check(context)
+                self.masks.check(lambda name: aligned_members(name, context))
                 first, folded = (Average(), self.masks.mask()), (KeepZeros(steps=folded),)
             kept = () if preserve is None else (preserve,)
             merged = Pipeline((*first, *kept, *folded)).run(target.graph_module, context)
@@ -313,7 +314,13 @@ def _exported(source: Source) -> list[str]:
     return [*notes, f"not renormalized: BatchNorm layers are hidden in {', '.join(hidden[:4])}"] if hidden else notes
 
 
-def _device(models: Sequence[nn.Module]) -> torch.device:
+def common_device(models: Sequence[nn.Module]) -> torch.device:
+    """Where all models live.
+
+    Raises:
+        IncompatibleModelsError: they live in several places.
+        InvalidWeightsError: they hold no values.
+    """
     devices = {parameter.device for model in models for parameter in model.parameters()}
     if len(devices) > 1:
         raise IncompatibleModelsError(

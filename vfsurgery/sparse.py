@@ -7,23 +7,25 @@ is wanted; see :mod:`vfsurgery.passes.mask`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from vfsurgery.errors import OptionError, did_you_mean, explain
-from vfsurgery.passes import Context, Mask, Pass
-from vfsurgery.passes.mask import CHOICES, Choice, aligned_members, aligned_support
+from vfsurgery.passes import Mask, Pass
+from vfsurgery.passes.mask import CHOICES, Choice, support_of
 from vfsurgery.pruning.layers import prunable
 from vfsurgery.report import MergedMasks
-from vfsurgery.sources import Source
+from vfsurgery.sources import canonical_state
 from vfsurgery.tracing.ops import canonical_parameters
 
 SPARSE = 0.05
 """Share of exact zeros in the prunable weights from which on a source counts as sparse without being called so."""
+
+Members: TypeAlias = Callable[[str], Iterable[tuple[Tensor, float]]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class MaskPlan:
     weights: tuple[str, ...]
     sparsity: tuple[float, ...]
     equal: bool
+    option: str = "masks"
+    """The name of the argument that chooses, for messages."""
 
     def refuse(self, passes: Sequence[Pass]) -> None:
         """Refuse normalizations that fill zeros.
@@ -55,8 +59,11 @@ class MaskPlan:
                     )
                 )
 
-    def check(self, context: Context) -> None:
+    def check(self, members: Members) -> None:
         """Refuse to keep masks that are not equal in the reference's order of units.
+
+        Args:
+            members: For each weight by name those of the aligned sources that have a share, and their shares.
 
         Raises:
             OptionError: has the densities, and what can be chosen.
@@ -64,9 +71,9 @@ class MaskPlan:
         if self.choice != "keep":
             return
         for name in self.weights:
-            support = aligned_support(name, context)
+            support = support_of(members(name))
             if support.kept != int(torch.count_nonzero(support.common)):
-                raise self._differ(name, context)
+                raise self._differ(name, members)
 
     def mask(self) -> Mask:
         """The pass that follows on the average."""
@@ -76,14 +83,14 @@ class MaskPlan:
         """For the report."""
         return MergedMasks(self.choice, self.sparsity, sparsity_of(prunable(merged).values()))
 
-    def _differ(self, name: str, context: Context) -> OptionError:
+    def _differ(self, name: str, members: Members) -> OptionError:
         """The error, with densities that count the zeros of all weights once more."""
         total = common = union = 0
         for weight in self.weights:
-            members = [member != 0 for member, _ in aligned_members(weight, context)]
-            total += members[0].numel()
-            common += int(torch.count_nonzero(functools.reduce(torch.logical_and, members)))
-            union += int(torch.count_nonzero(functools.reduce(torch.logical_or, members)))
+            kept = [member != 0 for member, _ in members(weight)]
+            total += kept[0].numel()
+            common += int(torch.count_nonzero(functools.reduce(torch.logical_and, kept)))
+            union += int(torch.count_nonzero(functools.reduce(torch.logical_or, kept)))
         identity = "matching='identity', since the masks are equal as the sources come; or " if self.equal else ""
         densities = ", ".join(f"source {number} {1 - share:.2%}" for number, share in enumerate(self.sparsity))
         return OptionError(
@@ -93,12 +100,12 @@ class MaskPlan:
                 densities=f"{densities}; intersection {common / total:.2%}, union {union / total:.2%}",
                 choices="'intersect' keeps what all sources keep, 'union' what any of them keeps, "
                 "'reprune' the largest of the average, as many as a source keeps",
-                remedy=f"{identity}masks='intersect', 'union' or 'reprune'",
+                remedy=f"{identity}{self.option}='intersect', 'union' or 'reprune'",
             )
         )
 
 
-def plan_masks(sources: Sequence[Source], choice: str | None, shares: Sequence[float]) -> MaskPlan | None:
+def plan_masks(models: Sequence[nn.Module], choice: str | None, shares: Sequence[float]) -> MaskPlan | None:
     """What a merge has to do about zeros; nothing where the sources are dense.
 
     Without a choice, the sources count as sparse if :data:`SPARSE` of one's prunable weights are zero; equal masks are
@@ -109,12 +116,12 @@ def plan_masks(sources: Sequence[Source], choice: str | None, shares: Sequence[f
     """
     if choice is not None and choice not in CHOICES:
         raise OptionError(explain(f"masks={choice!r} is unknown", remedy=did_you_mean(str(choice), CHOICES)))
-    weights = weight_names(sources[0].model)
-    sparsity = tuple(sparsity_of([source.state[name] for name in weights]) for source in sources)
+    weights, states = weight_names(models[0]), [canonical_state(model) for model in models]
+    sparsity = tuple(sparsity_of([state[name] for name in weights]) for state in states)
     if max(sparsity) < SPARSE if choice is None else not any(sparsity):
         return None
-    states = [source.state for source, share in zip(sources, shares, strict=True) if share]
-    equal = all(torch.equal(state[name] != 0, states[0][name] != 0) for state in states[1:] for name in weights)
+    first, *others = [state for state, share in zip(states, shares, strict=True) if share]
+    equal = all(torch.equal(state[name] != 0, first[name] != 0) for state in others for name in weights)
     return MaskPlan(cast(Choice, choice or "keep"), weights, sparsity, equal)
 
 

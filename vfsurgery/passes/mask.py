@@ -7,7 +7,7 @@ section 2). What is to become of it is a choice: the intersection, the union, or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias, get_args
 
@@ -84,16 +84,16 @@ class Mask(Pass):
         """Mask the average that ``graph_module`` holds."""
         averages = canonical_state(graph_module)
         for name in self.weights:
-            aligned_support(name, context).apply(averages[name], self.choice)
+            support_of(aligned_members(name, context)).apply(averages[name], self.choice)
         return graph_module
 
 
-def aligned_support(name: str, context: Context) -> Support:
-    """Where one weight of the aligned sources is not zero, in the reference's order of units."""
-    support: Support | None = None
-    for member, share in aligned_members(name, context):
-        support = Support.of(member, share) if support is None else support.joined(member, share)
-    assert support is not None  # shares sum to one
+def support_of(members: Iterable[tuple[Tensor, float]]) -> Support:
+    """Where members, each with its share, are not zero; there is at least one."""
+    (first, share), *others = members
+    support = Support.of(first, share)
+    for member, share in others:
+        support = support.joined(member, share)
     return support
 
 
