@@ -30,7 +30,7 @@ LADDER = [
         "preserving",
     ),
     *("flip_rates", "verdict", "page", "diagnosis"),
-    *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training"),
+    *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training", "phases"),
     *("comparison", "expectations", "sections", "recipe", "twins", "zoo"),
     "__main__",
 ]

@@ -36,6 +36,9 @@ from vfsurgery.passes import Repair as Repair
 from vfsurgery.passes import Rescale as Rescale
 from vfsurgery.passes import Reset as Reset
 from vfsurgery.passes import Reshift as Reshift
+from vfsurgery.phases import Retraining as Retraining
+from vfsurgery.phases import SparseSoup as SparseSoup
+from vfsurgery.phases import sparse_soup as sparse_soup
 from vfsurgery.preserving import PreserveCurve as PreserveCurve
 from vfsurgery.preserving import preserve_curve as preserve_curve
 from vfsurgery.pruning import Masks as Masks
