@@ -17,10 +17,10 @@ LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report", "results"),
     *("tracing", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial", "computed"),
     *("batches", "holdout", "stats", "matching", "sources", "checkpoints", "passes", "pairing", "costs", "budget"),
-    *("verification", "pruning", "merging", "choosing", "references", "renormalizing", "api"),
-    *("figures", "evaluation", "preserving"),
+    *("verification", "pruning", "sparse", "merging", "choosing", "references", "renormalizing", "api"),
+    *("figures", "evaluation", "soups", "preserving"),
     *("flip_rates", "verdict", "page", "diagnosis"),
-    *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training", "soups", "phases"),
+    *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training", "phases"),
     *("comparison", "sweep", "ratio_rows", "expectations", "sections", "pruning_sections", "experiments"),
     *("recipe", "twins", "zoo", "cli", "__main__"),
 ]

@@ -36,6 +36,9 @@ from vfsurgery.passes import Repair as Repair
 from vfsurgery.passes import Rescale as Rescale
 from vfsurgery.passes import Reset as Reset
 from vfsurgery.passes import Reshift as Reshift
+from vfsurgery.phases import Retraining as Retraining
+from vfsurgery.phases import SparseSoup as SparseSoup
+from vfsurgery.phases import sparse_soup as sparse_soup
 from vfsurgery.preserving import PreserveCurve as PreserveCurve
 from vfsurgery.preserving import preserve_curve as preserve_curve
 from vfsurgery.pruning import Masks as Masks
@@ -49,3 +52,5 @@ from vfsurgery.report import MergeReport as MergeReport
 from vfsurgery.report import Report as Report
 from vfsurgery.results import report_of as report_of
 from vfsurgery.rules import rule as rule
+from vfsurgery.soups import SoupReport as SoupReport
+from vfsurgery.soups import soup as soup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 from torch import fx, nn
@@ -15,7 +16,7 @@ from vfsurgery.choosing import Way, choose, sensible
 from vfsurgery.discovery import discover
 from vfsurgery.errors import DataError, OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet
-from vfsurgery.matching import MATCHERS, Matcher, Orders
+from vfsurgery.matching import MATCHERS, Identity, Matcher, Orders
 from vfsurgery.merging import ExampleInputs, Merging
 from vfsurgery.partial import find_partly
 from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
@@ -24,6 +25,7 @@ from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.passes.renormalize import Repair
 from vfsurgery.recording import hidden_norms, record, record_or_export
 from vfsurgery.results import remember
+from vfsurgery.sparse import plan_masks
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.ops import OpReader
@@ -153,7 +155,7 @@ def match(
         source too (one for each). Hand it to ``matching=Given(...)`` to merge several times with one matching.
     """
     work = Merging.prepare(_models(a, b), data, example_inputs, seed, progress, leaf, pins)
-    matcher = _matcher(matching, data)
+    matcher = _masked(work, None, (1 / len(work.sources),) * len(work.sources), matching, _matcher(matching, data))
     with work.running():
         work.plan(matcher, ())
         found = tuple(dict(matching.permutations) for matching in work.match(matcher))
@@ -172,6 +174,7 @@ def merge(
     preserve: int | str | Preserve = 0,
     max_flops: float | None = None,
     max_params: float | None = None,
+    masks: str | None = None,
     example_inputs: ExampleInputs | None = None,
     leaf: Leaf | Sequence[Leaf] = (),
     pins: str | Sequence[str] = (),
@@ -208,6 +211,12 @@ def merge(
             docs/preserve.md.
         max_flops: Instead of ``preserve``, keep as many layers as cost at most so many times one source's FLOPs.
         max_params: The same for parameters; with both, both hold.
+        masks: What the result of pruned sources keeps: ``"keep"`` their mask, which has to be the same in all;
+            ``"intersect"`` the weights that all sources keep; ``"union"`` those that any keeps; ``"reprune"`` the
+            largest of the average, in each layer as many as a source keeps. ``None`` is ``"keep"`` where 5 % of a
+            source's weights are zero, else zeros mean nothing. Nothing that follows gives a pruned weight a value,
+            which is asserted; ``"regress"`` would, and is refused. Preserved layers keep their source's zeros. See
+            docs/sparse.md.
         example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured.
         leaf: As for :func:`trace`.
         pins: As for :func:`find_groups`: units that stay in the order they have. The report lists them.
@@ -235,7 +244,7 @@ def merge(
     True
     """
     models = _models(a, b)
-    shares = _shares(len(models), alpha, weights)
+    shares = shares_of(len(models), alpha, weights)
     matcher = _matcher(matching, data)
     budget = Budget(max_flops, max_params)
     if inplace and (preserve or budget != Budget()):
@@ -249,16 +258,19 @@ def merge(
     work = Merging.prepare(models, data, example_inputs, seed, progress, leaf, pins)
     graph_module = work.sources[0].graph_module
     passes = _normalizations(renormalize, graph_module, data)
+    matcher = _masked(work, masks, shares, matching, matcher, passes)
     ways = [Way(matcher, passes)]
     if (matching == "auto" or renormalize == "auto") and work.can_judge():
-        tried = None if matching == "auto" else matcher
-        ways = sensible(graph_module, work.groups, tried, passes, fixed=renormalize != "auto")
+        tried = None if matching == "auto" and matcher != Identity() else matcher
+        ways = sensible(graph_module, work.groups, tried, passes, fixed=renormalize != "auto", masks=work.masks)
     with work.running():
         kept = plan_prefix(graph_module, work.inputs, sum(share > 0 for share in shares), preserve, budget)
         best, trials = choose(work, ways, shares, kept and kept[0])
         merged = work.finish(best.model, best.context, inplace, preserved=kept is not None)
     way, preserved = best.way, kept and kept[1]
     report = work.report(way.matcher, best.matchings, way.passes, best.certificates, best.context, preserved, trials)
+    if work.masks is not None:
+        report = replace(report, masks=work.masks.record(merged))
     remember(merged, report)
     _PASSES[merged] = way.passes
     return merged
@@ -285,7 +297,7 @@ def _models(a: nn.Module | Sequence[nn.Module], b: nn.Module | None) -> list[nn.
     return given
 
 
-def _shares(count: int, alpha: float, weights: Sequence[float] | None) -> tuple[float, ...]:
+def shares_of(count: int, alpha: float, weights: Sequence[float] | None) -> tuple[float, ...]:
     """The sources' shares, which must be at least 0 and sum to 1: statistics of sources are averaged with them."""
     if weights is not None and alpha != 0.5:
         raise OptionError(explain("alpha and weights were both given", remedy="weights alone says all shares"))
@@ -319,6 +331,25 @@ def _matcher(matching: Matchings, data: Data | None) -> Matcher:
     if matcher.needs_data and data is None:
         raise DataError(explain(f"matching={matcher.name!r} needs data", remedy="pass data=, or matching='weights'"))
     return matcher
+
+
+def _masked(
+    work: Merging,
+    choice: str | None,
+    shares: tuple[float, ...],
+    matching: Matchings,
+    matcher: Matcher,
+    passes: tuple[Pass, ...] = (),
+) -> Matcher:
+    """Plan what becomes of the sources' zeros, and return the matcher that suits them."""
+    work.masks = plan_masks([source.model for source in work.sources], choice, shares)
+    if work.masks is None:
+        return matcher
+    work.masks.refuse(passes)
+    if matching != "auto" or not work.masks.equal:
+        return matcher
+    work.notes.append("matching identity: the sources' masks are equal, so their units correspond already")
+    return Identity()
 
 
 def _normalizations(choice: Renormalization, graph_module: fx.GraphModule, data: Data | None) -> tuple[Pass, ...]:

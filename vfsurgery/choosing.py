@@ -25,6 +25,7 @@ from vfsurgery.passes import Context, Pass, Preserve, Regress, Repair, Rescale
 from vfsurgery.passes.agreement import class_logits, ensemble_classes
 from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.report import Certificate, Trial
+from vfsurgery.sparse import MaskPlan
 
 MAPPABLE = 0.5
 """Share of the units that must allow maps for matchers of maps to be tried."""
@@ -65,6 +66,7 @@ def sensible(
     matcher: Matcher | None,
     default: tuple[Pass, ...],
     fixed: bool,
+    masks: MaskPlan | None = None,
 ) -> list[Way]:
     """The ways with calibration data, the plain choice by architecture first.
 
@@ -74,6 +76,7 @@ def sensible(
         matcher: The one asked for; ``None`` to try several.
         default: The normalization by architecture, or the one asked for.
         fixed: Whether that one was asked for.
+        masks: Of sparse sources: what would undo their pruning is left out.
     """
     first = ActivationMatching() if matcher is None else matcher
     found = [Way(first, default)]
@@ -93,6 +96,8 @@ def sensible(
             found += [Way(CCAMatching(), (Repair(reference=0),)), Way(ZipMatching(), default)]
         if regresses:
             found.append(Way(CCAMatching(), (regress,)))
+    if masks is not None:  # maps of units mix their zeros away
+        found = [way for way in found if way.matcher == first and not any(step.fills_zeros for step in way.passes)]
     return found
 
 

@@ -303,6 +303,7 @@ def barrier(
     alphas: int | Sequence[float] = 11,
     matching: Matchings = "auto",
     renormalize: Renormalization = "auto",
+    masks: str | None = None,
     example_inputs: ExampleInputs | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -323,6 +324,7 @@ def barrier(
         matching: As for :func:`vfsurgery.merge`; ``"auto"`` is activations with calibration images, weights without.
         renormalize: As for :func:`vfsurgery.merge`; ``None`` leaves the renormalized curve out, ``"auto"`` is chosen
             once, at the midpoint.
+        masks: As for :func:`vfsurgery.merge`, for all curves.
         example_inputs: As for :func:`vfsurgery.merge`; ``None`` takes the first images of the data.
         seed: Of the matching.
         progress: Show a bar when it takes over a second.
@@ -336,6 +338,7 @@ def barrier(
         example_inputs = first_images(a, data if calibration is None else calibration)
     options: dict[str, Any] = {"example_inputs": example_inputs, "seed": seed, "progress": False}
     found = Given(match(a, b, data=calibration, matching=matching, **options))
+    options["masks"] = masks
     kinds: dict[str, dict[str, Any]] = {
         "naive": {"matching": "identity", "renormalize": None},
         "aligned": {"matching": found, "renormalize": None},

@@ -1,11 +1,11 @@
-"""Running the experiments of a recipe: each gives a finding with a table, files, and figures to hold expectations to."""
+"""Running the experiments of a recipe: each gives a table, files, and figures to hold expectations to."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 

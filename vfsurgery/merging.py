@@ -24,12 +24,14 @@ from vfsurgery.holdout import split
 from vfsurgery.maps import Order, UnitMap, balanced, permutations_of
 from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.matching.pairwise import describe
-from vfsurgery.passes import Average, Context, Fold, Pass, Pipeline, Preserve
+from vfsurgery.passes import Average, Context, Fold, KeepZeros, Pass, Pipeline, Preserve
 from vfsurgery.passes.base import calibration_images
+from vfsurgery.passes.mask import aligned_members
 from vfsurgery.passes.preserve import standalone
 from vfsurgery.recording import hidden_norms, record_or_export
 from vfsurgery.report import Certificate, GroupMatch, MergeReport, Preserved, Trial
 from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode, write_into
+from vfsurgery.sparse import MaskPlan, refuse_hooks
 from vfsurgery.stats.collect import Site, Survey, group_sites, image_dtype, survey
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
@@ -63,6 +65,7 @@ class Merging:
     pairs: dict[str, tuple[Site, ...]] = field(default_factory=dict[str, tuple[Site, ...]])
     units: dict[str, Site] = field(default_factory=dict[str, Site])
     held_out: Batches | None = None
+    masks: MaskPlan | None = None
     _joint: bool = False
     _all_pairs: bool = False
     _survey: Survey | None = None
@@ -80,7 +83,8 @@ class Merging:
     ) -> Merging:
         """Check, trace and group the sources."""
         started = time.perf_counter()
-        device, dtype = _device(models), image_dtype(models[0])
+        refuse_hooks(models)
+        device, dtype = common_device(models), image_dtype(models[0])
         check_same_architecture(models)
         check_weights(models)
         batches = None if data is None else Batches(data, device=device, dtype=dtype)
@@ -218,9 +222,14 @@ class Merging:
         context = Context(self.groups, self.sources, shares, orders, self.survey, self.data, self.progress)
         context.held_out = self.held_out
         with self.clock("average and renormalize"), eval_mode(target.model, target.graph_module):
-            first = (Average(),) if preserve is None else (Average(), preserve)
-            folded = (step for normalization in passes for step in (normalization, Fold()))  # the next reads weights
-            merged = Pipeline((*first, *folded)).run(target.graph_module, context)
+            first: tuple[Pass, ...] = (Average(),)
+            # folded right away, since the next normalization reads weights
+            folded = tuple(step for normalization in passes for step in (normalization, Fold()))
+            if self.masks is not None:
+                self.masks.check(lambda name: aligned_members(name, context))
+                first, folded = (Average(), self.masks.mask()), (KeepZeros(steps=folded),)
+            kept = () if preserve is None else (preserve,)
+            merged = Pipeline((*first, *kept, *folded)).run(target.graph_module, context)
         return target.model if preserve is None else merged, context
 
     def finish(self, merged: nn.Module, context: Context, inplace: bool, preserved: bool) -> nn.Module:
@@ -306,7 +315,13 @@ def _exported(source: Source) -> list[str]:
     return [*notes, f"not renormalized: BatchNorm layers are hidden in {', '.join(hidden[:4])}"] if hidden else notes
 
 
-def _device(models: Sequence[nn.Module]) -> torch.device:
+def common_device(models: Sequence[nn.Module]) -> torch.device:
+    """Where all models live.
+
+    Raises:
+        IncompatibleModelsError: they live in several places.
+        InvalidWeightsError: they hold no values.
+    """
     devices = {parameter.device for model in models for parameter in model.parameters()}
     if len(devices) > 1:
         raise IncompatibleModelsError(

@@ -84,6 +84,7 @@ def preserve_curve(
     alpha: float = 0.5,
     matching: Matchings = "auto",
     renormalize: Renormalization = "auto",
+    masks: str | None = None,
     example_inputs: ExampleInputs | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -100,6 +101,7 @@ def preserve_curve(
         alpha: As for :func:`vfsurgery.merge`.
         matching: As for :func:`vfsurgery.merge`.
         renormalize: As for :func:`vfsurgery.merge`.
+        masks: As for :func:`vfsurgery.merge`.
         example_inputs: As for :func:`vfsurgery.merge`; ``None`` takes the first images of the data.
         seed: Of the matching.
         progress: Show a bar when it takes over a second.
@@ -120,6 +122,7 @@ def preserve_curve(
         raise OptionError(explain("boundaries= is empty", remedy="leave it out for all of them"))
     options: dict[str, Any] = {"example_inputs": inputs, "seed": seed, "progress": False}
     found = Given(match(a, b, data=calibration, matching=matching, **options))
+    options["masks"] = masks
     expected = _Expected.of(a, b, alpha, data)
     points: list[PreservePoint] = []
     for boundary in progress_bar(wanted, "boundaries", len(wanted), progress):

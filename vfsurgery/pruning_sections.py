@@ -75,7 +75,9 @@ class PruningSweep(Experiment):
     @classmethod
     def _renormalizations_exist(cls, steps: str | tuple[str, ...]) -> str | tuple[str, ...]:
         named = (steps,) if isinstance(steps, str) else steps
-        refuse_unknown("renormalization", named, ["auto", *NORMALIZATIONS] if isinstance(steps, str) else NORMALIZATIONS)
+        refuse_unknown(
+            "renormalization", named, ["auto", *NORMALIZATIONS] if isinstance(steps, str) else NORMALIZATIONS
+        )
         return steps
 
     @model_validator(mode="after")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Annotated, Any, Self
 
 import torch
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
-from torch import nn
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from vfsurgery.checkpoints import load_into, load_state_dict, write_text
 from vfsurgery.comparison import Comparison

@@ -107,6 +107,24 @@ class Trial:
         return f"{way}: agrees with the ensemble on {self.agreement:.2%} of the held-out images ({self.seconds:.1f} s)"
 
 
+@dataclass(frozen=True, slots=True)
+class MergedMasks:
+    """What became of the zero patterns of sparse sources; sparsities are shares of their prunable weights, 0 to 1.
+
+    >>> print(MergedMasks("intersect", sources=(0.9, 0.9), result=0.95))
+    masks intersect: sparsity 90.00%, 90.00% of the sources, 95.00% of the result
+    """
+
+    choice: str
+    sources: tuple[float, ...]
+    result: float
+
+    def __str__(self) -> str:
+        sparsity = ", ".join(f"{share:.2%}" for share in self.sources)
+        denser = ": denser than each of them" if self.result < min(self.sources) - 5e-5 else ""
+        return f"masks {self.choice}: sparsity {sparsity} of the sources, {self.result:.2%} of the result{denser}"
+
+
 @dataclass(frozen=True)
 class Report:
     """What was done to make a model: frozen, printable, and as JSON readable by machines."""
@@ -140,6 +158,7 @@ class MergeReport(Report):
     seconds: tuple[tuple[str, float], ...]
     preserved: Preserved | None = None
     trials: tuple[Trial, ...] = ()
+    masks: MergedMasks | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers; groups without their activations."""
@@ -160,7 +179,9 @@ class MergeReport(Report):
         plain["coverage"] = self.groups.coverage
         for name in ("matches", "certificates", "trials"):
             plain[name] = [dataclasses.asdict(entry) for entry in getattr(self, name)]
-        plain["preserved"] = None if self.preserved is None else dataclasses.asdict(self.preserved)
+        for name in ("preserved", "masks"):
+            value = getattr(self, name)
+            plain[name] = None if value is None else dataclasses.asdict(value)
         plain["versions"], plain["seconds"] = dict(self.versions), dict(self.seconds)
         return json.loads(json.dumps(plain))
 
@@ -174,6 +195,8 @@ class MergeReport(Report):
         ]
         if self.preserved is not None:
             lines += [f"  {self.preserved}", *(f"    {candidate}" for candidate in self.preserved.candidates)]
+        if self.masks is not None:
+            lines.append(f"  {self.masks}")
         if self.trials:
             lines += ["  tried, the best one kept:", *(f"    {trial}" for trial in self.trials)]
         lines += [f"  {note}" for note in self.notes]

@@ -15,6 +15,7 @@ from vfsurgery.errors import did_you_mean
 from vfsurgery.expectations import Expectation, is_number
 from vfsurgery.matching import MATCHERS
 from vfsurgery.passes import NORMALIZATIONS
+from vfsurgery.passes.mask import CHOICES
 from vfsurgery.ratio_rows import PREFIX, RatioRow
 from vfsurgery.training import OptimizerName
 
@@ -114,6 +115,7 @@ class Merge(Section):
     matching: str = "auto"
     renormalize: Annotated[str | tuple[str, ...] | None, AsTuple] = "auto"
     preserve: Annotated[int, Field(ge=0)] | str = 0
+    masks: str | None = None
     alpha: Share | None = None
     label: str | None = None
 
@@ -122,6 +124,12 @@ class Merge(Section):
     def _matching_exists(cls, matching: str) -> str:
         refuse_unknown("matching", (matching,), ["auto", *MATCHERS])
         return matching
+
+    @field_validator("masks")
+    @classmethod
+    def _choice_exists(cls, masks: str | None) -> str | None:
+        refuse_unknown("choice of masks", () if masks is None else (masks,), CHOICES)
+        return masks
 
     @field_validator("renormalize")
     @classmethod
@@ -137,12 +145,13 @@ class Merge(Section):
         """The label, or as in ``activations + rescale``."""
         steps = (self.renormalize,) if isinstance(self.renormalize, str) else self.renormalize or ()
         kept = (f"preserve {self.preserve}",) if self.preserve else ()
+        zeros = () if self.masks is None else (f"masks {self.masks}",)
         at = () if self.alpha is None else (f"alpha {self.alpha:g}",)
-        return self.label or " + ".join([self.matching, *steps, *kept, *at])
+        return self.label or " + ".join([self.matching, *steps, *kept, *zeros, *at])
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of :func:`vfsurgery.merge`; ``alpha`` only where this row has one of its own."""
-        given = self.model_dump(include={"matching", "renormalize", "preserve"})
+        given = self.model_dump(include={"matching", "renormalize", "preserve", "masks"})
         return given if self.alpha is None else {**given, "alpha": self.alpha}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from vfsurgery.augmentation import crop_and_flip
 from vfsurgery.batches import progress as progress_bar
-from vfsurgery.errors import DataError, explain
+from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
+from vfsurgery.pruning import Masks
 from vfsurgery.resuming import Progress
 
 OptimizerName: TypeAlias = Literal["sgd", "adamw"]
 """SGD with momentum, or AdamW, which transformers need."""
 
+Shape: TypeAlias = Literal["cycle", "linear"]
+RISE = 0.1
+"""Share of the steps in which a linear learning rate rises."""
 WARMUP_START = 1e-6
 """Learning rate of the first step of a warm-up, as in the paper's trainings."""
 
@@ -49,12 +53,14 @@ def train(
     nesterov: bool = True,
     milestones: Sequence[int] | None = None,
     warmup: int = 0,
+    shape: Shape = "cycle",
+    masks: Masks | None = None,
     augment: bool = False,
     checkpoint: str | Path | None = None,
     label: str = "training",
     progress: bool = True,
 ) -> nn.Module:
-    """Train a classifier in place: SGD or AdamW on the cross-entropy, one learning-rate cycle or falling steps.
+    """Train a classifier in place on the cross-entropy: SGD or AdamW, one cycle of the learning rate, a ramp, or steps.
 
     Args:
         model: Maps images (N, ...) to logits (N, classes); trained where its parameters are.
@@ -69,6 +75,10 @@ def train(
         nesterov: Whether the momentum of SGD is Nesterov's.
         milestones: Steps after which the learning rate falls to a tenth, in place of the cycle; none keep it constant.
         warmup: Epochs in which it first rises from 1e-6 to ``lr``, with ``milestones`` only.
+        shape: Of the learning rate without ``milestones``: one ``"cycle"``, or ``"linear"``, which rises over the first
+            tenth of the steps and falls to zero, as for retraining pruned networks.
+        masks: What of a pruned model stays zero, whatever its gradients, momentum and weight decay are: it is set to
+            zero before the first step and after each one.
         augment: Whether images are shifted and mirrored at random, see :func:`~vfsurgery.augmentation.crop_and_flip`.
         checkpoint: A file that keeps the state of the training after every epoch. Where it exists, the training goes
             on from there, to the weights that it would have come to without a break.
@@ -80,6 +90,8 @@ def train(
 
     Raises:
         DataError: The data set is empty.
+        IncompatibleModelsError: The masks are of another architecture.
+        OptionError: There is no such ``shape``, or pruning hooks compute a masked weight.
         CheckpointError: ``checkpoint`` is damaged, belongs to another training, or cannot be written.
     """
     if not len(cast("Sized", dataset)):
@@ -88,12 +100,14 @@ def train(
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, generator=order)
     setting = f"{seed=} {epochs=} {lr=} {batch_size=} {momentum=} {weight_decay=} {nesterov=} {milestones=} {warmup=} "
     setting += f"{augment=}, {len(loader)} batches" + f", {optimizer=}" * (optimizer != "sgd")
+    setting += f", {shape=}" * (shape != "cycle")
+    setting += "" if masks is None else f", {masks.sparsity:.6f} pruned"
     steps: torch.optim.Optimizer
     if optimizer == "adamw":
         steps = torch.optim.AdamW(model.parameters(), lr, (momentum, 0.999), weight_decay=weight_decay)
     else:
         steps = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
-    schedule = _schedule(steps, lr, epochs * len(loader), milestones, warmup * len(loader))
+    schedule = _schedule(steps, lr, epochs * len(loader), milestones, warmup * len(loader), shape)
     parts = {"model": model, "optimizer": steps, "schedule": schedule}
     state = Progress(parts, order, setting)
     done = 0 if checkpoint is None else state.load(Path(checkpoint))
@@ -105,20 +119,34 @@ def train(
             if checkpoint is not None:
                 state.save(Path(checkpoint), epoch + 1)
 
+    hold = (lambda: None) if masks is None else masks.holder(model)
+    hold()
     model.train()
     for images, labels in progress_bar(epoch_batches(), label, (epochs - done) * len(loader), progress):
         steps.zero_grad()
         images = crop_and_flip(images, order) if augment else images
         F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
         steps.step()
+        hold()
         schedule.step()
     return model.eval()
 
 
 def _schedule(
-    optimizer: torch.optim.Optimizer, lr: float, steps: int, milestones: Sequence[int] | None, warmup: int
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    steps: int,
+    milestones: Sequence[int] | None,
+    warmup: int,
+    shape: Shape = "cycle",
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """One cycle over all steps, or a linear rise over ``warmup`` steps and a tenth after every milestone."""
+    """One cycle or a ramp over all steps, or a linear rise over ``warmup`` steps and a tenth after every milestone."""
+    if shape not in get_args(Shape):
+        raise OptionError(explain(f"shape={shape!r} is unknown", remedy=did_you_mean(str(shape), get_args(Shape))))
+    if milestones is None and shape == "linear":
+        peak = max(1, round(RISE * steps))
+        ramp = lambda step: min((step + 1) / peak, (steps - step) / max(1, steps - peak))  # noqa: E731
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)
     if milestones is None:
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
 

@@ -46,6 +46,7 @@ from vfsurgery.tracing.examples import example_inputs_of
 @click.option("--preserve", metavar="N|NAME", help="Keep the first N layers, or all up to a module, of each source.")
 @click.option("--max-flops", type=float, metavar="X", help="Keep as many as cost X times the FLOPs of one source.")
 @click.option("--max-params", type=float, metavar="X", help="The same for parameters.")
+@click.option("--masks", help="What the result of pruned sources keeps: keep, intersect, union or reprune.")
 @click.option("--seed", default=0, show_default=True, help="Decides random orders.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1.")
 @click.option("--quiet", is_flag=True, help="Show no progress bars.")
@@ -61,6 +62,7 @@ def merge_checkpoints(
     preserve: str | None,
     max_flops: float | None,
     max_params: float | None,
+    masks: str | None,
     seed: int,
     device: str,
     quiet: bool,
@@ -101,6 +103,7 @@ def merge_checkpoints(
         preserve=_boundary(preserve),
         max_flops=max_flops,
         max_params=max_params,
+        masks=masks,
         example_inputs=example,
         seed=seed,
         progress=not quiet,

@@ -9,6 +9,8 @@ from vfsurgery.passes.base import Pipeline as Pipeline
 from vfsurgery.passes.calibrate_biases import CalibrateBiases as CalibrateBiases
 from vfsurgery.passes.closed_form import ClosedFormRepair as ClosedFormRepair
 from vfsurgery.passes.fold import Fold as Fold
+from vfsurgery.passes.mask import KeepZeros as KeepZeros
+from vfsurgery.passes.mask import Mask as Mask
 from vfsurgery.passes.preserve import Preserve as Preserve
 from vfsurgery.passes.recalibrate import Reset as Reset
 from vfsurgery.passes.regress import Regress as Regress

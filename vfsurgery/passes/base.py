@@ -28,6 +28,8 @@ class Pass:
     name: ClassVar[str]
     preserves_function: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    fills_zeros: ClassVar[bool] = False
+    """Whether it gives values to weights that are zero, which undoes pruning."""
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> fx.GraphModule:
         """Do the step and return the graph module, the same one or another."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Masks(Mapping[str, Tensor]):
                 raise OptionError(explain(f"the mask of {name} is {mask.dtype}", remedy="masks are torch.bool"))
 
     @staticmethod
-    def of(model: nn.Module, exclude: str | tuple[str, ...] = ()) -> Masks:
+    def of(model: nn.Module, exclude: str | Sequence[str] = ()) -> Masks:
         """The zero pattern that the convolutions and linear layers of a model have now, pruning hooks included."""
         return Masks({name: weight != 0 for name, weight in prunable(model, exclude).items()})
 
@@ -88,7 +88,6 @@ class Masks(Mapping[str, Tensor]):
                     )
                 )
 
-    @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
         """Set to zero, in place, what is not kept; kept entries and weights without a mask stay bit for bit.
 
@@ -96,10 +95,25 @@ class Masks(Mapping[str, Tensor]):
             IncompatibleModelsError: see :meth:`check`.
             OptionError: a weight is computed by pruning hooks or a parametrization.
         """
+        self.holder(model)()
+
+    def holder(self, model: nn.Module) -> Callable[[], None]:
+        """A function that does the same as :meth:`apply` each time it is called, checked once: for after every step.
+
+        Raises:
+            IncompatibleModelsError: see :meth:`check`.
+            OptionError: see :meth:`apply`.
+        """
         self.check(model)
         weights = {name: stored_weight(model, name) for name in self}
-        for name, mask in self.items():
-            weights[name].masked_fill_(~mask.to(weights[name].device), 0)
+        dropped = [(weights[name], ~mask.to(weights[name].device)) for name, mask in self.items()]
+
+        def hold() -> None:
+            with torch.no_grad():
+                for weight, places in dropped:
+                    weight.masked_fill_(places, 0)
+
+        return hold
 
     def permuted(self, groups: GroupSet, orders: Permutations) -> Masks:
         """The masks of a model whose units have been reordered: ``new[r] = old[order[r]]``."""
