@@ -34,8 +34,8 @@ class Pruning:
     Gradients are off and the model is in eval mode; ``with torch.enable_grad():`` where a pruner needs them.
 
     Attributes:
-        model: A private copy of the user's model, in eval mode, on the user's device. Its weights still have their old
-            values in :meth:`Pruner.update`, except for those that were yielded already.
+        model: A private copy of the user's model, in eval mode, on the user's device. Its weights have their old values
+            until :meth:`Pruner.update` is through.
         weights: The parameters of that copy that are to be pruned, by state-dict name; the pruner decides about these
             alone. Excluded layers are not among them, nor those whose sparsity is zero. Entries that are zero already
             stay so, whatever a pruner says.
@@ -114,7 +114,7 @@ class Pruner:
         raise TypeError(f"{type(self).__name__} has no score method")
 
     def update(self, work: Pruning, masks: Masks) -> Iterator[tuple[str, Tensor]]:
-        """Name and new values of one weight after the other, zero where its mask is false; they are written at once.
+        """Name and new values of one weight after the other, zero where its mask is false.
 
         By default, and for a weight that is not yielded, what is kept stays as it is.
         """

@@ -136,13 +136,14 @@ def _run(pruner: Pruner, work: Pruning, schedule: Schedule, allow_empty: bool) -
         reasons = "; ".join(f"{name}: {work.dense[name]}" for name in list(work.weights)[:3])
         raise OptionError(explain(f"{pruner.name} can judge no layer of this model", layers=reasons))
     _check_alive(masks, work, allow_empty)
-    written: set[str] = set()
+    values: dict[str, Tensor] = {}  # written when all are there: every layer is updated for the model as it was
     for name, value in pruner.update(work, masks):
         _check_update(pruner, name, value, masks, work)
-        work.weights[name].copy_(value)
-        written.add(name)
+        values[name] = value
     for name, mask in masks.items():
-        if name not in written:
+        if name in values:
+            work.weights[name].copy_(values[name])
+        else:
             work.weights[name].masked_fill_(~mask, 0)
 
 
