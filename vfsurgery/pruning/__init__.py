@@ -3,6 +3,7 @@
 from vfsurgery.pruning.base import PRUNERS as PRUNERS
 from vfsurgery.pruning.base import Pruner as Pruner
 from vfsurgery.pruning.base import Pruning as Pruning
+from vfsurgery.pruning.fisher import DiagonalFisher as DiagonalFisher
 from vfsurgery.pruning.masks import Masks as Masks
 from vfsurgery.pruning.pruning import prune as prune
 from vfsurgery.pruning.report import PrunedLayer as PrunedLayer
@@ -11,3 +12,4 @@ from vfsurgery.pruning.sparsegpt import SparseGPT as SparseGPT
 from vfsurgery.pruning.unstructured import Magnitude as Magnitude
 from vfsurgery.pruning.unstructured import Random as Random
 from vfsurgery.pruning.wanda import Wanda as Wanda
+from vfsurgery.pruning.woodfisher import WoodFisher as WoodFisher

@@ -134,7 +134,12 @@ class WoodFisher(GradientPruner):
     def _solve_slab(self, work: Pruning, slab: list[Part], solve: Solve, found: dict[str, Tensor]) -> None:
         """Fill the rows of ``found`` that a slab has; its gradients are gone when this returns."""
         for part, rows in zip(slab, self.gradients(work).rows(slab), strict=True):
-            weight = work.weights[part.name]
+            weight = work.weights[part.name].detach()
+            alive = weight[part.start : part.stop].flatten(1) != 0
+            if not bool(alive.all()):
+                rows.mul_(
+                    alive.unsqueeze(1)
+                )  # what is zero already is no part of the network, nor of its Fisher matrix
             matrix = found.setdefault(part.name, torch.empty(weight.shape, dtype=rows.dtype, device=rows.device))
             for columns in even_blocks(rows.shape[-1], self.block):
                 step = _blocks_together(self.samples, columns.stop - columns.start, rows.itemsize)
