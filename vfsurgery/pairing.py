@@ -68,9 +68,11 @@ class Stage:
     def cosine(self, reference: Stage) -> float | None:
         """Mean cosine of this layer's rows with those it may be made from, over the entries that are not zero here.
 
-        ``None`` where weights do not tell: of different shape, of norm layers, or all zero.
+        ``None`` where weights do not tell: of different shape, of norm layers, all zero, or with a norm folded into
+        them, which may turn a row's sign.
         """
-        if self.rows.shape != reference.rows.shape or self.rows.ndim < 2:
+        folded = len(self.names) != len(reference.names)
+        if folded or self.rows.shape != reference.rows.shape or self.rows.ndim < 2:
             return None
         mine = self.rows.flatten(1).double()
         theirs = torch.where(mine != 0, reference.rows.flatten(1).double(), 0.0)
@@ -146,7 +148,8 @@ def pair_stages(compressed: Sequence[Stage], reference: Sequence[Stage], keep: K
     """
     work = _Pairing(list(compressed), list(reference), dict(keep or {}))
     work.pair_by_name()
-    work.pair_by_position()
+    work.pair_by_position(by_weights=True)
+    work.pair_by_position(by_weights=False)
     pairs = tuple(work.found[place] for place in sorted(work.found))
     unpaired = tuple(Unpaired(compressed[place].name, work.reasons[place]) for place in sorted(work.reasons))
     factors = tuple(Unpaired(compressed[place].name, work.factors[place]) for place in sorted(work.factors))
@@ -234,24 +237,25 @@ class _Pairing:
             for place in places:
                 self.factors[place] = f"a factor of {self.reference[theirs].name}{last}"
 
-    def pair_by_position(self) -> None:
-        """Between neighbours paired by name, what is certain: see :func:`certain_pairs`."""
+    def pair_by_position(self, by_weights: bool) -> None:
+        """Between neighbours that are paired, what is certain (see :func:`certain_pairs`); first where weights tell."""
         anchors = [(-1, -1), *sorted((mine, theirs) for theirs, mine in self.taken.items())]
         anchors.append((len(self.compressed), len(self.reference)))
         for (mine, theirs), (next_mine, next_theirs) in pairwise(anchors):
             left = [x for x in range(mine + 1, next_mine) if x not in self.found and x not in self.factors]
             free = [x for x in range(theirs + 1, next_theirs) if x not in self.taken]
-            same = [[self._may_be(i, j) for j in free] for i in left]
+            same = [[self._may_be(i, j, by_weights) for j in free] for i in left]
             for i, j in certain_pairs(same):
                 self._pair(left[i], free[j], "position")
             for place, possible in zip(left, same, strict=True):
-                if place not in self.found:
+                if place not in self.found and not by_weights:
                     self._explain(place, [self.reference[j].name for j, may in zip(free, possible, strict=True) if may])
 
-    def _may_be(self, mine: int, theirs: int) -> bool:
-        """Whether a place suits; a layer that its name has misled needs the word of its weights."""
+    def _may_be(self, mine: int, theirs: int, by_weights: bool) -> bool:
+        """Whether a place suits; a layer that its name has misled always needs the word of its weights."""
         stage, partner = self.compressed[mine], self.reference[theirs]
-        known = stage.cosine(partner) is not None or mine not in self.reasons
+        cosine = stage.cosine(partner)
+        known = cosine is not None or not (by_weights or mine in self.reasons)
         return stage.resembles(partner) and known and not stage.is_stranger(partner)
 
     def _explain(self, place: int, possible: Sequence[str]) -> None:
