@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -36,6 +37,7 @@ class Method(Section):
     method: str = "magnitude"
     scope: Literal["global", "layer", "row"] | None = None
     exclude: Annotated[tuple[str, ...], AsTuple] = ()
+    options: Options = FrozenDict()
     label: str | None = None
 
     @field_validator("method")
@@ -44,14 +46,21 @@ class Method(Section):
         refuse_unknown("pruner", (method,), PRUNERS)
         return method
 
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        known = list(inspect.signature(PRUNERS[self.method]).parameters)
+        refuse_unknown(f"option of {self.method}", tuple(self.options), known)
+        return self
+
     @property
     def name(self) -> str:
         """The label, or as in ``magnitude, layer``."""
         return self.label or ", ".join([self.method, *([self.scope] if self.scope else [])])
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of :func:`vfsurgery.prune`."""
-        return self.model_dump(include={"method", "scope", "exclude"})
+        """Arguments of :func:`vfsurgery.prune`; the pruner is made anew each time."""
+        options: dict[str, Any] = self.options
+        return {"method": PRUNERS[self.method](**options), "scope": self.scope, "exclude": self.exclude}
 
 
 class PruningSweep(Experiment):

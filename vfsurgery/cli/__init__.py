@@ -10,6 +10,7 @@ from vfsurgery.cli.diagnose import diagnose_checkpoint
 from vfsurgery.cli.groups import groups
 from vfsurgery.cli.merge import merge_checkpoints
 from vfsurgery.cli.options import EPILOG
+from vfsurgery.cli.prune import prune_checkpoint, renormalize_checkpoint
 from vfsurgery.cli.run import run
 from vfsurgery.cli.zoo import survey_zoo
 from vfsurgery.errors import ExampleInputError, OptionError, SurgeryError
@@ -33,17 +34,24 @@ class Commands(click.Group):
 @click.group("vfsurgery", cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="vfsurgery")
 def main() -> None:
-    """Merge trained networks in weight space, and repair what merging breaks.
+    """Merge and prune trained networks, and repair what merging and pruning break.
 
     \b
     Start here, with data that comes along:
       vfsurgery run recipes/digits.yaml
     Merge two checkpoints of one architecture:
       vfsurgery merge a.safetensors b.pt --model timm:resnet18 -o ab.safetensors
+    Prune a checkpoint and give its units their statistics back:
+      vfsurgery prune a.pt --model timm:resnet18 --sparsity 0.8 \\
+          --data imagefolder:photos --renormalize auto -o p.safetensors
     See which units of a network may be reordered:
       vfsurgery groups torchvision:resnet18
     """
 
 
-for command in (run, merge_checkpoints, diagnose_checkpoint, groups, survey_zoo):
+COMMANDS = (
+    *(run, merge_checkpoints, prune_checkpoint, renormalize_checkpoint),
+    *(diagnose_checkpoint, groups, survey_zoo),
+)
+for command in COMMANDS:
     main.add_command(command)

@@ -1,0 +1,161 @@
+"""``vfsurgery prune``: weights of a checkpoint to zero; ``vfsurgery renormalize``: repair what that has broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from torch import nn
+
+from vfsurgery.architectures import FORMS
+from vfsurgery.checkpoints import WEIGHTS, save_state_dict, write_text
+from vfsurgery.cli.options import (
+    EPILOG,
+    check_output,
+    data_options,
+    example_input,
+    find_device,
+    import_from_here,
+    load_images,
+    load_model,
+    steps,
+)
+from vfsurgery.pruning import prune
+from vfsurgery.renormalizing import renormalize
+from vfsurgery.results import report_of
+
+
+@click.command("prune", epilog=EPILOG)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help=f"Its architecture: {FORMS}.")
+@click.option("--num-classes", type=int, help="Passed on to the architecture.")
+@click.option("--sparsity", type=float, metavar="S", help="Share of the weights to set to zero, 0 to 1.")
+@click.option("--pattern", metavar="N:M", help="Keep N of every M weights instead, as in 2:4.")
+@click.option(
+    "--method",
+    default="magnitude",
+    show_default=True,
+    help="magnitude, random, wanda, sparsegpt, diagonal-fisher, woodfisher.",
+)
+@click.option("--scope", help="What weights compete with: global, layer or row.  [default: the method's]")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Layers to leave dense; may be repeated.")
+@data_options
+@click.option(
+    "--renormalize",
+    "restore",
+    default="none",
+    show_default=True,
+    help="Then restore the statistics of the dense network: auto, reset, repair, rescale.",
+)
+@click.option("--seed", default=0, show_default=True, help="Decides whatever is drawn at random.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1.")
+@click.option("--quiet", is_flag=True, help="Show no progress bars.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File ending in .safetensors.")
+def prune_checkpoint(
+    checkpoint: Path,
+    model: str,
+    num_classes: int | None,
+    sparsity: float | None,
+    pattern: str | None,
+    method: str,
+    scope: Any,
+    exclude: tuple[str, ...],
+    restore: str,
+    seed: int,
+    device: str,
+    quiet: bool,
+    output: Path,
+    **data: Any,
+) -> None:
+    """Set the least important weights of CHECKPOINT to zero, without training.
+
+    The weights go to the file named by -o, the report beside it into NAME.report.json.
+
+    \b
+    Examples:
+      vfsurgery prune a.safetensors --model timm:resnet18 --sparsity 0.8 -o p.safetensors
+      vfsurgery prune a.pt --model torchvision:resnet50 --pattern 2:4 --method sparsegpt \\
+          --data imagefolder:photos/train --renormalize auto -o p.safetensors
+    """
+    import_from_here()
+    report_path = output.with_suffix(".report.json")
+    check_output(output, report_path, (checkpoint,), WEIGHTS)
+    dense = load_model(checkpoint, model, num_classes, find_device(device))
+    images = load_images(model, dense, seed=seed, **data)
+    pruned = prune(
+        dense,
+        sparsity,
+        method=method,
+        scope=scope,
+        pattern=pattern,
+        exclude=exclude,
+        data=images,
+        seed=seed,
+        progress=not quiet,
+    )
+    click.echo(str(report_of(pruned)))
+    if (choice := steps(restore)) is not None:
+        example = example_input(data["input_size"], find_device(device))
+        pruned = renormalize(
+            pruned, reference=dense, data=images, renormalize=choice, example_inputs=example, progress=not quiet
+        )
+        click.echo(str(report_of(pruned)))
+    _write(pruned, output, report_path, {"model": model, "dense": checkpoint.name})
+
+
+@click.command("renormalize", epilog=EPILOG)
+@click.argument("compressed", type=click.Path(path_type=Path))
+@click.argument("reference", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help=f"The architecture of both: {FORMS}.")
+@click.option("--num-classes", type=int, help="Passed on to the architecture.")
+@data_options
+@click.option(
+    "--renormalize", "choice", default="auto", show_default=True, help="auto, reset, repair, rescale or reshift."
+)
+@click.option("--seed", default=0, show_default=True, help="Decides which images are drawn.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1.")
+@click.option("--quiet", is_flag=True, help="Show no progress bars.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File ending in .safetensors.")
+def renormalize_checkpoint(
+    compressed: Path,
+    reference: Path,
+    model: str,
+    num_classes: int | None,
+    choice: str,
+    seed: int,
+    device: str,
+    quiet: bool,
+    output: Path,
+    **data: Any,
+) -> None:
+    """Give the units of the checkpoint COMPRESSED the statistics that they have in REFERENCE, the one it was made from.
+
+    Zeros stay zeros, and size and speed stay as they are. Needs --data; 64 images help already.
+
+    \b
+    Examples:
+      vfsurgery renormalize pruned.pt dense.pt --model timm:resnet18 \\
+          --data imagefolder:photos/train -o repaired.safetensors
+    """
+    import_from_here()
+    report_path = output.with_suffix(".report.json")
+    check_output(output, report_path, (compressed, reference), WEIGHTS)
+    target = find_device(device)
+    network, dense = (load_model(path, model, num_classes, target) for path in (compressed, reference))
+    repaired = renormalize(
+        network,
+        reference=dense,
+        data=load_images(model, dense, seed=seed, **data),
+        renormalize=steps(choice) or "auto",
+        example_inputs=example_input(data["input_size"], target),
+        progress=not quiet,
+    )
+    click.echo(str(report_of(repaired)))
+    _write(repaired, output, report_path, {"model": model, "reference": reference.name})
+
+
+def _write(model: nn.Module, output: Path, report: Path, metadata: dict[str, str]) -> None:
+    save_state_dict(model.state_dict(), output, metadata)
+    write_text(report, report_of(model).to_json() + "\n")
+    click.echo(f"\nwritten to {output} and {report}")
