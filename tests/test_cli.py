@@ -22,6 +22,7 @@ from vfsurgery.data import digits, image_folder, loader, preprocessing
 from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import OptionError
 from vfsurgery.passes import NORMALIZATIONS
+from vfsurgery.pruning import prune
 from vfsurgery.training import from_seed
 
 DEMO = ["--model", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8"]
@@ -54,7 +55,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(found[key], tensor)
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["merge"], ["diagnose"], ["groups"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["merge"], ["prune"], ["renormalize"], ["diagnose"], ["groups"]])
 def test_every_help_teaches_by_example(command):
     result = call(*command, "--help")
     assert result.exit_code == 0
@@ -301,3 +302,36 @@ def test_wrong_recipe_is_wrong_usage(tmp_path):
     assert result.exit_code == 2
     assert "small.yaml: unknown key 'piars' at piars remedy did you mean 'pairs'?" in flat(result.stderr)
     assert not (tmp_path / "results").exists()
+
+
+def test_a_checkpoint_is_pruned_as_in_python_and_repaired_in_one_go_or_in_two(pair, tmp_path):
+    options = [*DEMO, "--data", "digits", "--limit", "64", "--quiet"]
+    sparse, repaired, again = (tmp_path / f"{name}.safetensors" for name in ("sparse", "repaired", "again"))
+    pruning = ["--sparsity", "0.7", "--scope", "layer"]
+    result = call("prune", pair[0], *options, *pruning, "-o", sparse)
+    assert result.exit_code == 0, result.output
+    expected = prune(from_seed(TinyConvNet, 0), 0.7, scope="layer", progress=False)
+    assert_same(load_state_dict(sparse), expected.state_dict())
+    assert json.loads(sparse.with_suffix(".report.json").read_text())["sparsity"] == pytest.approx(0.7, abs=0.01)
+    assert call("renormalize", sparse, pair[0], *options, "-o", repaired).exit_code == 0
+    assert call("prune", pair[0], *options, *pruning, "--renormalize", "auto", "-o", again).exit_code == 0
+    assert_same(load_state_dict(again), load_state_dict(repaired))
+    with pytest.raises(AssertionError):
+        assert_same(load_state_dict(repaired), load_state_dict(sparse))
+
+
+def test_wrong_options_of_prune_are_explained_and_nothing_is_written(pair, tmp_path):
+    output = tmp_path / "sparse.safetensors"
+    wrong = {
+        ("--sparsity", "1.5"): "sparsity",
+        ("--sparsity", "0.5", "--method", "magnitud"): "did you mean 'magnitude'",
+        ("--sparsity", "0.5", "--method", "wanda"): "needs data",
+        ("--sparsity", "0.5", "--exclude", "nothing"): "matches no convolution",
+        ("--sparsity", "0.5", "--renormalize", "auto"): "needs data",
+    }
+    for options, message in wrong.items():
+        result = call("prune", pair[0], *DEMO, *options, "--quiet", "-o", output)
+        assert result.exit_code == 2 or ("data" in message and result.exit_code == 1), result.output
+        assert message in flat(result.output)
+        assert not output.exists()
+    assert call("prune", pair[0], *DEMO, "--sparsity", "0.5", "-o", pair[0]).exit_code == 1

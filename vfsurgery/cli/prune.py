@@ -74,9 +74,10 @@ def prune_checkpoint(
 
     \b
     Examples:
-      vfsurgery prune a.safetensors --model timm:resnet18 --sparsity 0.8 -o p.safetensors
-      vfsurgery prune a.pt --model torchvision:resnet50 --pattern 2:4 --method sparsegpt \\
-          --data imagefolder:photos/train --renormalize auto -o p.safetensors
+      vfsurgery prune a.pt --model timm:resnet18 --sparsity 0.8 -o p.safetensors
+      vfsurgery prune a.pt --model torchvision:resnet50 --pattern 2:4 \\
+          --method sparsegpt --data imagefolder:photos/train \\
+          --renormalize auto -o p.safetensors
     """
     import_from_here()
     report_path = output.with_suffix(".report.json")
