@@ -82,7 +82,7 @@ def outputs(model: nn.Module, data: list[Tensor] = DATA) -> Tensor:
 
 
 def distance(model: nn.Module, dense: nn.Module) -> float:
-    """Mean squared distance of the outputs, over the variance of the dense ones, on images that nothing was fitted to."""
+    """Mean squared distance of the outputs over the variance of the dense ones, on images nothing was fitted to."""
     fresh = [images(200, seed=9)]
     goal = outputs(dense, fresh)
     return float((outputs(model, fresh) - goal).square().mean() / goal.var(0).mean())
@@ -205,10 +205,9 @@ def test_small_batches_do_as_well_as_one():
 
 
 def test_64_images_do_for_repair_what_reset_needs_many_for():
-    dense = surgery.renormalize(
-        net("residual"), reference=net("residual", seed=0), data=[images(2000)], renormalize="reset"
-    )
-    compressed = pruned(dense)
+    dense = net("residual")
+    dense = surgery.renormalize(copy.deepcopy(dense), reference=dense, data=[images(2000)], renormalize="reset")
+    compressed = pruned(dense, 0.3)
     few = [images(64, seed=3)]
     repaired, reset = (
         surgery.renormalize(compressed, reference=dense, data=few, renormalize=choice) for choice in ("repair", "reset")
@@ -241,16 +240,24 @@ def test_a_half_precision_copy_takes_a_float32_reference():
 def test_a_removed_layer_is_no_hindrance_to_the_rest():
     dense = net("residual")
     edited = pruned(dense)
-    edited.block1.conv2, edited.block1.bn2 = nn.Identity(), nn.Conv2d(6, 6, 1, groups=6)
+    edited.block1.conv2, edited.block1.bn2 = nn.Identity(), nn.Identity()
     repaired = surgery.renormalize(edited, reference=dense, data=DATA)
     report = surgery.report_of(repaired)
+    assert [(entry.layer, entry.reason) for entry in report.unpaired] == [("block1.bn2", "only the reference has it")]
     assert len(report.paired) == 6
-    edited.block1.bn2 = nn.Conv2d(6, 7, 1)
-    edited.block1.down = nn.Conv2d(6, 7, 1)
-    edited.block2.conv1, edited.block2.down[0] = nn.Conv2d(7, 10, 3, 2, 1), nn.Conv2d(7, 10, 1, 2)
-    report = surgery.report_of(surgery.renormalize(edited, reference=dense, data=DATA))
-    assert {entry.layer for entry in report.unpaired} == {"block1.bn2", "block1.down"}
-    assert moments_gap(surgery.renormalize(edited, reference=dense, data=DATA), dense) < EXACT[torch.float32]
+    assert moments_gap(repaired, dense) < EXACT[torch.float32] < moments_gap(edited, dense)
+
+
+def test_an_added_layer_is_named_and_left_alone():
+    dense = net("residual")
+    edited = pruned(dense)
+    edited.block1.down = nn.Sequential(nn.Conv2d(6, 7, 1), nn.ReLU(), nn.Conv2d(7, 6, 1))
+    repaired = surgery.renormalize(edited, reference=dense, data=DATA)
+    named = {entry.layer: entry.reason for entry in surgery.report_of(repaired).unpaired}
+    assert list(named) == ["block1.down.0", "block1.down.2"]
+    assert named["block1.down.0"] == "no conv layer of 7 units is left in its place of the reference"
+    assert torch.equal(repaired.block1.down[0].weight, edited.block1.down[0].weight)
+    assert moments_gap(repaired, dense) < EXACT[torch.float32] < moments_gap(edited, dense)
 
 
 def test_kept_units_are_compared_with_themselves():
@@ -270,12 +277,14 @@ def test_a_parametrized_weight_is_left_alone_and_named():
     dense = net("chain")
     compressed = pruned(dense)
     parametrizations.weight_norm(compressed[2])
+    expected = outputs(compressed)
     before = copy.deepcopy(compressed.state_dict())
     repaired = surgery.renormalize(compressed, reference=dense, data=DATA)
     assert list(repaired.state_dict()) == list(before)
     named = {entry.layer: entry.reason for entry in surgery.report_of(repaired).unpaired}
     assert named == {"2": "nothing can be folded into its weight: a parametrization computes it"}
     assert all(torch.equal(value, before[key]) for key, value in repaired.state_dict().items() if key.startswith("2."))
+    assert torch.equal(outputs(compressed), expected)
     assert moments_gap(repaired, dense) < EXACT[torch.float32]
 
 
@@ -320,7 +329,7 @@ def test_a_norm_without_scale_is_reset_and_the_rest_repaired():
 
 def test_layer_norms_and_the_layers_before_them_are_repaired():
     dense = lively(LayerNormed())
-    compressed = pruned(dense)
+    compressed = pruned(dense, 0.3)
     repaired = surgery.renormalize(compressed, reference=dense, data=DATA)
     assert [pair.layer for pair in surgery.report_of(repaired).paired] == ["first", "norm", "last"]
     assert moments_gap(repaired, dense) < EXACT[torch.float32] < moments_gap(compressed, dense)
@@ -347,7 +356,7 @@ def test_the_report_says_what_was_done():
     assert report.sparsity == pytest.approx(Masks.of(repaired).sparsity)
     assert report.to_dict()["paired"][0]["layer"] == "norm"
     assert "Residual renormalized after Residual: repair on 96 images" in str(report)
-    assert all(pair.scale > 1 for pair in report.paired)
+    assert max(pair.scale for pair in report.paired) > 1.05
 
 
 def test_both_networks_run_once_over_the_data():
@@ -355,17 +364,14 @@ def test_both_networks_run_once_over_the_data():
     compressed = pruned(dense)
     calls = {"dense": 0, "compressed": 0}
 
-    class Counting(nn.Identity):
-        def __init__(self, name):
-            super().__init__()
-            self.name = name
+    def counting(name):
+        def count(module, inputs, output):
+            calls[name] += 1
 
-        def forward(self, x):
-            calls[self.name] += isinstance(x, Tensor) and type(x) is Tensor
-            return x
+        return count
 
     for name, model in (("dense", dense), ("compressed", compressed)):
-        model[6] = nn.Sequential(model[6], Counting(name))
+        model[0].register_forward_hook(counting(name))
     surgery.renormalize(compressed, reference=dense, data=SMALL)
     assert calls == {"dense": len(SMALL), "compressed": len(SMALL)}
 
@@ -418,12 +424,12 @@ def test_a_weight_that_would_round_to_zero_is_an_error():
     ("reference", "message"),
     [
         (lambda: net("chain", seed=1), "its weights have nothing in common with 0 of the reference"),
-        (lambda: net("chain", classes=7), r"reference  \(2, 7\)"),
+        (lambda: net("chain", classes=7), r"reference   \(2, 7\)"),
         (
-            lambda: lively(nn.Sequential(nn.Conv2d(4, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())),
+            lambda: nn.Sequential(nn.Conv2d(4, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
             "cannot run on what",
         ),
-        (lambda: net("residual"), "0 of 5 layers"),
+        (lambda: net("residual"), "no conv layer of 8 units"),
     ],
 )
 def test_a_reference_of_another_architecture_is_refused(reference, message):
@@ -469,7 +475,7 @@ def test_inplace_refuses_to_change_the_reference():
 
 def test_sequential_meets_the_goals_over_many_batches():
     dense = net("chain")
-    compressed = pruned(dense, 0.8)
+    compressed = pruned(dense, 0.4)
     together, one_by_one = (
         surgery.renormalize(
             compressed, reference=dense, data=SMALL, renormalize=Repair(include_output=True, sequential=sequential)

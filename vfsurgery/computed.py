@@ -67,10 +67,8 @@ def plain_copy(model: nn.Module) -> PlainCopy:
     computed: dict[str, str] = {}
     for path, module in list(copied.named_modules()):
         prefix = f"{path}." if path else ""
-        if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-                computed[f"{prefix}{name}"] = "a parametrization computes it"
+        for name in _without_parametrizations(module):
+            computed[f"{prefix}{name}"] = "a parametrization computes it"
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
                 name = hook._tensor_name
@@ -89,6 +87,17 @@ def is_plain(model: nn.Module) -> bool:
     return not any(parametrize.is_parametrized(module) or _known_hooks(module) for module in model.modules())
 
 
+def fake_quantized(model: nn.Module) -> list[str]:
+    """Paths of the modules that round weights or activations in their forward, by what torch's fake quantization is."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        names = {base.__name__ for part in (module, *module.children()) for base in type(part).__mro__}
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if "FakeQuantizeBase" in names and not inside and path:
+            found.append(path)
+    return found
+
+
 def refresh(module: nn.Module) -> None:
     """Let pruning hooks set the module's weight anew, after what they compute it from has changed."""
     for hook in module._forward_pre_hooks.values():
@@ -100,6 +109,21 @@ def _known_hooks(module: nn.Module) -> dict[int, Any]:
     """The hooks of a module that set a weight of it, by their handle's id."""
     hooks: dict[int, Any] = module._forward_pre_hooks  # type: ignore[assignment]
     return {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith(HOOKS)}
+
+
+def _without_parametrizations(module: nn.Module) -> list[str]:
+    """Names of the tensors that parametrizations compute, which become plain parameters.
+
+    Not by torch's function: it takes the property away from the class, which copies share with the original.
+    """
+    if not parametrize.is_parametrized(module):
+        return []
+    values = {name: getattr(module, name).detach().clone() for name in module._modules["parametrizations"]}  # type: ignore[union-attr, attr-defined]
+    module.__class__ = type(module).__bases__[0]
+    del module._modules["parametrizations"]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
+    return list(values)
 
 
 def _hooked(module: nn.Module) -> list[str]:

@@ -117,11 +117,15 @@ class Unpaired:
 
 @dataclass(frozen=True)
 class Pairing:
-    """All pairs in the compressed network's order, and what has no partner; ``factors`` of it need none."""
+    """All pairs in the compressed network's order, and what has no partner.
+
+    ``factors`` need none, ``missing`` are layers of the reference that nothing in the compressed network stands for.
+    """
 
     pairs: tuple[Pair, ...]
     unpaired: tuple[Unpaired, ...]
     factors: tuple[Unpaired, ...] = ()
+    missing: tuple[Unpaired, ...] = ()
 
     @property
     def by_node(self) -> dict[str, Pair]:
@@ -153,7 +157,13 @@ def pair_stages(compressed: Sequence[Stage], reference: Sequence[Stage], keep: K
     pairs = tuple(work.found[place] for place in sorted(work.found))
     unpaired = tuple(Unpaired(compressed[place].name, work.reasons[place]) for place in sorted(work.reasons))
     factors = tuple(Unpaired(compressed[place].name, work.factors[place]) for place in sorted(work.factors))
-    return Pairing(pairs, unpaired, factors)
+    names = {name for stage in compressed for name in stage.names}
+    missing = tuple(
+        Unpaired(stage.name, "only the reference has it")
+        for place, stage in enumerate(reference)
+        if place not in work.taken and names.isdisjoint(stage.names)
+    )
+    return Pairing(pairs, unpaired, factors, missing)
 
 
 def find_stages(graph_module: fx.GraphModule, groups: GroupSet) -> list[Stage]:

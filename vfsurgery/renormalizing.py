@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.batches import Batches, Data
-from vfsurgery.computed import PlainCopy, copy_of, plain_copy, refresh
+from vfsurgery.computed import PlainCopy, copy_of, fake_quantized, plain_copy, refresh
 from vfsurgery.discovery import discover
 from vfsurgery.errors import (
     DataError,
@@ -237,7 +237,9 @@ class _Work:
         pairing = pair_stages(ours, theirs, keep)
         check_pairing(pairing, compressed, reference)
         pairing, computed = _writable(pairing, plain)
-        unpaired = (*pairing.unpaired, *computed, *find_others(graph_module, groups), *pairing.factors)
+        others = find_others(graph_module, groups)
+        missing = [entry for entry in pairing.missing if entry.layer not in {other.layer for other in others}]
+        unpaired = (*pairing.unpaired, *computed, *others, *pairing.factors, *missing)
         state = canonical_state(plain.model)
         before = Masks({name: tensor != 0 for name, tensor in state.items() if tensor.ndim > 1})
         work = _Work(plain, graph_module, groups, source, pairing, unpaired, batches, progress, before, 0.0)
@@ -350,7 +352,7 @@ def _named(choice: Choice) -> tuple[Pass, ...]:
 
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...], given: ExampleInputs | None) -> fx.GraphModule:
     try:
-        graph_module = record_or_export(model, inputs)
+        graph_module = record_or_export(model, inputs, fake_quantized(model))
     except TraceError as error:
         if given is not None:
             raise

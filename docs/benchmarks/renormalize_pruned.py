@@ -31,6 +31,7 @@ from torch.nn.utils import prune
 import vfsurgery as surgery
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+SCOPES = ("global", "layer")
 FEW = 64
 
 
@@ -78,7 +79,14 @@ def accuracy(model: nn.Module, images: Images) -> float:
     return 100 * surgery.evaluate(model, images.test, progress=False).accuracy
 
 
-def measure(name: str, shared: Path, images: Images, choice: str, draws: int, sparsities: Sequence[float]) -> list[Row]:
+def measure(
+    name: str,
+    shared: Path,
+    images: Images,
+    choice: str,
+    draws: int,
+    cells: Sequence[tuple[str, float]],
+) -> list[Row]:
     """Prune, repair and score one network, printing the table's rows as they come, then what they prove."""
     dense, _ = load_pair(shared, name)
     pixels = torch.cat(images.calibration)
@@ -88,17 +96,16 @@ def measure(name: str, shared: Path, images: Images, choice: str, draws: int, sp
     print(f"| pruned | sparsity | pruned | {FEW} images (lowest) | {len(pixels)} images | lost | won back |")
     print("|---|---|---|---|---|---|---|")
     rows: list[Row] = []
-    for scope in ("global", "layer"):
-        for sparsity in sparsities:
-            sparse = pruned_copy(dense, scope, sparsity)
+    for scope, sparsity in cells:
+        sparse = pruned_copy(dense, scope, sparsity)
 
-            def repaired(data: list[Tensor], sparse: nn.Module = sparse) -> float:
-                model = surgery.renormalize(sparse, reference=dense, data=data, renormalize=choice, progress=False)
-                return accuracy(model, images)
+        def repaired(data: list[Tensor], sparse: nn.Module = sparse) -> float:
+            model = surgery.renormalize(sparse, reference=dense, data=data, renormalize=choice, progress=False)
+            return accuracy(model, images)
 
-            scores = [repaired(data) for data in few]
-            rows.append(Row(scope, sparsity, best, accuracy(sparse, images), scores, repaired(images.calibration)))
-            print(rows[-1], flush=True)
+        scores = [repaired(data) for data in few]
+        rows.append(Row(scope, sparsity, best, accuracy(sparse, images), scores, repaired(images.calibration)))
+        print(rows[-1], flush=True)
     _judge(rows)
     _time(dense, pruned_copy(dense, "global", 0.9), images.calibration, choice)
     return rows
@@ -146,9 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
     calibration, test, sparsities = (1000, 2000, (0.7, 0.9)) if options.quick else (5000, options.test, SPARSITIES)
+    cells = [(scope, share) for scope in options.scope or SCOPES for share in options.sparsity or sparsities]
     images = load_images(options.shared, options.cache, calibration=calibration, test=test)
     found = {
-        name: measure(name, options.shared, images, options.renormalize, options.draws, sparsities)
+        name: measure(name, options.shared, images, options.renormalize, options.draws, cells)
         for name in options.pair or SOURCES
     }
     if options.output:
@@ -168,6 +176,8 @@ def _parser() -> argparse.ArgumentParser:
         help="where decoded images are kept, 185 MB (default: out/cache)",
     )  # fmt: skip
     made.add_argument("--pair", action="append", choices=list(SOURCES), help="this network only; may be repeated")
+    made.add_argument("--scope", action="append", choices=SCOPES, help="this scope only; may be repeated")
+    made.add_argument("--sparsity", action="append", type=float, help="this sparsity only; may be repeated")
     made.add_argument("--renormalize", default="auto", help="how to repair (default: %(default)s)")
     made.add_argument("--draws", type=int, default=3, help=f"sets of {FEW} images (default: %(default)s)")
     made.add_argument("--test", type=int, default=10_000, help="test images (default: %(default)s)")
