@@ -1,8 +1,8 @@
 """Accuracy of the trained networks of a shared folder after each pruner, before anything is repaired, and its seconds.
 
-Test accuracy (%) in float32 by sparsity of all convolutions and linear layers. Data is random training images. Seconds
-are of one pruning (the mean over the sparsities, and how many forward passes over the same images take as long). Where
-the folder is missing, the script says so and stops.
+Test accuracy (%) in float32 by sparsity of all convolutions and linear layers. Data is random training images, without
+labels. CPU seconds are of one pruning (the mean over the sparsities), and beside them how many forward passes over the
+same images take as long. Where the folder is missing, the script says so and stops.
 
     python docs/benchmarks/pruners.py
     python docs/benchmarks/pruners.py --pair vgg11_half --calibration 1000 --test 2000 --threads 1
@@ -33,7 +33,7 @@ def forward_seconds(model: nn.Module, images: Images) -> float:
     with watch, torch.no_grad():
         for batch in images.calibration:
             model(batch)
-    return watch.wall
+    return watch.cpu
 
 
 def measure(name: str, images: Images, options: argparse.Namespace) -> None:
@@ -41,8 +41,8 @@ def measure(name: str, images: Images, options: argparse.Namespace) -> None:
     model, _ = load_pair(options.shared, name)
     bare = forward_seconds(model, images)
     dense = surgery.evaluate(model, images.test, progress=False)
-    print(f"\n{name}: {dense}; one pass over {sum(map(len, images.calibration))} images {bare:.1f} s")
-    titles = ["method", "scope", *(f"{100 * sparsity:g} %" for sparsity in options.sparsity), "seconds", "passes"]
+    print(f"\n{name}: {dense}; one pass over {sum(map(len, images.calibration))} images {bare:.1f} CPU s")
+    titles = ["method", "scope", *(f"{100 * sparsity:g} %" for sparsity in options.sparsity), "CPU seconds", "passes"]
     print(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for method in options.method or PRUNERS:
         for scope in SCOPES.get(method, (PRUNERS[method]().scope,)):
@@ -54,7 +54,7 @@ def measure(name: str, images: Images, options: argparse.Namespace) -> None:
                         progress=False,
                     )  # fmt: skip
                 cells.append(f"{100 * surgery.evaluate(sparse, images.test, progress=False).accuracy:.1f}")
-            seconds = watch.wall / len(options.sparsity)
+            seconds = watch.cpu / len(options.sparsity)
             print(f"| {method} | {scope} | {' | '.join(cells)} | {seconds:.1f} | {seconds / bare:.2f} |", flush=True)
 
 
