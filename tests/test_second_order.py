@@ -217,18 +217,21 @@ def correlated(shape: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("block", [4, 128])
 def test_sparsegpt_is_between_masking_and_the_optimum_on_its_support(kind: str, block: int) -> None:
-    layer, shape = made(kind)
-    x = correlated(shape)
-    sparse = surgery.prune(
-        nn.Sequential(layer), 0.5, method=SparseGPT(images=None, damping=1e-6, block=block), data=[x]
-    )
-    weight = sparse[0].weight.detach()
-    mask = weight != 0
-    error = layer_error(layer, weight, x)
-    masked, best = (
-        layer_error(layer, other, x) for other in (layer.weight.detach() * mask, least_squares(layer, mask, x))
-    )
-    assert best * (1 - 1e-4) <= error < masked
+    errors: list[tuple[float, float, float]] = []
+    for seed in range(5):  # a greedy order may do harm to one tiny layer, but not to most
+        torch.manual_seed(seed)
+        layer, shape = made(kind)
+        layer.reset_parameters()
+        x, method = correlated(shape), SparseGPT(images=None, block=block)
+        weight = surgery.prune(nn.Sequential(layer), 0.5, method=method, data=[x])[0].weight.detach()
+        others = (least_squares(layer, weight != 0, x), weight, layer.weight.detach() * (weight != 0))
+        best, error, masked = (layer_error(layer, other, x) for other in others)
+        assert best * (1 - 1e-4) <= error
+        magnitude = surgery.prune(nn.Sequential(layer), 0.5, scope="layer")[0].weight.detach()
+        errors.append((error, masked, layer_error(layer, magnitude, x)))
+    error, masked, magnitude = map(sum, zip(*errors, strict=True))
+    assert error < masked
+    assert error < magnitude
 
 
 @pytest.mark.parametrize("block", [2, 4, 128])
@@ -249,7 +252,7 @@ def test_choosing_anew_is_better_than_choosing_once() -> None:
         torch.manual_seed(seed)
         layer, x = nn.Linear(64, 16), torch.randn(400, 64) @ torch.randn(64, 64)
         for rechoose in errors:
-            method = SparseGPT(block=16, rechoose=rechoose)
+            method = SparseGPT(block=16, counts="obs", rechoose=rechoose)
             sparse = surgery.prune(nn.Sequential(layer), 0.7, method=method, data=x)
             errors[rechoose] += layer_error(layer, sparse[0].weight.detach(), x)
     assert errors[True] < errors[False]
@@ -257,7 +260,7 @@ def test_choosing_anew_is_better_than_choosing_once() -> None:
 
 def test_without_choosing_anew_the_masks_are_those_of_the_saliencies() -> None:
     layer, x = nn.Linear(8, 4).double(), torch.randn(100, 8).double()
-    sparse = surgery.prune(nn.Sequential(layer), 0.5, method=SparseGPT(rechoose=False), data=x)
+    sparse = surgery.prune(nn.Sequential(layer), 0.5, method=SparseGPT(counts="obs", rechoose=False), data=x)
     moments = x.T @ x
     moments += 0.01 * moments.diagonal().mean() * torch.eye(8)
     saliency = layer.weight.detach().square() / moments.inverse().diagonal()
@@ -302,7 +305,7 @@ def test_several_passes_within_the_memory_give_what_one_gives() -> None:
 
 
 def test_options_of_sparsegpt_are_checked() -> None:
-    for options in ({"damping": 0}, {"block": 0}, {"images": 0}):
+    for options in ({"damping": 0}, {"block": 0}, {"images": 0}, {"counts": "all"}):
         with pytest.raises(OptionError, match=r"SparseGPT\(.*cannot work"):
             SparseGPT(**options)
 

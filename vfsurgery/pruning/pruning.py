@@ -58,7 +58,7 @@ def prune(
             of a convolution's input channels at each kernel position, as NVIDIA's sparse kernels want it. Layers with a
             number of inputs (per group) that is no multiple of 4 stay dense.
         exclude: Layers to leave dense: module paths, names of weights, or patterns of either.
-        data: Calibration images for pruners that need some, labels ignored by those built in so far.
+        data: Calibration images for pruners that need some, as for ``merge``; labels matter to some of them.
         inplace: Write the result into ``model``, whose tensors keep their storage, once all has succeeded.
         allow_empty: Accept that a layer loses all of its weights, as a global threshold may have it.
         memory: GiB that the statistics of a pruner may take.
@@ -78,7 +78,7 @@ def prune(
 
     >>> import vfsurgery as surgery
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> sparse = prune(net, 0.75)
+    >>> sparse = prune(net, 0.75, scope="layer")
     >>> surgery.Masks.of(sparse).sparsity, surgery.Masks.of(net).sparsity
     (0.75, 0.0)
     >>> prune(net, pattern="2:4")[2].weight.count_nonzero(dim=1).tolist()

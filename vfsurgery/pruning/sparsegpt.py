@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,17 +31,19 @@ WORKSPACE = 3
 class SparseGPT(Pruner):
     """Keep what the layer's outputs need, and let the kept weights make up for the others.
 
-    Saliency ``w_q^2 / [H^-1]_qq`` says how much the error grows without ``w_q``. While columns are gone through, each
-    block of them chooses anew, by ``w_q^2 / U_qq^2`` and the weights as they are by then, as many as the masks keep in
-    it (of each unit with scope ``"row"``, of each M inputs with a pattern). Unlike in the paper, blocks of a layer may
-    differ in sparsity.
+    While columns are gone through, each block of them chooses which entries it keeps by ``w_q^2 / U_qq^2``, how much
+    the error grows without ``w_q``, for the weights as they are by then; as many as the masks keep in it (of each unit
+    with scope ``"row"``, of each M inputs with a pattern). The masks are those of the largest weights: unlike in the
+    paper, blocks of a layer may differ in sparsity, and with scope ``"global"`` layers do, in a way that suits them.
 
     Attributes:
         images: How many images to take second moments on. More only help once every layer has seen several times more
             output pixels than a unit has inputs.
         damping: Added to the diagonal of ``H``, as a share of its mean.
         block: Columns that choose together.
-        rechoose: Whether they do; else the masks hold as they are.
+        counts: How many entries a block keeps: as many of the largest weights (``"magnitude"``), or of those with the
+            largest ``w_q^2 / [H^-1]_qq`` (``"obs"``), which errors of different layers make a poor ``"global"`` scope.
+        rechoose: Whether blocks choose; else the masks hold as they are.
 
     >>> import torch, vfsurgery as surgery
     >>> x, net = torch.randn(64, 6) @ torch.randn(6, 6), torch.nn.Linear(6, 4)
@@ -56,21 +58,22 @@ class SparseGPT(Pruner):
     images: int | None = 1024
     damping: float = 0.01
     block: int = 128
+    counts: Literal["magnitude", "obs"] = "magnitude"
     rechoose: bool = True
 
     def __post_init__(self) -> None:
-        if not self.damping > 0 or self.block < 1 or (self.images is not None and self.images < 1):
-            raise OptionError(
-                explain(
-                    f"{self} cannot work",
-                    accepted="damping > 0, block >= 1, images >= 1 or None for all",
-                )
-            )
+        too_few = self.images is not None and self.images < 1
+        if not self.damping > 0 or self.block < 1 or too_few or self.counts not in ("magnitude", "obs"):
+            accepted = "damping > 0, block >= 1, images >= 1 or None for all, counts 'magnitude' or 'obs'"
+            raise OptionError(explain(f"{self} cannot work", accepted=accepted))
 
     def score(self, work: Pruning) -> Iterator[tuple[str, Tensor]]:
-        """``w_q^2 / [H^-1]_qq``; as many passes over the data as the second moments need to fit in ``work.memory``."""
+        """By ``counts``, of layers that are seen; one pass over the data, or more where ``work.memory`` is short."""
         for name, factor in self._factors(work, list(work.weights), "second moments of inputs"):
             weight, layout = work.weights[name].detach(), work.layouts[name]
+            if self.counts == "magnitude":
+                yield name, weight.abs()
+                continue
             inverse_diagonal = factor.square().sum(1, keepdim=True)  # [U^T U]_qq, (groups, 1, columns)
             rows = layout.rows(weight).to(factor.dtype)
             yield name, layout.weight(rows.square() / inverse_diagonal, weight.shape)
