@@ -1,11 +1,11 @@
-"""Prune two trained CIFAR-10 networks by WoodFisher, by the diagonal Fisher matrix, and by magnitude; print what is left.
+"""Prune two trained CIFAR-10 networks by WoodFisher, by the diagonal Fisher matrix, by magnitude; print what is left.
 
 Gradients are of one labelled training image each, 400 of them unless ``--samples`` says otherwise; accuracy (%) is of
-10,000 test images. Where the network has BatchNorm, the second figure is with its running statistics recomputed on 5,000
-training images (RESET). Seconds are of saliencies and of the step of the kept weights each; saliencies are computed once
-per method and shared by all sparsities. The peak is that of the whole process so far, as the kernel counts it, torch and
-CIFAR-10 included; the line before the table says how much that was. Without the folder of networks the script says so
-and stops.
+10,000 test images. Where the network has BatchNorm, the second figure is with its running statistics recomputed on
+5,000 training images (RESET). Seconds are of saliencies and of the step of the kept weights each; saliencies are
+computed once per method and shared by all sparsities. The peak is that of the whole process so far, as the kernel
+counts it, torch and CIFAR-10 included; the line above the table says how much that was before. Without the folder of
+networks the script says so and stops.
 
     python docs/benchmarks/woodfisher.py
     python docs/benchmarks/woodfisher.py --network vgg11_half --sparsity 0.8 --threads 1

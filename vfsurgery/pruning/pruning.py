@@ -49,8 +49,9 @@ def prune(
         sparsity: Share of weights to set to zero, in [0, 1). Or shares by pattern of layers, as in
             ``{"conv1": 0, "layer4": 0.95, "*": 0.8}``: the first pattern that matches a layer decides, and a layer that
             none matches stays dense. Not needed with ``pattern``, which decides alone.
-        method: ``"magnitude"``, ``"random"``, ``"wanda"``, ``"sparsegpt"``, another name in ``PRUNERS``, or a
-            :class:`~vfsurgery.pruning.base.Pruner` with options of its own; docs/pruners.md has the table.
+        method: ``"magnitude"``, ``"random"``, ``"wanda"``, ``"sparsegpt"``, ``"diagonal-fisher"``, ``"woodfisher"``,
+            another name in ``PRUNERS``, or a :class:`~vfsurgery.pruning.base.Pruner` with options of its own;
+            docs/pruners.md has the table.
         scope: Among which weights the most salient ones are kept: ``"global"`` (of all layers; with several sparsities,
             of all layers that one pattern decides about), ``"layer"``, or ``"row"`` (of each output unit). By default
             what the pruner was made for.

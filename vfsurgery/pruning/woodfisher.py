@@ -137,9 +137,7 @@ class WoodFisher(GradientPruner):
             weight = work.weights[part.name].detach()
             alive = weight[part.start : part.stop].flatten(1) != 0
             if not bool(alive.all()):
-                rows.mul_(
-                    alive.unsqueeze(1)
-                )  # what is zero already is no part of the network, nor of its Fisher matrix
+                rows.mul_(alive.unsqueeze(1))  # what is zero already is no part of the network
             matrix = found.setdefault(part.name, torch.empty(weight.shape, dtype=rows.dtype, device=rows.device))
             for columns in even_blocks(rows.shape[-1], self.block):
                 step = _blocks_together(self.samples, columns.stop - columns.start, rows.itemsize)
