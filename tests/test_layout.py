@@ -17,7 +17,7 @@ LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report", "results"),
     *("tracing", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial"),
     *("batches", "holdout", "stats", "matching", "sources", "checkpoints", "passes", "costs", "budget"),
-    *("verification", "pruning", "merging", "choosing", "api", "figures", "evaluation", "preserving"),
+    *("verification", "pruning", "merging", "choosing", "api", "shrinking", "figures", "evaluation", "preserving"),
     *("flip_rates", "verdict", "page", "diagnosis"),
     *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training"),
     *("comparison", "expectations", "sections", "recipe", "twins", "zoo"),
