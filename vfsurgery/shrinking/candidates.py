@@ -11,7 +11,6 @@ from vfsurgery.roles import READS
 from vfsurgery.tracing.selection import listed
 
 EXCLUDED = "excluded by the user ({})"
-INSTEAD = "{} loses units instead"
 
 
 def excluded(groups: GroupSet, exclude: str | Sequence[str]) -> dict[str, str]:

@@ -88,7 +88,8 @@ def prune_units(
         option = "saliency='activation'" if saliency == "activation" else "removed='fold'"
         raise DataError(explain(f"{option} needs data", remedy="pass data=, or leave the option out"))
     work = Shrinking.prepare(model, data, example_inputs, progress)
-    passes = normalizations(renormalize, work.source.graph_module, data)
+    restoring = None if data is None and renormalize == "auto" else renormalize
+    passes = normalizations(restoring, work.source.graph_module, data)
     check_restoring(passes)
     devices = [work.source.device] if work.source.device.type == "cuda" else []
     with torch.random.fork_rng(devices), eval_mode(model, work.source.graph_module):

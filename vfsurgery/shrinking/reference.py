@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from vfsurgery.roles import READS
 from vfsurgery.shrinking.cut import Cut
+from vfsurgery.shrinking.rehearsal import reason_of
 from vfsurgery.shrinking.resize import with_tensors
 from vfsurgery.sources import eval_mode
 from vfsurgery.tracing.ops import Op, OpReader
@@ -36,19 +37,25 @@ class CutCertificate:
     """How far the outputs of a smaller model are from those of the original with the removed units silent.
 
     ``error`` is the largest absolute difference over the largest absolute output, ``tolerance`` the bound for
-    ``dtype``, the precision that was computed in. ``norms`` are norm layers whose statistics are now of the kept units alone.
+    ``dtype``, the precision that was computed in. ``effect`` is how far silencing the units takes the outputs of the
+    original: where that is no more than the tolerance, nothing can be seen, and ``random_weights`` made the proof.
+    ``norms`` are norm layers whose statistics are now of the kept units alone. ``failure`` is what a forward raised.
     """
 
     error: float
     tolerance: float
     dtype: str
+    effect: float = 0.0
+    random_weights: bool = False
     norms: tuple[str, ...] = ()
+    failure: str = ""
 
     def __bool__(self) -> bool:
         return self.error <= self.tolerance
 
     def __str__(self) -> str:
         verdict = "holds" if self else "FAILS"
+        verdict += " (shown on random weights)" if self.random_weights else ""
         return (
             f"smaller model == original with the removed units silent: {verdict}, "
             f"relative error {self.error:.1e} (tolerance {self.tolerance:.0e}, {self.dtype})"
@@ -75,13 +82,19 @@ def certify_cut(
     """
     silent = with_tensors(model, {name: _unread(cut, name, tensor) for name, tensor in state.items()})
     reference = Silenced(put_over(silent, graph_module), cut)
-    with eval_mode(smaller, silent, reference.module):
-        found, expected = tensors_of(smaller(*inputs)), tensors_of(reference.run(*inputs))
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    name, norms = str(dtype).removeprefix("torch."), tuple(reference.norms.values())
+    with eval_mode(model, smaller, silent, reference.module):
+        try:
+            found = tensors_of(smaller(*inputs))
+        except Exception as error:  # whatever a forward may raise when sizes do not fit
+            return CutCertificate(float("inf"), TOLERANCE[dtype], name, failure=reason_of(error, smaller))
+        expected, whole = tensors_of(reference.run(*inputs)), tensors_of(model(*inputs))
     error = float("inf")
     if [x.shape for x in found] == [x.shape for x in expected] and all(bool(x.isfinite().all()) for x in found):
         error = relative_error(tuple(found), tuple(expected))
-    return CutCertificate(error, TOLERANCE[dtype], str(dtype).removeprefix("torch."), tuple(reference.norms.values()))
+    effect = relative_error(tuple(expected), tuple(whole))
+    return CutCertificate(error, TOLERANCE[dtype], name, effect, norms=norms)
 
 
 def _unread(cut: Cut, name: str, tensor: Tensor) -> Tensor:

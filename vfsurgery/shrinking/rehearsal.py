@@ -6,8 +6,10 @@ groups can be cut is found by trying all of them together, and where that fails 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,20 +24,18 @@ from vfsurgery.verification import tensors_of
 
 
 class Rehearsal:
-    """Runs smaller versions of a model on fake tensors and says what goes wrong."""
+    """Runs smaller versions of a model without weights and says what goes wrong.
+
+    On the meta device, or, where a forward makes tensors elsewhere, on fake tensors, which takes several times as long.
+    """
 
     def __init__(self, model: nn.Module, graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        memo: dict[int, Any] = {}
-        with self._mode:
-            for tensor in [*model.parameters(), *model.buffers()]:
-                fake = torch.empty_like(tensor)
-                memo[id(tensor)] = nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
-            self._inputs = [torch.empty_like(tensor) for tensor in inputs]
-        self._hollow = copy.deepcopy(model, memo).eval()
+        try:
+            self._prepare(model, inputs, contextlib.nullcontext(), torch.device("meta"))
+        except (RuntimeError, NotImplementedError):
+            self._prepare(model, inputs, FakeTensorMode(allow_non_fake_inputs=True), None)
         self._resizer = Resizer.of(self._hollow, graph_module)
         self._state = canonical_state(self._hollow)
-        self._expected = self._run(self._hollow)
 
     def failure(self, cut: Cut) -> str | None:
         """Why the model cannot be cut so: what its forward raises, or another shape of its outputs; else ``None``."""
@@ -45,8 +45,21 @@ class Rehearsal:
                 smaller = self._resizer.shrink(cut, self._state)
             shapes = self._run(smaller)
         except Exception as error:  # whatever a forward may raise when sizes do not fit
-            return f"{_where(smaller, error)}{_first_line(error)}"
+            return reason_of(error, smaller)
         return None if shapes == self._expected else f"outputs would be {shapes} and not {self._expected}"
+
+    def _prepare(
+        self, model: nn.Module, inputs: Sequence[Tensor], mode: AbstractContextManager[Any], device: torch.device | None
+    ) -> None:
+        self._mode = mode
+        memo: dict[int, Any] = {}
+        with mode:
+            for tensor in [*model.parameters(), *model.buffers()]:
+                hollow = torch.empty_like(tensor, device=device)
+                memo[id(tensor)] = nn.Parameter(hollow, False) if isinstance(tensor, nn.Parameter) else hollow
+            self._inputs = [torch.empty_like(tensor, device=device) for tensor in inputs]
+        self._hollow = copy.deepcopy(model, memo).eval()
+        self._expected = self._run(self._hollow)
 
     def _run(self, model: nn.Module) -> list[tuple[int, ...]]:
         with eval_mode(model), self._mode:
@@ -84,17 +97,13 @@ def largest_working(
     return left, left_out
 
 
-def _where(model: nn.Module, error: BaseException) -> str:
-    """The path of the innermost module in whose forward an error was raised, for a message."""
+def reason_of(error: BaseException, model: nn.Module) -> str:
+    """What a forward raised in one line, with the path of the innermost module that it was in."""
     paths = {id(module): path for path, module in model.named_modules()}
-    found, trace = "", error.__traceback__
+    where, trace = "", error.__traceback__
     while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        found = paths.get(id(owner), "") or found
+        where = paths.get(id(trace.tb_frame.f_locals.get("self")), "") or where
         trace = trace.tb_next
-    return f"{found}: " if found else ""
-
-
-def _first_line(error: BaseException) -> str:
     text = str(error).strip().split("\n")[0] or type(error).__name__
-    return text if isinstance(error, SurgeryError | RuntimeError) else f"{type(error).__name__}: {text}"
+    text = text if isinstance(error, SurgeryError | RuntimeError) else f"{type(error).__name__}: {text}"
+    return f"{where}: {text}" if where else text

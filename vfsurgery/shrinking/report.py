@@ -59,7 +59,7 @@ class UnitPruneReport(Report):
 
     @property
     def units(self) -> tuple[int, int]:
-        """Units of all groups before and after, those of groups left whole among them."""
+        """Units of all groups before and after, those of groups left whole among them, nested groups once."""
         whole = sum(group.units for group in self.left_whole)
         return sum(g.before for g in self.groups) + whole, sum(g.after for g in self.groups) + whole
 
@@ -67,7 +67,7 @@ class UnitPruneReport(Report):
         before, after = self.units
         steps = ", ".join(self.renormalize) or "none"
         lines = [
-            f"{self.model} without {before - after:,} of {before:,} units (fraction {self.fraction:g}, scope {self.scope})",
+            f"{self.model} without {before - after:,} of {before:,} units (fraction {self.fraction:g}, {self.scope})",
             f"  saliency {self.saliency}; removed units: {self.removed}; renormalization {steps}",
             f"  parameters {self.before.parameters:,} -> {self.after.parameters:,}, "
             f"flops {self.before.flops:,} -> {self.after.flops:,} ({self.after / self.before})",

@@ -14,6 +14,7 @@ from vfsurgery.groups import GroupSet, Member, PermutationGroup
 from vfsurgery.passes.producers import find_producers
 from vfsurgery.roles import WRITES
 from vfsurgery.stats.collect import Site, group_sites, survey
+from vfsurgery.stats.moments import row_squares
 
 Saliency: TypeAlias = Callable[[PermutationGroup, Mapping[str, Tensor]], Tensor]
 """From a group and all parameters and buffers by name to a number per unit, ``(group.units,)``; small ones go first."""
@@ -79,25 +80,25 @@ def _written(
     """The sum of squares of all weights that write each unit, ``(units,)`` float64."""
     total = torch.zeros(group.units, dtype=torch.float64)
     writers = [m for m in group.members if m.role == WRITES and state[m.parameter].ndim > 1]
-    writers = writers or [m for m in group.members if m.role == WRITES] or list(group.members)
-    for member in writers:
-        squares = state[member.parameter].double().square()
-        gain = gains.get(member.parameter)
-        if gain is not None:
-            squares = squares * gain.double().square().to(squares.device).view(-1, *[1] * (squares.ndim - 1))
-        total += torch.from_numpy(_per_unit(squares, member, group, groups))
+    for member in writers or group.members:
+        gain = gains.get(member.parameter) if member.dim == 0 else None
+        total += torch.from_numpy(_per_unit(state[member.parameter], gain, member, group, groups))
     return total
 
 
-def _per_unit(squares: Tensor, member: Member, group: PermutationGroup, groups: GroupSet) -> np.ndarray:
+def _per_unit(
+    weight: Tensor, gain: Tensor | None, member: Member, group: PermutationGroup, groups: GroupSet
+) -> np.ndarray:
+    """Sums of squares of what lies at a member's places, ``(units,)``; ``gain`` multiplies its rows."""
     places = member.positions()
     if member.block_dim < 0:
-        others = [dim for dim in range(squares.ndim) if dim != member.dim]
-        along = (squares.sum(others) if others else squares).cpu().numpy()
-        return _fold_blocks(along[places].sum(1), group)
-    plane = squares.movedim((member.block_dim, member.dim), (0, 1)).unsqueeze(-1).flatten(2).sum(2)
+        squares = row_squares(weight.float().movedim(member.dim, 0).unsqueeze(-1).flatten(1))
+        squares = squares if gain is None else squares * gain.double().square()
+        return _fold_blocks(squares.cpu().numpy()[places].sum(1), group)
+    plane = weight.double().square().movedim((member.block_dim, member.dim), (0, 1))
+    plane = plane.unsqueeze(-1).flatten(2).sum(2).cpu().numpy()  # (blocks and their places, units and theirs)
     blocks = groups.blocks_of(member.parameter, member, group)
-    return np.concatenate([plane.cpu().numpy()[rows].sum(0)[places].sum(1) for rows in blocks])
+    return np.concatenate([plane[rows].sum(0)[places].sum(1) for rows in blocks])
 
 
 def _fold_blocks(scores: np.ndarray, group: PermutationGroup) -> np.ndarray:
@@ -112,10 +113,8 @@ def _gains(graph_module: fx.GraphModule, groups: GroupSet) -> dict[str, Tensor]:
     for producer in find_producers(graph_module, groups):
         if not producer.feeds_norm or producer.is_norm or producer.rows:
             continue
-        norm = cast(
-            nn.modules.batchnorm._BatchNorm,
-            graph_module.get_submodule(str(next(iter(nodes[producer.node].users)).target)),
-        )
+        after = next(iter(nodes[producer.node].users))
+        norm = cast(nn.modules.batchnorm._BatchNorm, graph_module.get_submodule(str(after.target)))
         if norm.running_var is None:
             continue
         scale = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach()

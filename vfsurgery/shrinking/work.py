@@ -6,9 +6,10 @@ import copy
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from vfsurgery.batches import Batches, Data
@@ -20,7 +21,7 @@ from vfsurgery.passes import Context, Pass
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.pruning.layers import prunable, stored_weight
 from vfsurgery.recording import record
-from vfsurgery.shrinking.candidates import INSTEAD, first_and_instead
+from vfsurgery.shrinking.candidates import first_and_instead
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.fold import Reader, folded, readers_of, self_correlations, unfolded
 from vfsurgery.shrinking.quota import Quota
@@ -34,6 +35,7 @@ from vfsurgery.stats.collect import image_dtype
 from vfsurgery.stats.correlation import CrossMoments
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.tracer import put_over
+from vfsurgery.verification import KeepDouble, keep_signals_alive, randomize
 
 TOO_SMALL = "too few units to lose one"
 
@@ -104,13 +106,13 @@ class Shrinking:
         """The largest cut that the forward survives."""
         self.whole |= excluded
         first, instead = first_and_instead(self.groups)
-        rehearsal = Rehearsal(self.source.model, self.source.graph_module, self.inputs)
 
         def cut(names: Sequence[str]) -> Cut:
             chosen = [self.groups[name] for name in names]
             return Cut(self.groups, quota.masks(chosen, self._scores))
 
         with self.clock("rehearsal"):
+            rehearsal = Rehearsal(self.source.model, self.source.graph_module, self.inputs)
             works, failed = largest_working(
                 [name for name in first if name not in self.whole], lambda names: rehearsal.failure(cut(names))
             )
@@ -119,10 +121,9 @@ class Shrinking:
                 [name for name in others if name not in self.whole],
                 lambda names: rehearsal.failure(cut([*works, *names])),
             )
-        self.whole |= failed
+        replaced = {name for name in failed if any(other in also for other in instead.get(name, ()))}
+        self.whole |= {name: reason for name, reason in failed.items() if name not in replaced}
         found = cut([*works, *also])
-        for name, others in instead.items():
-            self._explain_nested(name, others, found)
         self.whole |= {name: TOO_SMALL for name in (*works, *also) if name not in found.kept}
         return found
 
@@ -162,29 +163,34 @@ class Shrinking:
         return tuple(unfolded([group for group in self.groups if group.name in cut.kept], self._readers))
 
     def _certificate(self, cut: Cut) -> CutCertificate:
-        """On the weights at hand; half precision is checked in float32."""
+        """On the weights at hand; half precision is checked in float32.
+
+        Where the outputs do not tell whether the units are there (an untrained network's may be all but constant), on a
+        copy in double precision with random weights.
+        """
         source, inputs = self.source, self.inputs
         if image_dtype(source.model).itemsize < 4:
-            model = copy.deepcopy(source.model).float()
-            source = Source.of(model, put_over(model, source.graph_module))
-            inputs = tuple(x.float() if x.is_floating_point() else x for x in inputs)
+            source, inputs = _in_dtype(source, inputs, torch.float32)
+        certificate = self._compare(source, inputs, cut)
+        if not certificate or certificate.effect > certificate.tolerance or not cut.kept:
+            return certificate
+        lively, inputs = _in_dtype(source, inputs, torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        with KeepDouble():
+            randomize(lively.model, generator)
+            keep_signals_alive(lively.model, inputs, generator)
+            return replace(self._compare(lively, inputs, cut), random_weights=True)
+
+    def _compare(self, source: Source, inputs: tuple[Tensor, ...], cut: Cut) -> CutCertificate:
         state = folded(source.state, cut, self._readers, self._moments)
         smaller = Resizer.of(source.model, source.graph_module).shrink(cut, state)
         return certify_cut(source.model, source.graph_module, cut, state, smaller, inputs)
 
     def _difference(self, cut: Cut) -> str | None:
         certificate = self._certificate(cut)
-        return None if certificate else f"the rest would compute something else, relative error {certificate.error:.1e}"
-
-    def _explain_nested(self, name: str, others: Sequence[str], cut: Cut) -> None:
-        """Say of groups that were not tried that others of their nest are cut."""
-        for other in others:
-            if name in cut.kept and other not in cut.kept:
-                self.whole.setdefault(other, INSTEAD.format(self.groups[name]))
-            elif name not in cut.kept and other not in cut.kept:
-                self.whole.setdefault(other, self.whole.get(name, TOO_SMALL))
-            elif other in cut.kept:
-                self.whole[name] = f"{INSTEAD.format(self.groups[other])}: {self.whole[name]}"
+        if certificate:
+            return None
+        return certificate.failure or f"the rest would compute something else, relative error {certificate.error:.1e}"
 
     def _images(self, label: str) -> Iterator[Tensor]:
         return calibration_images(self.data, label, self.progress)
@@ -192,6 +198,13 @@ class Shrinking:
 
 def _only(cut: Cut, names: Sequence[str]) -> Cut:
     return Cut(cut.groups, {name: cut.kept[name] for name in names})
+
+
+def _in_dtype(source: Source, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Source, tuple[Tensor, ...]]:
+    """A copy of a source, and inputs for it, in another precision."""
+    model = copy.deepcopy(source.model).to(dtype)
+    cast = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    return Source.of(model, put_over(model, source.graph_module)), cast
 
 
 def _first_two(batches: Batches) -> tuple[Tensor, ...]:
