@@ -62,15 +62,15 @@ def readers_of(graph_module: fx.GraphModule, groups: GroupSet) -> list[Reader]:
     return found
 
 
-def unfolded(groups: Sequence[PermutationGroup], readers: Sequence[Reader]) -> list[str]:
-    """Weights that read units of these groups, but in a way that nothing can be folded into."""
-    covered = {(reader.group.name, reader.weight) for reader in readers}
-    return [
-        member.parameter
-        for group in groups
-        for member in group.members
-        if member.role == READS and (group.name, member.parameter) not in covered
-    ]
+def unfolded(groups: Sequence[PermutationGroup], readers: Sequence[Reader]) -> list[PermutationGroup]:
+    """Groups whose units are read by something that nothing can be folded into, such as a grouped convolution."""
+    found: list[PermutationGroup] = []
+    for group in groups:
+        covered = {reader.weight for reader in readers if reader.group == group}
+        reads = {member.parameter for member in group.members if member.role == READS}
+        if not covered or reads - covered:
+            found.append(group)
+    return found
 
 
 def self_correlations(

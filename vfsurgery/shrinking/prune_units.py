@@ -101,6 +101,8 @@ def prune_units(
         restored = work.restore(cut, smaller, passes)
         with work.clock("costs"):
             costs = [cost_of(each, work.inputs) for each in (model, smaller)]
+    for before, after in zip(model.modules(), smaller.modules(), strict=True):
+        after.training = before.training
     report = UnitPruneReport(
         model=type(model).__name__,
         fraction=fraction,

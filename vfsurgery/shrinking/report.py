@@ -37,8 +37,8 @@ class LeftWhole:
 class UnitPruneReport(Report):
     """All that happened in one structured pruning.
 
-    ``certificate`` is of the cut itself, before renormalization. ``not_folded`` are weights that read removed units in
-    a way that nothing could be folded into.
+    ``certificate`` is of the cut itself, before renormalization. ``not_folded`` are groups that are read by something
+    that nothing could be folded into.
     """
 
     model: str
@@ -79,7 +79,7 @@ class UnitPruneReport(Report):
                 f"  statistics of {len(self.certificate.norms)} norm layers are now of kept units only: {norms}"
             )
         if self.not_folded:
-            lines.append(f"  dropped and not folded, as these read them: {', '.join(self.not_folded)}")
+            lines.append(f"  dropped where they are read by other than plain layers, not folded: {', '.join(self.not_folded)}")
         lines += [f"  {note}" for note in self.notes]
         lines += [
             f"  created {bias}: load the state with strict=False, or set bias=True on that layer"

@@ -35,7 +35,7 @@ def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     memo: dict[int, Any] = {}
     for name, own in _named_tensors(model).items():
         tensor = tensors.get(name)
-        if tensor is not None:
+        if tensor is not None:  # the model gets it as it is, without a copy
             isparameter = isinstance(own, nn.Parameter)
             memo[id(own)] = nn.Parameter(tensor, own.requires_grad) if isparameter else tensor
     return copy.deepcopy(model, memo)
@@ -64,8 +64,12 @@ class Resizer:
         Raises:
             SurgeryError: a module cannot be of the size that is left.
         """
-        own = _named_tensors(self.model)
-        changed = {name: tensor for name, old in own.items() if (tensor := cut.tensor(name, state[name])) is not old}
+        changed: dict[str, Tensor] = {}
+        for name, own in _named_tensors(self.model).items():
+            value = state[name]
+            tensor = cut.tensor(name, value)
+            if tensor is not value or value.data_ptr() != own.data_ptr():  # else the copy has one of its own
+                changed[name] = tensor
         smaller = with_tensors(self.model, changed)
         for (path, old), (_, new) in zip(self.model.named_modules(), smaller.named_modules(), strict=True):
             fit = next((fit for kind, fit in FITS.items() if isinstance(new, kind)), _fit_by_attribute)

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
 from vfsurgery.passes.producers import find_producers
-from vfsurgery.roles import WRITES
+from vfsurgery.roles import READS, WRITES
 from vfsurgery.stats.collect import Site, group_sites, survey
 from vfsurgery.stats.moments import row_squares
 
@@ -79,8 +79,9 @@ def _written(
 ) -> Tensor:
     """The sum of squares of all weights that write each unit, ``(units,)`` float64."""
     total = torch.zeros(group.units, dtype=torch.float64)
-    writers = [m for m in group.members if m.role == WRITES and state[m.parameter].ndim > 1]
-    for member in writers or group.members:
+    matrices = [m for m in group.members if m.role != READS and state[m.parameter].ndim > 1]
+    writers = [m for m in matrices if m.role == WRITES]  # grouped convolutions read and write
+    for member in writers or matrices or group.members:
         gain = gains.get(member.parameter) if member.dim == 0 else None
         total += torch.from_numpy(_per_unit(state[member.parameter], gain, member, group, groups))
     return total

@@ -159,8 +159,9 @@ class Shrinking:
             return restore(self.source, cut, smaller, passes, self.inputs, self.data, self.progress)
 
     def not_folded(self, cut: Cut) -> tuple[str, ...]:
-        """Weights that read removed units without gaining from a fold."""
-        return tuple(unfolded([group for group in self.groups if group.name in cut.kept], self._readers))
+        """Groups whose removed units are dropped, by some of their readers at least."""
+        lost = unfolded([group for group in self.groups if group.name in cut.kept], self._readers)
+        return tuple(f"{group.name} {group.label}" for group in lost)
 
     def _certificate(self, cut: Cut) -> CutCertificate:
         """On the weights at hand; half precision is checked in float32.
