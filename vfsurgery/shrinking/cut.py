@@ -7,7 +7,7 @@ the same ones: where its blocks lie along another dim of a tensor, each block is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,14 +73,16 @@ class Cut:
         """What is kept along a dim of a node's value, ascending; ``None`` for all of it."""
         return self._index(self.nodes.get(node, ()), dim, size)
 
-    def masks(self, name: str, shape: tuple[int, ...], only_role: str = "") -> Iterator[Tensor]:
+    def masks(
+        self, name: str, shape: tuple[int, ...], chosen: Callable[[Member], bool] = lambda member: True
+    ) -> Iterator[Tensor]:
         """Masks that broadcast against an entry, or a node's value, of this shape: true where a unit is kept.
 
-        With ``only_role`` those of members that play this part (:mod:`vfsurgery.roles`).
+        One for each member that is ``chosen``.
         """
         entries = self.groups.by_parameter.get(name) or self.nodes.get(name, ())
         for group, member in entries:
-            if group.name not in self.kept or (only_role and member.role != only_role):
+            if group.name not in self.kept or not chosen(member):
                 continue
             places, kept = member.positions(), self._rows(group, member)
             view = [1] * len(shape)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from vfsurgery.groups import Member
 from vfsurgery.roles import READS
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.rehearsal import reason_of
@@ -97,9 +98,15 @@ def certify_cut(
     return CutCertificate(error, TOLERANCE[dtype], name, effect, norms=norms)
 
 
+def _reads(member: Member) -> bool:
+    """Whether a weight reads units along this axis; inside a recurrent layer it is the units of the step before."""
+    leaf = member.parameter.rpartition(".")[2]
+    return member.role == READS or (member.dim == 1 and leaf.startswith(("weight_hh", "weight_hr")))
+
+
 def _unread(cut: Cut, name: str, tensor: Tensor) -> Tensor:
     """A weight with zeros where it reads removed units."""
-    for mask in cut.masks(name, tuple(tensor.shape), only_role=READS):
+    for mask in cut.masks(name, tuple(tensor.shape), _reads):
         tensor = tensor.masked_fill(~mask.to(tensor.device), 0)
     return tensor
 
@@ -146,9 +153,10 @@ class Silenced(fx.Interpreter):
             tensor = (
                 getattr(owner, name, None) if owner else kwargs.get(name, args[place] if place < len(args) else None)
             )
-            for dim, index in kept.items() if tensor is not None else ():
-                at = 0 if first else dim - (x.ndim - tensor.ndim)
-                tensor = tensor.index_select(at, index)
+            if tensor is None:
+                return None
+            for dim, index in kept.items():
+                tensor = tensor.index_select(0 if first else dim - (x.ndim - tensor.ndim), index)
             return tensor
 
         weight, eps = own("weight", 2), op.argument("eps", 4, None)

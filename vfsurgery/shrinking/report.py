@@ -79,7 +79,9 @@ class UnitPruneReport(Report):
                 f"  statistics of {len(self.certificate.norms)} norm layers are now of kept units only: {norms}"
             )
         if self.not_folded:
-            lines.append(f"  dropped where they are read by other than plain layers, not folded: {', '.join(self.not_folded)}")
+            lines.append(
+                f"  read by other than plain layers, so dropped there and not folded: {', '.join(self.not_folded)}"
+            )
         lines += [f"  {note}" for note in self.notes]
         lines += [
             f"  created {bias}: load the state with strict=False, or set bias=True on that layer"

@@ -118,6 +118,6 @@ def _gains(graph_module: fx.GraphModule, groups: GroupSet) -> dict[str, Tensor]:
         norm = cast(nn.modules.batchnorm._BatchNorm, graph_module.get_submodule(str(after.target)))
         if norm.running_var is None:
             continue
-        scale = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach()
+        scale = norm.weight.detach() if norm.affine else torch.ones_like(norm.running_var)
         found[producer.weight] = scale.abs() * (norm.running_var + norm.eps).rsqrt()
     return found
