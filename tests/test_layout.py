@@ -17,7 +17,7 @@ LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report", "results"),
     *("tracing", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial", "computed"),
     *("batches", "holdout", "stats", "matching", "sources", "checkpoints", "passes", "pairing", "costs", "budget"),
-    *("verification", "pruning", "sparse", "merging", "choosing", "references", "renormalizing", "api"),
+    *("verification", "pruning", "sparse", "merging", "choosing", "references", "renormalizing", "api", "shrinking"),
     *("figures", "evaluation", "soups", "preserving"),
     *("flip_rates", "verdict", "page", "diagnosis"),
     *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training", "phases"),

@@ -52,5 +52,7 @@ from vfsurgery.report import MergeReport as MergeReport
 from vfsurgery.report import Report as Report
 from vfsurgery.results import report_of as report_of
 from vfsurgery.rules import rule as rule
+from vfsurgery.shrinking import UnitPruneReport as UnitPruneReport
+from vfsurgery.shrinking import prune_units as prune_units
 from vfsurgery.soups import SoupReport as SoupReport
 from vfsurgery.soups import soup as soup

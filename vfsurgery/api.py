@@ -257,7 +257,7 @@ def merge(
         )
     work = Merging.prepare(models, data, example_inputs, seed, progress, leaf, pins)
     graph_module = work.sources[0].graph_module
-    passes = _normalizations(renormalize, graph_module, data)
+    passes = normalizations(renormalize, graph_module, data)
     matcher = _masked(work, masks, shares, matching, matcher, passes)
     ways = [Way(matcher, passes)]
     if (matching == "auto" or renormalize == "auto") and work.can_judge():
@@ -352,7 +352,7 @@ def _masked(
     return Identity()
 
 
-def _normalizations(choice: Renormalization, graph_module: fx.GraphModule, data: Data | None) -> tuple[Pass, ...]:
+def normalizations(choice: Renormalization, graph_module: fx.GraphModule, data: Data | None) -> tuple[Pass, ...]:
     if choice is None:
         return ()
     if choice == "auto":

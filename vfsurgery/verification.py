@@ -41,7 +41,7 @@ def outputs_of(model: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tens
     """The tensors a model returns under other parameters and buffers, in eval mode and without gradients."""
     with eval_mode(model):
         result = functional_call(model, dict(state), inputs, tie_weights=True)
-    return tuple(_tensors(result))
+    return tuple(tensors_of(result))
 
 
 class KeepDouble(TorchFunctionMode):
@@ -58,13 +58,14 @@ class KeepDouble(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _tensors(result: object) -> list[Tensor]:
+def tensors_of(result: object) -> list[Tensor]:
+    """The tensors in what a model returns, in order."""
     if isinstance(result, Tensor):
         return [result]
     if isinstance(result, Mapping):
-        return [tensor for item in result.values() for tensor in _tensors(item)]
+        return [tensor for item in result.values() for tensor in tensors_of(item)]
     if isinstance(result, tuple | list):
-        return [tensor for item in result for tensor in _tensors(item)]
+        return [tensor for item in result for tensor in tensors_of(item)]
     return []
 
 

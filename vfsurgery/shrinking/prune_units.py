@@ -1,0 +1,148 @@
+"""``prune_units``: from a trained network to a smaller one of the same class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from vfsurgery.api import Renormalization, normalizations
+from vfsurgery.batches import Data
+from vfsurgery.costs import cost_of
+from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
+from vfsurgery.merging import ExampleInputs
+from vfsurgery.results import remember
+from vfsurgery.shrinking.candidates import excluded
+from vfsurgery.shrinking.quota import Quota
+from vfsurgery.shrinking.report import GroupCut, LeftWhole, UnitPruneReport
+from vfsurgery.shrinking.restore import check_restoring
+from vfsurgery.shrinking.saliency import Saliency
+from vfsurgery.shrinking.work import Shrinking
+from vfsurgery.sources import eval_mode
+
+SALIENCIES, SCOPES, REMOVALS = ("magnitude", "activation"), ("group", "global"), ("drop", "fold")
+
+
+def prune_units(
+    model: nn.Module,
+    fraction: float,
+    *,
+    saliency: str | Saliency = "magnitude",
+    scope: str = "group",
+    removed: str = "drop",
+    data: Data | None = None,
+    renormalize: Renormalization = "auto",
+    exclude: str | Sequence[str] = (),
+    floor: float = 0.1,
+    multiple_of: int = 1,
+    example_inputs: ExampleInputs | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Remove whole units (channels, neurons) from a network, in all places where they lie: a smaller plain network.
+
+    Units are removed from permutation groups, so all layers still fit each other. What the forward of the network does
+    not survive (sizes that it holds as constants) is found by trying it without weights, and left whole. The result is
+    certified to compute what the network computes with the removed units silent, and then renormalized on ``data``.
+    :func:`~vfsurgery.report_of` the result has units, parameters, FLOPs, and why groups were left whole.
+
+    Args:
+        model: Any network that :func:`~vfsurgery.trace` records. It is not changed.
+        fraction: Share of units to remove, from 0 up to but not including 1. At least one unit of a group stays.
+        saliency: Which units matter: ``"magnitude"``, the L2 norm of all weights that write a unit (times the scale of
+            the BatchNorm that they feed); ``"activation"``, the mean square of its activations on ``data``; or a
+            function from a group and all parameters by name to one number per unit, ``(units,)``.
+        scope: ``"group"`` removes ``fraction`` of every group; ``"global"`` ranks the units of all groups together,
+            each saliency divided by its group's mean, and leaves each group the share ``floor``.
+        removed: ``"drop"`` leaves removed units out; ``"fold"`` merges each into the survivor that it is most
+            correlated with on ``data``, at every layer that reads it (ZipIt!'s map with one source).
+        data: Calibration images, as for :func:`~vfsurgery.merge`.
+        renormalize: How statistics of the units that are left are restored on ``data``: ``"reset"``, ``"repair"``,
+            ``"rescale"``, ``"reshift"``, a pass, ``None``, or ``"auto"``: what suits the architecture, and nothing
+            without data.
+        exclude: Groups that stay whole: names of groups, or modules or parameters that write units, or patterns of
+            those, as in ``("conv1", "layer4.*")``.
+        floor: With ``scope="global"``, the share of its units that every group keeps.
+        multiple_of: The units that a group (or a block of a nested one) keeps are rounded up to a multiple of this.
+        example_inputs: As for :func:`~vfsurgery.trace`; by default the shape of ``data``'s images.
+        progress: Show bars for work that takes over a second.
+
+    Returns:
+        A model of the same class and training mode, with tensors of its own. Beside the original, memory is needed for
+        one copy of it while the certificate is made.
+
+    Raises:
+        OptionError: an argument is not acceptable, or pruning hooks compute a weight.
+        DataError: data is missing where it is needed, or does not fit the model.
+        TraceError: the forward cannot be recorded as an fx graph.
+        InvalidWeightsError: a weight is NaN or infinite.
+        CertificateError: the forward gives different outputs each time it runs.
+
+    >>> net = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
+    >>> smaller = prune_units(net, 0.3, example_inputs=torch.randn(2, 4))
+    >>> [tuple(weight.shape) for weight in smaller.parameters()]
+    [(7, 4), (7,), (2, 7), (2,)]
+    """
+    _check_options(fraction, saliency, scope, removed, floor, multiple_of)
+    if data is None and (saliency == "activation" or removed == "fold"):
+        option = "saliency='activation'" if saliency == "activation" else "removed='fold'"
+        raise DataError(explain(f"{option} needs data", remedy="pass data=, or leave the option out"))
+    work = Shrinking.prepare(model, data, example_inputs, progress)
+    restoring = None if data is None and renormalize == "auto" else renormalize
+    passes = normalizations(restoring, work.source.graph_module, data)
+    check_restoring(passes)
+    devices = [work.source.device] if work.source.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), eval_mode(model, work.source.graph_module):
+        work.score(saliency)
+        if removed == "fold":
+            work.correlate()
+        cut = work.choose(Quota(fraction, scope, floor, multiple_of), excluded(work.groups, exclude))
+        cut, smaller, certificate = work.make(cut)
+        restored = work.restore(cut, smaller, passes)
+        with work.clock("costs"):
+            costs = [cost_of(each, work.inputs) for each in (model, smaller)]
+    for before, after in zip(model.modules(), smaller.modules(), strict=True):
+        after.training = before.training
+    report = UnitPruneReport(
+        model=type(model).__name__,
+        fraction=fraction,
+        saliency=saliency if isinstance(saliency, str) else getattr(saliency, "__name__", type(saliency).__name__),
+        scope=scope,
+        removed=removed,
+        renormalize=tuple(step.name for step in passes),
+        groups=tuple(
+            GroupCut(
+                g.name, g.label, g.units, int(cut.kept[g.name].sum()), tuple(cut.kept[g.name].nonzero()[0].tolist())
+            )
+            for g in work.groups
+            if g.name in cut.kept
+        ),
+        left_whole=tuple(
+            LeftWhole(g.name, g.label, g.units, work.whole[g.name]) for g in work.groups if g.name in work.whole
+        ),
+        before=costs[0],
+        after=costs[1],
+        certificate=certificate,
+        not_folded=work.not_folded(cut) if removed == "fold" else (),
+        created_biases=tuple(restored.created_biases) if restored else (),
+        notes=tuple(restored.notes) if restored else (),
+        seconds=tuple(work.seconds),
+    )
+    remember(smaller, report)
+    return smaller
+
+
+def _check_options(
+    fraction: float, saliency: str | Saliency, scope: str, removed: str, floor: float, multiple_of: int
+) -> None:
+    for name, value in (("fraction", fraction), ("floor", floor)):
+        if not 0 <= value < 1:
+            remedy = "0.3 removes three units of ten" if name == "fraction" else "0.1 keeps a tenth of each group"
+            raise OptionError(explain(f"{name} must lie in [0, 1) but is {value}", remedy=remedy))
+    if multiple_of < 1:
+        raise OptionError(explain(f"multiple_of must be at least 1 but is {multiple_of}", remedy="1 rounds nothing"))
+    choices = (("saliency", saliency, SALIENCIES), ("scope", scope, SCOPES), ("removed", removed, REMOVALS))
+    for name, value, accepted in choices:
+        if not callable(value) and value not in accepted:
+            remedy = did_you_mean(str(value), accepted) + (", or a function" if name == "saliency" else "")
+            raise OptionError(explain(f"{name}={value!r} is not known", remedy=remedy))

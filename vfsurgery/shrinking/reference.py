@@ -1,0 +1,183 @@
+"""Proof that a smaller model computes what the original computes without the removed units.
+
+The reference is the original in which the removed units are silent: what reads them has zeros there, and their
+activations are zero wherever they appear. A norm layer that looks across units (LayerNorm, RMSNorm, GroupNorm) would
+count those zeros; in the reference it looks at the kept units only, as it does in the smaller model. All other ops run
+as they are, at their original size: where one mixes units in another way (a mean over channels, a split at a constant
+place) the outputs differ, and the cut is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from vfsurgery.groups import Member
+from vfsurgery.roles import READS
+from vfsurgery.shrinking.cut import Cut
+from vfsurgery.shrinking.rehearsal import reason_of
+from vfsurgery.shrinking.resize import with_tensors
+from vfsurgery.sources import eval_mode
+from vfsurgery.tracing.ops import Op, OpReader
+from vfsurgery.tracing.tracer import put_over
+from vfsurgery.verification import TOLERANCE, relative_error, tensors_of
+
+LAST_DIMS = (nn.LayerNorm, nn.RMSNorm)
+RUNS = (nn.GroupNorm,)
+FUNCTIONS = ("layer_norm", "rms_norm", "group_norm")
+
+
+@dataclass(frozen=True)
+class CutCertificate:
+    """How far the outputs of a smaller model are from those of the original with the removed units silent.
+
+    ``error`` is the largest absolute difference over the largest absolute output, ``tolerance`` the bound for
+    ``dtype``, the precision that was computed in. ``effect`` is how far silencing the units takes the outputs of the
+    original: where that is no more than the tolerance, nothing can be seen, and ``random_weights`` made the proof.
+    ``norms`` are norm layers whose statistics are now of the kept units alone. ``failure`` is what a forward raised.
+    """
+
+    error: float
+    tolerance: float
+    dtype: str
+    effect: float = 0.0
+    random_weights: bool = False
+    norms: tuple[str, ...] = ()
+    failure: str = ""
+
+    def __bool__(self) -> bool:
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "holds" if self else "FAILS"
+        verdict += " (shown on random weights)" if self.random_weights else ""
+        return (
+            f"smaller model == original with the removed units silent: {verdict}, "
+            f"relative error {self.error:.1e} (tolerance {self.tolerance:.0e}, {self.dtype})"
+        )
+
+
+def certify_cut(
+    model: nn.Module,
+    graph_module: fx.GraphModule,
+    cut: Cut,
+    state: Mapping[str, Tensor],
+    smaller: nn.Module,
+    inputs: tuple[Tensor, ...],
+) -> CutCertificate:
+    """Compare a smaller model with the original with silenced units; false where they differ.
+
+    Args:
+        model: The original.
+        graph_module: Its trace.
+        cut: What was removed.
+        state: The values it was removed from, by canonical name: the original's, or with removed units folded in.
+        smaller: The result, in the precision of ``state`` and ``inputs``.
+        inputs: What both are run on.
+    """
+    silent = with_tensors(model, {name: _unread(cut, name, tensor) for name, tensor in state.items()})
+    reference = Silenced(put_over(silent, graph_module), cut)
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    name, norms = str(dtype).removeprefix("torch."), tuple(reference.norms.values())
+    with eval_mode(model, smaller, silent, reference.module):
+        try:
+            found = tensors_of(smaller(*inputs))
+        except Exception as error:  # whatever a forward may raise when sizes do not fit
+            return CutCertificate(float("inf"), TOLERANCE[dtype], name, failure=reason_of(error, smaller))
+        expected, whole = tensors_of(reference.run(*inputs)), tensors_of(model(*inputs))
+    error = float("inf")
+    if [x.shape for x in found] == [x.shape for x in expected] and all(bool(x.isfinite().all()) for x in found):
+        error = relative_error(tuple(found), tuple(expected))
+    effect = relative_error(tuple(expected), tuple(whole))
+    return CutCertificate(error, TOLERANCE[dtype], name, effect, norms=norms)
+
+
+def _reads(member: Member) -> bool:
+    """Whether a weight reads units along this axis; inside a recurrent layer it is the units of the step before."""
+    leaf = member.parameter.rpartition(".")[2]
+    return member.role == READS or (member.dim == 1 and leaf.startswith(("weight_hh", "weight_hr")))
+
+
+def _unread(cut: Cut, name: str, tensor: Tensor) -> Tensor:
+    """A weight with zeros where it reads removed units."""
+    for mask in cut.masks(name, tuple(tensor.shape), _reads):
+        tensor = tensor.masked_fill(~mask.to(tensor.device), 0)
+    return tensor
+
+
+class Silenced(fx.Interpreter):
+    """Runs a traced model with some units zero wherever they appear."""
+
+    def __init__(self, graph_module: fx.GraphModule, cut: Cut) -> None:
+        super().__init__(graph_module)
+        self.cut = cut
+        self._ops = {op.node.name: op for op in OpReader(graph_module) if _looks_across_units(op)}
+        self._ops = {name: op for name, op in self._ops.items() if self._kept(op)}
+        self.norms = {name: op.path or name for name, op in self._ops.items()}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, and silence the removed units in its value."""
+        op = self._ops.get(n.name)
+        value = super().run_node(n) if op is None else self._over_kept(n, op)
+        if isinstance(value, Tensor) and n.op != "get_attr":
+            for mask in self.cut.masks(n.name, tuple(value.shape)):
+                value = value.masked_fill(~mask.to(value.device), 0)
+        return value
+
+    def _kept(self, op: Op) -> dict[int, np.ndarray]:
+        """What is kept along each dim that a norm looks along."""
+        shape = op.input.shape
+        runs = op.key == "group_norm" or isinstance(op.module, RUNS)
+        dims = [1] if runs else range(len(shape) - len(op.argument("normalized_shape", 1)), len(shape))
+        found = {dim: self.cut.node_index(op.input.name, dim, shape[dim]) for dim in dims}
+        return {dim: index for dim, index in found.items() if index is not None}
+
+    def _over_kept(self, n: fx.Node, op: Op) -> Tensor:
+        """A norm of the kept units, put back among zeros."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        x: Tensor = args[0] if args else kwargs["input"]
+        kept = {dim: torch.from_numpy(index).to(x.device) for dim, index in self._kept(op).items()}
+        inner = x
+        for dim, index in kept.items():
+            inner = inner.index_select(dim, index)
+        first = 1 if 1 in kept and (op.key == "group_norm" or isinstance(op.module, RUNS)) else None
+        owner = cast(Any, op.module and self.module.get_submodule(op.path))
+
+        def own(name: str, place: int) -> Tensor | None:
+            tensor = (
+                getattr(owner, name, None) if owner else kwargs.get(name, args[place] if place < len(args) else None)
+            )
+            if tensor is None:
+                return None
+            for dim, index in kept.items():
+                tensor = tensor.index_select(0 if first else dim - (x.ndim - tensor.ndim), index)
+            return tensor
+
+        weight, eps = own("weight", 2), op.argument("eps", 4, None)
+        if first:
+            y = functional.group_norm(inner, self._runs(op, kept[1]), weight, own("bias", 3), eps or 1e-5)
+        else:
+            shape = inner.shape[x.ndim - len(op.argument("normalized_shape", 1)) :]
+            if op.key == "rms_norm" or isinstance(op.module, nn.RMSNorm):
+                y = functional.rms_norm(inner, shape, weight, op.argument("eps", 3, None))
+            else:
+                y = functional.layer_norm(inner, shape, weight, own("bias", 3), eps or 1e-5)
+        for dim, index in reversed(kept.items()):
+            wide = [*y.shape[:dim], x.shape[dim], *y.shape[dim + 1 :]]
+            y = y.new_zeros(wide).index_copy(dim, index, y)
+        return y
+
+    @staticmethod
+    def _runs(op: Op, kept: Tensor) -> int:
+        groups = op.argument("num_groups", 1)
+        return len((kept // (op.input.shape[1] // groups)).unique())
+
+
+def _looks_across_units(op: Op) -> bool:
+    return op.key in FUNCTIONS or isinstance(op.module, (*LAST_DIMS, *RUNS))

@@ -1,0 +1,213 @@
+"""The steps of one structured pruning: scores, what can be cut, the cut, its proof, its repair."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vfsurgery.batches import Batches, Data
+from vfsurgery.discovery import discover
+from vfsurgery.errors import CertificateError, TraceError, explain
+from vfsurgery.groups import GroupSet
+from vfsurgery.merging import ExampleInputs
+from vfsurgery.passes import Context, Pass
+from vfsurgery.passes.base import calibration_images
+from vfsurgery.pruning.layers import prunable, stored_weight
+from vfsurgery.recording import record
+from vfsurgery.shrinking.candidates import first_and_instead
+from vfsurgery.shrinking.cut import Cut
+from vfsurgery.shrinking.fold import Reader, folded, readers_of, self_correlations, unfolded
+from vfsurgery.shrinking.quota import Quota
+from vfsurgery.shrinking.reference import CutCertificate, certify_cut
+from vfsurgery.shrinking.rehearsal import Rehearsal, largest_working
+from vfsurgery.shrinking.resize import Resizer
+from vfsurgery.shrinking.restore import restore
+from vfsurgery.shrinking.saliency import Saliency, activities, by_user, magnitudes
+from vfsurgery.sources import Source, check_weights
+from vfsurgery.stats.collect import image_dtype
+from vfsurgery.stats.correlation import CrossMoments
+from vfsurgery.tracing.examples import example_inputs_of
+from vfsurgery.tracing.tracer import put_over
+from vfsurgery.verification import KeepDouble, keep_signals_alive, randomize
+
+TOO_SMALL = "too few units to lose one"
+
+
+@dataclass
+class Shrinking:
+    """One structured pruning in progress. ``whole`` says of groups why they stay as they are."""
+
+    source: Source
+    groups: GroupSet
+    inputs: tuple[Tensor, ...]
+    data: Batches | None
+    progress: bool
+    whole: dict[str, str] = field(default_factory=dict[str, str])
+    seconds: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
+    _scores: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
+    _readers: list[Reader] = field(default_factory=list[Reader])
+    _moments: dict[str, CrossMoments] = field(default_factory=dict[str, CrossMoments])
+
+    @staticmethod
+    def prepare(model: nn.Module, data: Data | None, given: ExampleInputs | None, progress: bool) -> Shrinking:
+        """Check, trace and group the model."""
+        started = time.perf_counter()
+        for name in prunable(model):
+            stored_weight(model, name)  # refuses what hooks compute
+        check_weights([model])
+        device = next(model.parameters()).device
+        batches = None if data is None else Batches(data, device=device, dtype=image_dtype(model))
+        inputs = example_inputs_of(model, given) if given is not None or batches is None else _first_two(batches)
+        try:
+            graph_module = record(model, inputs)
+        except TraceError as error:
+            raise TraceError(f"units can be removed only from what fx can record\n{error}") from error
+        work = Shrinking(Source.of(model, graph_module), discover(graph_module), inputs, batches, progress)
+        work.seconds.append(("trace and groups", time.perf_counter() - started))
+        return work
+
+    @contextmanager
+    def clock(self, name: str) -> Generator[None]:
+        """Note how long a step takes."""
+        started = time.perf_counter()
+        yield
+        self.seconds.append((name, time.perf_counter() - started))
+
+    def score(self, saliency: str | Saliency) -> None:
+        """Find out how much every unit matters."""
+        with self.clock("saliency"):
+            graph_module, state = self.source.graph_module, self.source.state
+            if not isinstance(saliency, str):
+                self._scores = by_user(saliency, self.groups, state)
+            elif saliency == "magnitude":
+                self._scores = magnitudes(graph_module, self.groups, state)
+            else:
+                self._scores = activities(graph_module, self.groups, self._images("activations"))
+                self.whole |= {
+                    group.name: "its activations are seen nowhere"
+                    for group in self.groups
+                    if group.name not in self._scores
+                }
+
+    def correlate(self) -> None:
+        """Take what folding needs: how units go together, where layers read them."""
+        with self.clock("correlations"):
+            self._readers = readers_of(self.source.graph_module, self.groups)
+            self._moments = self_correlations(self.source.graph_module, self._readers, self._images("correlations"))
+
+    def choose(self, quota: Quota, excluded: Mapping[str, str]) -> Cut:
+        """The largest cut that the forward survives."""
+        self.whole |= excluded
+        first, instead = first_and_instead(self.groups)
+
+        def cut(names: Sequence[str]) -> Cut:
+            chosen = [self.groups[name] for name in names]
+            return Cut(self.groups, quota.masks(chosen, self._scores))
+
+        with self.clock("rehearsal"):
+            rehearsal = Rehearsal(self.source.model, self.source.graph_module, self.inputs)
+            works, failed = largest_working(
+                [name for name in first if name not in self.whole], lambda names: rehearsal.failure(cut(names))
+            )
+            others = dict.fromkeys(other for name in failed for other in instead.get(name, ()))
+            also, _ = largest_working(
+                [name for name in others if name not in self.whole],
+                lambda names: rehearsal.failure(cut([*works, *names])),
+            )
+        replaced = {name for name in failed if any(other in also for other in instead.get(name, ()))}
+        self.whole |= {name: reason for name, reason in failed.items() if name not in replaced}
+        found = cut([*works, *also])
+        self.whole |= {name: TOO_SMALL for name in (*works, *also) if name not in found.kept}
+        return found
+
+    def make(self, cut: Cut) -> tuple[Cut, nn.Module, CutCertificate]:
+        """Cut the units out and prove it; groups that fail are left whole.
+
+        Raises:
+            CertificateError: the model differs from itself.
+        """
+        with self.clock("cut and certificate"):
+            certificate = self._certificate(cut)
+            if not certificate:
+                if not (of_itself := self._certificate(Cut(self.groups, {}))):
+                    raise CertificateError(
+                        explain(
+                            "the model gives different outputs each time it runs; nothing was removed",
+                            error=f"{of_itself.error:.2e} relative, tolerance {of_itself.tolerance:.0e}",
+                            remedy="its forward draws random numbers even in eval mode: make it repeatable",
+                        )
+                    )
+                works, failed = largest_working([*cut.kept], lambda names: self._difference(_only(cut, names)))
+                self.whole |= failed
+                cut = _only(cut, works)
+                certificate = self._certificate(cut)
+            state = folded(self.source.state, cut, self._readers, self._moments)
+            return cut, Resizer.of(self.source.model, self.source.graph_module).shrink(cut, state), certificate
+
+    def restore(self, cut: Cut, smaller: nn.Module, passes: Sequence[Pass]) -> Context | None:
+        """Give the units that are left their statistics back."""
+        if not passes or self.data is None or not cut.kept:
+            return None
+        with self.clock("renormalization"):
+            return restore(self.source, cut, smaller, passes, self.inputs, self.data, self.progress)
+
+    def not_folded(self, cut: Cut) -> tuple[str, ...]:
+        """Groups whose removed units are dropped, by some of their readers at least."""
+        lost = unfolded([group for group in self.groups if group.name in cut.kept], self._readers)
+        return tuple(f"{group.name} {group.label}" for group in lost)
+
+    def _certificate(self, cut: Cut) -> CutCertificate:
+        """On the weights at hand; half precision is checked in float32.
+
+        Where the outputs do not tell whether the units are there (an untrained network's may be all but constant), on a
+        copy in double precision with random weights.
+        """
+        source, inputs = self.source, self.inputs
+        if image_dtype(source.model).itemsize < 4:
+            source, inputs = _in_dtype(source, inputs, torch.float32)
+        certificate = self._compare(source, inputs, cut)
+        if not certificate or certificate.effect > certificate.tolerance or not cut.kept:
+            return certificate
+        lively, inputs = _in_dtype(source, inputs, torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        with KeepDouble():
+            randomize(lively.model, generator)
+            keep_signals_alive(lively.model, inputs, generator)
+            return replace(self._compare(lively, inputs, cut), random_weights=True)
+
+    def _compare(self, source: Source, inputs: tuple[Tensor, ...], cut: Cut) -> CutCertificate:
+        state = folded(source.state, cut, self._readers, self._moments)
+        smaller = Resizer.of(source.model, source.graph_module).shrink(cut, state)
+        return certify_cut(source.model, source.graph_module, cut, state, smaller, inputs)
+
+    def _difference(self, cut: Cut) -> str | None:
+        certificate = self._certificate(cut)
+        if certificate:
+            return None
+        return certificate.failure or f"the rest would compute something else, relative error {certificate.error:.1e}"
+
+    def _images(self, label: str) -> Iterator[Tensor]:
+        return calibration_images(self.data, label, self.progress)
+
+
+def _only(cut: Cut, names: Sequence[str]) -> Cut:
+    return Cut(cut.groups, {name: cut.kept[name] for name in names})
+
+
+def _in_dtype(source: Source, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Source, tuple[Tensor, ...]]:
+    """A copy of a source, and inputs for it, in another precision."""
+    model = copy.deepcopy(source.model).to(dtype)
+    cast = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    return Source.of(model, put_over(model, source.graph_module)), cast
+
+
+def _first_two(batches: Batches) -> tuple[Tensor, ...]:
+    images, _ = next(iter(batches))
+    return (images[:2],)
