@@ -98,7 +98,7 @@ class SparseSoup:
         header += "".join(f"{f'copy {number}':>10}" for number in range(copies)) + f"{'soup':>10}"
         header += f"{'one copy':>10}" if self.plain is not None else ""
         lines = [
-            f"dense {self.dense:.2%}; accuracy after each of {len(self.phases)} phases, {self.seconds:.0f} s",
+            f"dense {self.dense:.2%}; accuracy in each of {len(self.phases)} phases, {self.seconds:.0f} s",
             header,
         ]
         for phase in self.phases:
@@ -134,7 +134,8 @@ def sparse_soup(
         sparsity: Share of the prunable weights that is zero at the end, in [0, 1).
         phases: How often to prune; every phase prunes the same share of what remains.
         copies: Models that are retrained in each phase; 1 is iterative magnitude pruning.
-        retraining: Epochs, learning rate and so on, and what the copies differ in.
+        retraining: Epochs, learning rate and so on, and what the copies differ in. The learning rate has to be so low
+            that copies stay in one basin: if the soup is far below its copies, it is too high.
         method: As for :func:`~vfsurgery.prune`, a pruner that needs no data.
         scope: As for :func:`~vfsurgery.prune`; ``"layer"`` gives all layers one sparsity.
         exclude: Layers to leave dense, as for :func:`~vfsurgery.prune`.
@@ -154,10 +155,11 @@ def sparse_soup(
     >>> from vfsurgery.data import digits
     >>> from vfsurgery.demo import TinyConvNet
     >>> splits = digits()
-    >>> found = sparse_soup(TinyConvNet(width=2), splits.train, splits.calibration, sparsity=0.75, phases=2, copies=2,
-    ...     retraining=Retraining(epochs=1), plain=False, progress=False)
-    >>> [round(phase.sparsity, 2) for phase in found.phases], round(found.masks.sparsity, 2)
-    ([0.5, 0.75], [...])
+    >>> brief = Retraining(epochs=1)
+    >>> options = {"phases": 2, "copies": 2, "retraining": brief, "plain": False, "progress": False}
+    >>> found = sparse_soup(TinyConvNet(width=2), splits.train, splits.calibration, sparsity=0.75, **options)
+    >>> [round(phase.sparsity, 2) for phase in found.phases]
+    [0.5, 0.75]
     """
     started = time.perf_counter()
     retraining = retraining or Retraining()
