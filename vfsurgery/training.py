@@ -88,7 +88,6 @@ def train(
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, generator=order)
     setting = f"{seed=} {epochs=} {lr=} {batch_size=} {momentum=} {weight_decay=} {nesterov=} {milestones=} {warmup=} "
     setting += f"{augment=}, {len(loader)} batches" + f", {optimizer=}" * (optimizer != "sgd")
-    steps: torch.optim.Optimizer
     if optimizer == "adamw":
         steps = torch.optim.AdamW(model.parameters(), lr, (momentum, 0.999), weight_decay=weight_decay)
     else:
