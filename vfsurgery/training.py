@@ -102,7 +102,6 @@ def train(
     setting += f"{augment=}, {len(loader)} batches" + f", {optimizer=}" * (optimizer != "sgd")
     setting += f", {shape=}" * (shape != "cycle")
     setting += "" if masks is None else f", {masks.sparsity:.6f} pruned"
-    steps: torch.optim.Optimizer
     if optimizer == "adamw":
         steps = torch.optim.AdamW(model.parameters(), lr, (momentum, 0.999), weight_decay=weight_decay)
     else:
