@@ -16,7 +16,6 @@ from vfsurgery.checkpoints import load_into, load_state_dict, save_state_dict
 from vfsurgery.comparison import Comparison, compare_merges, table
 from vfsurgery.data import Splits
 from vfsurgery.expectations import Outcome
-from vfsurgery.figures import draw_sweep
 from vfsurgery.phases import Retraining, SparseSoup, sparse_soup
 from vfsurgery.pruning_sections import PruningSweep, Soup
 from vfsurgery.results import report_of
@@ -170,7 +169,7 @@ class SweepFinding:
         """Of the cell in which renormalization brings most, weights and page; and the plot of all."""
         example = self.sweep.example
         save_state_dict(example.model.state_dict(), f"{base}.safetensors", {"recipe": recipe})
-        draw_sweep(self.sweep, f"{base}_sweep.png", self.experiment.published)
+        self.sweep.plot(f"{base}_sweep.png", self.experiment.published)
         report = report_of(example.model)
         example.after.page(
             f"{base}.html", report=report, scores=example.scores, before=example.before, sweep=self.sweep

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -66,6 +67,21 @@ class Sweep:
                 rows[row(method, cell.sparsity)] = cell.pruned
                 rows[row(method, cell.sparsity, renormalized=True)] = cell.renormalized
         return rows
+
+    def plot(self, path: str | Path, published: Mapping[str, Sequence[float | None]] | None = None) -> Path:
+        """Draw the curves into ``path``, whose ending is the format, PNG without one.
+
+        Args:
+            path: The file.
+            published: Accuracies (%) from elsewhere, by method and by ``METHOD renormalized``, one per sparsity.
+
+        Raises:
+            CheckpointError: the file cannot be written; nothing is left of it then.
+        """
+        # Imported here because matplotlib takes half a second, which only those who draw should wait.
+        from vfsurgery.figures import draw_sweep
+
+        return draw_sweep(self, path, published)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the weights, as plain JSON values."""
