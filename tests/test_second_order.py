@@ -282,6 +282,17 @@ def test_blocks_keep_as_many_as_their_masks(scope: str, count: Callable[[Tensor]
     assert Masks.of(once) != Masks.of(anew)
 
 
+def test_magnitudes_of_all_layers_say_how_many_weights_each_keeps() -> None:
+    model, x = lively(Chain()), images(64)
+    found = Masks.of(surgery.prune(model, 0.6, method="sparsegpt", data=x))
+    largest = Masks.of(surgery.prune(model, 0.6, method="magnitude"))
+    assert found.by_layer == largest.by_layer
+    assert found != largest
+    assert len({round(share, 2) for share in found.by_layer.values()}) > 1
+    by_error = surgery.prune(model, 0.6, method=SparseGPT(counts="obs"), data=x, allow_empty=True)
+    assert Masks.of(by_error).by_layer != largest.by_layer
+
+
 def test_several_passes_within_the_memory_give_what_one_gives() -> None:
     model, x = net("chain"), images(32)
     work = work_on(model)

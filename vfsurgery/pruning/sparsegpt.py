@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.pruning.base import PRUNERS, Pattern, Pruner, Pruning
+from vfsurgery.pruning.base import PRUNERS, Pattern, Pruner, Pruning, Scope
 from vfsurgery.pruning.inputs import in_parts, second_moments
 from vfsurgery.pruning.masks import Masks
 from vfsurgery.pruning.selection import largest
@@ -33,8 +33,9 @@ class SparseGPT(Pruner):
 
     While columns are gone through, each block of them chooses which entries it keeps by ``w_q^2 / U_qq^2``, how much
     the error grows without ``w_q``, for the weights as they are by then; as many as the masks keep in it (of each unit
-    with scope ``"row"``, of each M inputs with a pattern). The masks are those of the largest weights: unlike in the
-    paper, blocks of a layer may differ in sparsity, and with scope ``"global"`` layers do, in a way that suits them.
+    with scope ``"row"``, of each M inputs with a pattern). The masks are those of the largest weights of all layers:
+    unlike in the paper, layers and their blocks differ in sparsity, which suits convolutional networks far better than
+    the paper's equal ones (scope ``"layer"``).
 
     Attributes:
         images: How many images to take second moments on. More only help once every layer has seen several times more
@@ -54,6 +55,7 @@ class SparseGPT(Pruner):
 
     name: ClassVar[str] = "sparsegpt"
     needs_data: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "global"
     rechooses: ClassVar[bool] = True
     images: int | None = 1024
     damping: float = 0.01
