@@ -52,6 +52,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--pair", nargs="*", choices=NORMALIZATION, default=list(NORMALIZATION))
     made.add_argument("--sparsity", type=float, nargs="*", default=[0.0, 0.5, 0.7, 0.9])
+    made.add_argument("--calibration", type=int, default=5000, help="training images (default: %(default)s)")
     made.add_argument("--test", type=int, default=10_000, help="test images (default: %(default)s)")
     made.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     made.add_argument("--cache", type=Path, default=ROOT / "out" / "cache")
@@ -60,8 +61,11 @@ def main() -> None:
     if not options.shared.is_dir():
         print(f"skipped: there is no folder {options.shared}")
         return
-    images = pairs.load_images(options.shared, options.cache, calibration=5000, test=options.test)
-    print(f"\n| pair | sparsity | sources | {' | '.join(f'{choice} | CPU s' for choice in CHOICES)} |\n|{'---|' * 9}")
+    images = pairs.load_images(options.shared, options.cache, calibration=options.calibration, test=options.test)
+    print(
+        f"\n| pair | sparsity | sources | {' | '.join(f'{choice} | CPU s' for choice in CHOICES)} |\n|{'---|' * 9}",
+        flush=True,
+    )
     for name in options.pair:
         sources = list(pairs.load_pair(options.shared, name))
         for sparsity in options.sparsity:
