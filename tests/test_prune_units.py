@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -508,3 +510,17 @@ def test_small_models_of_timm_get_smaller(name: str) -> None:
     assert found.certificate and found.certificate.effect > found.certificate.tolerance
     assert smaller(torch.randn(3, *size)).shape == (3, 1000)
     assert found.after.parameters < 0.95 * found.before.parameters, found
+
+
+@pytest.mark.pairs
+@pytest.mark.slow
+def test_folding_a_trained_network_keeps_more_than_dropping(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "docs" / "benchmarks")
+    pairs = importlib.import_module("pairs")
+    model, _ = pairs.load_pair(shared, "vgg11_half")
+    found = pairs.load_images(shared, pairs.ROOT / "out" / "cache", calibration=500, test=1000)
+    dropped, folded = (
+        surgery.evaluate(surgery.prune_units(model, 0.3, removed=removed, data=found.calibration), found.test).accuracy
+        for removed in ("drop", "fold")
+    )
+    assert folded > dropped + 0.04 and folded > 0.7
