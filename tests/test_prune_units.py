@@ -312,14 +312,15 @@ def test_readers_that_cannot_be_folded_into_are_named() -> None:
     assert labels == ["conv"] and "so dropped there and not folded: g" in str(found)
 
 
-def test_magnitude_is_that_of_rows_as_a_batch_norm_passes_them_on() -> None:
+def test_magnitude_is_that_of_all_rows_that_write_a_unit() -> None:
     model = net("residual")
     with torch.no_grad():
-        model.block1.conv1.weight[3] *= 100  # its norm undoes this
-        model.block1.bn1.running_var[3] *= 1e4
-        model.block1.bn1.weight[2] = 1e-3
+        model.block1.conv1.weight[3] *= 1e-3
+        model.stem.weight[1] *= 1e-3  # a stream with two writers
+        model.stem.weight[4] *= 1e-3
+        model.block1.conv2.weight[4] *= 1e-3
     kept = {g.label: g.kept for g in report(surgery.prune_units(model, 0.2, example_inputs=images(2))).groups}
-    assert 2 not in kept["block1.conv1"] and len(kept["block1.conv1"]) == 5
+    assert kept["block1.conv1"] == (0, 1, 2, 4, 5) and kept["stem"] == (0, 1, 2, 3, 5)
 
 
 def test_activations_on_data_show_dead_units() -> None:

@@ -50,8 +50,8 @@ def prune_units(
     Args:
         model: Any network that :func:`~vfsurgery.trace` records. It is not changed.
         fraction: Share of units to remove, from 0 up to but not including 1. At least one unit of a group stays.
-        saliency: Which units matter: ``"magnitude"``, the L2 norm of all weights that write a unit (times the scale of
-            the BatchNorm that they feed); ``"activation"``, the mean square of its activations on ``data``; or a
+        saliency: Which units matter: ``"magnitude"``, the L2 norm of all weights that write a unit;
+            ``"activation"``, the mean square of its activations on ``data``; or a
             function from a group and all parameters by name to one number per unit, ``(units,)``.
         scope: ``"group"`` removes ``fraction`` of every group; ``"global"`` ranks the units of all groups together,
             each saliency divided by its group's mean, and leaves each group the share ``floor``.
