@@ -190,3 +190,17 @@ def test_without_limits_a_budget_allows_everything() -> None:
     found = candidates(Boundaries(graph_module), Ledger.of(graph_module, (X,)), 2)
     assert all(map(Budget().allows, found)) and not all(map(Budget(flops=1.5).allows, found))
     assert str(Budget(flops=1.5, params=2)) == "flops x1.5, parameters x2"
+
+
+def test_a_view_of_a_parameter_that_goes_into_a_module_is_counted() -> None:
+    class Query(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latent, self.fc = nn.Parameter(torch.zeros(1, 4)), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.fc(self.latent.expand(len(x), -1))
+
+    model = Query()
+    assert cost_of(model, torch.zeros(3, 2)).flops == 16
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -72,11 +72,16 @@ def _counting(model: nn.Module) -> Generator[tuple[FakeTensorMode, FlopCounterMo
     """FLOPs are counted and nothing is computed, in eval mode, by ops that have a count (fused attention has none)."""
     mode, counter = FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False)
     fused = torch.backends.mha.get_fastpath_enabled()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.backends.mha.set_fastpath_enabled(False)
     try:
+        for parameter in trained:  # the counter's hooks stumble over views of those
+            parameter.requires_grad_(False)
         with eval_mode(model), sdpa_kernel(SDPBackend.MATH), mode, counter:
             yield mode, counter
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         torch.backends.mha.set_fastpath_enabled(fused)
 
 

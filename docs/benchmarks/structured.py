@@ -59,16 +59,6 @@ def sizes(options: Namespace) -> None:
     print("\n`*` the outputs do not show the units: proven on random weights in float64.")
 
 
-def plain_norm(group: PermutationGroup, state: Mapping[str, Tensor]) -> Tensor:
-    """The L2 norm of a unit's rows alone, whatever BatchNorm makes of them."""
-    total = torch.zeros(group.units)
-    for member in group.members:
-        if member.role == "writes" and state[member.parameter].ndim > 1:
-            rows = state[member.parameter].movedim(member.dim, 0).flatten(1).square().sum(1)
-            total += rows[torch.from_numpy(member.positions())].sum(1)
-    return total.sqrt()
-
-
 def chance(group: PermutationGroup, state: Mapping[str, Tensor]) -> Tensor:
     """Random numbers."""
     return torch.rand(group.units, generator=torch.Generator().manual_seed(0))
@@ -86,7 +76,7 @@ def accuracy(options: Namespace) -> None:
         print(f"\n{name}: {score(model, found.test)} %, {options.test} images; fraction {options.fraction}")
         print("| saliency | scope | dropped | + renormalized | folded | + renormalized | parameters | FLOPs |")
         print("|---|---|---|---|---|---|---|---|")
-        for saliency in ("magnitude", plain_norm, "activation", chance):
+        for saliency in ("magnitude", "activation", chance):
             for scope in ("group", "global"):
                 row: list[str] = []
                 for removed in ("drop", "fold"):

@@ -14,6 +14,7 @@ from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
 from vfsurgery.merging import ExampleInputs
 from vfsurgery.results import remember
 from vfsurgery.shrinking.candidates import excluded
+from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.quota import Quota
 from vfsurgery.shrinking.report import GroupCut, LeftWhole, UnitPruneReport
 from vfsurgery.shrinking.restore import check_restoring
@@ -49,8 +50,8 @@ def prune_units(
     Args:
         model: Any network that :func:`~vfsurgery.trace` records. It is not changed.
         fraction: Share of units to remove, from 0 up to but not including 1. At least one unit of a group stays.
-        saliency: Which units matter: ``"magnitude"``, the L2 norm of all weights that write a unit (times the scale of
-            the BatchNorm that they feed); ``"activation"``, the mean square of its activations on ``data``; or a
+        saliency: Which units matter: ``"magnitude"``, the L2 norm of all weights that write a unit;
+            ``"activation"``, the mean square of its activations on ``data``; or a
             function from a group and all parameters by name to one number per unit, ``(units,)``.
         scope: ``"group"`` removes ``fraction`` of every group; ``"global"`` ranks the units of all groups together,
             each saliency divided by its group's mean, and leaves each group the share ``floor``.
@@ -92,34 +93,29 @@ def prune_units(
     passes = normalizations(restoring, work.source.graph_module, data)
     check_restoring(passes)
     devices = [work.source.device] if work.source.device.type == "cuda" else []
+    quota = Quota(fraction, scope, floor, multiple_of)
     with torch.random.fork_rng(devices), eval_mode(model, work.source.graph_module):
         work.score(saliency)
         if removed == "fold":
             work.correlate()
-        cut = work.choose(Quota(fraction, scope, floor, multiple_of), excluded(work.groups, exclude))
+        cut = work.choose(quota, excluded(work.groups, exclude))
         cut, smaller, certificate = work.make(cut)
         restored = work.restore(cut, smaller, passes)
         with work.clock("costs"):
             costs = [cost_of(each, work.inputs) for each in (model, smaller)]
     for before, after in zip(model.modules(), smaller.modules(), strict=True):
         after.training = before.training
+    name = saliency if isinstance(saliency, str) else getattr(saliency, "__name__", type(saliency).__name__)
+    cuts, whole = _outcome(work, cut)
     report = UnitPruneReport(
         model=type(model).__name__,
         fraction=fraction,
-        saliency=saliency if isinstance(saliency, str) else getattr(saliency, "__name__", type(saliency).__name__),
+        saliency=name,
         scope=scope,
         removed=removed,
-        renormalize=tuple(step.name for step in passes),
-        groups=tuple(
-            GroupCut(
-                g.name, g.label, g.units, int(cut.kept[g.name].sum()), tuple(cut.kept[g.name].nonzero()[0].tolist())
-            )
-            for g in work.groups
-            if g.name in cut.kept
-        ),
-        left_whole=tuple(
-            LeftWhole(g.name, g.label, g.units, work.whole[g.name]) for g in work.groups if g.name in work.whole
-        ),
+        renormalize=tuple(step.name for step in passes) if restored else (),
+        groups=cuts,
+        left_whole=whole,
         before=costs[0],
         after=costs[1],
         certificate=certificate,
@@ -130,6 +126,21 @@ def prune_units(
     )
     remember(smaller, report)
     return smaller
+
+
+def _outcome(work: Shrinking, cut: Cut) -> tuple[tuple[GroupCut, ...], tuple[LeftWhole, ...]]:
+    """What became of each group."""
+    cuts = [
+        GroupCut(group.name, group.label, group.units, int(kept.sum()), tuple(kept.nonzero()[0].tolist()))
+        for group in work.groups
+        if (kept := cut.kept.get(group.name)) is not None
+    ]
+    whole = [
+        LeftWhole(group.name, group.label, group.units, reason)
+        for group in work.groups
+        if (reason := work.whole.get(group.name)) is not None
+    ]
+    return tuple(cuts), tuple(whole)
 
 
 def _check_options(

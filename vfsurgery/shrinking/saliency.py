@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
-from vfsurgery.passes.producers import find_producers
 from vfsurgery.roles import READS, WRITES
 from vfsurgery.stats.collect import Site, group_sites, survey
 from vfsurgery.stats.moments import row_squares
@@ -20,14 +19,13 @@ Saliency: TypeAlias = Callable[[PermutationGroup, Mapping[str, Tensor]], Tensor]
 """From a group and all parameters and buffers by name to a number per unit, ``(group.units,)``; small ones go first."""
 
 
-def magnitudes(graph_module: fx.GraphModule, groups: GroupSet, state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+def magnitudes(groups: GroupSet, state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """The L2 norm of all weights that write a unit, ``(units,)`` float64 by group.
 
-    Rows of a layer whose output goes into a BatchNorm and nowhere else count as often as that norm passes them on,
-    ``|gamma| / sqrt(var + eps)``: their own size means nothing, for the norm undoes it.
+    Rows count as they are, even where a BatchNorm follows: times what that multiplies them by, they choose worse on a
+    trained ResNet-18 (docs/prune_units.md).
     """
-    gains = _gains(graph_module, groups)
-    return {group.name: _written(group, groups, state, gains).sqrt().numpy() for group in groups}
+    return {group.name: _written(group, groups, state).sqrt().numpy() for group in groups}
 
 
 def activities(graph_module: fx.GraphModule, groups: GroupSet, images: Iterator[Tensor]) -> dict[str, np.ndarray]:
@@ -74,27 +72,21 @@ def by_user(saliency: Saliency, groups: GroupSet, state: Mapping[str, Tensor]) -
     return found
 
 
-def _written(
-    group: PermutationGroup, groups: GroupSet, state: Mapping[str, Tensor], gains: Mapping[str, Tensor]
-) -> Tensor:
+def _written(group: PermutationGroup, groups: GroupSet, state: Mapping[str, Tensor]) -> Tensor:
     """The sum of squares of all weights that write each unit, ``(units,)`` float64."""
     total = torch.zeros(group.units, dtype=torch.float64)
     matrices = [m for m in group.members if m.role != READS and state[m.parameter].ndim > 1]
     writers = [m for m in matrices if m.role == WRITES]  # grouped convolutions read and write
     for member in writers or matrices or group.members:
-        gain = gains.get(member.parameter) if member.dim == 0 else None
-        total += torch.from_numpy(_per_unit(state[member.parameter], gain, member, group, groups))
+        total += torch.from_numpy(_per_unit(state[member.parameter], member, group, groups))
     return total
 
 
-def _per_unit(
-    weight: Tensor, gain: Tensor | None, member: Member, group: PermutationGroup, groups: GroupSet
-) -> np.ndarray:
-    """Sums of squares of what lies at a member's places, ``(units,)``; ``gain`` multiplies its rows."""
+def _per_unit(weight: Tensor, member: Member, group: PermutationGroup, groups: GroupSet) -> np.ndarray:
+    """Sums of squares of what lies at a member's places, ``(units,)``."""
     places = member.positions()
     if member.block_dim < 0:
         squares = row_squares(weight.float().movedim(member.dim, 0).unsqueeze(-1).flatten(1))
-        squares = squares if gain is None else squares * gain.double().square()
         return _fold_blocks(squares.cpu().numpy()[places].sum(1), group)
     plane = weight.double().square().movedim((member.block_dim, member.dim), (0, 1))
     plane = plane.unsqueeze(-1).flatten(2).sum(2).cpu().numpy()  # (blocks and their places, units and theirs)
@@ -105,19 +97,3 @@ def _per_unit(
 def _fold_blocks(scores: np.ndarray, group: PermutationGroup) -> np.ndarray:
     """Scores of units that lie in several blocks but share one order, added up."""
     return scores if len(scores) == group.units else scores.reshape(-1, group.units).sum(0)
-
-
-def _gains(graph_module: fx.GraphModule, groups: GroupSet) -> dict[str, Tensor]:
-    """For weights whose output goes into a BatchNorm alone: what that multiplies their rows by, ``(rows,)``."""
-    nodes = {node.name: node for node in graph_module.graph.nodes}
-    found: dict[str, Tensor] = {}
-    for producer in find_producers(graph_module, groups):
-        if not producer.feeds_norm or producer.is_norm or producer.rows:
-            continue
-        after = next(iter(nodes[producer.node].users))
-        norm = cast(nn.modules.batchnorm._BatchNorm, graph_module.get_submodule(str(after.target)))
-        if norm.running_var is None:
-            continue
-        scale = norm.weight.detach() if norm.affine else torch.ones_like(norm.running_var)
-        found[producer.weight] = scale.abs() * (norm.running_var + norm.eps).rsqrt()
-    return found

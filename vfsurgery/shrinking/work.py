@@ -87,7 +87,7 @@ class Shrinking:
             if not isinstance(saliency, str):
                 self._scores = by_user(saliency, self.groups, state)
             elif saliency == "magnitude":
-                self._scores = magnitudes(graph_module, self.groups, state)
+                self._scores = magnitudes(self.groups, state)
             else:
                 self._scores = activities(graph_module, self.groups, self._images("activations"))
                 self.whole |= {
