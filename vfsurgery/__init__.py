@@ -29,6 +29,8 @@ from vfsurgery.matching import Matcher as Matcher
 from vfsurgery.matching import WeightMatching as WeightMatching
 from vfsurgery.matching import ZipMatching as ZipMatching
 from vfsurgery.passes import ClosedFormRepair as ClosedFormRepair
+from vfsurgery.passes import Context as Context
+from vfsurgery.passes import Pass as Pass
 from vfsurgery.passes import Preserve as Preserve
 from vfsurgery.passes import Regress as Regress
 from vfsurgery.passes import RemoveBiases as RemoveBiases
@@ -36,6 +38,10 @@ from vfsurgery.passes import Repair as Repair
 from vfsurgery.passes import Rescale as Rescale
 from vfsurgery.passes import Reset as Reset
 from vfsurgery.passes import Reshift as Reshift
+from vfsurgery.passes import build_pass as build_pass
+from vfsurgery.passes import pass_as_mapping as pass_as_mapping
+from vfsurgery.passes import pass_options as pass_options
+from vfsurgery.passes import register_pass as register_pass
 from vfsurgery.preserving import PreserveCurve as PreserveCurve
 from vfsurgery.preserving import preserve_curve as preserve_curve
 from vfsurgery.pruning import Masks as Masks
@@ -44,3 +50,5 @@ from vfsurgery.report import MergeReport as MergeReport
 from vfsurgery.report import Report as Report
 from vfsurgery.results import report_of as report_of
 from vfsurgery.rules import rule as rule
+from vfsurgery.running import PassReport as PassReport
+from vfsurgery.running import run_passes as run_passes
