@@ -12,6 +12,8 @@ from vfsurgery.api import trace as trace
 from vfsurgery.api import verify as verify
 from vfsurgery.diagnosis import Diagnosis as Diagnosis
 from vfsurgery.diagnosis import diagnose as diagnose
+from vfsurgery.differences import Difference as Difference
+from vfsurgery.differences import diff as diff
 from vfsurgery.errors import SurgeryError as SurgeryError
 from vfsurgery.evaluation import barrier as barrier
 from vfsurgery.evaluation import evaluate as evaluate
@@ -52,3 +54,7 @@ from vfsurgery.results import report_of as report_of
 from vfsurgery.rules import rule as rule
 from vfsurgery.running import PassReport as PassReport
 from vfsurgery.running import run_passes as run_passes
+from vfsurgery.toolbox import Editor as Editor
+from vfsurgery.toolbox import edit as edit
+from vfsurgery.toolbox import measure as measure
+from vfsurgery.toolbox import select as select

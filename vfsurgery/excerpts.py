@@ -39,8 +39,11 @@ def excerpt(node: fx.Node, around: int = AROUND) -> str:
     return "\n".join(f"  {'>' if each is node else ' '} {describe_call(each)}" for each in shown)
 
 
-def describe_call(node: fx.Node) -> str:
-    """One node as a line: its name, what it calls and on what, and its shape where that is known."""
+def describe_call(node: fx.Node, longest: int | None = LONGEST) -> str:
+    """One node as a line: its name, what it calls and on what, and its shape where that is known.
+
+    A line that must not be cut (``longest=None``) comes without the shape.
+    """
     if node.op in ("placeholder", "get_attr", "output"):
         called = "return" if node.op == "output" else "placeholder" if node.op == "placeholder" else str(node.target)
     else:
@@ -49,9 +52,9 @@ def describe_call(node: fx.Node) -> str:
     given = [*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())]
     arguments = "" if node.op == "get_attr" else f"({', '.join(given if node.op != 'placeholder' else [])})"
     value = node.meta.get(VALUE)
-    shape = f"  {value.shape}" if isinstance(value, TensorValue) else ""
+    shape = f"  {value.shape}" if isinstance(value, TensorValue) and longest is not None else ""
     line = f"{node.name} = {method}{called}{arguments}{shape}"
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
+    return line if longest is None or len(line) <= longest else f"{line[: longest - 3]}..."
 
 
 def source_line(node: fx.Node) -> str | None:

@@ -43,19 +43,17 @@ def check_order(passes: Sequence[Pass]) -> None:
     names = [step.name for step in passes]
     for place, step in enumerate(passes):
         earlier, later = names[:place], names[place + 1 :]
-        for wanted, here, there, word in (
-            (step.after, earlier, later, "after"),
-            (step.before, later, earlier, "before"),
-        ):
-            misplaced = next((name for name in wanted if name in there and name not in here), None)
-            if misplaced is not None:
-                raise OptionError(
-                    explain(
-                        f"pass {step.name!r} must run {word} {misplaced!r}",
-                        order=", ".join(names),
-                        remedy=f"move {step.name!r} {'behind' if word == 'after' else 'in front of'} {misplaced!r}",
-                    )
+        late = next((name for name in step.after if name in later and name not in earlier), None)
+        early = next((name for name in step.before if name in earlier and name not in later), None)
+        if late is not None or early is not None:
+            word, place_of = ("after", "behind") if late is not None else ("before", "in front of")
+            raise OptionError(
+                explain(
+                    f"pass {step.name!r} must run {word} {late or early!r}",
+                    order=", ".join(names),
+                    remedy=f"move {step.name!r} {place_of} {late or early!r}",
                 )
+            )
 
 
 def check_needs(step: Pass, context: Context) -> None:
@@ -135,15 +133,17 @@ class Behaviour:
 @contextmanager
 def _repeatable(inputs: Sequence[Tensor]) -> Generator[None]:
     devices = [x.device for x in inputs if x.device.type == "cuda"][:1]
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn] if devices else []
+    before = [backend.allow_tf32 for backend in backends]
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         try:
-            matmul.allow_tf32 = cudnn.allow_tf32 = False
+            for backend in backends:
+                backend.allow_tf32 = False
             yield
         finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
+            for backend, allowed in zip(backends, before, strict=True):
+                backend.allow_tf32 = allowed
 
 
 def check_preserved(name: str, before: Behaviour, graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> float:

@@ -1,12 +1,13 @@
 """The options of passes as data: their names, types and defaults, read from a mapping and written as one.
 
-A mapping is what a recipe or a command line has: text, numbers, lists. What is not of an option's type is refused, never
-converted: a ``"3"`` is no number.
+A mapping is what a recipe or a command line has: text, numbers, lists. What is not of an option's type is refused and
+never converted: a ``"3"`` is no number.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 from collections.abc import Mapping
@@ -149,7 +150,7 @@ def _type_of(pass_class: type, field: dataclasses.Field[Any]) -> Any:
     written_type: Any = field.type
     if not isinstance(written_type, str):
         return written_type
-    owner = next(base for base in pass_class.__mro__ if field.name in base.__dict__.get("__annotations__", {}))
+    owner = next(base for base in pass_class.__mro__ if field.name in inspect.get_annotations(base))
     return resolve(written_type, vars(sys.modules[owner.__module__]), f"{owner.__qualname__}.{field.name}")
 
 
