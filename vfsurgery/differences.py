@@ -57,10 +57,10 @@ class Difference(Report):
 
     def show(self, file: TextIO | None = None) -> None:
         """Print it: in colours where ``file`` (standard output) is a terminal and ``NO_COLOR`` is not set."""
-        file = sys.stdout if file is None else file
-        coloured = file.isatty() and not os.environ.get("NO_COLOR")
+        stream: TextIO = file or sys.stdout  # type: ignore[assignment]
+        coloured = stream.isatty() and not os.environ.get("NO_COLOR")
         for sign, line in self._lines():
-            print(f"{COLOURS[sign]}{line}{PLAIN}" if coloured and sign in COLOURS else line, file=file)
+            print(f"{COLOURS[sign]}{line}{PLAIN}" if coloured and sign in COLOURS else line, file=stream)
 
     def _lines(self) -> list[tuple[str, str]]:
         """Each line with the sign that says its colour."""
@@ -148,7 +148,7 @@ def _parameter_changes(before: nn.Module, after: nn.Module) -> tuple[Change, ...
         elif _describe(tensor) != _describe(new[name]):
             changes.append(Change("~", name, _describe(tensor), _describe(new[name])))
         elif not torch.equal(tensor, new[name].to(tensor.device)):
-            changes.append(Change("~", name, "", f"changed by {_share(tensor, new[name]):.2g}%".replace("inf%", "all")))
+            changes.append(Change("~", name, "", f"changed by {_share(tensor, new[name]):.3g}%"))
     changes += [Change("+", name, "", _describe(tensor)) for name, tensor in new.items() if name not in old]
     return tuple(changes)
 
@@ -158,10 +158,9 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _share(before: Tensor, after: Tensor) -> float:
-    """Norm of the change over the norm of what was, in percent."""
+    """Norm of the change over the norm of what was, in percent; infinite if that was zero."""
     old, new = before.double(), after.to(before.device).double()
-    norm = float(old.norm())
-    return 100 * float((new - old).norm()) / norm if norm else float("inf")
+    return float(100 * (new - old).norm() / old.norm())
 
 
 def _counts(changes: Sequence[Change]) -> str:
