@@ -377,6 +377,20 @@ def returns_text(graph_module, context):
     return "done"
 
 
+def test_later_passes_find_layers_behind_nodes_that_a_pass_inserted_by_hand():
+    @surgery.register_pass
+    def shrinks(graph_module, context):
+        node = graph_module.graph.find_nodes(op="call_module", target="0")[0]
+        with graph_module.graph.inserting_after(node):
+            made = graph_module.graph.call_function(torch.mul, (node, 0.1))
+        node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+
+    fixed = surgery.run_passes(
+        net("chain"), [shrinks(), "rescale"], sources=[net("chain")], data=images(64), progress=False
+    )
+    assert relative_error((outputs(fixed),), (outputs(net("chain")),)) < 1
+
+
 # in a merge
 
 

@@ -22,7 +22,7 @@ LADDER = [
     *("flip_rates", "verdict", "page", "diagnosis"),
     *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training"),
     *("comparison", "sweep", "expectations", "sections", "recipe", "twins", "zoo"),
-    *("cli", "__main__"),
+    *("testing", "cli", "__main__"),
 ]
 """From the bottom up; a package's own modules may import each other."""
 

@@ -23,6 +23,8 @@ from vfsurgery.maps import Order
 from vfsurgery.passes.contract import Behaviour, check_needs, check_order, check_preserved
 from vfsurgery.sources import Source
 from vfsurgery.stats.collect import Site, Survey
+from vfsurgery.tracing.shapes import renew_values
+from vfsurgery.tracing.values import VALUE
 
 
 class Pass:
@@ -189,6 +191,8 @@ def run_checked(step: Pass, graph_module: fx.GraphModule, context: Context) -> f
             )
         ) from error
     result.recompile()
+    if any(VALUE not in node.meta for node in result.graph.nodes if node.op.startswith("call_")):
+        renew_values(result)  # later passes read shapes
     if before is not None:
         context.errors.append((step.name, check_preserved(step.name, before, result, context.inputs)))
     return result
