@@ -135,14 +135,15 @@ def test_each_mistake_of_a_pass_is_found(number):
         check_pass(step, nets=["chain"], dtypes=FLOAT, registered=False)
 
 
+class Liar(Act):
+    preserves_function = True
+
+    def run(self, graph_module: fx.GraphModule, context: Context) -> fx.GraphModule:
+        first(graph_module).mul_(1.5)
+        return graph_module
+
+
 def test_a_false_promise_is_found():
-    class Liar(Act):
-        preserves_function = True
-
-        def run(self, graph_module: fx.GraphModule, context: Context) -> fx.GraphModule:
-            first(graph_module).mul_(1.5)
-            return graph_module
-
     with pytest.raises(CertificateError, match="pass 'act' declares that it preserves the function"):
         check_pass(Liar(), nets=["chain"], dtypes=FLOAT, registered=False)
 

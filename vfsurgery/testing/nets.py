@@ -87,6 +87,11 @@ def make_net(name: str, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         model = NETS[name]().eval()
     generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                spread = (2 / parameter[0].numel()) ** 0.5  # keeps the signal's size through ReLU (He et al., 2015)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
     randomize(model, generator)
     keep_signals_alive(model, (example_images(16, seed),), generator)
     return model
