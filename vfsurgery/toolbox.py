@@ -129,9 +129,16 @@ class Editor:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module, self.graph = graph_module, graph_module.graph
 
-    def select(self, **chosen: Any) -> list[fx.Node]:
+    def select(
+        self,
+        *,
+        op: OpChoice | Sequence[OpChoice] | None = None,
+        module: str | Sequence[str] | None = None,
+        group: PermutationGroup | None = None,
+        where: Callable[[fx.Node], bool] | None = None,
+    ) -> list[fx.Node]:
         """As :func:`select`, in this graph."""
-        return select(self.graph_module, **chosen)
+        return select(self.graph_module, op=op, module=module, group=group, where=where)
 
     def insert_after(self, node: fx.Node, called: Called, *args: Any, **kwargs: Any) -> fx.Node:
         """Put a call of ``called(node, *args, **kwargs)`` behind a node; all that read the node read the call."""
