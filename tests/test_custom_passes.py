@@ -20,6 +20,7 @@ import vfsurgery as surgery
 from vfsurgery.errors import CertificateError, DataError, OptionError, SurgeryError
 from vfsurgery.passes import PASSES, Context, Pass, Pipeline, Repair
 from vfsurgery.passes.contract import check_order
+from vfsurgery.testing import make_net
 from vfsurgery.verification import TOLERANCE, relative_error
 
 EXACT = TOLERANCE[torch.float32]
@@ -99,6 +100,7 @@ def test_the_decorator_sets_name_and_declarations():
         (lambda: surgery.register_pass(_unresolved), r"(?s)type of option _unresolved.x cannot be resolved: Nowhere"),
         (lambda: surgery.register_pass(_reserved), r"option _reserved.after has a name that passes use themselves"),
         (lambda: surgery.register_pass(int), r"int is no pass"),
+        (lambda: surgery.register_pass(lambda graph_module, context: None), r"'<lambda>' cannot be the name of a pass"),
         (lambda: surgery.register_pass(type("Loose", (Pass,), {})), r"(?s)Loose is no frozen dataclass.*frozen=True"),
         (lambda: surgery.register_pass(needs_dada=True)(scaled), r"declares no 'needs_dada'"),
         (lambda: surgery.register_pass(after="repair")(scaled), r"(?s)after= of pass 'scaled' is 'repair'.*a tuple"),
@@ -202,6 +204,31 @@ def test_a_pass_that_changes_the_graph_gives_a_graph_module_of_the_same_function
     assert torch.equal(outputs(copy.deepcopy(result)), outputs(result))
 
 
+def put_another_shift(graph_module: fx.GraphModule, context: Context) -> None:
+    graph_module.shift = nn.Parameter(torch.ones(10))
+
+
+def double_the_flattened(graph_module: fx.GraphModule, context: Context) -> None:
+    node = graph_module.graph.find_nodes(op="call_method", target="flatten")[0]
+    node.target, node.args = "mul", (node.args[0], 0.0)
+    with graph_module.graph.inserting_after(node):
+        flat = graph_module.graph.call_method("flatten", (node, 1))
+    node.replace_all_uses_with(flat, delete_user_cb=lambda user: user is not flat)
+
+
+@pytest.mark.parametrize("act", [put_another_shift, double_the_flattened])
+def test_what_the_models_own_forward_would_not_see_comes_back_as_a_graph_module(act):
+    model = make_net("layer-norm")
+    result = surgery.run_passes(model, surgery.register_pass(act)(), example_inputs=images(2))
+    assert isinstance(result, fx.GraphModule) and surgery.report_of(result).restructured
+    with torch.no_grad():
+        if act is put_another_shift:
+            model.shift.copy_(torch.ones(10))
+            assert torch.equal(outputs(result), outputs(model))
+        else:
+            assert torch.equal(outputs(result), model(torch.zeros_like(images(7))))
+
+
 def test_a_graph_module_runs_without_this_library(tmp_path):
     fold = surgery.register_pass(preserves_function=True)(without_norm)
     result = surgery.run_passes(net("residual"), fold(), example_inputs=images(2))
@@ -271,6 +298,7 @@ def test_renormalization_from_sources_ends_in_the_weights():
         ({"passes": "resett"}, OptionError, r"(?s)unknown pass 'resett'.*did you mean 'reset'"),
         ({"passes": "preserve"}, OptionError, r"pass 'preserve' needs boundary: int \| str"),
         ({"passes": [Repair]}, OptionError, r"(?s)holds no pass but <class.*make one of the class: Repair\(\)"),
+        ({"passes": "bias-removal", "data": images(64)}, OptionError, r"ensemble, and there are no sources"),
         ({"passes": [], "weights": [1.0]}, OptionError, r"weights are \[1.0\] for 0 sources"),
     ],
 )
@@ -389,6 +417,33 @@ def test_later_passes_find_layers_behind_nodes_that_a_pass_inserted_by_hand():
         net("chain"), [shrinks(), "rescale"], sources=[net("chain")], data=images(64), progress=False
     )
     assert relative_error((outputs(fixed),), (outputs(net("chain")),)) < 1
+
+
+def test_a_pass_may_measure_the_model_it_works_on():
+    @surgery.register_pass(needs_data=True)
+    def whiten(graph_module, context):
+        layers = surgery.select(graph_module, module="stem")
+        found = surgery.measure(graph_module, layers, context.data, progress=False)["stem"]
+        graph_module.stem.weight.div_(found.std.to(torch.float32).view(-1, 1, 1, 1))
+
+    result = surgery.run_passes(net("residual"), whiten(), data=images(64), progress=False)
+    with torch.no_grad():
+        spread = result.stem(images(64)).std((0, 2, 3), correction=0)
+    assert relative_error((spread,), (torch.ones(6),)) < EXACT
+
+
+def test_the_report_takes_options_that_json_does_not_know():
+    @dataclass(frozen=True, kw_only=True)
+    class Holding(Pass):
+        name: ClassVar[str] = "holding"
+        kind: type = int
+        sizes: tuple[int, ...] = (1,)
+
+        def run(self, graph_module: fx.GraphModule, context: Context) -> fx.GraphModule:
+            return graph_module
+
+    result = surgery.run_passes(net("chain"), Holding(), example_inputs=images(2))
+    assert surgery.report_of(result).to_dict()["passes"][0]["options"] == [["kind", repr(int)], ["sizes", [1]]]
 
 
 # in a merge

@@ -232,7 +232,7 @@ def _run(
             runs.append(
                 PassRun(
                     name=previous.name,
-                    options=tuple(written(previous).items()),
+                    options=tuple((name, _writable(value)) for name, value in written(previous).items()),
                     seconds=time.perf_counter() - started,
                     added=tuple(name for name in names if name not in before),
                     removed=tuple(name for name in before if name not in names),
@@ -243,6 +243,11 @@ def _run(
         started, noted, proven = time.perf_counter(), len(context.notes), len(context.errors)
 
     return Pipeline(whole, observe).run(graph_module, context), tuple(runs)
+
+
+def _writable(value: object) -> object:
+    """An option as it stands in the report: what JSON does not know as text."""
+    return value if isinstance(value, str | int | float | list | dict | None) else repr(value)
 
 
 def _finished(

@@ -127,7 +127,9 @@ def written(step: Pass) -> dict[str, Any]:
     >>> written(RemoveBiases(layers=2))
     {'layers': 2}
     """
-    return {option.name: _plain(getattr(step, option.name)) for option in options_of(type(step))}
+    if not dataclasses.is_dataclass(step):
+        return {}
+    return {field.name: _plain(getattr(step, field.name)) for field in dataclasses.fields(step) if field.init}
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import keyword
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeAlias, TypeVar, cast, overload
 
@@ -32,7 +33,7 @@ DECLARATIONS = "preserves_function needs_data needs_sources after_merge after be
 @overload
 def register_pass(target: PassClass, /) -> PassClass: ...
 @overload
-def register_pass(target: PassFunction, /) -> type[Pass]: ...
+def register_pass(target: PassFunction, /) -> Callable[..., Pass]: ...
 @overload
 def register_pass(*, name: str | None = None, **declared: bool | tuple[str, ...]) -> Callable[[Any], Any]: ...
 def register_pass(target: Any = None, /, *, name: str | None = None, **declared: bool | tuple[str, ...]) -> Any:
@@ -65,6 +66,10 @@ def register_pass(target: Any = None, /, *, name: str | None = None, **declared:
     def enter(given: Any) -> Any:
         chosen = name or getattr(given, "name", None) or getattr(given, "__name__", "").replace("_", "-")
         pass_class = _checked_class(given) if isinstance(given, type) else _class_of(given)
+        if not re.fullmatch(r"[\w.-]+", str(chosen)):
+            raise OptionError(
+                explain(f"{chosen!r} cannot be the name of a pass", remedy="pass name=, of letters, digits and dashes")
+            )
         pass_class.name = str(chosen)
         for attribute, value in declared.items():
             if attribute not in DECLARATIONS.split():
