@@ -15,14 +15,14 @@ PACKAGE = ROOT / "vfsurgery"
 
 LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report", "results"),
-    *("tracing", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial", "computed"),
-    *("batches", "holdout", "stats", "matching", "sources", "checkpoints", "passes", "pairing", "costs", "budget"),
-    *("verification", "pruning", "sparse", "merging", "choosing", "references", "renormalizing", "api", "shrinking"),
-    *("figures", "evaluation", "soups", "preserving"),
-    *("flip_rates", "verdict", "page", "diagnosis"),
+    *("tracing", "excerpts", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial", "computed"),
+    *("batches", "holdout", "stats", "matching", "sources", "checkpoints", "verification"),
+    *("passes", "pairing", "costs", "budget", "pruning", "sparse", "toolbox", "differences", "running"),
+    *("merging", "choosing", "references", "renormalizing", "api", "shrinking"),
+    *("figures", "evaluation", "soups", "preserving", "flip_rates", "verdict", "page", "diagnosis"),
     *("architectures", "data", "cifar", "demo", "paper_networks", "augmentation", "resuming", "training", "phases"),
     *("comparison", "sweep", "ratio_rows", "expectations", "sections", "pruning_sections", "experiments"),
-    *("recipe", "twins", "zoo", "cli", "__main__"),
+    *("recipe", "twins", "zoo", "testing", "cli", "__main__"),
 ]
 """From the bottom up; a package's own modules may import each other."""
 
@@ -30,10 +30,8 @@ ONLY_IN = {
     "scipy": ["matching/assignment.py"],
     "yaml": ["recipe.py"],
     "networkx": ["discovery.py", "nesting.py", "roles.py"],
-    "pydantic": ["pruning_sections.py", "recipe.py", "sections.py"],
-    "click": [
-        f"cli/{name}.py" for name in ("__init__", "diagnose", "groups", "merge", "options", "prune", "run", "zoo")
-    ],
+    "pydantic": ["passes/options.py", "pruning_sections.py", "recipe.py", "sections.py"],
+    "click": sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.glob("cli/*.py")),
     "tqdm": ["batches.py"],
     "matplotlib": ["figures.py"],
     "jinja2": ["page.py"],

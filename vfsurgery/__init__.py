@@ -12,6 +12,8 @@ from vfsurgery.api import trace as trace
 from vfsurgery.api import verify as verify
 from vfsurgery.diagnosis import Diagnosis as Diagnosis
 from vfsurgery.diagnosis import diagnose as diagnose
+from vfsurgery.differences import Difference as Difference
+from vfsurgery.differences import diff as diff
 from vfsurgery.errors import SurgeryError as SurgeryError
 from vfsurgery.evaluation import barrier as barrier
 from vfsurgery.evaluation import evaluate as evaluate
@@ -29,6 +31,8 @@ from vfsurgery.matching import Matcher as Matcher
 from vfsurgery.matching import WeightMatching as WeightMatching
 from vfsurgery.matching import ZipMatching as ZipMatching
 from vfsurgery.passes import ClosedFormRepair as ClosedFormRepair
+from vfsurgery.passes import Context as Context
+from vfsurgery.passes import Pass as Pass
 from vfsurgery.passes import Preserve as Preserve
 from vfsurgery.passes import Regress as Regress
 from vfsurgery.passes import RemoveBiases as RemoveBiases
@@ -36,6 +40,10 @@ from vfsurgery.passes import Repair as Repair
 from vfsurgery.passes import Rescale as Rescale
 from vfsurgery.passes import Reset as Reset
 from vfsurgery.passes import Reshift as Reshift
+from vfsurgery.passes import build_pass as build_pass
+from vfsurgery.passes import pass_as_mapping as pass_as_mapping
+from vfsurgery.passes import pass_options as pass_options
+from vfsurgery.passes import register_pass as register_pass
 from vfsurgery.phases import Retraining as Retraining
 from vfsurgery.phases import SparseSoup as SparseSoup
 from vfsurgery.phases import sparse_soup as sparse_soup
@@ -52,7 +60,13 @@ from vfsurgery.report import MergeReport as MergeReport
 from vfsurgery.report import Report as Report
 from vfsurgery.results import report_of as report_of
 from vfsurgery.rules import rule as rule
+from vfsurgery.running import PassReport as PassReport
+from vfsurgery.running import run_passes as run_passes
 from vfsurgery.shrinking import UnitPruneReport as UnitPruneReport
 from vfsurgery.shrinking import prune_units as prune_units
 from vfsurgery.soups import SoupReport as SoupReport
 from vfsurgery.soups import soup as soup
+from vfsurgery.toolbox import Editor as Editor
+from vfsurgery.toolbox import edit as edit
+from vfsurgery.toolbox import measure as measure
+from vfsurgery.toolbox import select as select

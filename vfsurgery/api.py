@@ -20,6 +20,7 @@ from vfsurgery.matching import MATCHERS, Identity, Matcher, Orders
 from vfsurgery.merging import ExampleInputs, Merging
 from vfsurgery.partial import find_partly
 from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
+from vfsurgery.passes.contract import check_order
 from vfsurgery.passes.producers import is_norm
 from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.passes.renormalize import Repair
@@ -377,6 +378,7 @@ def normalizations(choice: Renormalization, graph_module: fx.GraphModule, data: 
             raise DataError(
                 explain(f"renormalize={step.name!r} needs data", remedy="pass data=, or renormalize='auto' or None")
             )
+    check_order(passes)
     return passes
 
 

@@ -54,6 +54,10 @@ class RecipeError(OptionError):
     """A recipe file does not describe a runnable recipe."""
 
 
+class PluginWarning(UserWarning):
+    """An installed plugin could not be imported and was left out."""
+
+
 def explain(fact: str, **details: object) -> str:
     """Lay out one message: the fact, then one aligned line per detail that is not ``None``.
 

@@ -18,7 +18,14 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.batches import Batches, Data, progress_line
 from vfsurgery.discovery import discover
-from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, TraceError, explain
+from vfsurgery.errors import (
+    DataError,
+    IncompatibleModelsError,
+    InvalidWeightsError,
+    OptionError,
+    TraceError,
+    explain,
+)
 from vfsurgery.groups import GroupSet, Permutation
 from vfsurgery.holdout import split
 from vfsurgery.maps import Order, UnitMap, balanced, permutations_of
@@ -26,6 +33,7 @@ from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.matching.pairwise import describe
 from vfsurgery.passes import Average, Context, Fold, KeepZeros, Pass, Pipeline, Preserve
 from vfsurgery.passes.base import calibration_images
+from vfsurgery.passes.fitting import fits
 from vfsurgery.passes.mask import aligned_members
 from vfsurgery.passes.preserve import standalone
 from vfsurgery.recording import hidden_norms, record_or_export
@@ -220,7 +228,7 @@ class Merging:
         target, self._target = self._target or self.sources[0].clone(), None
         orders = balanced([matching.permutations for matching in self._of_all_sources(matchings)], shares)
         context = Context(self.groups, self.sources, shares, orders, self.survey, self.data, self.progress)
-        context.held_out = self.held_out
+        context.held_out, context.inputs, context.seed = self.held_out, self.inputs, self.seed
         with self.clock("average and renormalize"), eval_mode(target.model, target.graph_module):
             first: tuple[Pass, ...] = (Average(),)
             # folded right away, since the next normalization reads weights
@@ -230,7 +238,8 @@ class Merging:
                 first, folded = (Average(), self.masks.mask()), (KeepZeros(steps=folded),)
             kept = () if preserve is None else (preserve,)
             merged = Pipeline((*first, *kept, *folded)).run(target.graph_module, context)
-        return target.model if preserve is None else merged, context
+        context.restructured = preserve is None and not fits(target.model, merged, self.sources[0].graph_module)
+        return merged if preserve is not None or context.restructured else target.model, context
 
     def finish(self, merged: nn.Module, context: Context, inplace: bool, preserved: bool) -> nn.Module:
         """Give the result the reference's training modes, or write it into the reference.
@@ -238,10 +247,18 @@ class Merging:
         In place, the copy's values go into a's tensors at the very end: whatever fails before leaves a as it was.
         """
         reference = self.sources[0].model
+        if inplace and context.restructured:
+            raise OptionError(
+                explain(
+                    f"the result does not fit into model a, a {type(reference).__name__}",
+                    because="a pass in renormalize= changed the graph and not tensors alone",
+                    remedy="leave inplace out: the result is then a graph module",
+                )
+            )
         if inplace:
             write_into(reference, merged, context.created_biases)
             return reference
-        if preserved:
+        if preserved or context.restructured:
             assert isinstance(merged, fx.GraphModule)
             paths = (path for path, _ in reference.named_modules())
             return standalone(merged, dict(zip(paths, self.modes, strict=True)), reference(*self.inputs))

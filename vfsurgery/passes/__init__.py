@@ -1,6 +1,4 @@
-"""Passes: the steps of surgery, one file each, and the normalizations by name."""
-
-from collections.abc import Callable
+"""Passes: the steps of surgery, one file each, and all of them by name."""
 
 from vfsurgery.passes.average import Average as Average
 from vfsurgery.passes.base import Context as Context
@@ -11,17 +9,22 @@ from vfsurgery.passes.closed_form import ClosedFormRepair as ClosedFormRepair
 from vfsurgery.passes.fold import Fold as Fold
 from vfsurgery.passes.mask import KeepZeros as KeepZeros
 from vfsurgery.passes.mask import Mask as Mask
+from vfsurgery.passes.options import Option as Option
 from vfsurgery.passes.preserve import Preserve as Preserve
 from vfsurgery.passes.recalibrate import Reset as Reset
+from vfsurgery.passes.registry import NORMALIZATIONS as NORMALIZATIONS
+from vfsurgery.passes.registry import PASSES as PASSES
+from vfsurgery.passes.registry import build_pass as build_pass
+from vfsurgery.passes.registry import pass_as_mapping as pass_as_mapping
+from vfsurgery.passes.registry import pass_options as pass_options
+from vfsurgery.passes.registry import register_pass as register_pass
 from vfsurgery.passes.regress import Regress as Regress
 from vfsurgery.passes.remove_biases import RemoveBiases as RemoveBiases
 from vfsurgery.passes.renormalize import Repair as Repair
 from vfsurgery.passes.renormalize import Rescale as Rescale
 from vfsurgery.passes.renormalize import Reshift as Reshift
-from vfsurgery.registry import Registry
 
-NORMALIZATIONS: Registry[Callable[[], Pass]] = Registry("renormalization")
-"""Normalizations by name; a class or function that makes a pass."""
-
-for _normalization in (Reset, Repair, ClosedFormRepair, Rescale, Reshift, CalibrateBiases, RemoveBiases, Regress):
-    NORMALIZATIONS.register(_normalization.name)(_normalization)
+for _step in (Average, Preserve, Fold, Reset, Repair, ClosedFormRepair, Rescale, Reshift):
+    register_pass(_step)
+for _step in (CalibrateBiases, RemoveBiases, Regress):
+    register_pass(_step)

@@ -29,6 +29,8 @@ class Average(Pass):
     """
 
     name: ClassVar[str] = "average"
+    needs_sources: ClassVar[bool] = True
+    after_merge: ClassVar[bool] = False
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> fx.GraphModule:
         """Average under the orders in ``context.permutations``."""

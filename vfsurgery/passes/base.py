@@ -1,12 +1,14 @@
 """A pass is one step of surgery, a pipeline runs passes in order.
 
 A :class:`Pass` may edit the graph module it is handed and the tensors in it; whoever calls it has made the copy (or the
-user asked for surgery in place). Before and after a pass the graph is valid; in between it need not be.
+user asked for surgery in place). Before and after a pass the graph is valid; in between it need not be. What a pass
+declares about itself is held against what it does: see :mod:`vfsurgery.passes.contract`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,20 +16,38 @@ import torch
 from torch import Tensor, fx
 
 from vfsurgery.batches import Batches, progress
-from vfsurgery.errors import DataError, explain
+from vfsurgery.errors import DataError, SurgeryError, explain
+from vfsurgery.excerpts import node_at_hand, note_node
 from vfsurgery.groups import GroupSet
 from vfsurgery.maps import Order
 from vfsurgery.passes.beside import Beside
+from vfsurgery.passes.contract import Behaviour, check_needs, check_order, check_preserved
 from vfsurgery.sources import Source
 from vfsurgery.stats.collect import Site, Survey
+from vfsurgery.tracing.shapes import renew_values
+from vfsurgery.tracing.values import VALUE
 
 
 class Pass:
-    """One step of surgery: subclass it as a frozen dataclass whose fields are its options."""
+    """One step of surgery: subclass it as a frozen dataclass whose fields are its options.
+
+    What a subclass may declare, as class attributes or as arguments of :func:`~vfsurgery.register_pass`:
+
+    - ``name``: what users call it by, and what reports call it;
+    - ``preserves_function``: the network computes after it what it computed before; measured on the example inputs
+      every time it runs, and refused with a :class:`~vfsurgery.errors.CertificateError` if it is not so;
+    - ``needs_data``, ``needs_sources``: it is not run without calibration data, or without source models;
+    - ``after``, ``before``: names of passes that must come earlier or later where they are in the same list;
+    - ``after_merge``: whether ``merge(renormalize=...)`` may run it on the merged model.
+    """
 
     name: ClassVar[str]
     preserves_function: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    needs_sources: ClassVar[bool] = False
+    after_merge: ClassVar[bool] = True
+    after: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ()
     fills_zeros: ClassVar[bool] = False
     """Whether it gives values to weights that are zero, which undoes pruning."""
 
@@ -46,13 +66,23 @@ class Pass:
 
 @dataclass
 class Context:
-    """What passes may look at while a merge runs, and where they leave what they found.
+    """What passes may look at while they run, and where they leave what they found.
 
-    ``weights`` are the sources' shares and sum to one. ``permutations`` holds for every source the order (or map) of
-    its units by group name, usually none for the first. ``survey()`` has the statistics that the passes announced to
-    read. ``notes`` are sentences for the report. Where a step holds images out, ``data`` is without them. ``beside`` is
-    there where the model has one reference that need not be of its architecture: then only layers with a partner there
-    are corrected. ``folded`` has the weights that something was folded into, in order, with the scales and shifts.
+    ``groups`` are the permutation groups of the model. ``sources`` are the models that it came from, each with its
+    trace (``graph_module``) and its tensors (``state``); ``weights`` are their shares and sum to one, and
+    ``permutations`` holds for every source the order (or map) of its units by group name, usually none for the first.
+    ``survey()`` has the statistics of the sources that the passes announced to read. ``data`` are the calibration
+    images, read through ``images()``; where a step holds images out, ``data`` is without them. ``inputs`` are what the
+    model was traced with. Random numbers come from ``generator()`` alone.
+
+    Passes append to ``notes`` sentences for the report, and to ``created_biases`` the names of parameters that they
+    gave a layer beyond those of its class. ``errors`` has what the pipeline measured: passes that preserve the
+    function, each with the relative error of the outputs. ``restructured`` is set where the model's own forward cannot
+    follow what passes did to the graph.
+
+    ``beside`` is there where the model has one reference that need not be of its architecture: then only layers with a
+    partner there are corrected. ``folded`` has the weights that something was folded into, in order, with the scales
+    and shifts.
     """
 
     groups: GroupSet
@@ -65,8 +95,16 @@ class Context:
     notes: list[str] = field(default_factory=list[str])
     created_biases: list[str] = field(default_factory=list[str])
     held_out: Batches | None = None
+    inputs: tuple[Tensor, ...] = ()
+    seed: int = 0
+    errors: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
+    restructured: bool = False
     beside: Beside | None = None
     folded: list[tuple[str, Tensor, Tensor]] = field(default_factory=list[tuple[str, Tensor, Tensor]])
+
+    def generator(self) -> torch.Generator:
+        """A fresh generator, seeded as the user said; torch's global random state is not for passes."""
+        return torch.Generator().manual_seed(self.seed)
 
     def images(self, label: str) -> Iterator[Tensor]:
         """One pass over the calibration images, with a progress bar."""
@@ -94,20 +132,76 @@ class Pipeline:
     """Passes in order; after each the graph is linted and recompiled, and ``observer`` sees what happened.
 
     The observer is called with (previous pass or ``None``, graph module, next pass or ``None``).
+
+    Raises:
+        OptionError: a pass must stand elsewhere in the order.
     """
 
     passes: tuple[Pass, ...]
     observer: Callable[[Pass | None, fx.GraphModule, Pass | None], None] = lambda previous, module, following: None
 
+    def __post_init__(self) -> None:
+        check_order(self.passes)
+
     def run(self, graph_module: fx.GraphModule, context: Context) -> fx.GraphModule:
-        """Run all passes on ``graph_module``, which is edited."""
+        """Run all passes on ``graph_module``, which is edited.
+
+        Whatever a pass raises comes with a note that says which pass it was, and at which node if that can be told.
+
+        Raises:
+            DataError: a pass needs data and there is none.
+            OptionError: a pass needs sources and there are none.
+            CertificateError: a pass declares that it preserves the function and does not.
+            SurgeryError: a pass left an invalid graph behind, or returned no graph module.
+        """
         previous: Pass | None = None
-        for step in self.passes:
+        for number, step in enumerate(self.passes):
             self.observer(previous, graph_module, step)
-            with torch.no_grad():
-                graph_module = step.run(graph_module, context)
-            graph_module.graph.lint()
-            graph_module.recompile()
+            with self._naming(number, graph_module), torch.no_grad():
+                graph_module = run_checked(step, graph_module, context)
             previous = step
         self.observer(previous, graph_module, None)
         return graph_module
+
+    @contextmanager
+    def _naming(self, number: int, graph_module: fx.GraphModule) -> Generator[None]:
+        try:
+            yield
+        except Exception as error:
+            node = node_at_hand(error, graph_module.graph)
+            if node is not None:
+                note_node(error, node, graph_module)
+            ran = ", ".join(step.name for step in self.passes[:number])
+            error.add_note(f"in pass {self.passes[number].name!r}, " + (f"after {ran}" if ran else "the first one"))
+            raise
+
+
+def run_checked(step: Pass, graph_module: fx.GraphModule, context: Context) -> fx.GraphModule:
+    """Run one pass and see that it kept to what it declares; :meth:`Pipeline.run` has the errors."""
+    check_needs(step, context)
+    proven = step.preserves_function and bool(context.inputs)
+    before = Behaviour.of(graph_module, context.inputs) if proven else None
+    result: object = step.run(graph_module, context)
+    if not isinstance(result, fx.GraphModule):
+        raise SurgeryError(
+            explain(
+                f"pass {step.name!r} returned {type(result).__name__} and no graph module",
+                remedy="return graph_module, edited or another",
+            )
+        )
+    try:
+        result.graph.lint()
+    except Exception as error:
+        raise SurgeryError(
+            explain(
+                f"pass {step.name!r} left an invalid graph behind",
+                because=error,
+                remedy="edit it inside `with surgery.edit(graph_module)`, which keeps it in order",
+            )
+        ) from error
+    result.recompile()
+    if any(VALUE not in node.meta for node in result.graph.nodes if node.op.startswith("call_")):
+        renew_values(result)  # later passes read shapes
+    if before is not None:
+        context.errors.append((step.name, check_preserved(step.name, before, result, context.inputs)))
+    return result

@@ -26,6 +26,7 @@ class CalibrateBiases(Pass):
     """Replace every merged bias by ``sum_i w_i^depth b_i``."""
 
     name: ClassVar[str] = "bias-calibration"
+    needs_sources: ClassVar[bool] = True
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> fx.GraphModule:
         """Set the biases from the sources'.

@@ -24,6 +24,7 @@ class Fold(Pass):
 
     name: ClassVar[str] = "fold"
     preserves_function: ClassVar[bool] = True
+    after_merge: ClassVar[bool] = False
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> fx.GraphModule:
         """Fold all affine nodes, first to last.

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from vfsurgery.errors import SurgeryError, explain
 from vfsurgery.maps import map_tensor
 from vfsurgery.passes.base import Context, Pass, Pipeline
+from vfsurgery.passes.contract import check_order
 from vfsurgery.sources import canonical_state
 
 Choice: TypeAlias = Literal["keep", "intersect", "union", "reprune"]
@@ -121,6 +122,7 @@ class KeepZeros(Pass):
         Raises:
             SurgeryError: a step revived a weight; it and the first such weight are named.
         """
+        check_order(self.steps)  # each runs in a pipeline of its own, which sees no other
         zeros = {name: tensor == 0 for name, tensor in _weights(graph_module).items()}
         for step in self.steps:
             graph_module = Pipeline((step,)).run(graph_module, context)

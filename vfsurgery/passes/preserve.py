@@ -47,6 +47,8 @@ class Preserve(Pass):
     """
 
     name: ClassVar[str] = "preserve"
+    needs_sources: ClassVar[bool] = True
+    after_merge: ClassVar[bool] = False
     boundary: int | str
     form: Form = "auto"
 

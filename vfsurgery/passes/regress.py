@@ -60,6 +60,7 @@ class Regress(Pass):
     name: ClassVar[str] = "regress"
     needs_data: ClassVar[bool] = True
     fills_zeros: ClassVar[bool] = True
+    needs_sources: ClassVar[bool] = True
     images: int = 4000
     memory: float = 4.0
     ridge: float | None = None

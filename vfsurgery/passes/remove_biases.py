@@ -66,6 +66,13 @@ class RemoveBiases(Pass):
             raise OptionError(
                 explain(f"{self.name} found {len(biases)} layers with a bias", wanted=self.layers or "at least 1")
             )
+        if self.layers is None and not context.sources:
+            raise OptionError(
+                explain(
+                    f"{self.name} goes by its sources' ensemble, and there are no sources",
+                    remedy="pass sources=, or say how many: RemoveBiases(layers=...)",
+                )
+            )
         if self.layers is None:
             curve = agreement_curve(graph_module, biases, context)
             layers = curve.index(max(curve))

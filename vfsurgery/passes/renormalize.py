@@ -79,6 +79,7 @@ class Renormalize(Pass):
 
     name: ClassVar[str] = "renormalize"
     needs_data: ClassVar[bool] = True
+    needs_sources: ClassVar[bool] = True
     include_output: bool = False
     average: bool = False
     factor: float = 1.0

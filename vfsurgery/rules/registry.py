@@ -9,6 +9,7 @@ from torch import nn
 
 from vfsurgery.axes import Constraint
 from vfsurgery.errors import OptionError, explain
+from vfsurgery.registry import load_plugins
 from vfsurgery.tracing.ops import Key, Op, canonical_key
 from vfsurgery.tracing.values import KEPT_WHOLE
 
@@ -62,7 +63,8 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 
 def ruled_modules(model: nn.Module) -> frozenset[str]:
-    """Paths of the modules, other than torch's own, whose very class has a rule."""
+    """Paths of the modules, other than torch's own, whose very class has a rule; those of plugins count."""
+    load_plugins()
 
     def is_ruled(module: nn.Module) -> bool:
         return type(module) in _RULES and not type(module).__module__.startswith("torch.nn.")
@@ -75,6 +77,7 @@ def rule_for(op: Op) -> Rule | None:
 
     A module class is looked up as it is; a BatchNorm subclass (with an activation built in, say) is a BatchNorm.
     """
+    load_plugins()  # a graph may have been traced elsewhere
     found = _RULES.get(op.key)
     if found is None and isinstance(op.module, nn.modules.batchnorm._BatchNorm):
         return next((_RULES[base] for base in type(op.module).__mro__ if base in _RULES), None)

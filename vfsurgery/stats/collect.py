@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
+from vfsurgery.excerpts import Runner
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
 from vfsurgery.stats.correlation import Centred, CrossMoments
 from vfsurgery.stats.moments import Moments, add_batch
@@ -37,7 +38,7 @@ class Site:
         return Site(member.parameter, member.dim, None if plain else positions.to(device))
 
 
-class Observer(fx.Interpreter):
+class Observer(Runner):
     """Runs a graph module and shows chosen nodes' values to a callback as they appear."""
 
     def __init__(self, graph_module: fx.GraphModule, watch: Mapping[str, Callable[[Tensor], Tensor | None]]) -> None:

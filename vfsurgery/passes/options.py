@@ -1,0 +1,186 @@
+"""The options of passes as data: their names, types and defaults, read from a mapping and written as one.
+
+A mapping is what a recipe or a command line has: text, numbers, lists. What is not of an option's type is refused and
+never converted: a ``"3"`` is no number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from vfsurgery.errors import OptionError, did_you_mean, explain
+
+if TYPE_CHECKING:
+    from vfsurgery.passes.base import Pass
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a pass.
+
+    >>> from vfsurgery.passes import Repair
+    >>> print(*options_of(Repair), sep="\\n")
+    include_output: bool = False
+    average: bool = False
+    factor: float = 1.0
+    reference: int | None = None
+    sequential: bool = False
+    """
+
+    name: str
+    type: Any
+    default: Any = dataclasses.MISSING
+
+    @property
+    def required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is dataclasses.MISSING
+
+    @property
+    def type_name(self) -> str:
+        """The type as one would write it."""
+        return self.type.__name__ if isinstance(self.type, type) else str(self.type).replace("typing.", "")
+
+    def schema(self) -> dict[str, Any]:
+        """The option's JSON schema, with its default: what editors complete recipes by."""
+        schema = _adapter(self).json_schema()
+        return schema if self.required else {**schema, "default": _plain(self.default)}
+
+    def read(self, value: object) -> Any:
+        """A value as it stands in a recipe, checked; lists become tuples where the option is one.
+
+        Raises:
+            OptionError: it is not of the option's type.
+        """
+        try:
+            return _adapter(self).validate_json(json.dumps(value), strict=True)
+        except (ValidationError, TypeError, ValueError) as error:
+            if isinstance(error, OptionError):
+                raise
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise OptionError(
+                explain(
+                    f"{self.name} must be {self.type_name} but is {value!r}",
+                    because=reason[:1].lower() + reason[1:],
+                )
+            ) from None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.type_name}" + ("" if self.required else f" = {self.default!r}")
+
+
+def options_of(pass_class: type[Pass]) -> tuple[Option, ...]:
+    """The options of a pass in the order of its fields.
+
+    Raises:
+        OptionError: a type is written in a way that cannot be resolved.
+    """
+    if not dataclasses.is_dataclass(pass_class):
+        return ()
+    chosen = [field for field in dataclasses.fields(pass_class) if field.init]
+    return tuple(Option(field.name, _type_of(pass_class, field), _default(field)) for field in chosen)
+
+
+def build(pass_class: type[Pass], options: Mapping[str, object]) -> Pass:
+    """Make a pass from a mapping of its options.
+
+    Raises:
+        OptionError: an option is unknown, missing, or of the wrong type; names the pass and the option.
+
+    >>> from vfsurgery.passes import Repair
+    >>> build(Repair, {"factor": 2}).factor
+    2.0
+    >>> build(Repair, {"factr": 2})
+    Traceback (most recent call last):
+    vfsurgery.errors.OptionError: pass 'repair' has no option 'factr'
+      remedy  did you mean 'factor'? accepted: average, factor, include_output, reference, sequential
+    """
+    known = {option.name: option for option in options_of(pass_class)}
+    for name in options:
+        if name not in known:
+            raise OptionError(
+                explain(f"pass {pass_class.name!r} has no option {name!r}", remedy=did_you_mean(str(name), known))
+            )
+    missing = [str(option) for option in known.values() if option.required and option.name not in options]
+    if missing:
+        raise OptionError(explain(f"pass {pass_class.name!r} needs {', '.join(missing)}"))
+    try:
+        read = {name: known[name].read(value) for name, value in options.items()}
+    except OptionError as error:
+        raise OptionError(f"pass {pass_class.name!r}: {error}") from None
+    return cast("Any", pass_class)(**read)
+
+
+def written(step: Pass) -> dict[str, Any]:
+    """All options of a pass as plain data: ``build(type(step), written(step)) == step``.
+
+    >>> from vfsurgery.passes import RemoveBiases
+    >>> written(RemoveBiases(layers=2))
+    {'layers': 2}
+    """
+    if not dataclasses.is_dataclass(step):
+        return {}
+    return {field.name: _plain(getattr(step, field.name)) for field in dataclasses.fields(step) if field.init}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and sets as sorted ones, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in cast("tuple[Any, ...]", value)]
+    if isinstance(value, frozenset | set):
+        return sorted(_plain(item) for item in cast("set[Any]", value))
+    return value
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _type_of(pass_class: type, field: dataclasses.Field[Any]) -> Any:
+    """The field's type as an object; annotations may be text, to be read where the class that has them was written."""
+    written_type: Any = field.type
+    if not isinstance(written_type, str):
+        return written_type
+    owner = next(base for base in pass_class.__mro__ if field.name in inspect.get_annotations(base))
+    return resolve(written_type, vars(sys.modules[owner.__module__]), f"{owner.__qualname__}.{field.name}")
+
+
+def resolve(annotation: str, namespace: Mapping[str, Any], where: str) -> Any:
+    """The type that an annotation in text means.
+
+    Raises:
+        OptionError: it names something that is not there when the program runs.
+    """
+    try:
+        return eval(annotation, dict(namespace))
+    except Exception as error:
+        raise OptionError(
+            explain(
+                f"the type of option {where} cannot be resolved: {annotation}",
+                because=error,
+                remedy="import its names at the top of the module, not under TYPE_CHECKING or inside a function",
+            )
+        ) from error
+
+
+def _adapter(option: Option) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(option.type)
+    except PydanticUserError as error:
+        raise OptionError(
+            explain(
+                f"option {option.name} has a type that cannot be written in a recipe: {option.type_name}",
+                accepted="numbers, text, booleans, None, Literal, and tuples, lists or mappings of those",
+            )
+        ) from error

@@ -1,0 +1,18 @@
+"""What authors of passes, matchers and rules run in a test of theirs: everything that the library expects of them.
+
+Three lines are enough::
+
+    from vfsurgery.testing import check_pass
+
+    def test_my_pass():
+        check_pass(MyPass())
+
+Failures are ``AssertionError`` with a message that says what is expected and why.
+"""
+
+from vfsurgery.testing.matchers import check_matcher as check_matcher
+from vfsurgery.testing.nets import NETS as NETS
+from vfsurgery.testing.nets import example_images as example_images
+from vfsurgery.testing.nets import make_net as make_net
+from vfsurgery.testing.passes import check_pass as check_pass
+from vfsurgery.testing.rules import check_rule as check_rule
