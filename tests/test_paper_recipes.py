@@ -146,11 +146,11 @@ WRONG = [
     ("direct: 10", "dirct: 10", "unknown row 'dirct'; did you mean 'direct'?"),
     ("direct: 10", "direct: ten", "a valid number, found 'ten' at pairs[0].published.direct"),
     ("path: /nowhere", "seed: 1", "cifar10 needs path, the folder that holds it at data"),
-    ("path: /nowhere", "path: /nowhere, size: 16", "cifar10 has no size; accepted: calibration, name, path, seed, tes"),
+    ("path: /nowhere", "path: /nowhere, size: 16", "cifar10 has no size; accepted: calibration, mean, name, path, seed, std, tes"),
     ("data: {}", "data: {train: 5}", "digits has no train; accepted: name, seed, size at reduced.data"),
     ("milestones: [32000, 48000], ", "", "warmup comes with milestones: a learning-rate cycle rises by itself"),
     ("training: {epochs: 2}", "training: {epoch: 2}", "'epoch' at reduced.pairs[0].training.epoch remedy did you mea"),
-    ("{name: net, options", "{name: ent, options", "reduced: unknown pair 'ent'; did you mean 'net'?"),
+    ("{name: net, options", "{name: ent, options", "unknown reduced pair 'ent'; did you mean 'net'?"),
     ("alphas: 3", "alphas: 4", "in the reduced form, at pairs[0].alphas: Value error, alphas is 4: only odd"),
     ("renormalize: repair", "renormalize: repair, alpha: 0.3", "the last merge has alpha, but the line is measured"),
     ("threads: 1", "device: gpu", "String should match pattern '^(auto|cpu|cuda(:\\d+)?)$', found 'gpu' at device"),
@@ -208,7 +208,7 @@ def test_given_checkpoints_are_merged_instead_of_trained_ones(ran, tmp_path, mon
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for seed, file in enumerate(files):
         save_state_dict(from_seed(lambda: TinyConvNet(4), 7 + seed).state_dict(), file)
-    monkeypatch.setattr("vfsurgery.recipe.train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr("vfsurgery.experiments.train", lambda *args, **kwargs: pytest.fail("trained"))
     text = f"""\
 name: given
 pairs:
