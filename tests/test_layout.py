@@ -30,7 +30,9 @@ ONLY_IN = {
     "yaml": ["recipe.py"],
     "networkx": ["discovery.py", "nesting.py", "roles.py"],
     "pydantic": ["recipe.py", "sections.py"],
-    "click": [f"cli/{name}.py" for name in ("__init__", "diagnose", "groups", "merge", "options", "run", "zoo")],
+    "click": [
+        f"cli/{name}.py" for name in ("__init__", "diagnose", "groups", "merge", "options", "replay", "run", "zoo")
+    ],
     "tqdm": ["batches.py"],
     "matplotlib": ["figures.py"],
     "jinja2": ["page.py"],

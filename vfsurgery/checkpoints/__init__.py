@@ -8,6 +8,7 @@ from vfsurgery.checkpoints.files import check_writable as check_writable
 from vfsurgery.checkpoints.files import file_hash as file_hash
 from vfsurgery.checkpoints.files import write_text as write_text
 from vfsurgery.checkpoints.fitting import load_into as load_into
+from vfsurgery.checkpoints.programs import check_onnx as check_onnx
 from vfsurgery.checkpoints.programs import save_onnx as save_onnx
 from vfsurgery.checkpoints.programs import save_program as save_program
 from vfsurgery.checkpoints.provenance import FileRecord as FileRecord
@@ -18,5 +19,7 @@ from vfsurgery.checkpoints.reading import PREFIXES as PREFIXES
 from vfsurgery.checkpoints.reading import WRAPPERS as WRAPPERS
 from vfsurgery.checkpoints.reading import StateDict as StateDict
 from vfsurgery.checkpoints.reading import load_state_dict as load_state_dict
+from vfsurgery.checkpoints.shards import INDEX as INDEX
+from vfsurgery.checkpoints.writing import check_shard_size as check_shard_size
 from vfsurgery.checkpoints.writing import save_sharded as save_sharded
 from vfsurgery.checkpoints.writing import save_state_dict as save_state_dict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,9 @@ LARGEST_ONNX = 2**31 - 2**20
 """Bytes of weights: an ONNX file is one protobuf message, which may have 2 GiB."""
 
 
-def save_program(model: nn.Module, inputs: tuple[Tensor, ...], path: str | Path) -> None:
+def save_program(
+    model: nn.Module, inputs: tuple[Tensor, ...], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a network as a program of ``torch.export`` that takes any batch size in eval mode.
 
     ``torch.export.load(path).module()`` runs it, without the code that made it. A network with preserved prefixes is of
@@ -29,6 +31,7 @@ def save_program(model: nn.Module, inputs: tuple[Tensor, ...], path: str | Path)
         model: The network, left as it is.
         inputs: One tensor per argument of its forward, of two images or more.
         path: The file, ending in ``.pt2``; missing parent folders are made.
+        metadata: Text to keep in the file, which ``torch.export.load`` fills into its ``extra_files``.
 
     Raises:
         CheckpointError: ``path`` has another ending, or cannot be written.
@@ -38,16 +41,19 @@ def save_program(model: nn.Module, inputs: tuple[Tensor, ...], path: str | Path)
         program = torch.export.export(model, inputs, dynamic_shapes=_any_batch(inputs))
     # a file object, because torch stores the name of a path, and this one is random
     with atomic(path) as partial, _written(path), partial.open("wb") as file:
-        torch.export.save(program, file)
+        torch.export.save(program, file, extra_files=dict(metadata or {}))
 
 
-def save_onnx(model: nn.Module, inputs: tuple[Tensor, ...], path: str | Path) -> None:
+def save_onnx(
+    model: nn.Module, inputs: tuple[Tensor, ...], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a network in ONNX, in one file, for any batch size in eval mode.
 
     Args:
         model: The network, left as it is.
         inputs: One tensor per argument of its forward, of two images or more.
         path: The file, ending in ``.onnx``; missing parent folders are made.
+        metadata: Text to keep in the file, as its ``metadata_props``.
 
     Raises:
         CheckpointError: ``path`` has another ending or cannot be written, onnxscript is not installed, or the weights
@@ -69,6 +75,7 @@ def save_onnx(model: nn.Module, inputs: tuple[Tensor, ...], path: str | Path) ->
             model, inputs, dynamo=True, dynamic_shapes=_any_batch(inputs), external_data=False, verbose=False
         )
     assert program is not None
+    program.model.metadata_props.update(metadata or {})
     with atomic(path) as partial, _written(path):
         program.save(partial, external_data=False)
 

@@ -73,7 +73,7 @@ def save_sharded(
         get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
         get_storage_id=lambda tensor: None,  # what shares storage is written once per key, wherever
         filename_pattern=path.stem.replace("{", "{{").replace("}", "}}") + "{suffix}" + WEIGHTS,
-        max_shard_size=_check_size(max_shard_size),
+        max_shard_size=check_shard_size(max_shard_size),
     )
     if not split.is_sharded:
         save_state_dict(state, path, metadata)
@@ -88,8 +88,15 @@ def save_sharded(
     return tuple(written)
 
 
-def _check_size(size: int | str) -> int | str:
-    """Return what huggingface_hub takes for a size: it would take negative ones, too."""
+def check_shard_size(size: int | str) -> int | str:
+    """Return a size as huggingface_hub takes it, unless it is none; it would take negative ones, too.
+
+    Raises:
+        OptionError: See above.
+
+    >>> check_shard_size("500MB")
+    '500MB'
+    """
     named = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) *[KMGT]B", size, re.IGNORECASE) if isinstance(size, str) else None
     if (float(named[1]) if named else size if isinstance(size, int) else 0) <= 0:
         raise OptionError(explain(f"{size!r} is no size of a shard", remedy="write bytes, or as in 5GB or 500MB"))

@@ -10,6 +10,7 @@ from vfsurgery.cli.diagnose import diagnose_checkpoint
 from vfsurgery.cli.groups import groups
 from vfsurgery.cli.merge import merge_checkpoints
 from vfsurgery.cli.options import EPILOG
+from vfsurgery.cli.replay import replay
 from vfsurgery.cli.run import run
 from vfsurgery.cli.zoo import survey_zoo
 from vfsurgery.errors import ExampleInputError, OptionError, SurgeryError
@@ -45,5 +46,5 @@ def main() -> None:
     """
 
 
-for command in (run, merge_checkpoints, diagnose_checkpoint, groups, survey_zoo):
+for command in (run, merge_checkpoints, replay, diagnose_checkpoint, groups, survey_zoo):
     main.add_command(command)
