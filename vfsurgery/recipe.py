@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,12 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
-from vfsurgery.checkpoints import load_into, load_state_dict, save_state_dict, write_text
+from vfsurgery.checkpoints import FileRecord, load_into, load_state_dict, provenance, save_state_dict, write_text
 from vfsurgery.comparison import Comparison, compare_merges, table
 from vfsurgery.data import Splits
 from vfsurgery.errors import RecipeError, did_you_mean, explain
 from vfsurgery.expectations import Outcome
+from vfsurgery.recipe_text import parse, read_text
 from vfsurgery.sections import AsTuple, Images, Name, Pair, Reduced, ReducedPair, Section, given, refuse_repeated
 from vfsurgery.training import from_seed, train
 
@@ -101,8 +102,8 @@ class Recipe(Section):
         if isinstance(source, str) and "\n" in source:
             place, text = "the recipe", source
         else:
-            place, text = str(source), _read(Path(source))
-        content = _parse(text, place)
+            place, text = str(source), read_text(Path(source))
+        content = parse(text, place, cls.model_fields)
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -216,9 +217,11 @@ class RecipeRun:
 
     def write(self) -> None:
         """Write per pair the last merge's weights, barrier plot and page, and ``report.json`` for all."""
-        for comparison in self.comparisons:
+        for pair, comparison in zip(self.recipe.pairs, self.comparisons, strict=True):
             base = self.output / comparison.name
-            save_state_dict(comparison.merged.state_dict(), f"{base}.safetensors", {"recipe": self.recipe.name})
+            sources = [FileRecord.of(Path(path)) for path in pair.checkpoints or ()]
+            metadata = {"pair": pair.name, **provenance(comparison.report, self.recipe.to_yaml(), sources)}
+            save_state_dict(comparison.merged.state_dict(), f"{base}.safetensors", metadata)
             comparison.barrier.plot(f"{base}_barrier.png")
             comparison.diagnosis.page(
                 f"{base}.html",
@@ -273,45 +276,6 @@ def _check_folder(output: Path) -> None:
         raise RecipeError(
             explain(f"cannot write results into {output}", cause=f"{existing} is {cause}", remedy="name another folder")
         )
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(explain(f"cannot read the recipe {path}", cause=error)) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which makes plain values only, and here refuses a key that stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for index, (key, _) in enumerate(node.value):
-            if key.value in keys[:index]:
-                problem = f"the key {key.value!r} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _parse(text: str, place: str) -> Mapping[str, Any]:
-    try:
-        content = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else None
-        raise RecipeError(
-            explain(f"{place} is not valid YAML", cause=getattr(error, "problem", None) or error, at=where)
-        ) from error
-    if not isinstance(content, dict):
-        raise RecipeError(
-            explain(
-                f"{place} is no mapping of keys to values",
-                found=f"a {type(content).__name__}",
-                accepted=", ".join(Recipe.model_fields),
-            )
-        )
-    return content
 
 
 def _describe(error: ValidationError, schema: type[BaseModel], place: str) -> str:

@@ -49,7 +49,7 @@ BARRIERS = ("barrier naive", "barrier aligned", "barrier renormalized")
 class Section(BaseModel):
     """A mapping of a recipe: frozen, with no keys but its fields, and no conversion between types."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Images(Section):

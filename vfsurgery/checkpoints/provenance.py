@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from vfsurgery.checkpoints.files import file_hash
+from vfsurgery.checkpoints.shards import checkpoint_hash
 from vfsurgery.report import MergeReport
 
 
@@ -32,7 +32,7 @@ class FileRecord:
         Raises:
             CheckpointError: The file cannot be read.
         """
-        return FileRecord(str(path), file_hash(path))
+        return FileRecord(str(path), checkpoint_hash(path))
 
     @property
     def name(self) -> str:

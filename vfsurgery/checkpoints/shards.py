@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
+from vfsurgery.checkpoints.files import file_hash
 from vfsurgery.checkpoints.formats import READERS, check_readable, check_tensors, read
 from vfsurgery.checkpoints.refusals import printable, refuse_damaged
 from vfsurgery.errors import CheckpointError, explain
@@ -44,6 +46,18 @@ def read_shards(path: Path) -> dict[str, Tensor]:
                 )
             state |= check_tensors({key: tensor}, shard)
     return {key: state[key] for key in sorted(state)}
+
+
+def checkpoint_hash(path: Path) -> str:
+    """Return the SHA-256 of a checkpoint; of one in shards, that of a list of the hashes of index and shards.
+
+    Raises:
+        CheckpointError: A file is missing, or the index is none.
+    """
+    if not path.name.endswith(INDEX):
+        return file_hash(path)
+    files = [path, *(path.parent / name for name in sorted(_by_shard(_weight_map(path), path)))]
+    return hashlib.sha256("\n".join(file_hash(file) for file in files).encode()).hexdigest()
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -54,12 +54,12 @@ def _checked(records: tuple[FileRecord, ...], given: tuple[Path, ...], report: P
         raise CheckpointError(
             explain(f"{report} is of {len(records)} sources, not of {len(given)}", remedy="name all of them, or none")
         )
-    paths = given or tuple(Path(record.path) for record in records)
+    paths = tuple(path.absolute() for path in given) or tuple(Path(record.path) for record in records)
     for path, record in zip(paths, records, strict=True):
         if not path.is_file():
             remedy = f"name both sources: vfsurgery replay {report.name} A B"
             raise CheckpointError(explain(f"there is no checkpoint {path}", remedy=remedy))
-        if (found := file_hash(path)) != record.sha256:
+        if (found := FileRecord.of(path).sha256) != record.sha256:
             raise CheckpointError(explain(f"{path} is not the file that was merged", merged=record.sha256, found=found))
     return paths
 
