@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vfsurgery.checkpoints.files import WEIGHTS
+from vfsurgery.checkpoints.files import WEIGHTS, check_name
 from vfsurgery.checkpoints.refusals import printable, refuse_code, refuse_damaged
 from vfsurgery.errors import CheckpointError, did_you_mean, explain
 
@@ -37,6 +37,7 @@ def check_readable(path: Path, endings: dict[str, Callable[[Path], object]]) -> 
     Raises:
         CheckpointError: See above.
     """
+    check_name(path)
     if path.is_dir():
         raise CheckpointError(explain(f"{path} is a folder", remedy="name the checkpoint file inside it"))
     if path.suffix not in endings:

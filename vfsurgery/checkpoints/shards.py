@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from vfsurgery.checkpoints.files import file_hash
+from vfsurgery.checkpoints.files import LONGEST_NAME, file_hash
 from vfsurgery.checkpoints.formats import READERS, check_readable, check_tensors, read
 from vfsurgery.checkpoints.refusals import printable, refuse_damaged
 from vfsurgery.errors import CheckpointError, explain
@@ -88,7 +88,8 @@ def _by_shard(weight_map: dict[str, str], path: Path) -> dict[str, list[str]]:
     """The keys of each file; a name that is more than a name is refused: it would lead out of the folder."""
     shards: dict[str, list[str]] = {}
     for key, name in weight_map.items():
-        if name != Path(name).name or "\\" in name or not name.isprintable() or Path(name).suffix not in READERS:
+        plain = name == Path(name).name and "\\" not in name and name.isprintable() and Path(name).suffix in READERS
+        if not plain or len(name.encode()) > LONGEST_NAME:
             raise CheckpointError(
                 explain(
                     f"{path} names a shard that it may not name",
