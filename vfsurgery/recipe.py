@@ -18,12 +18,25 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from torch import nn
 
 from vfsurgery.checkpoints import FileRecord, load_into, load_state_dict, provenance, save_state_dict, write_text
+from vfsurgery.checkpoints.refusals import printable
 from vfsurgery.comparison import Comparison, compare_merges, table
 from vfsurgery.data import Splits
 from vfsurgery.errors import RecipeError, did_you_mean, explain
 from vfsurgery.expectations import Outcome
 from vfsurgery.recipe_text import parse, read_text
-from vfsurgery.sections import AsTuple, Images, Name, Pair, Reduced, ReducedPair, Section, given, refuse_repeated
+from vfsurgery.sections import (
+    AsTuple,
+    Images,
+    Name,
+    Pair,
+    Reduced,
+    ReducedPair,
+    Section,
+    Seed,
+    Threads,
+    given,
+    refuse_repeated,
+)
 from vfsurgery.training import from_seed, train
 
 
@@ -47,9 +60,9 @@ class Recipe(Section):
     source: str | None = None
     data: Images = Images()
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    seed: int = 0
-    threads: Annotated[int, Field(ge=1)] | None = None
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "cpu"
+    seed: Seed = 0
+    threads: Threads | None = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "cpu"
     resume: str | None = None
     pairs: Annotated[tuple[Pair, ...], AsTuple, Field(min_length=1)]
     reduced: Reduced | None = None
@@ -284,10 +297,10 @@ def _describe(error: ValidationError, schema: type[BaseModel], place: str) -> st
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first, path = problems[0], _path(problems[0]["loc"])
     others = dict.fromkeys(other for problem in problems[1:] if (other := _path(problem["loc"])) and other != path)
-    fact = f"{first['msg'].removeprefix('Value error, ')}, found {first['input']!r}"
+    fact = f"{first['msg'].removeprefix('Value error, ')}, found {printable(repr(first['input']))}"
     remedy = None
     if first["type"] == "extra_forbidden":
-        fact = f"unknown key {first['loc'][-1]!r}"
+        fact = f"unknown key {printable(repr(first['loc'][-1]))}"
         remedy = did_you_mean(str(first["loc"][-1]), _section(schema, first["loc"][:-1]).model_fields)
     elif first["type"] == "missing":
         fact = "a required key is missing"
@@ -301,7 +314,7 @@ def _describe(error: ValidationError, schema: type[BaseModel], place: str) -> st
 def _path(location: tuple[int | str, ...]) -> str | None:
     """As in ``pairs[0].training.epochs``; the names that pydantic adds for members of a union are left out."""
     steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in location if step not in ("str", _TUPLE)]
-    return "".join(steps).removeprefix(".") or None
+    return printable("".join(steps).removeprefix(".")) or None
 
 
 _TUPLE = "tuple[str, ...]"

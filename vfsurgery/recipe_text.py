@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from vfsurgery.checkpoints.refusals import printable
 from vfsurgery.errors import RecipeError, explain
 
 LARGEST, DEEPEST, MOST_VALUES = 2**18, 20, 100_000
@@ -71,18 +72,25 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which makes plain values only, and here refuses a key that stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for index, (key, _) in enumerate(node.value):
-            if key.value in keys[:index]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
                 problem = f"the key {key.value!r} stands twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
-        except (ValueError, ArithmeticError, LookupError) as error:  # a date that is none, a number too long to read
-            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+            value = super().construct_object(node, deep)
+            if isinstance(value, str):
+                value.encode()  # halves of characters, written as escapes, could not be written to a file again
+            if isinstance(value, int) and value.bit_length() > 64:
+                raise ValueError("a number of more than 64 bits")
+        except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+            # a date that is none, a number too long to read: YAML's own constructors do not say it as YAML errors
+            raise yaml.constructor.ConstructorError(None, None, printable(str(error)), node.start_mark) from error
+        return value
 
 
 def _load(text: str) -> object:

@@ -18,9 +18,10 @@ from vfsurgery.passes import NORMALIZATIONS
 
 # YAML has lists only; a frozen value needs tuples
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
 """Names become file names, so they hold letters, digits, ``_``, ``.`` and ``-`` only."""
-
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 
 _Count = Annotated[int, Field(ge=1)]
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -56,7 +57,7 @@ class Images(Section):
     """scikit-learn's digits or CIFAR; see :func:`vfsurgery.data.digits` and :func:`vfsurgery.cifar.cifar`."""
 
     name: Literal["digits", "cifar10", "cifar100"] = "digits"
-    seed: int = 0
+    seed: Seed = 0
     size: Annotated[int, Field(ge=1)] | None = None
     path: str | None = None
     train: _Count | None = None
@@ -145,7 +146,7 @@ class Pair(Section):
     name: Name
     model: str
     options: Options = FrozenDict()
-    seeds: Annotated[tuple[int, int], AsTuple] = (0, 1)
+    seeds: Annotated[tuple[Seed, Seed], AsTuple] = (0, 1)
     checkpoints: Annotated[tuple[str, str] | None, AsTuple] = None
     training: Training = Training()
     merges: Annotated[tuple[Merge, ...], AsTuple, Field(min_length=1)] = (Merge(),)
@@ -233,7 +234,7 @@ class Reduced(Section):
     """What a smaller form of the experiment changes, for machines without a GPU."""
 
     data: Images | None = None
-    threads: _Count | None = None
+    threads: Threads | None = None
     pairs: Annotated[tuple[ReducedPair, ...], AsTuple] = ()
 
 

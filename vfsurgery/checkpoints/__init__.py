@@ -3,6 +3,7 @@
 from vfsurgery.checkpoints.files import ONNX as ONNX
 from vfsurgery.checkpoints.files import PROGRAM as PROGRAM
 from vfsurgery.checkpoints.files import WEIGHTS as WEIGHTS
+from vfsurgery.checkpoints.files import Sink as Sink
 from vfsurgery.checkpoints.files import atomic as atomic
 from vfsurgery.checkpoints.files import check_writable as check_writable
 from vfsurgery.checkpoints.files import file_hash as file_hash

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import secrets
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vfsurgery.errors import CheckpointError, explain
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 WEIGHTS, PROGRAM, ONNX = ".safetensors", ".pt2", ".onnx"
 """Endings of what is written: weights, and whole networks as programs of ``torch.export`` or in ONNX."""
+
+_KINDS = {
+    WEIGHTS: "weights are",
+    PROGRAM: "a network with preserved prefixes is",
+    ONNX: "a network for other runtimes is",
+}
 
 LONGEST_NAME = 255
 """Bytes that a file name may have on the file systems in use."""
@@ -74,7 +85,7 @@ def atomic_set(paths: Iterable[str | Path]) -> Generator[list[Path]]:
             for target in targets:
                 check_name(target)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                partials.append(_reserve(target))
+                _reserve(target, partials)
             yield partials
             if len(targets) > 1:
                 targets[-1].unlink(missing_ok=True)
@@ -87,16 +98,72 @@ def atomic_set(paths: Iterable[str | Path]) -> Generator[list[Path]]:
         raise CheckpointError(explain(f"cannot write {targets[-1]}", cause=error)) from error
 
 
-def _reserve(path: Path) -> Path:
-    """Make an empty file of a new name in the folder of ``path``.
+def _reserve(path: Path, made: list[Path]) -> None:
+    """Make an empty file of a new name in the folder of ``path``, and put it on the list of those made.
 
     In the same folder, so that the move cannot cross file systems; with the same ending, because writers choose the
     format by it. The name cannot be foreseen and must be new: in a folder that others may write to, a link of theirs
     would else lead the writer elsewhere.
     """
     partial = path.with_name(f".{path.stem[:64]}.{secrets.token_hex(6)}.partial{path.suffix}")
-    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    return partial
+    made.append(partial)  # before it is there: Ctrl-C may come in between
+    try:
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        made.remove(partial)
+        raise
+
+
+class Sink(io.RawIOBase):
+    """A file for torch's writers, which end the whole process where a write fails.
+
+    Their destructor writes, and C++ may not raise there. So the first failure is kept, all later writes are dropped,
+    and leaving the block raises what was kept.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = path.open("wb")
+        self._error: OSError | None = None
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always: ``torch.export`` goes back to the start when all is written."""
+        return True
+
+    def write(self, content: Buffer, /) -> int:
+        """Write all of it, or drop it once a write has failed."""
+        self._keep(lambda: self._file.write(content))
+        return memoryview(content).nbytes
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """As in any file."""
+        self._keep(lambda: self._file.seek(offset, whence))
+        return offset
+
+    def flush(self) -> None:
+        """As all else, without a failure."""
+        if not self._file.closed:
+            self._keep(self._file.flush)
+
+    def _keep(self, step: Callable[[], object]) -> None:
+        if self._error is None:
+            try:
+                step()
+            except OSError as error:
+                self._error = error
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self._file.close()  # which writes what is left
+        except OSError as error:
+            self._error = self._error or error
+        self.close()
+        if self._error is not None:
+            raise self._error
 
 
 def check_writable(path: str | Path, suffix: str = WEIGHTS) -> None:
@@ -112,9 +179,8 @@ def check_writable(path: str | Path, suffix: str = WEIGHTS) -> None:
     path = Path(path)
     check_name(path)
     if path.suffix != suffix:
-        kind = "weights are" if suffix == WEIGHTS else "a network with preserved prefixes is"
         raise CheckpointError(
-            explain(f"cannot write {path}", remedy=f"{kind} written as {path.stem or 'NAME'}{suffix}")
+            explain(f"cannot write {path}", remedy=f"{_KINDS[suffix]} written as {path.stem or 'NAME'}{suffix}")
         )
     try:
         if path.is_dir():

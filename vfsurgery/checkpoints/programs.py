@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.checkpoints.files import ONNX, PROGRAM, atomic, check_writable
+from vfsurgery.checkpoints.files import ONNX, PROGRAM, Sink, atomic, check_writable
 from vfsurgery.errors import CheckpointError, explain
 from vfsurgery.sources import eval_mode
 
@@ -40,8 +41,8 @@ def save_program(
     with eval_mode(model):
         program = torch.export.export(model, inputs, dynamic_shapes=_any_batch(inputs))
     # a file object, because torch stores the name of a path, and this one is random
-    with atomic(path) as partial, _written(path), partial.open("wb") as file:
-        torch.export.save(program, file, extra_files=dict(metadata or {}))
+    with atomic(path) as partial, Sink(partial) as file:
+        torch.export.save(program, cast("IO[bytes]", file), extra_files=dict(metadata or {}))
 
 
 def save_onnx(
