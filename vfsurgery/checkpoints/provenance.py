@@ -50,7 +50,7 @@ class FileRecord:
 def provenance(report: MergeReport, recipe: str, sources: Sequence[FileRecord] = ()) -> dict[str, str]:
     """Metadata for a file of merged weights: what was done, by which versions, to which files, and that it was proven.
 
-    Holds nothing that differs between two runs of one merge: no times, folders or measured errors (the report has
+    Holds nothing that differs between two runs of one merge: no times, paths or measured errors (the report has
     these), so that the file has the same hash.
 
     Args:
@@ -59,14 +59,14 @@ def provenance(report: MergeReport, recipe: str, sources: Sequence[FileRecord] =
         sources: The files that were merged, where there were any.
 
     Returns:
-        ``recipe`` as it is, and as JSON ``sources``, ``versions`` and ``certificate``.
+        ``recipe`` as it is, and as JSON ``sources`` (their SHA-256), ``versions`` and ``certificate``.
     """
     certificates = [
         {"source": each.source, "holds": bool(each), "tolerance": each.tolerance, "dtype": each.dtype}
         for each in report.certificates
     ]
     found: Mapping[str, object] = {
-        "sources": [{"file": source.name, "sha256": source.sha256} for source in sources],
+        "sources": [source.sha256 for source in sources],
         "versions": dict(report.versions),
         "certificate": certificates,
     }
