@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -14,14 +16,18 @@ from safetensors import safe_open
 from torch import nn
 
 from vfsurgery.checkpoints import (
+    EMA_WRAPPERS,
     WRAPPERS,
     atomic,
     check_writable,
+    file_hash,
     load_into,
     load_state_dict,
+    save_sharded,
     save_state_dict,
     write_text,
 )
+from vfsurgery.checkpoints.shards import checkpoint_hash
 from vfsurgery.errors import CheckpointError
 
 
@@ -74,6 +80,40 @@ def test_safetensors_round_trip(state, tmp_path):
 def test_wrapped_state_dict_is_found(state, tmp_path, wrapper):
     torch.save({"epoch": 3, wrapper: state, "lr": 0.1}, tmp_path / "net.pt")
     assert_same(load_state_dict(tmp_path / "net.pt"), state)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("averaged", EMA_WRAPPERS)
+def test_moving_averages_are_preferred_unless_told_otherwise(state, tmp_path, wrapper, averaged):
+    ema = {key: tensor + 1 for key, tensor in state.items()}
+    torch.save({wrapper: state, averaged: ema}, tmp_path / "net.pt")
+    assert_same(load_state_dict(tmp_path / "net.pt"), ema)
+    assert_same(load_state_dict(tmp_path / "net.pt", ema=False), state)
+
+
+def test_an_average_that_holds_no_weights_is_passed_over(state, tmp_path):
+    torch.save({"model": state, "ema": {"decay": 0.999, "updates": 3}}, tmp_path / "net.pt")
+    assert_same(load_state_dict(tmp_path / "net.pt"), state)
+
+
+def test_moving_averages_as_timm_and_torchvision_write_them_load(tmp_path):
+    from timm.utils import ModelEmaV3, get_state_dict
+
+    net, path = Net(), tmp_path / "net.pth"
+    averaged = torch.optim.swa_utils.AveragedModel(net)  # torchvision's references derive theirs from it
+    torch.save({"model": Net().state_dict(), "model_ema": averaged.state_dict(), "epoch": 3}, path)
+    assert_same(load_state_dict(path), net.state_dict())
+    torch.save({"state_dict": Net().state_dict(), "state_dict_ema": get_state_dict(ModelEmaV3(net))}, path)
+    assert_same(load_state_dict(path), net.state_dict())
+
+
+def test_timm_reads_what_is_read_here(state, tmp_path):
+    from timm.models import load_state_dict as timm_load_state_dict
+
+    torch.save({"state_dict": state, "state_dict_ema": {k: v + 1 for k, v in state.items()}}, tmp_path / "net.pt")
+    for ema in (True, False):
+        found = load_state_dict(tmp_path / "net.pt", ema=ema)
+        assert_same(found, timm_load_state_dict(str(tmp_path / "net.pt"), use_ema=ema))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
@@ -289,3 +329,81 @@ def test_other_differences_get_no_hint_on_classes(state, changed):
     with pytest.raises(CheckpointError) as caught:
         load_into(Net(), state | changed, "net.pt")
     assert "class count" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model", "network", "student"])
+def test_a_leading_name_is_removed_or_added_where_that_makes_all_keys_fit(state, name):
+    net = Net()
+    load_into(net, {f"{name}.{key}": tensor + 1 for key, tensor in state.items()}, "net.pt")
+    assert torch.equal(net.fc.weight, state["fc.weight"] + 1)
+    wrapped = nn.Module()
+    wrapped.add_module(name, Net())
+    load_into(wrapped, {key: tensor + 2 for key, tensor in state.items()}, "net.pt")
+    assert torch.equal(wrapped.get_submodule(name).fc.weight, state["fc.weight"] + 2)
+
+
+def test_a_leading_name_of_some_keys_is_no_wrapper(state):
+    odd = {("model." if key.startswith("fc") else "") + key: tensor for key, tensor in state.items()}
+    with pytest.raises(CheckpointError, match=r"fc\.weight differs"):
+        load_into(Net(), odd, "net.pt")
+
+
+def test_the_same_content_has_the_same_bytes_in_every_process(state, tmp_path):
+    code = (
+        "import sys, torch; from vfsurgery.checkpoints import save_state_dict\n"
+        "save_state_dict({'b': torch.ones(2), 'a': torch.zeros(3)}, sys.argv[1], {k: k for k in 'zyxwvu'})"
+    )
+    contents = set()
+    for run in range(2):
+        path = tmp_path / f"{run}.safetensors"
+        subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", **{k: k for k in "zyxwvu"}}
+
+
+@pytest.mark.parametrize("stem", ["net", "net.v1", "{net}", "a b", "n" * 200])
+def test_shards_round_trip(state, tmp_path, stem):
+    *parts, index = save_sharded(state, tmp_path / f"{stem}.safetensors", 100, {"by": "test"})
+    assert len(parts) > 2 and index.name == f"{stem}.safetensors.index.json"
+    assert_same(load_state_dict(index), state)
+    for part in parts:
+        with safe_open(part, "pt") as file:
+            assert file.metadata() == {"by": "test", "format": "pt"}
+            sizes = [file.get_tensor(key).nbytes for key in file.keys()]  # noqa: SIM118
+        assert len(sizes) == 1 or sum(sizes) <= 100
+
+
+def test_what_fits_into_one_file_is_written_as_one(state, tmp_path):
+    assert save_sharded(state, tmp_path / "net.safetensors", "1GB") == (tmp_path / "net.safetensors",)
+    assert_same(load_state_dict(tmp_path / "net.safetensors"), state)
+
+
+def test_shards_of_huggingface_hub_load(state, tmp_path):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    huggingface_hub.save_torch_state_dict(state, tmp_path, max_shard_size=100)
+    assert_same(load_state_dict(tmp_path / "model.safetensors.index.json"), state)
+    huggingface_hub.save_torch_state_dict(state, tmp_path, max_shard_size=100, safe_serialization=False)
+    assert_same(load_state_dict(tmp_path / "pytorch_model.bin.index.json"), state)
+
+
+def test_the_name_without_index_says_where_it_is(state, tmp_path):
+    save_sharded(state, tmp_path / "net.safetensors", 100)
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*\n.*\n  remedy  it is sharded: name .*index"):
+        load_state_dict(tmp_path / "net.safetensors")
+
+
+def test_the_hash_of_shards_is_of_all_of_them(state, tmp_path):
+    *parts, index = save_sharded(state, tmp_path / "net.safetensors", 100)
+    before = checkpoint_hash(index)
+    assert checkpoint_hash(index) == before
+    content = bytearray(parts[1].read_bytes())
+    content[-1] ^= 1
+    parts[1].write_bytes(content)
+    assert checkpoint_hash(index) != before
+
+
+def test_a_hash_needs_a_file(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot read .*net\.pt\n  cause  "):
+        file_hash(tmp_path / "net.pt")

@@ -146,14 +146,18 @@ WRONG = [
     ("direct: 10", "dirct: 10", "unknown row 'dirct'; did you mean 'direct'?"),
     ("direct: 10", "direct: ten", "a valid number, found 'ten' at pairs[0].published.direct"),
     ("path: /nowhere", "seed: 1", "cifar10 needs path, the folder that holds it at data"),
-    ("path: /nowhere", "path: /nowhere, size: 16", "cifar10 has no size; accepted: calibration, mean, name, path, seed, std, tes"),
+    (
+        "path: /nowhere",
+        "path: /nowhere, size: 16",
+        "cifar10 has no size; accepted: calibration, mean, name, path, seed, std, tes",
+    ),
     ("data: {}", "data: {train: 5}", "digits has no train; accepted: name, seed, size at reduced.data"),
     ("milestones: [32000, 48000], ", "", "warmup comes with milestones: a learning-rate cycle rises by itself"),
     ("training: {epochs: 2}", "training: {epoch: 2}", "'epoch' at reduced.pairs[0].training.epoch remedy did you mea"),
     ("{name: net, options", "{name: ent, options", "unknown reduced pair 'ent'; did you mean 'net'?"),
     ("alphas: 3", "alphas: 4", "in the reduced form, at pairs[0].alphas: Value error, alphas is 4: only odd"),
     ("renormalize: repair", "renormalize: repair, alpha: 0.3", "the last merge has alpha, but the line is measured"),
-    ("threads: 1", "device: gpu", "String should match pattern '^(auto|cpu|cuda(:\\d+)?)$', found 'gpu' at device"),
+    ("threads: 1", "device: gpu", "String should match pattern '^(auto|cpu|cuda(:\\d{1,3})?)$', found 'gpu' at device"),
 ]
 
 

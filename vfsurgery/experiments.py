@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from vfsurgery.checkpoints import load_into, load_state_dict, save_state_dict
+from vfsurgery.checkpoints import FileRecord, load_into, load_state_dict, provenance, save_state_dict
 from vfsurgery.comparison import Comparison, compare_merges, table
 from vfsurgery.data import Splits
 from vfsurgery.expectations import Outcome
 from vfsurgery.phases import Retraining, SparseSoup, sparse_soup
 from vfsurgery.pruning_sections import PruningSweep, Soup
+from vfsurgery.report import Report
 from vfsurgery.results import report_of
 from vfsurgery.sections import Experiment, Images, Pair
 from vfsurgery.sweep import DENSE, Sweep, sweep, sweep_table
@@ -91,7 +92,7 @@ class Finding(Protocol):
         ...
 
     def write(self, base: Path, recipe: str) -> None:
-        """Write files whose names begin with ``base``."""
+        """Write files whose names begin with ``base``; ``recipe`` is the recipe's text, for their headers."""
         ...
 
 
@@ -135,7 +136,9 @@ class PairFinding:
     def write(self, base: Path, recipe: str) -> None:
         """The last merge's weights, barrier plot and page."""
         found = self.comparison
-        save_state_dict(found.merged.state_dict(), f"{base}.safetensors", {"recipe": recipe})
+        save_state_dict(
+            found.merged.state_dict(), f"{base}.safetensors", _header(self.experiment, found.report, recipe)
+        )
         found.barrier.plot(f"{base}_barrier.png")
         found.diagnosis.page(
             f"{base}.html", report=found.report, scores=found.scores, barrier=found.barrier, flips=found.flips
@@ -168,9 +171,9 @@ class SweepFinding:
     def write(self, base: Path, recipe: str) -> None:
         """Of the cell in which renormalization brings most, weights and page; and the plot of all."""
         example = self.sweep.example
-        save_state_dict(example.model.state_dict(), f"{base}.safetensors", {"recipe": recipe})
-        self.sweep.plot(f"{base}_sweep.png", self.experiment.published)
         report = report_of(example.model)
+        save_state_dict(example.model.state_dict(), f"{base}.safetensors", _header(self.experiment, report, recipe))
+        self.sweep.plot(f"{base}_sweep.png", self.experiment.published)
         example.after.page(
             f"{base}.html", report=report, scores=example.scores, before=example.before, sweep=self.sweep
         )
@@ -206,8 +209,15 @@ class SoupFinding:
 
     def write(self, base: Path, recipe: str) -> None:
         """The last soup's weights and mask."""
-        save_state_dict(self.soup.model.state_dict(), f"{base}.safetensors", {"recipe": recipe})
+        report = report_of(self.soup.model)
+        save_state_dict(self.soup.model.state_dict(), f"{base}.safetensors", _header(self.experiment, report, recipe))
         self.soup.masks.save(f"{base}_masks.safetensors")
+
+
+def _header(experiment: Experiment, report: Report, recipe: str) -> dict[str, str]:
+    """What stands in the header of a file of weights."""
+    sources = [FileRecord.of(Path(path)) for path in experiment.files]
+    return {"experiment": experiment.name, **provenance(report, recipe, sources)}
 
 
 def run_pair(pair: Pair, lab: Lab) -> PairFinding:

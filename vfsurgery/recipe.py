@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +16,23 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from vfsurgery.checkpoints import load_into, load_state_dict, write_text
+from vfsurgery.checkpoints.refusals import printable
 from vfsurgery.comparison import Comparison
 from vfsurgery.errors import RecipeError, did_you_mean, explain
 from vfsurgery.expectations import Outcome
 from vfsurgery.experiments import Finding, Lab, PairFinding, outcomes, run_pair, run_soup, run_sweep
 from vfsurgery.pruning_sections import PruningSweep, ReducedSweep, Soup
+from vfsurgery.recipe_text import parse, read_text
 from vfsurgery.sections import (
     AsTuple,
-    Count,
     Experiment,
     Images,
     Name,
     Pair,
     ReducedPair,
     Section,
+    Seed,
+    Threads,
     given,
     refuse_repeated,
     refuse_unknown,
@@ -41,7 +44,7 @@ class Reduced(Section):
     """What a smaller form of the recipe changes, for machines without a GPU."""
 
     data: Images | None = None
-    threads: Count | None = None
+    threads: Threads | None = None
     pairs: Annotated[tuple[ReducedPair, ...], AsTuple] = ()
     sweeps: Annotated[tuple[ReducedSweep, ...], AsTuple] = ()
 
@@ -66,9 +69,9 @@ class Recipe(Section):
     source: str | None = None
     data: Images = Images()
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    seed: int = 0
-    threads: Annotated[int, Field(ge=1)] | None = None
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "cpu"
+    seed: Seed = 0
+    threads: Threads | None = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "cpu"
     resume: str | None = None
     pairs: Annotated[tuple[Pair, ...], AsTuple] = ()
     sweeps: Annotated[tuple[PruningSweep, ...], AsTuple] = ()
@@ -133,8 +136,8 @@ class Recipe(Section):
         if isinstance(source, str) and "\n" in source:
             place, text = "the recipe", source
         else:
-            place, text = str(source), _read(Path(source))
-        content = _parse(text, place)
+            place, text = str(source), read_text(Path(source))
+        content = parse(text, place, cls.model_fields)
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -212,8 +215,9 @@ class RecipeRun:
 
     def write(self) -> None:
         """Write the files of each experiment, and ``report.json`` for all."""
+        text = self.recipe.to_yaml()
         for finding in self.findings:
-            finding.write(self.output / finding.experiment.name, self.recipe.name)
+            finding.write(self.output / finding.experiment.name, text)
         write_text(self.output / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __str__(self) -> str:
@@ -254,55 +258,16 @@ def _check_folder(output: Path) -> None:
         )
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(explain(f"cannot read the recipe {path}", cause=error)) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which makes plain values only, and here refuses a key that stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for index, (key, _) in enumerate(node.value):
-            if key.value in keys[:index]:
-                problem = f"the key {key.value!r} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _parse(text: str, place: str) -> Mapping[str, Any]:
-    try:
-        content = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else None
-        raise RecipeError(
-            explain(f"{place} is not valid YAML", cause=getattr(error, "problem", None) or error, at=where)
-        ) from error
-    if not isinstance(content, dict):
-        raise RecipeError(
-            explain(
-                f"{place} is no mapping of keys to values",
-                found=f"a {type(content).__name__}",
-                accepted=", ".join(Recipe.model_fields),
-            )
-        )
-    return content
-
-
 def _describe(error: ValidationError, schema: type[BaseModel], place: str) -> str:
     """The message for the first thing wrong, with its key path; the paths of all others follow."""
     # a misspelt key first: it is often why another one is missing
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first, path = problems[0], _path(problems[0]["loc"])
     others = dict.fromkeys(other for problem in problems[1:] if (other := _path(problem["loc"])) and other != path)
-    fact = f"{first['msg'].removeprefix('Value error, ')}, found {first['input']!r}"
+    fact = f"{first['msg'].removeprefix('Value error, ')}, found {printable(repr(first['input']))}"
     remedy = None
     if first["type"] == "extra_forbidden":
-        fact = f"unknown key {first['loc'][-1]!r}"
+        fact = f"unknown key {printable(repr(first['loc'][-1]))}"
         remedy = did_you_mean(str(first["loc"][-1]), _section(schema, first["loc"][:-1]).model_fields)
     elif first["type"] == "missing":
         fact = "a required key is missing"
@@ -316,7 +281,7 @@ def _describe(error: ValidationError, schema: type[BaseModel], place: str) -> st
 def _path(location: tuple[int | str, ...]) -> str | None:
     """As in ``pairs[0].training.epochs``; the names that pydantic adds for members of a union are left out."""
     steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in location if step not in ("str", _TUPLE)]
-    return "".join(steps).removeprefix(".") or None
+    return printable("".join(steps).removeprefix(".")) or None
 
 
 _TUPLE = "tuple[str, ...]"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from vfsurgery.checkpoints import atomic
+from vfsurgery.checkpoints import Sink, atomic
 from vfsurgery.errors import CheckpointError, explain
 
 
@@ -46,8 +46,8 @@ class Progress:
         """Write all of it, whole or not at all; ``epoch`` counts the finished ones."""
         content: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
         content |= {"epoch": epoch, "generator": self.generator.get_state(), "setting": self.setting}
-        with atomic(path) as partial:
-            torch.save(content, partial)
+        with atomic(path) as partial, Sink(partial) as file:
+            torch.save(content, cast("IO[bytes]", file))
 
     def load(self, path: Path) -> int:
         """Take over what :meth:`save` wrote and return the number of finished epochs; 0 where there is no file.

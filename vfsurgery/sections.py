@@ -21,9 +21,10 @@ from vfsurgery.training import OptimizerName
 
 # YAML has lists only; a frozen value needs tuples
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
 """Names become file names, so they hold letters, digits, ``_``, ``.`` and ``-`` only."""
-
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 
 Count = Annotated[int, Field(ge=1)]
 Channels = tuple[float, float, float]
@@ -53,14 +54,14 @@ BARRIERS = ("barrier naive", "barrier aligned", "barrier renormalized")
 class Section(BaseModel):
     """A mapping of a recipe: frozen, with no keys but its fields, and no conversion between types."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Images(Section):
     """scikit-learn's digits or CIFAR; see :func:`vfsurgery.data.digits` and :func:`vfsurgery.cifar.cifar`."""
 
     name: Literal["digits", "cifar10", "cifar100"] = "digits"
-    seed: int = 0
+    seed: Seed = 0
     size: Annotated[int, Field(ge=1)] | None = None
     path: str | None = None
     train: Count | None = None
@@ -189,7 +190,7 @@ class Experiment(Section):
 class Pair(Experiment):
     """Two models of one architecture from two seeds, and the merges to compare; the last one is written out."""
 
-    seeds: Annotated[tuple[int, int], AsTuple] = (0, 1)
+    seeds: Annotated[tuple[Seed, Seed], AsTuple] = (0, 1)
     checkpoints: Annotated[tuple[str, str] | None, AsTuple] = None
     merges: Annotated[tuple[Merge, ...], AsTuple, Field(min_length=1)] = (Merge(),)
     alphas: Annotated[int, Field(ge=3)] = 11

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from torch import Tensor, nn
 
 from vfsurgery.api import merge
 from vfsurgery.architectures import FORMS
-from vfsurgery.checkpoints import PROGRAM, WEIGHTS, save_program, save_state_dict, write_text
+from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS, check_shard_size
 from vfsurgery.cli.options import (
     EPILOG,
     check_output,
@@ -21,7 +22,9 @@ from vfsurgery.cli.options import (
     load_model,
     steps,
 )
+from vfsurgery.cli.records import Record
 from vfsurgery.evaluation import first_images
+from vfsurgery.report import MergeReport
 from vfsurgery.results import merge_report_of
 from vfsurgery.tracing.examples import example_inputs_of
 
@@ -49,11 +52,47 @@ from vfsurgery.tracing.examples import example_inputs_of
 @click.option("--masks", help="What the result of pruned sources keeps: keep, intersect, union or reprune.")
 @click.option("--seed", default=0, show_default=True, help="Decides random orders.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1.")
+@click.option("--ema/--no-ema", default=True, help="Whether to take moving averages of weights.  [default: ema]")
+@click.option("--max-shard-size", metavar="SIZE", help="Split weights into files of at most that, as in 5GB.")
 @click.option("--quiet", is_flag=True, help="Show no progress bars.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File ending in .safetensors.")
-def merge_checkpoints(
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="File ending in .safetensors, .pt2 or .onnx."
+)
+def merge_checkpoints(**options: Any) -> None:
+    """Merge the checkpoints A and B into one network of the same architecture and size.
+
+    Units of B are first reordered to match those of A. The result goes to the file named by -o, the report beside it
+    into NAME.report.json, with which "vfsurgery replay" makes the same file again. A file ending in .safetensors holds
+    the weights; one in .pt2 (torch.export) or .onnx the network as a whole. With --preserve, --max-flops or
+    --max-params the result is a larger network, which can only be written whole.
+
+    \b
+    Examples:
+      vfsurgery merge a.safetensors b.pt --model timm:resnet18 -o ab.safetensors
+      vfsurgery merge a.pt b.pt --model torchvision:vgg11_bn --num-classes 10 \\
+          --data imagefolder:photos/train --limit 5000 -o ab.safetensors
+      vfsurgery merge a.pt b.pt --model mynets:small --input-size 3x32x32 \\
+          -o ab.safetensors
+      vfsurgery merge a.pt b.pt --model timm:resnet18 --preserve layer2 -o ab.pt2
+      vfsurgery merge a.pt b.pt --model timm:resnet18 -o ab.onnx
+    """
+    report, written = merge_files(**options)
+    click.echo(f"{report}\n\nwritten to {', '.join(map(str, written[:-1]))} and {written[-1]}")
+
+
+def merge_files(a: Path, b: Path, output: Path, *, quiet: bool, **options: Any) -> tuple[MergeReport, tuple[Path, ...]]:
+    """What the command does with its options: returns the report, and the files written, the report's last."""
+    record = Record.of((a, b), options)
+    merged, inputs = _merged(a, b, output, quiet=quiet, **options)
+    report = merge_report_of(merged)
+    return report, record.write(merged, inputs, output, _beside(output))
+
+
+def _merged(
     a: Path,
     b: Path,
+    output: Path,
+    *,
     model: str,
     num_classes: int | None,
     alpha: float,
@@ -65,32 +104,19 @@ def merge_checkpoints(
     masks: str | None,
     seed: int,
     device: str,
+    ema: bool,
+    max_shard_size: str | None,
     quiet: bool,
-    output: Path,
     **data: Any,
-) -> None:
-    """Merge the checkpoints A and B into one network of the same architecture and size.
-
-    Units of B are first reordered to match those of A. The weights go to the file named by -o, the report beside it
-    into NAME.report.json. With --preserve, --max-flops or --max-params the result
-    is a larger network; it goes as a whole, a program of torch.export, into a
-    file ending in .pt2.
-
-    \b
-    Examples:
-      vfsurgery merge a.safetensors b.pt --model timm:resnet18 -o ab.safetensors
-      vfsurgery merge a.pt b.pt --model torchvision:vgg11_bn --num-classes 10 \\
-          --data imagefolder:photos/train --limit 5000 -o ab.safetensors
-      vfsurgery merge a.pt b.pt --model mynets:small --input-size 3x32x32 \\
-          -o ab.safetensors
-      vfsurgery merge a.pt b.pt --model timm:resnet18 --preserve layer2 -o ab.pt2
-    """
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The network, and inputs by which it can be written as a program."""
     import_from_here()
-    report_path = output.with_suffix(".report.json")
     whole = not (preserve in (None, "0") and max_flops is None and max_params is None)
-    check_output(output, report_path, (a, b), PROGRAM if whole else WEIGHTS)
+    check_output(output, _beside(output), (a, b), (PROGRAM, ONNX) if whole else (WEIGHTS, PROGRAM, ONNX))
+    if max_shard_size is not None:
+        check_shard_size(max_shard_size)
     target = find_device(device)
-    source_a, source_b = (load_model(path, model, num_classes, target) for path in (a, b))
+    source_a, source_b = (load_model(path, model, num_classes, target, ema=ema) for path in (a, b))
     calibration = load_images(model, source_a, seed=seed, **data)
     example = example_input(data["input_size"], target)
     merged = merge(
@@ -108,14 +134,13 @@ def merge_checkpoints(
         seed=seed,
         progress=not quiet,
     )
-    report = merge_report_of(merged)
-    if whole:
-        images = first_images(source_a, calibration) if example is None and calibration is not None else example
-        save_program(merged, example_inputs_of(source_a, images), output)
-    else:
-        save_state_dict(merged.state_dict(), output, {"model": model, "sources": f"{a.name}, {b.name}"})
-    write_text(report_path, report.to_json() + "\n")
-    click.echo(f"{report}\n\nwritten to {output} and {report_path}")
+    images = first_images(source_a, calibration) if example is None and calibration is not None else example
+    return merged, () if output.suffix == WEIGHTS else example_inputs_of(source_a, images)
+
+
+def _beside(output: Path) -> Path:
+    """Where the report of a result lies."""
+    return output.with_suffix(".report.json")
 
 
 def _boundary(preserve: str | None) -> int | str:

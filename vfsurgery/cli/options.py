@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vfsurgery.architectures import build_model
-from vfsurgery.checkpoints import check_writable, load_into, load_state_dict
+from vfsurgery.checkpoints import ONNX, check_onnx, check_writable, load_into, load_state_dict
 from vfsurgery.data import digits, image_folder, loader, preprocessing
 from vfsurgery.errors import CheckpointError, OptionError, explain
 
@@ -68,8 +68,10 @@ def import_from_here() -> None:
         sys.path.append(os.getcwd())
 
 
-def check_output(output: Path, report: Path, inputs: tuple[Path, ...], suffix: str) -> None:
-    check_writable(output, suffix)
+def check_output(output: Path, report: Path, inputs: tuple[Path, ...], suffixes: tuple[str, ...]) -> None:
+    """Refuse an output of another ending than ``suffixes``, the first of which is offered, or in place of an input."""
+    suffix = output.suffix if output.suffix in suffixes else suffixes[0]
+    check_onnx(output) if suffix == ONNX else check_writable(output, suffix)
     for path in inputs:
         if path.resolve() in (output.resolve(), report.resolve()):
             raise CheckpointError(
@@ -85,8 +87,8 @@ def find_device(name: str) -> torch.device:
         raise OptionError(explain(f"cannot compute on device {name!r}", cause=cause)) from error
 
 
-def load_model(path: Path, model: str, num_classes: int | None, device: torch.device) -> nn.Module:
-    state = load_state_dict(path)
+def load_model(path: Path, model: str, num_classes: int | None, device: torch.device, *, ema: bool = True) -> nn.Module:
+    state = load_state_dict(path, ema=ema)
     source = build_model(model, num_classes)
     load_into(source, state, path)
     return source.to(device).eval()

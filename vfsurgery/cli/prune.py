@@ -81,7 +81,7 @@ def prune_checkpoint(
     """
     import_from_here()
     report_path = output.with_suffix(".report.json")
-    check_output(output, report_path, (checkpoint,), WEIGHTS)
+    check_output(output, report_path, (checkpoint,), (WEIGHTS,))
     dense = load_model(checkpoint, model, num_classes, find_device(device))
     images = load_images(model, dense, seed=seed, **data)
     pruned = prune(
@@ -141,7 +141,7 @@ def renormalize_checkpoint(
     """
     import_from_here()
     report_path = output.with_suffix(".report.json")
-    check_output(output, report_path, (compressed, reference), WEIGHTS)
+    check_output(output, report_path, (compressed, reference), (WEIGHTS,))
     target = find_device(device)
     network, dense = (load_model(path, model, num_classes, target) for path in (compressed, reference))
     repaired = renormalize(

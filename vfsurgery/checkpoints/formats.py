@@ -1,0 +1,128 @@
+"""What files of each kind hold: read on the CPU, as they are, with bounds on what a small file may become."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from vfsurgery.checkpoints.files import WEIGHTS, check_name
+from vfsurgery.checkpoints.refusals import printable, refuse_code, refuse_damaged
+from vfsurgery.errors import CheckpointError, did_you_mean, explain
+
+SLACK = 2**20
+"""Bytes by which a file's content may be larger than the file."""
+
+
+def read(path: Path) -> object:
+    """Read one file by its ending, without running code from it.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, of an unknown kind, holds pickled code, or would unpack to more
+            than itself.
+    """
+    check_readable(path, READERS)
+    return READERS[path.suffix](path)
+
+
+def check_readable(path: Path, endings: dict[str, Callable[[Path], object]]) -> None:
+    """Refuse what is no file, or none of a kind with a reader.
+
+    Raises:
+        CheckpointError: See above.
+    """
+    check_name(path)
+    if path.is_dir():
+        raise CheckpointError(explain(f"{path} is a folder", remedy="name the checkpoint file inside it"))
+    if path.suffix not in endings:
+        raise CheckpointError(
+            explain(f"{path} is of no known kind", remedy=did_you_mean(path.suffix or path.name, endings))
+        )
+    if not path.exists():
+        index = path.with_name(f"{path.name}.index.json")
+        remedy = f"it is sharded: name {index}" if index.exists() else None
+        raise CheckpointError(explain(f"there is no checkpoint {path}", folder=path.parent.resolve(), remedy=remedy))
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise CheckpointError(explain(f"{path} is no regular file", remedy="copy its content into one"))
+    if path.stat().st_size == 0:
+        raise CheckpointError(explain(f"{path} is empty", remedy="save or copy it again"))
+
+
+def _read_safetensors(path: Path) -> object:
+    try:
+        return safetensors.torch.load_file(path, device="cpu")
+    except Exception as error:  # dtypes that this torch does not know raise whatever the lookup raises
+        refuse_damaged(path, error)
+
+
+def _read_torch(path: Path) -> object:
+    _check_archive(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on old pickle protocols, before the refusal that follows
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # random bytes make torch's reader of old formats raise nearly anything
+        if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
+            refuse_code(path, error)
+        refuse_damaged(path, error)
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    WEIGHTS: _read_safetensors,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+    ".bin": _read_torch,
+}
+"""By ending."""
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip whose entries declare more than the file holds: torch stores tensors, it never packs them."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # as torch tells its formats apart; the older one is no archive
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            declared = sum(entry.file_size for entry in archive.infolist())
+    except Exception as error:  # zipfile meets damage with errors of many kinds
+        refuse_damaged(path, error)
+    size = path.stat().st_size
+    if declared > size + SLACK:
+        raise CheckpointError(
+            explain(
+                f"{path} unpacks to more than itself",
+                found=f"{declared:,} bytes in a file of {size:,}",
+                remedy="torch.save writes tensors unpacked: save it again with torch, not with a zip program",
+            )
+        )
+
+
+def check_tensors(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the tensors without gradients, after refusing those that could not be weights.
+
+    Raises:
+        CheckpointError: A tensor is sparse, quantized or without values, or repeats itself to more than the file holds.
+    """
+    size = path.stat().st_size
+    for key, tensor in state.items():
+        fault = None
+        if tensor.is_quantized:
+            fault = f"quantized as {str(tensor.dtype).removeprefix('torch.')}"
+        elif tensor.layout != torch.strided or tensor.is_nested:
+            fault = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        elif tensor.device.type != "cpu":
+            fault = f"on the {tensor.device.type} device, without values"
+        elif tensor.numel() * tensor.element_size() > size + SLACK:
+            fault = f"{tuple(tensor.shape)}, more than the {size:,} bytes of the file"
+        if fault:
+            raise CheckpointError(
+                explain(f"{path} holds a tensor that is no weight", key=printable(key), found=fault,
+                        remedy="save dense tensors: {key: value.to_dense().contiguous() ...}")
+            )  # fmt: skip
+    return {key: tensor.detach() for key, tensor in state.items()}
