@@ -293,7 +293,7 @@ def diagnose(
     >>> [(layer.name, layer.ratio, layer.variance_ratio) for layer in found.layers]
     [('0', 1.0, 1.0), ('2', 1.0, 1.0)]
     >>> print(found.verdict)
-    Nothing vanishes: in every layer the feature norm is at least 1 times that of the sources, as at 0 (0% of ...
+    Nothing vanishes: in every layer the feature norm is at least 1 times that of the reference, as at 0 (0% of ...
     """
     networks = [model, *([sources] if isinstance(sources, nn.Module) else sources)]
     if len(networks) < 2:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from vfsurgery.errors import CertificateError, DataError, OptionError, explain
 from vfsurgery.excerpts import Runner, describe_node
 from vfsurgery.sources import canonical_state, eval_mode
+from vfsurgery.stats.collect import image_dtype
 from vfsurgery.verification import TOLERANCE, outputs_of, relative_error
 
 if TYPE_CHECKING:
@@ -124,9 +125,10 @@ class Behaviour:
     @staticmethod
     def of(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Behaviour:
         """Run the graph in eval mode, in full float32 on CUDA, with random numbers that are the same every time."""
-        recorder = Recorder(graph_module)
+        recorder, dtype = Recorder(graph_module), image_dtype(graph_module)
+        examples = [x.to(dtype, copy=True) if x.is_floating_point() else x.clone() for x in inputs]
         with eval_mode(graph_module), _repeatable(inputs):
-            result = recorder.run(*(x.clone() for x in inputs))
+            result = recorder.run(*examples)
         return Behaviour(tuple(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)), recorder.values)
 
 
