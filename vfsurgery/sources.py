@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,12 +92,9 @@ def check_finite(name: str, state: dict[str, Tensor]) -> None:
     Raises:
         InvalidWeightsError: names the model, as it was called, and the parameter.
     """
-    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()}
-    # NaN spreads into both ends of the range, so no mask of a tensor's size is needed
-    finite = {name: torch.isfinite(torch.stack(torch.aminmax(tensor))).all() for name, tensor in floats.items()}
-    if bool(torch.stack([*finite.values()]).all()):  # a single wait for the device
+    bad = first_not_finite(state)
+    if bad is None:
         return
-    bad = next(parameter for parameter, verdict in finite.items() if not verdict)
     raise InvalidWeightsError(
         explain(
             f"{name} holds NaN or infinite values",
@@ -106,6 +103,16 @@ def check_finite(name: str, state: dict[str, Tensor]) -> None:
             remedy="check that its checkpoint was loaded completely and its training did not diverge",
         )
     )
+
+
+def first_not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinite values, or ``None``."""
+    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()}
+    # NaN spreads into both ends of the range, so no mask of a tensor's size is needed
+    finite = {name: torch.isfinite(torch.stack(torch.aminmax(tensor))).all() for name, tensor in floats.items()}
+    if not finite or bool(torch.stack([*finite.values()]).all()):  # a single wait for the device
+        return None
+    return next(name for name, verdict in finite.items() if not verdict)
 
 
 def check_same_architecture(models: Sequence[nn.Module]) -> None:

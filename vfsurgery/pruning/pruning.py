@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from typing import get_args
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.batches import Batches, Data
+from vfsurgery.computed import copy_of
 from vfsurgery.errors import DataError, InvalidWeightsError, OptionError, did_you_mean, explain
 from vfsurgery.pruning.base import PRUNERS, Pruner, Pruning, Scope
 from vfsurgery.pruning.layers import Layout, prunable, stored_weight
@@ -19,7 +19,7 @@ from vfsurgery.pruning.report import PrunedLayer, PruneReport
 from vfsurgery.pruning.schedule import Schedule, by_pattern, by_sparsity, read_pattern
 from vfsurgery.pruning.selection import select
 from vfsurgery.results import remember
-from vfsurgery.sources import eval_mode
+from vfsurgery.sources import eval_mode, first_not_finite
 from vfsurgery.stats.collect import image_dtype
 
 
@@ -92,7 +92,7 @@ def prune(
     layouts = {name: Layout.of(model, name) for name in weights}
     schedule = by_sparsity(weights, sparsity) if wanted is None else by_pattern(weights, layouts, wanted)
     _check(model, pruner, scope, pattern, data, schedule)
-    copied = copy.deepcopy(model, _computed(model))
+    copied = copy_of(model)
     work = Pruning(
         model=copied,
         weights={name: copied.get_parameter(name) for name in schedule.goals},
@@ -186,22 +186,16 @@ def _check(
         )
     if pruner.needs_data and data is None:
         raise DataError(explain(f"method {pruner.name!r} needs data", remedy="pass data=, some hundred images"))
-    for name in schedule.goals:
-        weight = stored_weight(model, name).detach()
-        if weight.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
-            raise InvalidWeightsError(
-                explain(
-                    f"{name} holds NaN or infinite values",
-                    count=int((~torch.isfinite(weight)).sum()),
-                    remedy="check that the checkpoint was loaded completely and its training did not diverge",
-                )
+    weights = {name: stored_weight(model, name).detach() for name in schedule.goals}
+    name = first_not_finite(weights)
+    if name is not None:
+        raise InvalidWeightsError(
+            explain(
+                f"{name} holds NaN or infinite values",
+                count=int((~torch.isfinite(weights[name])).sum()),
+                remedy="check that the checkpoint was loaded completely and its training did not diverge",
             )
-
-
-def _computed(model: nn.Module) -> dict[int, Tensor]:
-    """Copies of tensors that hooks computed, which torch does not copy by itself."""
-    values = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    return {id(value): value.detach().clone() for value in values if not value.is_leaf}
+        )
 
 
 def _batches(model: nn.Module, data: Data | None) -> Batches | None:
