@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 import vfsurgery as surgery
 from vfsurgery.computed import copy_of
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, OptionError, SurgeryError
-from vfsurgery.passes import ClosedFormRepair, Repair, Reset
+from vfsurgery.passes import ClosedFormRepair, Fold, Repair, Reset
 from vfsurgery.pruning import Masks
 from vfsurgery.pruning.layers import LAYERS
 
@@ -184,13 +184,13 @@ def test_folding_gives_what_the_correction_gives(monkeypatch):
     dense = net("chain")
     compressed = pruned(dense)
     unfolded: list[Tensor] = []
-    fold = surgery.renormalizing.Fold.run
+    fold = Fold.run
 
     def watching(self, graph_module, context):
         unfolded.append(graph_module(images(96)).double())
         return fold(self, graph_module, context)
 
-    monkeypatch.setattr(surgery.renormalizing.Fold, "run", watching)
+    monkeypatch.setattr(Fold, "run", watching)
     repaired = surgery.renormalize(compressed, reference=dense, data=DATA)
     torch.testing.assert_close(outputs(repaired), unfolded[0], rtol=1e-4, atol=1e-4)
     assert (outputs(compressed) - unfolded[0]).abs().max() > 1e-2

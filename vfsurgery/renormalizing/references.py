@@ -7,8 +7,8 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.computed import is_plain, plain_copy
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError, TraceError, explain
-from vfsurgery.pairing import Pairing, Unpaired
 from vfsurgery.recording import record_or_export
+from vfsurgery.renormalizing.pairing import Pairing, Unpaired
 from vfsurgery.sources import Source, canonical_state, check_finite
 from vfsurgery.stats.collect import image_dtype
 from vfsurgery.tracing.values import VALUE
