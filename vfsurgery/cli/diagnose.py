@@ -7,8 +7,17 @@ from typing import Any
 
 import click
 
-from vfsurgery.architectures import FORMS
-from vfsurgery.cli.options import EPILOG, data_options, find_device, import_from_here, load_images, load_model
+from vfsurgery.cli.options import (
+    EPILOG,
+    QUIET,
+    compute_options,
+    data_options,
+    find_device,
+    import_from_here,
+    load_images,
+    load_model,
+    model_options,
+)
 from vfsurgery.diagnosis import diagnose
 from vfsurgery.errors import CheckpointError, OptionError, explain
 
@@ -16,13 +25,11 @@ from vfsurgery.errors import CheckpointError, OptionError, explain
 @click.command("diagnose", epilog=EPILOG)
 @click.argument("merged", type=click.Path(path_type=Path))
 @click.argument("sources", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--model", required=True, help=f"The architecture of all: {FORMS}.")
-@click.option("--num-classes", type=int, help="Passed on to the architecture.")
+@model_options("The architecture of all")
 @data_options
-@click.option("--seed", default=0, show_default=True, help="Decides which images are drawn.")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1.")
+@compute_options("Decides which images are drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--quiet", is_flag=True, help="Show no progress bars.")
+@QUIET
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write one self-contained HTML page.")
 def diagnose_checkpoint(
     merged: Path,

@@ -9,17 +9,19 @@ import click
 from torch import Tensor, nn
 
 from vfsurgery.api import merge
-from vfsurgery.architectures import FORMS
 from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS, check_shard_size
 from vfsurgery.cli.options import (
     EPILOG,
+    QUIET,
     check_output,
+    compute_options,
     data_options,
     example_input,
     find_device,
     import_from_here,
     load_images,
     load_model,
+    model_options,
     steps,
 )
 from vfsurgery.cli.records import Record
@@ -32,8 +34,7 @@ from vfsurgery.tracing.examples import example_inputs_of
 @click.command("merge", epilog=EPILOG)
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help=f"The architecture of both: {FORMS}.")
-@click.option("--num-classes", type=int, help="Passed on to the architecture.")
+@model_options("The architecture of both")
 @data_options
 @click.option("--alpha", default=0.5, show_default=True, help="Weight of B, 0 to 1; A has the rest.")
 @click.option(
@@ -50,11 +51,10 @@ from vfsurgery.tracing.examples import example_inputs_of
 @click.option("--max-flops", type=float, metavar="X", help="Keep as many as cost X times the FLOPs of one source.")
 @click.option("--max-params", type=float, metavar="X", help="The same for parameters.")
 @click.option("--masks", help="What the result of pruned sources keeps: keep, intersect, union or reprune.")
-@click.option("--seed", default=0, show_default=True, help="Decides random orders.")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1.")
+@compute_options("Decides random orders.")
 @click.option("--ema/--no-ema", default=True, help="Whether to take moving averages of weights.  [default: ema]")
 @click.option("--max-shard-size", metavar="SIZE", help="Split weights into files of at most that, as in 5GB.")
-@click.option("--quiet", is_flag=True, help="Show no progress bars.")
+@QUIET
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="File ending in .safetensors, .pt2 or .onnx."
 )

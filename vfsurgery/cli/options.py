@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vfsurgery.architectures import build_model
+from vfsurgery.architectures import FORMS, build_model
 from vfsurgery.checkpoints import ONNX, check_onnx, check_writable, load_into, load_state_dict
 from vfsurgery.data import digits, image_folder, loader, preprocessing
 from vfsurgery.errors import CheckpointError, OptionError, explain
@@ -42,9 +42,28 @@ def numbers(text: str) -> tuple[float, ...]:
         ) from None
 
 
+QUIET = click.option("--quiet", is_flag=True, help="Show no progress bars.")
+
+
+def model_options(whose: str) -> Callable[[C], C]:
+    """Options that say of which architecture the checkpoints are; ``whose`` begins the help, as in ``"Its"``."""
+    return _together(
+        click.option("--model", required=True, help=f"{whose}: {FORMS}."),
+        click.option("--num-classes", type=int, help="Passed on to the architecture."),
+    )
+
+
+def compute_options(seed: str) -> Callable[[C], C]:
+    """Options that say where to compute, and what the seed is for."""
+    return _together(
+        click.option("--seed", default=0, show_default=True, help=seed),
+        click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1."),
+    )
+
+
 def data_options(command: C) -> C:
-    """Options of ``merge`` that say what the calibration data is."""
-    options = [
+    """Options that say what the calibration data is."""
+    return _together(
         click.option("--data", help="Calibration images: imagefolder:PATH or digits. Without, weights alone are used."),
         click.option("--limit", default=5000, show_default=True, help="Draw at most so many images."),
         click.option("--batch-size", default=64, show_default=True, help="Images per batch."),
@@ -56,10 +75,18 @@ def data_options(command: C) -> C:
         ),
         click.option("--mean", type=numbers, metavar="N,N,...", help="Per channel, subtracted from pixels in [0, 1]."),
         click.option("--std", type=numbers, metavar="N,N,...", help="Per channel, dividing after that."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    )(command)
+
+
+def _together(*options: Callable[[C], C]) -> Callable[[C], C]:
+    """One decorator for several options, which the help lists in their order."""
+
+    def decorate(command: C) -> C:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def import_from_here() -> None:

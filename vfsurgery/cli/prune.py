@@ -8,17 +8,19 @@ from typing import Any
 import click
 from torch import nn
 
-from vfsurgery.architectures import FORMS
 from vfsurgery.checkpoints import WEIGHTS, save_state_dict, write_text
 from vfsurgery.cli.options import (
     EPILOG,
+    QUIET,
     check_output,
+    compute_options,
     data_options,
     example_input,
     find_device,
     import_from_here,
     load_images,
     load_model,
+    model_options,
     steps,
 )
 from vfsurgery.pruning import prune
@@ -28,8 +30,7 @@ from vfsurgery.results import report_of
 
 @click.command("prune", epilog=EPILOG)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help=f"Its architecture: {FORMS}.")
-@click.option("--num-classes", type=int, help="Passed on to the architecture.")
+@model_options("Its architecture")
 @click.option("--sparsity", type=float, metavar="S", help="Share of the weights to set to zero, 0 to 1.")
 @click.option("--pattern", metavar="N:M", help="Keep N of every M weights instead, as in 2:4.")
 @click.option(
@@ -48,9 +49,8 @@ from vfsurgery.results import report_of
     show_default=True,
     help="Then restore the statistics of the dense network: auto, reset, repair, rescale.",
 )
-@click.option("--seed", default=0, show_default=True, help="Decides whatever is drawn at random.")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1.")
-@click.option("--quiet", is_flag=True, help="Show no progress bars.")
+@compute_options("Decides whatever is drawn at random.")
+@QUIET
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File ending in .safetensors.")
 def prune_checkpoint(
     checkpoint: Path,
@@ -82,7 +82,8 @@ def prune_checkpoint(
     import_from_here()
     report_path = output.with_suffix(".report.json")
     check_output(output, report_path, (checkpoint,), (WEIGHTS,))
-    dense = load_model(checkpoint, model, num_classes, find_device(device))
+    target = find_device(device)
+    dense = load_model(checkpoint, model, num_classes, target)
     images = load_images(model, dense, seed=seed, **data)
     pruned = prune(
         dense,
@@ -97,7 +98,7 @@ def prune_checkpoint(
     )
     click.echo(str(report_of(pruned)))
     if (choice := steps(restore)) is not None:
-        example = example_input(data["input_size"], find_device(device))
+        example = example_input(data["input_size"], target)
         pruned = renormalize(
             pruned, reference=dense, data=images, renormalize=choice, example_inputs=example, progress=not quiet
         )
@@ -108,15 +109,13 @@ def prune_checkpoint(
 @click.command("renormalize", epilog=EPILOG)
 @click.argument("compressed", type=click.Path(path_type=Path))
 @click.argument("reference", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help=f"The architecture of both: {FORMS}.")
-@click.option("--num-classes", type=int, help="Passed on to the architecture.")
+@model_options("The architecture of both")
 @data_options
 @click.option(
     "--renormalize", "choice", default="auto", show_default=True, help="auto, reset, repair, rescale or reshift."
 )
-@click.option("--seed", default=0, show_default=True, help="Decides which images are drawn.")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1.")
-@click.option("--quiet", is_flag=True, help="Show no progress bars.")
+@compute_options("Decides which images are drawn.")
+@QUIET
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File ending in .safetensors.")
 def renormalize_checkpoint(
     compressed: Path,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vfsurgery.cli.options import EPILOG, import_from_here
+from vfsurgery.cli.options import EPILOG, QUIET, import_from_here
 from vfsurgery.recipe import Recipe
 
 
@@ -14,7 +14,7 @@ from vfsurgery.recipe import Recipe
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for results.  [default: out/NAME]")
 @click.option("--reduced", is_flag=True, help="Run the recipe's smaller form, for machines without a GPU.")
-@click.option("--quiet", is_flag=True, help="Show no progress bars.")
+@QUIET
 @click.pass_context
 def run(ctx: click.Context, recipe: Path, output: Path | None, reduced: bool, quiet: bool) -> None:
     """Run the experiment that the YAML file RECIPE describes.
