@@ -6,10 +6,9 @@ import inspect
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from vfsurgery.expectations import is_number
-from vfsurgery.passes import NORMALIZATIONS
 from vfsurgery.pruning import PRUNERS
 from vfsurgery.sections import (
     AsTuple,
@@ -20,6 +19,7 @@ from vfsurgery.sections import (
     Name,
     Options,
     Section,
+    Steps,
     Training,
     given,
     refuse_repeated,
@@ -31,20 +31,22 @@ Sparsity = Annotated[float, Field(gt=0, lt=1)]
 Curve = Annotated[tuple[float | None, ...], AsTuple]
 
 
+def _known_pruner(method: str) -> str:
+    refuse_unknown("pruner", (method,), PRUNERS)
+    return method
+
+
+PrunerName = Annotated[str, AfterValidator(_known_pruner)]
+
+
 class Method(Section):
     """One curve: options of :func:`vfsurgery.prune`, under ``label`` or a name made from them."""
 
-    method: str = "magnitude"
+    method: PrunerName = "magnitude"
     scope: Literal["global", "layer", "row"] | None = None
     exclude: Annotated[tuple[str, ...], AsTuple] = ()
     options: Options = FrozenDict()
     label: str | None = None
-
-    @field_validator("method")
-    @classmethod
-    def _method_exists(cls, method: str) -> str:
-        refuse_unknown("pruner", (method,), PRUNERS)
-        return method
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
@@ -63,14 +65,24 @@ class Method(Section):
         return {"method": PRUNERS[self.method](**options), "scope": self.scope, "exclude": self.exclude}
 
 
-class PruningSweep(Experiment):
-    """One trained network, pruned by every method to every sparsity, before and after renormalization."""
+class OneNetwork(Experiment):
+    """An experiment on one network, trained from a seed or loaded."""
 
     seed: int = 0
     checkpoint: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The network's checkpoint."""
+        return () if self.checkpoint is None else (self.checkpoint,)
+
+
+class PruningSweep(OneNetwork):
+    """One trained network, pruned by every method to every sparsity, before and after renormalization."""
+
     methods: Annotated[tuple[Method, ...], AsTuple, Field(min_length=1)] = (Method(),)
     sparsities: Annotated[tuple[Sparsity, ...], AsTuple, Field(min_length=1)] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-    renormalize: Annotated[str | tuple[str, ...], AsTuple] = "auto"
+    renormalize: Annotated[Steps, AsTuple] = "auto"
     published: Annotated[dict[str, Curve], Frozen] = FrozenDict()
 
     @field_validator("sparsities")
@@ -79,15 +91,6 @@ class PruningSweep(Experiment):
         if not all(low < high for low, high in pairwise(sparsities)):
             raise ValueError("sparsities rise from one to the next")
         return sparsities
-
-    @field_validator("renormalize")
-    @classmethod
-    def _renormalizations_exist(cls, steps: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        named = (steps,) if isinstance(steps, str) else steps
-        refuse_unknown(
-            "renormalization", named, ["auto", *NORMALIZATIONS] if isinstance(steps, str) else NORMALIZATIONS
-        )
-        return steps
 
     @model_validator(mode="after")
     def _rows_are_there(self) -> Self:
@@ -118,11 +121,6 @@ class PruningSweep(Experiment):
                 if accuracy is not None:
                     found[row(method, sparsity, renormalized=label != method)] = accuracy
         return found
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The network's checkpoint."""
-        return () if self.checkpoint is None else (self.checkpoint,)
 
 
 class ReducedSweep(Section):
@@ -155,25 +153,17 @@ class Retrain(Section):
     augment: bool = False
 
 
-class Soup(Experiment):
+class Soup(OneNetwork):
     """One trained network, made sparse in phases: prune, retrain copies with the mask fixed, average them."""
 
-    seed: int = 0
-    checkpoint: str | None = None
     sparsity: Sparsity = 0.9
     phases: Count = 3
     copies: Count = 3
-    method: str = "magnitude"
+    method: PrunerName = "magnitude"
     scope: Literal["global", "layer"] = "global"
     exclude: Annotated[tuple[str, ...], AsTuple] = ()
     greedy: bool = False
     retraining: Retrain = Retrain()
-
-    @field_validator("method")
-    @classmethod
-    def _method_exists(cls, method: str) -> str:
-        refuse_unknown("pruner", (method,), PRUNERS)
-        return method
 
     @model_validator(mode="after")
     def _rows_are_there(self) -> Self:
@@ -188,8 +178,3 @@ class Soup(Experiment):
         phases = range(1, self.phases + 1)
         each = ("pruned", *(f"copy {number}" for number in range(self.copies)), "soup", "one copy")
         return (DENSE, *(f"phase {phase} {name}" for phase in phases for name in each))
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The network's checkpoint."""
-        return () if self.checkpoint is None else (self.checkpoint,)

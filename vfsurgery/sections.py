@@ -51,6 +51,18 @@ BARRIERS = ("barrier naive", "barrier aligned", "barrier renormalized")
 """Rows that every table has; a barrier is that of the accuracy, in percentage points."""
 
 
+def _known_steps(steps: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if isinstance(steps, str):
+        refuse_unknown("renormalization", (steps,), ["auto", *NORMALIZATIONS])
+    else:
+        refuse_unknown("renormalization", steps, NORMALIZATIONS)
+    return steps
+
+
+Steps = Annotated[str | tuple[str, ...], AfterValidator(_known_steps)]
+"""The name of a normalization, ``"auto"``, or names of several to run in order."""
+
+
 class Section(BaseModel):
     """A mapping of a recipe: frozen, with no keys but its fields, and no conversion between types."""
 
@@ -114,7 +126,7 @@ class Merge(Section):
     """One row of the table: options of :func:`vfsurgery.merge`, under ``label`` or a name made from them."""
 
     matching: str = "auto"
-    renormalize: Annotated[str | tuple[str, ...] | None, AsTuple] = "auto"
+    renormalize: Annotated[Steps | None, AsTuple] = "auto"
     preserve: Annotated[int, Field(ge=0)] | str = 0
     masks: str | None = None
     alpha: Share | None = None
@@ -131,15 +143,6 @@ class Merge(Section):
     def _choice_exists(cls, masks: str | None) -> str | None:
         refuse_unknown("choice of masks", () if masks is None else (masks,), CHOICES)
         return masks
-
-    @field_validator("renormalize")
-    @classmethod
-    def _renormalizations_exist(cls, steps: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        if isinstance(steps, str):
-            refuse_unknown("renormalization", (steps,), ["auto", *NORMALIZATIONS])
-        else:
-            refuse_unknown("renormalization", steps or (), NORMALIZATIONS)
-        return steps
 
     @property
     def row(self) -> str:
