@@ -139,6 +139,27 @@ def load_networks(shared: Path) -> ModuleType:
     return module
 
 
+def folder_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what all scripts on the trained pairs share: where the pairs are, and where images are kept."""
+    made = parser(description)
+    made.add_argument(
+        "--shared", type=Path, default=ROOT.parent / "shared", metavar="DIR",
+        help="folder with checkpoints/ and data/cifar10.tar.gz (default: ../shared beside the repository)",
+    )  # fmt: skip
+    made.add_argument(
+        "--cache", type=Path, default=ROOT / "out" / "cache", metavar="DIR",
+        help="where decoded images are kept, 185 MB (default: out/cache)",
+    )  # fmt: skip
+    return made
+
+
+def is_there(shared: Path) -> bool:
+    """Whether the folder with the pairs exists; if not, say so."""
+    if not shared.is_dir():
+        print(f"there is no folder {shared}: nothing to measure. Name it with --shared.")
+    return shared.is_dir()
+
+
 def load_images(shared: Path, cache: Path, *, calibration: int = 5000, test: int = 10_000, seed: int = 0) -> Images:
     """Draw random training images for statistics and random test images for scores.
 
@@ -252,8 +273,7 @@ def measure_merge(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the options and print one table per pair."""
     options = _parser().parse_args(arguments)
-    if not options.shared.is_dir():
-        print(f"there is no folder {options.shared}: nothing to measure. Name it with --shared.")
+    if not is_there(options.shared):
         return
     begin(options.threads)
     if options.output:
@@ -272,15 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = parser(__doc__)
-    made.add_argument(
-        "--shared", type=Path, default=ROOT.parent / "shared", metavar="DIR",
-        help="folder with checkpoints/ and data/cifar10.tar.gz (default: ../shared beside the repository)",
-    )  # fmt: skip
-    made.add_argument(
-        "--cache", type=Path, default=ROOT / "out" / "cache", metavar="DIR",
-        help="where decoded images are kept, 185 MB (default: out/cache)",
-    )  # fmt: skip
+    made = folder_parser(__doc__)
     made.add_argument("--pair", action="append", choices=list(MERGES), help="measure this pair only; may be repeated")
     made.add_argument("--seeds", type=int, default=5, help="runs of each weight matching (default: %(default)s)")
     made.add_argument(

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from pairs import ROOT, load_images, load_pair
-from timing import begin, parser
+from pairs import folder_parser, is_there, load_images, load_pair
+from timing import begin
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
@@ -146,8 +146,7 @@ def least_seconds(models: dict[str, nn.Module], batch: Tensor) -> dict[str, floa
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the options and print one table per pair."""
     options = _parser().parse_args(arguments)
-    if not options.shared.is_dir():
-        print(f"there is no folder {options.shared}: nothing to measure. Name it with --shared.")
+    if not is_there(options.shared):
         return
     begin(options.threads)
     for name in options.pair or BOUNDARIES:
@@ -160,11 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = parser(__doc__)
-    made.add_argument(
-        "--shared", type=Path, default=ROOT.parent / "shared", metavar="DIR", help="folder with the pairs"
-    )
-    made.add_argument("--cache", type=Path, default=ROOT / "out" / "cache", metavar="DIR", help="decoded images")
+    made = folder_parser(__doc__)
     made.add_argument(
         "--pair", action="append", choices=list(BOUNDARIES), help="measure this pair only; may be repeated"
     )

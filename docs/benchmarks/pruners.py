@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from pairs import ROOT, Images, load_images, load_pair
-from timing import Stopwatch, begin, parser
+from pairs import Images, folder_parser, is_there, load_images, load_pair
+from timing import Stopwatch, begin
 from torch import nn
 
 import vfsurgery as surgery
@@ -61,8 +60,7 @@ def measure(name: str, images: Images, options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the options and print one table per network."""
     options = _parser().parse_args(arguments)
-    if not options.shared.is_dir():
-        print(f"there is no folder {options.shared}: nothing to measure. Name it with --shared.")
+    if not is_there(options.shared):
         return
     begin(options.threads)
     images = load_images(options.shared, options.cache, calibration=options.calibration, test=options.test)
@@ -71,9 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = parser(__doc__)
-    made.add_argument("--shared", type=Path, default=ROOT.parent / "shared", metavar="DIR")
-    made.add_argument("--cache", type=Path, default=ROOT / "out" / "cache", metavar="DIR")
+    made = folder_parser(__doc__)
     made.add_argument("--pair", action="append", choices=PAIRS, help="measure this network only; may be repeated")
     made.add_argument("--method", action="append", choices=list(PRUNERS), help="this method only; may be repeated")
     made.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95])

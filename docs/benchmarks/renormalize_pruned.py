@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from pairs import BATCH, ROOT, SOURCES, Images, load_images, load_pair
-from timing import Stopwatch, begin, parser
+from pairs import BATCH, SOURCES, Images, folder_parser, is_there, load_images, load_pair
+from timing import Stopwatch, begin
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -146,8 +146,7 @@ def _time(dense: nn.Module, sparse: nn.Module, batches: list[Tensor], choice: st
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the options and print one table per network."""
     options = _parser().parse_args(arguments)
-    if not options.shared.is_dir():
-        print(f"there is no folder {options.shared}: nothing to measure. Name it with --shared.")
+    if not is_there(options.shared):
         return
     begin(options.threads)
     if options.output:
@@ -166,15 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = parser(__doc__)
-    made.add_argument(
-        "--shared", type=Path, default=ROOT.parent / "shared", metavar="DIR",
-        help="folder with checkpoints/ and data/cifar10.tar.gz (default: ../shared beside the repository)",
-    )  # fmt: skip
-    made.add_argument(
-        "--cache", type=Path, default=ROOT / "out" / "cache", metavar="DIR",
-        help="where decoded images are kept, 185 MB (default: out/cache)",
-    )  # fmt: skip
+    made = folder_parser(__doc__)
     made.add_argument("--pair", action="append", choices=list(SOURCES), help="this network only; may be repeated")
     made.add_argument("--scope", action="append", choices=SCOPES, help="this scope only; may be repeated")
     made.add_argument("--sparsity", action="append", type=float, help="this sparsity only; may be repeated")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pairs
-from timing import Stopwatch, begin, parser
+from timing import Stopwatch, begin
 from torch import nn
 
 import vfsurgery as surgery
@@ -49,13 +49,11 @@ def accuracy(model: nn.Module, images: pairs.Images) -> float:
 
 def main() -> None:
     """Read the options and print the table."""
-    made = parser(__doc__)
+    made = pairs.folder_parser(__doc__)
     made.add_argument("--pair", nargs="*", choices=NORMALIZATION, default=list(NORMALIZATION))
     made.add_argument("--sparsity", type=float, nargs="*", default=[0.0, 0.5, 0.7, 0.9])
     made.add_argument("--calibration", type=int, default=5000, help="training images (default: %(default)s)")
     made.add_argument("--test", type=int, default=10_000, help="test images (default: %(default)s)")
-    made.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
-    made.add_argument("--cache", type=Path, default=ROOT / "out" / "cache")
     options = made.parse_args()
     begin(options.threads)
     if not options.shared.is_dir():

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pairs import ROOT, Images, decoded, load_images, load_networks, load_pair
-from timing import Stopwatch, begin, parser
+from pairs import Images, decoded, folder_parser, is_there, load_images, load_networks, load_pair
+from timing import Stopwatch, begin
 from torch import Tensor, nn
 
 import vfsurgery as surgery
@@ -131,9 +131,7 @@ def measure(model: nn.Module, data: tuple[Tensor, Tensor], images: Images, optio
 
 def main() -> None:
     """Read the options and print one table per network."""
-    made = parser(__doc__)
-    made.add_argument("--shared", type=Path, default=ROOT.parent / "shared", metavar="DIR", help="see pairs.py")
-    made.add_argument("--cache", type=Path, default=ROOT / "out" / "cache", metavar="DIR", help="see pairs.py")
+    made = folder_parser(__doc__)
     made.add_argument("--network", action="append", choices=NETWORKS, help="this one only; may be repeated")
     made.add_argument("--sparsity", action="append", type=float, help="this one only; may be repeated")
     made.add_argument("--only", action="append", metavar="TEXT", help="rows with this in their label; may be repeated")
@@ -142,8 +140,7 @@ def main() -> None:
     made.add_argument("--memory", type=float, default=2.0, help="GiB for gradients (default: %(default)s)")
     made.add_argument("--test", type=int, default=10_000, help="test images (default: %(default)s)")
     options = made.parse_args()
-    if not options.shared.is_dir():
-        print(f"there is no folder {options.shared}: nothing to measure. Name it with --shared.")
+    if not is_there(options.shared):
         return
     begin(options.threads)
     images = load_images(options.shared, options.cache, test=options.test)
