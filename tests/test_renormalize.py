@@ -497,8 +497,8 @@ def test_a_copy_of_a_hooked_model_needs_no_trick_of_the_user():
 @pytest.mark.parametrize(("name", "sparsity"), [("vgg11_half", 0.7), ("tv_resnet18", 0.8)])
 def test_64_images_win_back_half_of_what_pruning_has_cost(name, sparsity, shared: Path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    benchmark = importlib.import_module("renormalize_pruned")
-    found = benchmark.load_images(shared, benchmark.ROOT / "out" / "cache", calibration=64, test=1000)
+    benchmark, pairs = importlib.import_module("renormalize_pruned"), importlib.import_module("pairs")
+    found = pairs.load_images(shared, pairs.ROOT / "out" / "cache", calibration=64, test=1000)
     dense, _ = benchmark.load_pair(shared, name)
     compressed = benchmark.pruned_copy(dense, "layer", sparsity)
     repaired = surgery.renormalize(compressed, reference=dense, data=found.calibration, progress=False)

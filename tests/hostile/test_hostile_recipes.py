@@ -226,7 +226,9 @@ def test_any_text_is_a_recipe_error(text: str) -> None:
         },
     ),
     st.dictionaries(
-        st.text(max_size=6), st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), max_size=3
+        st.text(max_size=6),
+        st.booleans() | st.integers(-(2**64) + 1, 2**64 - 1) | st.floats(allow_nan=False) | st.text(),
+        max_size=3,
     ),
     st.floats(0, exclude_min=True, allow_infinity=False),
 )  # fmt: skip
