@@ -16,7 +16,7 @@ PACKAGE = ROOT / "vfsurgery"
 LADDER = [
     *("errors", "registry", "axes", "layouts", "groups", "report", "results"),
     *("tracing", "excerpts", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial", "computed"),
-    *("batches", "holdout", "stats", "matching", "sources", "checkpoints", "verification"),
+    *("batches", "holdout", "stats", "matching", "sources", "shares", "checkpoints", "verification"),
     *("passes", "costs", "budget", "pruning", "sparse", "toolbox", "differences", "running"),
     *("merging", "choosing", "renormalizing", "api", "shrinking"),
     *("figures", "evaluation", "soups", "preserving", "flip_rates", "verdict", "page", "diagnosis"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.passes.renormalize import Repair
 from vfsurgery.recording import hidden_norms, record, record_or_export
 from vfsurgery.results import remember
+from vfsurgery.shares import Alpha, Weights, plan_shares
 from vfsurgery.sparse import plan_masks
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
@@ -168,8 +168,8 @@ def merge(
     b: nn.Module | None = None,
     *,
     data: Data | None = None,
-    alpha: float = 0.5,
-    weights: Sequence[float] | None = None,
+    alpha: Alpha = 0.5,
+    weights: Weights | None = None,
     matching: Matchings = "auto",
     renormalize: Renormalization = "auto",
     preserve: int | str | Preserve = 0,
@@ -195,9 +195,12 @@ def merge(
         b: The second source; left out when ``a`` is a list.
         data: Calibration images, labels ignored: a loader, a dataset, or any iterable of images or (images, labels)
             that can be read more than once. Some thousand images suffice.
-        alpha: Share of b, from 0 (a itself) to 1; other values are refused.
+        alpha: Share of b, from 0 (a itself) to 1; other values are refused. ``[0.2, 0.8]`` goes from one to the other
+            along the depth of the network; ``{"layer1": 0.2, "layer[23]": [0.2, 0.8], "*.bias": 0.5}`` says it by
+            module path, parameter name or pattern: the first that fits a parameter decides, and where none does,
+            shares are equal. Statistics are restored to those of the sources with the same shares.
         weights: Shares of all sources, summing to one; instead of ``alpha``. More than two sources default to equal
-            ones.
+            ones. Along depth, or by layer, as for ``alpha``: ``{"layer1": [.5, .3, .2]}``.
         matching: ``"activations"`` (correlation of activations on ``data``), ``"zipit"``, ``"cca"`` (maps of units, on
             ``data``), ``"weights"`` (no data), ``"identity"`` (no reordering), a matcher, or ``"auto"``: with data
             those that suit the model are tried, without it is weights.
@@ -245,7 +248,7 @@ def merge(
     True
     """
     models = _models(a, b)
-    shares = shares_of(len(models), alpha, weights)
+    planned = plan_shares(len(models), alpha, weights)
     matcher = _matcher(matching, data)
     budget = Budget(max_flops, max_params)
     if inplace and (preserve or budget != Budget()):
@@ -259,13 +262,14 @@ def merge(
     work = Merging.prepare(models, data, example_inputs, seed, progress, leaf, pins)
     graph_module = work.sources[0].graph_module
     passes = normalizations(renormalize, graph_module, data)
+    shares = work.share(planned)
     matcher = _masked(work, masks, shares, matching, matcher, passes)
     ways = [Way(matcher, passes)]
     if (matching == "auto" or renormalize == "auto") and work.can_judge():
         tried = None if matching == "auto" and matcher != Identity() else matcher
         ways = sensible(graph_module, work.groups, tried, passes, fixed=renormalize != "auto", masks=work.masks)
     with work.running():
-        kept = plan_prefix(graph_module, work.inputs, sum(share > 0 for share in shares), preserve, budget)
+        kept = plan_prefix(graph_module, work.inputs, sum(planned.used), preserve, budget)
         best, trials = choose(work, ways, shares, kept and kept[0])
         merged = work.finish(best.model, best.context, inplace, preserved=kept is not None)
     way, preserved = best.way, kept and kept[1]
@@ -296,31 +300,6 @@ def _models(a: nn.Module | Sequence[nn.Module], b: nn.Module | None) -> list[nn.
     if len(given) < 2:
         raise OptionError(explain("a merge needs at least two models", remedy="merge(a, b) or merge([a, b, c])"))
     return given
-
-
-def shares_of(count: int, alpha: float, weights: Sequence[float] | None) -> tuple[float, ...]:
-    """The sources' shares, which must be at least 0 and sum to 1: statistics of sources are averaged with them."""
-    if weights is not None and alpha != 0.5:
-        raise OptionError(explain("alpha and weights were both given", remedy="weights alone says all shares"))
-    if weights is None:
-        if count > 2 and alpha != 0.5:
-            raise OptionError(explain(f"alpha is for two models, not {count}", remedy=f"pass {count} weights="))
-        if not 0 <= alpha <= 1:
-            raise OptionError(
-                explain(f"alpha must lie in [0, 1] but is {alpha}", remedy="0 gives model a, 1 gives model b")
-            )
-        return (1 - alpha, alpha) if count == 2 else (1 / count,) * count
-    shares = tuple(float(weight) for weight in weights)
-    if len(shares) != count:
-        raise OptionError(f"{len(shares)} weights were given for {count} models")
-    if any(not 0 <= share <= 1 for share in shares) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
-        raise OptionError(
-            explain(
-                f"weights must lie in [0, 1] and sum to 1 but are {shares}, sum {sum(shares):.6g}",
-                remedy="divide each by their sum",
-            )
-        )
-    return shares
 
 
 def _matcher(matching: Matchings, data: Data | None) -> Matcher:

@@ -38,6 +38,7 @@ from vfsurgery.passes.mask import aligned_members
 from vfsurgery.passes.preserve import standalone
 from vfsurgery.recording import hidden_norms, record_or_export
 from vfsurgery.report import Certificate, GroupMatch, MergeReport, Preserved, Trial
+from vfsurgery.shares import SharePlan
 from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode, write_into
 from vfsurgery.sparse import MaskPlan, refuse_hooks
 from vfsurgery.stats.collect import Site, Survey, group_sites, image_dtype, survey
@@ -74,6 +75,7 @@ class Merging:
     units: dict[str, Site] = field(default_factory=dict[str, Site])
     held_out: Batches | None = None
     masks: MaskPlan | None = None
+    layer_weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
     _joint: bool = False
     _all_pairs: bool = False
     _survey: Survey | None = None
@@ -110,6 +112,14 @@ class Merging:
         merging.notes += [*_choices(leaf, pins), *_exported(sources[0])]
         merging.seconds.append(("trace and groups", time.perf_counter() - started))
         return merging
+
+    def share(self, planned: SharePlan) -> tuple[float, ...]:
+        """Lay the shares over the layers; returns those over all of them."""
+        shares = planned.over(self.sources[0].graph_module)
+        self.layer_weights = shares.by_name
+        if shares.by_name:
+            self.notes.append(f"shares by layer: {planned}")
+        return shares.overall
 
     @contextmanager
     def running(self) -> Generator[None]:
@@ -229,6 +239,7 @@ class Merging:
         orders = balanced([matching.permutations for matching in self._of_all_sources(matchings)], shares)
         context = Context(self.groups, self.sources, shares, orders, self.survey, self.data, self.progress)
         context.held_out, context.inputs, context.seed = self.held_out, self.inputs, self.seed
+        context.layer_weights = self.layer_weights
         with self.clock("average and renormalize"), eval_mode(target.model, target.graph_module):
             first: tuple[Pass, ...] = (Average(),)
             # folded right away, since the next normalization reads weights

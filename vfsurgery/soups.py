@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx, nn
 
-from vfsurgery.api import shares_of
 from vfsurgery.batches import Batches, Data
 from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
@@ -27,6 +26,7 @@ from vfsurgery.passes.producers import is_batch_norm
 from vfsurgery.recording import record
 from vfsurgery.report import MergedMasks, Report
 from vfsurgery.results import remember
+from vfsurgery.shares import shares_of
 from vfsurgery.sources import canonical_state, check_same_architecture, check_weights, eval_mode
 from vfsurgery.sparse import MaskPlan, plan_masks, refuse_hooks
 from vfsurgery.stats.collect import Survey, image_dtype

@@ -37,7 +37,7 @@ class Average(Pass):
         states = [source.state for source in context.sources]
         for name, target in canonical_state(graph_module).items():
             if target.is_floating_point() or target.is_complex():
-                write_mean(target, name, states, context.weights, context.groups, context.permutations)
+                write_mean(target, name, states, context.weights_of(name), context.groups, context.permutations)
             elif target.data_ptr() != states[0][name].data_ptr():
                 target.copy_(states[0][name])
         if any(isinstance(order, UnitMap) for orders in context.permutations for order in orders.values()):

@@ -69,9 +69,9 @@ class Context:
     """What passes may look at while they run, and where they leave what they found.
 
     ``groups`` are the permutation groups of the model. ``sources`` are the models that it came from, each with its
-    trace (``graph_module``) and its tensors (``state``); ``weights`` are their shares and sum to one, and
-    ``permutations`` holds for every source the order (or map) of its units by group name, usually none for the first.
-    ``survey()`` has the statistics of the sources that the passes announced to read. ``data`` are the calibration
+    trace (``graph_module``) and its tensors (``state``); ``weights`` are their shares over all and sum to one,
+    ``weights_of(name)`` those in one parameter, and ``permutations`` holds for every source the order (or map) of its
+    units by group name, usually none for the first. ``survey()`` has the statistics of the sources that the passes announced to read. ``data`` are the calibration
     images, read through ``images()``; where a step holds images out, ``data`` is without them. ``inputs`` are what the
     model was traced with. Random numbers come from ``generator()`` alone.
 
@@ -101,6 +101,11 @@ class Context:
     restructured: bool = False
     beside: Beside | None = None
     folded: list[tuple[str, Tensor, Tensor]] = field(default_factory=list[tuple[str, Tensor, Tensor]])
+    layer_weights: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
+
+    def weights_of(self, name: str) -> Sequence[float]:
+        """The sources' shares in one parameter or buffer, and in the units that a weight of this name makes."""
+        return self.layer_weights.get(name, self.weights)
 
     def generator(self) -> torch.Generator:
         """A fresh generator, seeded as the user said; torch's global random state is not for passes."""

@@ -49,7 +49,9 @@ class CalibrateBiases(Pass):
         for producer in biased:
             name = str(producer.bias)
             total = torch.zeros_like(state[name], dtype=torch.promote_types(state[name].dtype, torch.float32))
-            for source, weight, order in zip(context.sources, context.weights, context.permutations, strict=True):
+            for source, weight, order in zip(
+                context.sources, context.weights_of(name), context.permutations, strict=True
+            ):
                 aligned = map_tensor(name, source.state[name], context.groups, order)
                 total.add_(aligned.to(total), alpha=weight**producer.depth)
             state[name].copy_(total)

@@ -50,5 +50,5 @@ class ClosedFormRepair(Renormalize):
             mixture.see(images)
         for target in targets:
             node = target.node
-            goal = self.goal([moments[node] for moments in mixture.sources], context.weights)
+            goal = self.goal([moments[node] for moments in mixture.sources], context.weights_of(target.weight))
             yield target, above_rounding(mixture.mean[node], goal[1], mixture.types[node]), goal

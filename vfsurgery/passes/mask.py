@@ -100,7 +100,8 @@ def support_of(members: Iterable[tuple[Tensor, float]]) -> Support:
 
 def aligned_members(name: str, context: Context) -> Iterator[tuple[Tensor, float]]:
     """One weight of every source that has a share, in the reference's order of units, and that share."""
-    for source, orders, share in zip(context.sources, context.permutations, context.weights, strict=True):
+    shares = context.weights_of(name)
+    for source, orders, share in zip(context.sources, context.permutations, shares, strict=True):
         if share:
             yield map_tensor(name, source.state[name], context.groups, orders), share
 

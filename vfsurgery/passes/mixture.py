@@ -39,7 +39,7 @@ class Mixture:
             run.run(images.to(image_dtype(run.module)))
 
     def _watcher(self, target: Producer, number: int, context: Context) -> Callable[[Tensor], None]:
-        node, weight = target.node, context.weights[number]
+        node, weight = target.node, context.weights_of(target.weight)[number]
         orders = context.permutations[number]
         order, mapped = target.order(context.groups, orders), target.is_mapped(context.groups, orders)
         places = None if order is None or mapped else order.to(context.sources[number].device).unsqueeze(1)

@@ -59,6 +59,11 @@ class Aligned:
         """The sources' shares."""
         return [self.context.weights[number] for number in self.sources]
 
+    def weights_of(self, name: str) -> list[float]:
+        """Their shares in one weight."""
+        shares = self.context.weights_of(name)
+        return [shares[number] for number in self.sources]
+
     def tensor(self, number: int, name: str) -> Tensor:
         """One entry of the state of a source, by its place among those that have a share."""
         source = self.sources[number]

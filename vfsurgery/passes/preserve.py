@@ -138,7 +138,8 @@ def _join(
     is_parameter = isinstance(averaged, nn.Parameter)
     wide = torch.promote_types(averaged.dtype, torch.float32)
     parts = [
-        share * tensor.to(wide) for share, tensor in zip(aligned.weights, aligned.at_border(layer.weight), strict=True)
+        share * tensor.to(wide)
+        for share, tensor in zip(aligned.weights_of(layer.weight), aligned.at_border(layer.weight), strict=True)
     ]
     weight = torch.cat(parts, layer.columns).to(averaged.dtype)
     put_tensor(module, name, nn.Parameter(weight, averaged.requires_grad) if is_parameter else weight)

@@ -143,7 +143,8 @@ class _Fit:
     def repair(self, producer: Producer) -> None:
         """Bring a layer's output units to the sources' mean and standard deviation."""
         goals = weighted_goal(
-            [self._source_moments(source, producer) for source in range(len(self.sources))], self.context.weights
+            [self._source_moments(source, producer) for source in range(len(self.sources))],
+            self.context.weights_of(producer.weight),
         )
         node = self.merged.run_through(producer.node)
         affine = Affine(*Repair().correct(_moments(self.merged.of(node), producer.dim), *goals), producer.dim)
@@ -163,7 +164,7 @@ class _Fit:
         node = self.merged.run_before(producer.node)
         targets = [source.run_through(producer.node) for source in self.sources]
         weight = tensor_of(self.graph_module, producer.weight)
-        columns = weight[0].numel()
+        columns, shares = weight[0].numel(), self.context.weights_of(producer.weight)
         statistics: dict[bool, CrossMoments] = {}  # of the batches held out, and of those fitted on
         goals: dict[int, Moments] = {}
         count = sum(len(images) for images in self.merged.batches)
@@ -176,13 +177,13 @@ class _Fit:
             ]
             for source, value in enumerate(rows):
                 add_batch(goals, source, Moments.of(value, dim=1))
-            mean = torch.stack([w * z for w, z in zip(self.context.weights, rows, strict=True)]).sum(0)
+            mean = torch.stack([w * z for w, z in zip(shares, rows, strict=True)]).sum(0)
             x = _patches(inputs, op, places) if op.key not in LINEAR else _units(inputs, -1, places)
             held_out = number % HELD_OUT == HELD_OUT - 1 or number == len(self.merged.batches) - 1
             both = Centred.of(torch.cat([x, mean], 1), None, 1)
             add_batch(statistics, held_out, CrossMoments.of(both, both))
         solution = _Solution(statistics[False], statistics[True], columns)
-        goal = None if producer.is_output else weighted_goal([*goals.values()], self.context.weights)
+        goal = None if producer.is_output else weighted_goal([*goals.values()], shares)
         found, shift, ridge = solution.solve(weight.flatten(1), goal, self.candidates)
         self.ridges.append(ridge)
         weight.copy_(found.view_as(weight))

@@ -174,7 +174,7 @@ class Measured(Renormalize):
             yield from self._beside(graph_module, context, context.beside, targets)
             return
         goals = {
-            target.node: self.goal(moments, context.weights)
+            target.node: self.goal(moments, context.weights_of(target.weight))
             for target, moments in zip(targets, _aligned(targets, context, self.name), strict=True)
         }
         for stage in in_stages(graph_module, targets) if self.sequential else [targets]:

@@ -86,22 +86,35 @@ def chosen_pins(model: nn.Module, pins: str | Sequence[str]) -> Pinned:
     """
     modules = _inner_modules(model)
     first = {id(module): path for path, module in reversed(modules.items())}
-    canonical = canonical_parameters(model)
-    tensors = {name: canonical[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
     parameters: dict[str, str] = {}
     paths: dict[str, str] = {}
     for pattern in listed(pins):
         if not isinstance(pattern, str):
             raise OptionError(explain(f"pins holds {pattern!r}", accepted="module paths, parameter names, patterns"))
-        owners, named = fnmatch.filter(modules, pattern), fnmatch.filter(tensors, pattern)
-        if not owners and not named:
-            raise _no_match("pins", pattern, [*modules, *tensors])
-        inside = [name for name in tensors if any(name.startswith(f"{owner}.") for owner in owners)]
-        for name in (*named, *inside):
-            parameters.setdefault(tensors[name], pattern)
-        for owner in owners:
+        for name in chosen_tensors(model, pattern, "pins"):
+            parameters.setdefault(name, pattern)
+        for owner in fnmatch.filter(modules, pattern):
             paths.setdefault(first[id(modules[owner])], pattern)
     return Pinned(parameters, paths)
+
+
+def chosen_tensors(model: nn.Module, pattern: str, argument: str) -> list[str]:
+    """Canonical names of the parameters and buffers that a pattern chooses, by their own names or by modules' paths.
+
+    Raises:
+        OptionError: it chooses nothing; names ``argument``.
+
+    >>> chosen_tensors(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "*.bias", "pins")
+    ['0.bias', '1.bias']
+    """
+    modules = _inner_modules(model)
+    canonical = canonical_parameters(model)
+    tensors = {name: canonical[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
+    owners, named = fnmatch.filter(modules, pattern), fnmatch.filter(tensors, pattern)
+    if not owners and not named:
+        raise _no_match(argument, pattern, [*modules, *tensors])
+    inside = [name for name in tensors if any(name.startswith(f"{owner}.") for owner in owners)]
+    return list(dict.fromkeys(tensors[name] for name in (*named, *inside)))
 
 
 def _inner_modules(model: nn.Module) -> dict[str, nn.Module]:
