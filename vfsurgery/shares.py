@@ -2,7 +2,8 @@
 
 ``alpha`` is the share of the second of two sources, ``weights`` are those of all. Instead of one value either may be a
 list of values, which are spread over the layers from first to last and interpolated between, or a mapping from patterns
-of layers to values or such lists; the first pattern that fits a parameter decides.
+of layers to values or such lists; the first pattern that fits a parameter decides, and a list is spread over the layers
+that its pattern decides.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class SharePlan:
 
     count: int
     stops: Mapping[str, tuple[Vector, ...]]
+    argument: str = "alpha"
 
     @property
     def is_uniform(self) -> bool:
@@ -81,13 +83,11 @@ class SharePlan:
         state, layers = canonical_state(graph_module), _layers(graph_module)
         by_name: dict[str, Vector] = {}
         for pattern, stops in self.stops.items():
-            chosen = set(chosen_tensors(graph_module, pattern, "alpha or weights")) if pattern else set(state)
-            fitting = [layer for layer in layers if any(name in chosen for name in layers[layer])]
-            for place, layer in enumerate(fitting):
-                depth = place / max(len(fitting) - 1, 1)
-                for name in layers[layer]:
-                    if name in chosen:
-                        by_name.setdefault(name, _between(stops, depth))
+            chosen = set(chosen_tensors(graph_module, pattern, self.argument)) if pattern else set(state)
+            chosen -= by_name.keys()
+            decided = [names for layer in layers.values() if (names := [name for name in layer if name in chosen])]
+            for place, names in enumerate(decided):
+                by_name |= dict.fromkeys(names, _between(stops, place / max(len(decided) - 1, 1)))
         by_name = {name: by_name.get(name, self._equal) for name in state}
         sizes = {name: state[name].numel() for name, _ in graph_module.named_parameters() if name in state}
         total = sum(sizes.values())
@@ -121,6 +121,7 @@ def plan_shares(count: int, alpha: Alpha, weights: Weights | None) -> SharePlan:
             pattern: _stops(value, vector) if _is_nested(value) else (vector(value),)
             for pattern, value in _entries(weights, "weights")
         },
+        "weights",
     )
 
 

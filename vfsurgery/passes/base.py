@@ -71,9 +71,10 @@ class Context:
     ``groups`` are the permutation groups of the model. ``sources`` are the models that it came from, each with its
     trace (``graph_module``) and its tensors (``state``); ``weights`` are their shares over all and sum to one,
     ``weights_of(name)`` those in one parameter, and ``permutations`` holds for every source the order (or map) of its
-    units by group name, usually none for the first. ``survey()`` has the statistics of the sources that the passes announced to read. ``data`` are the calibration
-    images, read through ``images()``; where a step holds images out, ``data`` is without them. ``inputs`` are what the
-    model was traced with. Random numbers come from ``generator()`` alone.
+    units by group name, usually none for the first. ``survey()`` has the statistics of the sources that the passes
+    announced to read. ``data`` are the calibration images, read through ``images()``; where a step holds images out,
+    ``data`` is without them. ``inputs`` are what the model was traced with. Random numbers come from ``generator()``
+    alone.
 
     Passes append to ``notes`` sentences for the report, and to ``created_biases`` the names of parameters that they
     gave a layer beyond those of its class. ``errors`` has what the pipeline measured: passes that preserve the
