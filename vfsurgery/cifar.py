@@ -51,6 +51,9 @@ def cifar(
     Raises:
         DataError: The data is not there, is damaged, or is not 32 pixels wide and high.
     """
+    for option, values in (("mean", mean), ("std", std)):
+        if len(values) != 3:
+            raise DataError(explain(f"{option} has {len(values)} numbers", accepted="three, one per colour"))
     generator = torch.Generator().manual_seed(seed)
     images, labels = _drawn(*_read(name, Path(path), "train"), train, generator, mean, std)
     picked = torch.randperm(len(images), generator=generator)[:calibration]

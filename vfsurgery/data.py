@@ -22,9 +22,9 @@ Transform = Callable[[Any], Tensor]
 class Splits:
     """Parts of one data set, each yielding (image, label); no image of the test is in another part."""
 
-    train: TensorDataset
-    calibration: TensorDataset
-    test: TensorDataset
+    train: Dataset[Any]
+    calibration: Dataset[Any]
+    test: Dataset[Any]
 
 
 def digits(*, seed: int = 0, size: int | None = None) -> Splits:
@@ -158,7 +158,7 @@ def preprocessing(
             explain(
                 f"no preprocessing is known for {spec}",
                 missing=", ".join(sorted(missing)),
-                remedy="give --input-size, --mean and --std as in the model's training",
+                remedy="give size (--input-size), mean and std as in the model's training",
             )
         )
     return _plain_transform(**given)

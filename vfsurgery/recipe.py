@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from vfsurgery.checkpoints import load_into, load_state_dict, write_text
 from vfsurgery.checkpoints.refusals import printable
 from vfsurgery.comparison import Comparison
+from vfsurgery.data import Splits
 from vfsurgery.errors import RecipeError, did_you_mean, explain
 from vfsurgery.expectations import Outcome
 from vfsurgery.experiments import Finding, Lab, PairFinding, outcomes, run_pair, run_soup, run_sweep
@@ -143,6 +144,11 @@ class Recipe(Section):
         except ValidationError as error:
             raise RecipeError(_describe(error, cls, place)) from None
 
+    def _images(self) -> Splits:
+        """The data, as the first experiment's network expects it."""
+        first = self.experiments[0]
+        return self.data.load(first.model, first.build)
+
     def to_yaml(self) -> str:
         """Write every option down, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -166,7 +172,7 @@ class Recipe(Section):
                 load_into(model, load_state_dict(path), path)
         start = time.perf_counter()
         lab = Lab(
-            self.data, self.data.load(), device, self.seed, self.alpha, self.threads, self.resume, progress=progress
+            self.data, self._images(), device, self.seed, self.alpha, self.threads, self.resume, progress=progress
         )
         with _threads(self.threads):
             findings = (

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from torch import nn
 
 from vfsurgery.architectures import build_model
-from vfsurgery.cifar import cifar
-from vfsurgery.data import Splits, digits
+from vfsurgery.data import Splits, preprocessing
+from vfsurgery.datasets import DATA, find_data, load_data, needs, returns_splits, takes
 from vfsurgery.errors import did_you_mean
 from vfsurgery.expectations import Expectation, is_number
 from vfsurgery.matching import MATCHERS
@@ -27,7 +27,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 Count = Annotated[int, Field(ge=1)]
-Channels = tuple[float, float, float]
+Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=4)]
 Share = Annotated[float, Field(ge=0, le=1)]
 V = TypeVar("V")
 
@@ -46,6 +46,8 @@ Published = Annotated[dict[str, float], Frozen]
 """Accuracies (%) and ratios as printed in the paper, by the label of their row."""
 
 
+DATA_OPTIONS = ("size", "path", "train", "calibration", "test", "mean", "std")
+"""Keys of ``data`` that are options of most data sets; all others stand below ``options``."""
 SOURCES = ("source a", "source b", "ensemble")
 BARRIERS = ("barrier naive", "barrier aligned", "barrier renormalized")
 """Rows that every table has; a barrier is that of the accuracy, in percentage points."""
@@ -63,6 +65,15 @@ Steps = Annotated[str | tuple[str, ...], AfterValidator(_known_steps)]
 """The name of a normalization, ``"auto"``, or names of several to run in order."""
 
 
+def _known_data(name: str) -> str:
+    if ":" not in name:
+        refuse_unknown("data set", (name,), DATA)
+    return name
+
+
+DataName = Annotated[str, AfterValidator(_known_data)]
+
+
 class Section(BaseModel):
     """A mapping of a recipe: frozen, with no keys but its fields, and no conversion between types."""
 
@@ -70,35 +81,56 @@ class Section(BaseModel):
 
 
 class Images(Section):
-    """scikit-learn's digits or CIFAR; see :func:`vfsurgery.data.digits` and :func:`vfsurgery.cifar.cifar`."""
+    """Images for training, calibration and the test; see :mod:`vfsurgery.datasets` for names.
 
-    name: Literal["digits", "cifar10", "cifar100"] = "digits"
+    ``size``, ``mean`` and ``std`` take the place of what the model's source says of them, where the data holds pictures
+    that are to be made tensors of.
+    """
+
+    name: DataName = "digits"
     seed: Seed = 0
-    size: Annotated[int, Field(ge=1)] | None = None
+    size: Count | None = None
     path: str | None = None
     train: Count | None = None
     calibration: Count | None = None
     test: Count | None = None
     mean: Annotated[Channels | None, AsTuple] = None
     std: Annotated[Channels | None, AsTuple] = None
+    options: Options = FrozenDict()
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        of_cifar = ("path", "train", "calibration", "test", "mean", "std")
-        own = {"size"} if self.name == "digits" else set(of_cifar)
-        for option in ("size", *of_cifar):
+        if ":" in self.name and not self.name.startswith("torchvision:"):
+            return self  # code is imported when it is run, not when it is read
+        factory = find_data(self.name)
+        own = {option for option in DATA_OPTIONS if takes(factory, option)}
+        own |= {"size", "mean", "std"} if takes(factory, "transform") else set()
+        own |= set() if returns_splits(factory) else {"train", "calibration", "test"}
+        for option in DATA_OPTIONS:
             if option not in own and getattr(self, option) is not None:
                 raise ValueError(f"{self.name} has no {option}; accepted: {', '.join(sorted({'name', 'seed', *own}))}")
-        if "path" in own and self.path is None:
+        if needs(factory, "path") and self.path is None:
             raise ValueError(f"{self.name} needs path, the folder that holds it")
         return self
 
-    def load(self) -> Splits:
-        """Return the splits."""
-        if self.name == "digits":
-            return digits(seed=self.seed, size=self.size)
-        drawn = self.model_dump(include={"train", "calibration", "test", "mean", "std"}, exclude_none=True)
-        return cifar(self.name, self.path or "", seed=self.seed, **drawn)
+    def load(self, spec: str, build: Callable[[], nn.Module]) -> Splits:
+        """Return the splits.
+
+        Args:
+            spec: The name of the model that the images are for.
+            build: Makes that model; it is asked where the data holds pictures.
+
+        Raises:
+            DataError: there are no such images, or nobody knows what the model expects of pictures.
+        """
+        factory = find_data(self.name)
+        given: dict[str, Any] = self.model_dump(include={*DATA_OPTIONS}, exclude_none=True)
+        given |= {"seed": self.seed, **self.options}
+        transform = None
+        if takes(factory, "transform"):
+            resolved = {option: given.pop(option, None) for option in ("size", "mean", "std")}
+            transform = preprocessing(spec, build(), **resolved)
+        return load_data(self.name, given, transform)
 
 
 class Training(Section):

@@ -1,0 +1,270 @@
+"""Data sets by written name, for recipes: what comes along, torchvision's, folders of images, and your own.
+
+A name is one of :data:`DATA`, ``torchvision:NAME`` or ``import.path:factory``. Each stands for a function that returns
+:class:`~vfsurgery.data.Splits`, or one ``Dataset`` that is then divided at random; its keywords are the options that a
+recipe may give. One that has a keyword ``transform`` is handed the one from a PIL image to what the model expects.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sized
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch.utils.data import Dataset, Subset
+
+from vfsurgery.cifar import cifar
+from vfsurgery.data import Splits, Transform, digits, subset
+from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
+from vfsurgery.registry import Registry
+
+Factory: TypeAlias = Callable[..., Splits | Dataset[Any]]
+
+DATA: Registry[Factory] = Registry("data set")
+"""Data sets by name; add one with ``@DATA.register("mine")``."""
+
+FORMS = "a registered name, torchvision:NAME or import.path:factory"
+CALIBRATION = 5000
+TEST_SHARE = 0.2
+"""Of a data set that is not divided already."""
+
+DATA.register("digits")(digits)
+DATA.register("cifar10")(partial(cifar, "cifar10"))
+DATA.register("cifar100")(partial(cifar, "cifar100"))
+
+
+def find_data(name: str) -> Factory:
+    """The function that a name stands for.
+
+    Raises:
+        OptionError: there is none.
+
+    >>> find_data("digits").__name__
+    'digits'
+    """
+    if ":" not in name:
+        return DATA[name]
+    path, _, attribute = name.partition(":")
+    if path == "torchvision":
+        return partial(torchvision_data, attribute)
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise OptionError(explain(f"cannot import the data {name}", cause=error, remedy=f"write {FORMS}")) from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise OptionError(explain(f"{path} has no function {attribute!r}", remedy=did_you_mean(attribute, known)))
+    return cast("Factory", factory)
+
+
+def takes(factory: Factory, option: str) -> bool:
+    """Whether a function has a keyword of that name."""
+    parameters = inspect.signature(factory).parameters
+    return option in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def needs(factory: Factory, option: str) -> bool:
+    """Whether a function cannot be called without that keyword."""
+    parameter = inspect.signature(factory).parameters.get(option)
+    return parameter is not None and parameter.default is parameter.empty
+
+
+def returns_splits(factory: Factory) -> bool:
+    """Whether a function is known to divide the data itself, by its annotation."""
+    return inspect.signature(factory).return_annotation in (Splits, Splits.__name__)
+
+
+def load_data(name: str, options: Mapping[str, Any], transform: Transform | None = None) -> Splits:
+    """Call the function that a name stands for.
+
+    Args:
+        name: See the module's docstring.
+        options: Keywords; ``seed``, ``train``, ``calibration`` and ``test`` divide a data set whose function does not.
+        transform: For data that holds PIL images.
+
+    Raises:
+        OptionError: the name or an option is unknown.
+        DataError: there are no such images.
+
+    >>> splits = load_data("digits", {"seed": 3})
+    >>> len(splits.test)
+    500
+    """
+    factory = find_data(name)
+    divides = {"seed", "train", "calibration", "test"} - set(inspect.signature(factory).parameters)
+    given = {option: value for option, value in options.items() if option not in divides}
+    if transform is not None and takes(factory, "transform"):
+        given["transform"] = transform
+    try:
+        inspect.signature(factory).bind(**given)
+    except TypeError as error:
+        known = [key for key in inspect.signature(factory).parameters if key != "transform"]
+        raise OptionError(
+            explain(f"data {name} cannot be loaded so", cause=error, accepted=", ".join(known))
+        ) from error
+    found = factory(**given)
+    if isinstance(found, Splits):
+        return found
+    if not hasattr(found, "__getitem__") or not hasattr(found, "__len__"):
+        raise DataError(
+            explain(f"data {name} is a {type(found).__name__}", accepted="Splits, or a Dataset that has a length")
+        )
+    return divided(found, **{option: value for option, value in options.items() if option in divides})
+
+
+def divided(
+    dataset: Dataset[Any],
+    *,
+    seed: int = 0,
+    train: int | None = None,
+    calibration: int = CALIBRATION,
+    test: int | None = None,
+) -> Splits:
+    """Divide one data set at random: a fifth, or ``test`` entries, for the test, ``train`` of the others for training.
+
+    Raises:
+        DataError: nothing is left to train on.
+
+    >>> splits = divided(torch.utils.data.TensorDataset(torch.arange(10)), calibration=3)
+    >>> len(splits.train), len(splits.calibration), len(splits.test)
+    (8, 3, 2)
+    """
+    size = len(cast("Sized", dataset))
+    tested = round(TEST_SHARE * size) if test is None else test
+    if not 0 < tested < size:
+        raise DataError(explain(f"{tested} of {size} images cannot be for the test", remedy="set test= to fewer"))
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    return joined(Subset(dataset, order[tested:]), Subset(dataset, order[:tested]), seed, train, calibration, None)
+
+
+def joined(
+    train: Dataset[Any],
+    test: Dataset[Any],
+    seed: int,
+    trained: int | None,
+    calibration: int,
+    tested: int | None,
+) -> Splits:
+    """Splits from two parts that were made apart; images for calibration are some of those for training."""
+    train = subset(train, trained, seed=seed)
+    return Splits(train, subset(train, calibration, seed=seed + 1), subset(test, tested, seed=seed))
+
+
+@DATA.register("imagefolder")
+def folder_data(
+    path: str | Path,
+    transform: Transform,
+    *,
+    seed: int = 0,
+    train: int | None = None,
+    calibration: int = CALIBRATION,
+    test: int | None = None,
+) -> Splits:
+    """Images in a folder per class, below ``train`` and ``val`` (or ``test``), or divided at random.
+
+    Args:
+        path: Holds ``train`` and ``val`` or ``test`` with a folder per class each, or the folders of the classes.
+        transform: From a PIL image to what the model expects.
+        seed: Decides which images are drawn.
+        train: So many training images; all by default.
+        calibration: So many of *those* are for calibration, too, which looks at no labels.
+        test: So many test images; all by default, or a fifth where the folder is not divided.
+
+    Raises:
+        DataError: there is no such folder, or no image in it.
+    """
+    root = Path(path)
+    tested = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if tested is None or not (root / "train").is_dir():
+        return divided(_images(root, transform), seed=seed, train=train, calibration=calibration, test=test)
+    parts = _images(root / "train", transform), _images(tested, transform)
+    if parts[0].classes != parts[1].classes:
+        other = sorted({*parts[0].classes} ^ {*parts[1].classes})
+        raise DataError(explain(f"{root / 'train'} and {tested} have other classes", first=", ".join(other[:4])))
+    return joined(*parts, seed, train, calibration, test)
+
+
+def _images(path: Path, transform: Transform) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    if not path.is_dir():
+        raise DataError(explain(f"there is no image folder {path}", folder=path.parent.resolve()))
+    try:
+        return ImageFolder(str(path), transform)
+    except FileNotFoundError as error:
+        remedy = "lay them out as CLASS/NAME.jpg, a folder a class"
+        raise DataError(explain(f"no images in {path}", cause=error, remedy=remedy)) from error
+
+
+def torchvision_data(
+    name: str,
+    path: str | Path,
+    transform: Transform,
+    *,
+    seed: int = 0,
+    train: int | None = None,
+    calibration: int = CALIBRATION,
+    test: int | None = None,
+    download: bool = False,
+    **options: Any,
+) -> Splits:
+    """Any classification data set of torchvision, in the parts that it has.
+
+    Args:
+        name: The class in ``torchvision.datasets``, as in ``"FashionMNIST"``.
+        path: Where it lies.
+        transform: From a PIL image to what the model expects.
+        seed: Decides which images are drawn.
+        train: So many training images; all by default.
+        calibration: So many of *those* are for calibration, too.
+        test: So many test images; all by default, or a fifth of a data set that comes in one part.
+        download: Whether to fetch it where it is not there.
+        options: Passed on to the class.
+
+    Raises:
+        OptionError: torchvision has no such data set, or it takes no such option.
+        DataError: it is not there, or damaged.
+    """
+    from torchvision import datasets
+
+    kind = getattr(datasets, name, None)
+    if name not in datasets.__all__ or not isinstance(kind, type):
+        raise OptionError(explain(f"torchvision has no data set {name!r}", remedy=did_you_mean(name, datasets.__all__)))
+    parameters = inspect.signature(kind).parameters
+    if unknown := next((option for option in options if option not in parameters), None):
+        remedy = did_you_mean(unknown, parameters)
+        raise OptionError(explain(f"torchvision's {name} has no option {unknown!r}", remedy=remedy))
+    places = {"root": str(path), "download": download}
+    made = {**options, "transform": transform, **{key: places[key] for key in places if key in parameters}}
+    build = partial(_built, kind, made)
+    if "train" in parameters:
+        parts = build(train=True), build(train=False)
+    elif "split" in parameters and "split" not in options:
+        parts = build(split="train"), _test_part(build)
+    else:
+        return divided(build(), seed=seed, train=train, calibration=calibration, test=test)
+    return joined(*parts, seed, train, calibration, test)
+
+
+def _built(kind: type, options: Mapping[str, Any], **part: Any) -> Dataset[Any]:
+    try:
+        return kind(**options, **part)
+    except (RuntimeError, OSError, ImportError) as error:  # not there, damaged, or read by another library
+        cause = str(error).strip().partition("\n")[0] or type(error).__name__
+        remedy = "put it there, or write download: true among the options of data"
+        raise DataError(
+            explain(f"cannot read {kind.__name__} from {options.get('root')}", cause=cause, remedy=remedy)
+        ) from error
+
+
+def _test_part(build: Callable[..., Dataset[Any]]) -> Dataset[Any]:
+    """Most call it ``test``, some ``val``."""
+    try:
+        return build(split="test")
+    except ValueError:
+        return build(split="val")
