@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 
 import pytest
+import timm
 import torch
+from timm.models import save_for_hf
 from torch import nn
 
 from vfsurgery.architectures import build_model
@@ -72,8 +74,32 @@ def test_unknown_timm_name():
 
 
 def test_name_on_a_hub_is_not_looked_up():
-    with pytest.raises(OptionError, match="timm has no model 'hf-hub:timm/resnet18'"):
-        build_model("timm:hf-hub:timm/resnet18")
+    with pytest.raises(OptionError, match="names published weights\n  remedy  ask for them with pretrained: true"):
+        build_model("timm:hf-hub:timm/resnet18.a1_in1k")
+
+
+def test_published_weights_in_a_folder(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    found = build_model(f"timm:local-dir:{tmp_path}", pretrained=True)
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items())
+    with pytest.raises(OptionError, match="timm cannot build 'local-dir:"):
+        build_model(f"timm:local-dir:{tmp_path / 'none'}", pretrained=True)
+
+
+def test_published_weights_that_cannot_be_had(nets, monkeypatch):
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(OptionError, match="torchvision has no weights for 'resnet18'\n  cause  no route to host"):
+        build_model("torchvision:resnet18", pretrained=True)
+    with pytest.raises(OptionError, match="torchvision has no weights for 'resnet18'"):
+        build_model("torchvision:resnet18", num_classes=7, pretrained=True)
+    with pytest.raises(OptionError, match="nobody publishes weights of a model of mynets"):
+        build_model("mynets:small", pretrained=True)
 
 
 def test_unknown_timm_tag():

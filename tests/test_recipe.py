@@ -107,7 +107,7 @@ WRONG = [
     (
         "threads: 1",
         "data: {name: cifar}",
-        "unknown data set 'cifar'; did you mean 'cifar10'? accepted: cifar10, cifar100, digits, imagefolder at data.name",
+        "unknown data set 'cifar'; did you mean 'cifar10'? accepted: cifar10, cifar100, digits",
     ),
     ("matching: weights", "matching: weigths", "unknown matching 'weigths'; did you mean 'weights'? accepted: act"),
     ("repair", "repiar", "unknown renormalization 'repiar'; did you mean 'repair'? accepted: auto, bias-calibration"),

@@ -1,4 +1,7 @@
-"""Models by written name: ``timm:NAME``, ``torchvision:NAME`` or ``import.path:factory``; nothing is downloaded."""
+"""Models by written name: ``timm:NAME``, ``torchvision:NAME`` or ``import.path:factory``.
+
+Nothing is downloaded, unless trained weights are asked for.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,34 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from vfsurgery.errors import OptionError, did_you_mean, explain
 
+ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
+"""How timm's names of weights begin that come from a hub or a folder."""
+
 FORMS = "timm:NAME, torchvision:NAME or import.path:factory"
 
 
-def build_model(spec: str, num_classes: int | None = None, **others: Any) -> nn.Module:
-    """Build a model with random weights from its written name.
+def build_model(spec: str, num_classes: int | None = None, *, pretrained: bool = False, **others: Any) -> nn.Module:
+    """Build a model from its written name, with random weights or with those that its library publishes.
 
     ``import.path:factory`` imports and calls code: write only names whose code you trust.
 
     Args:
         spec: ``timm:NAME``, ``torchvision:NAME``, or ``import.path:factory`` for any callable that returns a module.
         num_classes: Passed on when given; else the architecture's own default counts.
+        pretrained: Take timm's weights of that name, or torchvision's default ones; fetched where they are not there.
+            timm's names may then begin with ``hf-hub:`` or ``local-dir:``, as in ``timm:hf-hub:timm/resnet18.a1_in1k``.
         others: Passed on to the architecture's constructor.
 
     Raises:
-        OptionError: The name is unknown, or the factory cannot be imported or called, or returns no module.
+        OptionError: The name is unknown, or the factory cannot be imported or called, or returns no module; or there
+            are no trained weights.
 
     >>> build_model("torchvision:resnet18", num_classes=10).fc.out_features
     10
@@ -36,44 +46,58 @@ def build_model(spec: str, num_classes: int | None = None, **others: Any) -> nn.
     if not (source and separator and name):
         raise OptionError(explain(f"{spec!r} does not name a model", remedy=f"write {FORMS}"))
     options: dict[str, Any] = others if num_classes is None else {"num_classes": num_classes, **others}
-    model = _builder(source)(name, options)
+    model = _builder(source, pretrained)(name, options)
     if not isinstance(model, nn.Module):
         raise OptionError(explain(f"{spec} returns a {type(model).__name__}, not a torch.nn.Module"))
     return model
 
 
-def _builder(source: str) -> Callable[[str, dict[str, Any]], object]:
+def _builder(source: str, pretrained: bool) -> Callable[[str, dict[str, Any]], object]:
     if source == "timm":
-        return _build_timm
+        return partial(_build_timm, pretrained)
     if source == "torchvision":
-        return _build_torchvision
-    return lambda name, options: _call_factory(source, name, options)
+        return partial(_build_torchvision, pretrained)
+    if pretrained:
+        raise OptionError(
+            explain(f"nobody publishes weights of a model of {source}", remedy="load a checkpoint, or train it")
+        )
+    return partial(_call_factory, source)
 
 
-def _build_timm(name: str, options: dict[str, Any]) -> object:
+def _build_timm(pretrained: bool, name: str, options: dict[str, Any]) -> object:
     import timm
 
-    # asked first, because create_model downloads the configuration of names like hf-hub:...
-    if not timm.is_model(name):
+    elsewhere = name.startswith(ELSEWHERE)
+    if elsewhere and not pretrained:  # create_model downloads the configuration of such names
+        raise OptionError(
+            explain(f"{name} names published weights", remedy="ask for them with pretrained: true, or name a model")
+        )
+    if not elsewhere and not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
     try:
-        return timm.create_model(name, pretrained=False, **options)
-    except RuntimeError as error:  # an unknown tag, as in resnet18.nonsense
-        raise OptionError(explain(f"timm cannot build {name!r}", cause=error)) from error
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except (RuntimeError, OSError, ValueError) as error:  # an unknown tag, as in resnet18.nonsense; no network; no file
+        cause = str(error).partition("\n")[0]
+        raise OptionError(explain(f"timm cannot build {name!r}", cause=cause)) from error
 
 
-def _build_torchvision(name: str, options: dict[str, Any]) -> object:
+def _build_torchvision(pretrained: bool, name: str, options: dict[str, Any]) -> object:
     from torchvision import models
 
     if name not in models.list_models():
         raise _unknown("torchvision", name, models.list_models())
     builder = models.get_model_builder(name)
-    keywords: dict[str, Any] = {"weights": None, **options}
+    keywords: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None, **options}
     if "weights_backbone" in inspect.signature(builder).parameters:
         keywords["weights_backbone"] = None  # the default of segmentation and detection models is a download
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # googlenet and inception_v3 on their default initialization
-        return builder(**keywords)
+        try:
+            return builder(**keywords)
+        except (OSError, ValueError) as error:  # no network, or other classes than the weights have
+            if not pretrained:
+                raise
+            raise OptionError(explain(f"torchvision has no weights for {name!r}", cause=error)) from error
 
 
 def _call_factory(path: str, name: str, options: dict[str, Any]) -> object:
