@@ -300,7 +300,7 @@ def test_wrong_recipe_is_wrong_usage(tmp_path):
     (tmp_path / "small.yaml").write_text("name: small\npiars: []\n")
     result = call("run", tmp_path / "small.yaml", "--output", tmp_path / "results")
     assert result.exit_code == 2
-    assert "small.yaml: unknown key 'piars' at piars remedy did you mean 'pairs'?" in flat(result.stderr)
+    assert "small.yaml:2: unknown key 'piars' at piars remedy did you mean 'pairs'?" in flat(result.stderr)
     assert not (tmp_path / "results").exists()
 
 

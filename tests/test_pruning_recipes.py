@@ -139,7 +139,7 @@ def test_a_wrong_sweep_is_explained(old: str, new: str, message: str) -> None:
 
 
 def test_a_recipe_without_experiments_is_refused() -> None:
-    with pytest.raises(RecipeError, match="nothing to do: a recipe has pairs, sweeps or soups"):
+    with pytest.raises(RecipeError, match="nothing to do: a recipe has sources and stages, or pairs, sweeps or soups"):
         Recipe.from_yaml("name: nothing\n")
 
 

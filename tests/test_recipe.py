@@ -147,7 +147,7 @@ def test_recipe_that_is_no_mapping(text, found):
 
 def test_file_is_named(tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY.replace("name: tiny", "nam: tiny"))
-    with pytest.raises(RecipeError, match=rf"^{re.escape(str(tmp_path))}/tiny\.yaml: unknown key 'nam'"):
+    with pytest.raises(RecipeError, match=rf"^{re.escape(str(tmp_path))}/tiny\.yaml:1: unknown key 'nam'"):
         Recipe.from_yaml(tmp_path / "tiny.yaml")
 
 

@@ -47,6 +47,8 @@ from vfsurgery.passes import register_pass as register_pass
 from vfsurgery.phases import Retraining as Retraining
 from vfsurgery.phases import SparseSoup as SparseSoup
 from vfsurgery.phases import sparse_soup as sparse_soup
+from vfsurgery.planning import RecipePlan as RecipePlan
+from vfsurgery.planning import plan as plan
 from vfsurgery.preserving import PreserveCurve as PreserveCurve
 from vfsurgery.preserving import preserve_curve as preserve_curve
 from vfsurgery.pruning import Masks as Masks

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ from vfsurgery.results import report_of
 from vfsurgery.sections import Experiment, Images, Pair
 from vfsurgery.sweep import DENSE, Sweep, sweep, sweep_table
 from vfsurgery.training import from_seed, train
+
+E = TypeVar("E", bound=Experiment)
 
 
 @dataclass(frozen=True)
@@ -71,16 +74,12 @@ class Finding(Protocol):
     """What one experiment gave."""
 
     @property
-    def experiment(self) -> Experiment:
-        """The section of the recipe."""
+    def name(self) -> str:
+        """Heads the table, and begins the names of files."""
         ...
 
-    def measured(self) -> Mapping[str, float]:
-        """What stands in the rows that expectations name, accuracies in percent."""
-        ...
-
-    def published(self) -> Mapping[str, float]:
-        """Figures from elsewhere, by row."""
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Which expectations hold."""
         ...
 
     def lines(self) -> list[str]:
@@ -96,14 +95,32 @@ class Finding(Protocol):
         ...
 
 
-def outcomes(finding: Finding) -> tuple[Outcome, ...]:
-    """Which expectations hold."""
-    measured, published = finding.measured(), finding.published()
-    return tuple(expected.check(measured, published) for expected in finding.experiment.expectations)
+class OfExperiment(ABC, Generic[E]):
+    """What one pair, sweep or soup gave."""
+
+    experiment: E
+
+    @property
+    def name(self) -> str:
+        """That of the experiment."""
+        return self.experiment.name
+
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Which expectations hold."""
+        measured, published = self.measured(), self.published()
+        return tuple(expected.check(measured, published) for expected in self.experiment.expectations)
+
+    @abstractmethod
+    def measured(self) -> Mapping[str, float]:
+        """What stands in the rows that expectations name, accuracies in percent."""
+
+    @abstractmethod
+    def published(self) -> Mapping[str, float]:
+        """Figures from elsewhere, by row."""
 
 
 @dataclass(frozen=True)
-class PairFinding:
+class PairFinding(OfExperiment[Pair]):
     """Two sources and their merges."""
 
     experiment: Pair
@@ -146,7 +163,7 @@ class PairFinding:
 
 
 @dataclass(frozen=True)
-class SweepFinding:
+class SweepFinding(OfExperiment[PruningSweep]):
     """One network, pruned in several ways."""
 
     experiment: PruningSweep
@@ -180,7 +197,7 @@ class SweepFinding:
 
 
 @dataclass(frozen=True)
-class SoupFinding:
+class SoupFinding(OfExperiment[Soup]):
     """One network, made sparse in phases."""
 
     experiment: Soup

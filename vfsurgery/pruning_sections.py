@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -39,6 +40,12 @@ def _known_pruner(method: str) -> str:
 PrunerName = Annotated[str, AfterValidator(_known_pruner)]
 
 
+def check_pruner_options(method: str, options: Mapping[str, object]) -> None:
+    """Refuse options that a pruner does not have."""
+    known = list(inspect.signature(PRUNERS[method]).parameters)
+    refuse_unknown(f"option of {method}", tuple(options), known)
+
+
 class Method(Section):
     """One curve: options of :func:`vfsurgery.prune`, under ``label`` or a name made from them."""
 
@@ -50,8 +57,7 @@ class Method(Section):
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        known = list(inspect.signature(PRUNERS[self.method]).parameters)
-        refuse_unknown(f"option of {self.method}", tuple(self.options), known)
+        check_pruner_options(self.method, self.options)
         return self
 
     @property

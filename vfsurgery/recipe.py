@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Generator
+import warnings
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic.json_schema import PydanticJsonSchemaWarning
 
-from vfsurgery.checkpoints import load_into, load_state_dict, write_text
-from vfsurgery.checkpoints.refusals import printable
+from vfsurgery.checkpoints import PROGRAM, WEIGHTS, load_into, load_state_dict, write_text
 from vfsurgery.comparison import Comparison
-from vfsurgery.data import Splits
-from vfsurgery.errors import RecipeError, did_you_mean, explain
+from vfsurgery.errors import RecipeError, explain
 from vfsurgery.expectations import Outcome
-from vfsurgery.experiments import Finding, Lab, PairFinding, outcomes, run_pair, run_soup, run_sweep
+from vfsurgery.experiments import Finding, Lab, PairFinding, SoupFinding, SweepFinding, run_pair, run_soup, run_sweep
 from vfsurgery.pruning_sections import PruningSweep, ReducedSweep, Soup
-from vfsurgery.recipe_text import parse, read_text
+from vfsurgery.recipe_errors import describe, written_path
+from vfsurgery.recipe_text import changed, parse, read_text
 from vfsurgery.sections import (
     AsTuple,
     Experiment,
@@ -38,7 +39,23 @@ from vfsurgery.sections import (
     refuse_repeated,
     refuse_unknown,
 )
+from vfsurgery.stages.bench import DTYPES, Bench
+from vfsurgery.stages.running import StagesFinding, run_steps
+from vfsurgery.stages.sections import FileNames, Source, Stage, check_weights, complete_sources
+from vfsurgery.stages.steps import Step, steps_of
+from vfsurgery.stages.store import Store
 from vfsurgery.training import from_seed
+
+STEPS = ".stages"
+"""Folder below that of the results, for what a run that is cut off has finished."""
+
+KINDS: Mapping[str, type] = {
+    "pairs": PairFinding,
+    "sweeps": SweepFinding,
+    "soups": SoupFinding,
+    "runs": StagesFinding,
+}
+"""Under which key of the report each kind of finding stands."""
 
 
 class Reduced(Section):
@@ -52,6 +69,8 @@ class Reduced(Section):
 
 class Recipe(Section):
     """Data, and experiments on it: pairs of models to merge, networks to prune.
+
+    Or ``sources`` and ``stages``: networks, and what is done to them, one after another.
 
     An experiment's ``model`` may name any importable factory, which is then called: run only recipes that you trust.
 
@@ -68,23 +87,53 @@ class Recipe(Section):
 
     name: Name
     source: str | None = None
-    data: Images = Images()
+    data: Images | None = None
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     seed: Seed = 0
     threads: Threads | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "cpu"
+    dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
     resume: str | None = None
     pairs: Annotated[tuple[Pair, ...], AsTuple] = ()
     sweeps: Annotated[tuple[PruningSweep, ...], AsTuple] = ()
     soups: Annotated[tuple[Soup, ...], AsTuple] = ()
+    sources: Annotated[tuple[Source, ...], BeforeValidator(complete_sources)] = ()
+    stages: Annotated[tuple[Stage, ...], AsTuple] = ()
+    outputs: FileNames = ()
     reduced: Reduced | None = None
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         refuse_repeated("experiment", [experiment.name for experiment in self.experiments])
-        if not self.experiments:
-            raise ValueError("there is nothing to do: a recipe has pairs, sweeps or soups")
+        refuse_repeated("source", [source.name for source in self.sources])
+        if not self.experiments and not self.stages:
+            raise ValueError("there is nothing to do: a recipe has sources and stages, or pairs, sweeps or soups")
         return self
+
+    @model_validator(mode="after")
+    def _stages_can_run(self) -> Self:
+        if bool(self.stages) != bool(self.sources):
+            raise ValueError("sources and stages come together: networks, and what is done to them")
+        if self.stages and self.experiments:
+            raise ValueError("a recipe has stages, or else pairs, sweeps and soups: make two of this one")
+        if self.dtype != "float32" and not self.stages:
+            raise ValueError("dtype is for recipes with stages: pairs, sweeps and soups are computed in float32")
+        if self.outputs and not self.stages:
+            raise ValueError("outputs are for recipes with stages: pairs, sweeps and soups name their files themselves")
+        written = [*self.outputs, *(file for stage in self.stages for file in stage.export or ())]
+        if self._preserves and (weights := [file for file in written if file.endswith(WEIGHTS)]):
+            raise ValueError(f"with preserve the network itself is another one: write {weights[0]} as .pt2 or .onnx")
+        for step in self.steps:
+            if self.data is None and step.needs_data:
+                raise ValueError(f"stages[{step.place}]: {step.kind} needs data")
+            if step.kind == "merge" and step.value.weights is not None:
+                check_weights(step.value.weights, len(self.sources), f"stages[{step.place}]")
+        return self
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What the stages become: those of one merge run at once."""
+        return tuple(steps_of(self.stages, [source.name for source in self.sources]))
 
     @property
     def experiments(self) -> tuple[Experiment, ...]:
@@ -104,7 +153,7 @@ class Recipe(Section):
                 self.in_reduced_form()
             except ValidationError as error:
                 problem = error.errors()[0]
-                where = _path(problem["loc"]) or "the recipe"
+                where = written_path(problem["loc"]) or "the recipe"
                 raise ValueError(f"in the reduced form, at {where}: {problem['msg']}") from None
         return self
 
@@ -128,37 +177,79 @@ class Recipe(Section):
         return type(self).model_validate(content)
 
     @classmethod
-    def from_yaml(cls, source: str | Path) -> Self:
+    def from_yaml(cls, source: str | Path, changes: Mapping[str, object] | None = None) -> Self:
         """Read a recipe from a file, or from text: a string with a line break is text, all else is a path.
 
+        Args:
+            source: See above.
+            changes: Values to put in the place of what is written, by their path: keys with dots between them, entries
+                of lists by their place, their ``name``, or for stages by their key, as in ``stages.train.epochs``.
+
         Raises:
-            RecipeError: No such file, no YAML, an unknown key (the nearest spelling is offered) or a wrong value.
+            RecipeError: No such file, no YAML, an unknown key (the nearest spelling is offered) or a wrong value; names
+                the file and the line.
         """
         if isinstance(source, str) and "\n" in source:
             place, text = "the recipe", source
         else:
             place, text = str(source), read_text(Path(source))
         content = parse(text, place, cls.model_fields)
+        for path, value in (changes or {}).items():
+            content = changed(content, path, value)
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise RecipeError(_describe(error, cls, place)) from None
+            raise RecipeError(describe(error, cls, place, text)) from None
 
-    def _images(self) -> Splits:
-        """The data, as the first experiment's network expects it."""
-        first = self.experiments[0]
-        return self.data.load(first.model, first.build)
+    def _run_stages(self, output: Path, device: torch.device, progress: bool, resume: bool) -> RecipeRun:
+        start = time.perf_counter()
+        first = self.sources[0]
+        bench = Bench(
+            {source.name: source for source in self.sources},
+            None if self.data is None else self.data.load(first.model, first.untrained),
+            device,
+            DTYPES[self.dtype],
+            self.seed,
+            self.to_yaml(),
+            progress,
+            None if self.data is None else self.data.model_dump(mode="json"),
+        )
+        with _threads(self.threads):
+            finding = run_steps(self.name, self.steps, bench, Store(output / STEPS, resume), self.files)
+        run = RecipeRun(self, (finding,), output, time.perf_counter() - start)
+        run.write()
+        return run
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What the networks of the end are written into; where nothing is said or exported, one file of our name."""
+        exports = any(stage.kind == "export" for stage in self.stages)
+        return self.outputs or (() if exports else (f"{self.name}{PROGRAM if self._preserves else WEIGHTS}",))
+
+    @property
+    def _preserves(self) -> bool:
+        return any(stage.kind == "preserve" and stage.value for stage in self.stages)
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The JSON schema of recipes, by which editors complete and check them; ``vfsurgery schema`` prints it."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PydanticJsonSchemaWarning)  # of defaults that are empty mappings
+            schema = cls.model_json_schema()
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
     def to_yaml(self) -> str:
         """Write every option down, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
-    def run(self, output: str | Path | None = None, progress: bool = True) -> RecipeRun:
+    def run(self, output: str | Path | None = None, progress: bool = True, *, resume: bool = False) -> RecipeRun:
         """Train, merge, compare, and write the results once all of them are there.
 
         Args:
             output: Folder for the results, made when missing; ``out/<name>`` by default.
             progress: Whether to show bars for what takes more than a second.
+            resume: Whether to take over what an earlier run into the same folder has finished: every step whose
+                sources, options and code are the same, and every epoch of a training.
 
         Raises:
             SurgeryError: A model cannot be built, ``output`` is a file, or a merge fails; nothing is written then.
@@ -166,14 +257,18 @@ class Recipe(Section):
         output = Path(output) if output is not None else Path("out") / self.name
         _check_folder(output)
         device = _device(self.device)
+        if self.stages:
+            return self._run_stages(output, device, progress, resume)
         for experiment in self.experiments:
             model = from_seed(experiment.build, 0)  # every misspelt model is met before the first minute of training
             for path in experiment.files:
                 load_into(model, load_state_dict(path), path)
         start = time.perf_counter()
-        lab = Lab(
-            self.data, self._images(), device, self.seed, self.alpha, self.threads, self.resume, progress=progress
-        )
+        first = self.experiments[0]
+        data = self.data or Images()
+        kept = self.resume or (str(output / STEPS) if resume else None)
+        splits = data.load(first.model, first.build)
+        lab = Lab(data, splits, device, self.seed, self.alpha, self.threads, kept, progress=progress)
         with _threads(self.threads):
             findings = (
                 *(run_pair(pair, lab) for pair in self.pairs),
@@ -201,7 +296,7 @@ class RecipeRun:
 
     def outcomes(self) -> tuple[tuple[Outcome, ...], ...]:
         """Experiment by experiment, which expectations hold."""
-        return tuple(map(outcomes, self.findings))
+        return tuple(finding.outcomes() for finding in self.findings)
 
     @property
     def failures(self) -> tuple[Outcome, ...]:
@@ -211,11 +306,11 @@ class RecipeRun:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the weights, as plain JSON values."""
         plain: dict[str, Any] = {"recipe": self.recipe.model_dump(mode="json"), "seconds": self.seconds}
-        for kind in ("pairs", "sweeps", "soups"):
+        for kind, made in KINDS.items():
             plain[kind] = [
-                {**finding.to_dict(), "expectations": [outcome.to_dict() for outcome in outcomes(finding)]}
+                {**finding.to_dict(), "expectations": [outcome.to_dict() for outcome in finding.outcomes()]}
                 for finding in self.findings
-                if finding.experiment in getattr(self.recipe, kind)
+                if isinstance(finding, made)
             ]
         return plain
 
@@ -223,12 +318,12 @@ class RecipeRun:
         """Write the files of each experiment, and ``report.json`` for all."""
         text = self.recipe.to_yaml()
         for finding in self.findings:
-            finding.write(self.output / finding.experiment.name, text)
+            finding.write(self.output / finding.name, text)
         write_text(self.output / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __str__(self) -> str:
         tables = [
-            "\n".join([found.experiment.name, *found.lines(), *(f"  {outcome}" for outcome in outcomes(found))])
+            "\n".join([found.name, *found.lines(), *(f"  {outcome}" for outcome in found.outcomes())])
             for found in self.findings
         ]
         return "\n\n".join([*tables, f"written to {self.output} after {self.seconds:.0f} s"])
@@ -262,50 +357,3 @@ def _check_folder(output: Path) -> None:
         raise RecipeError(
             explain(f"cannot write results into {output}", cause=f"{existing} is {cause}", remedy="name another folder")
         )
-
-
-def _describe(error: ValidationError, schema: type[BaseModel], place: str) -> str:
-    """The message for the first thing wrong, with its key path; the paths of all others follow."""
-    # a misspelt key first: it is often why another one is missing
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    first, path = problems[0], _path(problems[0]["loc"])
-    others = dict.fromkeys(other for problem in problems[1:] if (other := _path(problem["loc"])) and other != path)
-    fact = f"{first['msg'].removeprefix('Value error, ')}, found {printable(repr(first['input']))}"
-    remedy = None
-    if first["type"] == "extra_forbidden":
-        fact = f"unknown key {printable(repr(first['loc'][-1]))}"
-        remedy = did_you_mean(str(first["loc"][-1]), _section(schema, first["loc"][:-1]).model_fields)
-    elif first["type"] == "missing":
-        fact = "a required key is missing"
-    elif first["type"] == "value_error":
-        fact = first["msg"].removeprefix("Value error, ")
-    elif first["type"].startswith("float") and _is_number(first["input"]):
-        remedy = "YAML reads 1e-3 as text: write 1.0e-3, without quotes"
-    return explain(f"{place}: {fact}", at=path, remedy=remedy, also=", ".join(others) or None)
-
-
-def _path(location: tuple[int | str, ...]) -> str | None:
-    """As in ``pairs[0].training.epochs``; the names that pydantic adds for members of a union are left out."""
-    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in location if step not in ("str", _TUPLE)]
-    return printable("".join(steps).removeprefix(".")) or None
-
-
-_TUPLE = "tuple[str, ...]"
-
-
-def _section(schema: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The class of the mapping at ``location``."""
-    for step in location:
-        if isinstance(step, str):
-            annotation = schema.model_fields[step].annotation
-            members = getattr(annotation, "__args__", (annotation,))
-            schema = next(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
-    return schema
-
-
-def _is_number(value: object) -> bool:
-    try:
-        float(str(value))
-    except ValueError:
-        return False
-    return True

@@ -5,14 +5,14 @@ There are no includes and no environment variables: all that a recipe says stand
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from vfsurgery.checkpoints.refusals import printable
-from vfsurgery.errors import RecipeError, explain
+from vfsurgery.errors import RecipeError, did_you_mean, explain
 
 LARGEST, DEEPEST, MOST_VALUES = 2**18, 20, 100_000
 """Bounds on a recipe: bytes of its file, nested mappings and lists, and values once all aliases are replaced."""
@@ -66,6 +66,106 @@ def parse(text: str, place: str, accepted: Mapping[str, Any]) -> Mapping[str, An
             )
         )
     return content
+
+
+def line_of(text: str, location: Sequence[int | str]) -> int:
+    """The line, from 1, on which something stands in a recipe: its key, or the nearest one around it.
+
+    Args:
+        text: A recipe that :func:`parse` reads.
+        location: Keys and places in lists; what is not there is left out.
+
+    >>> line_of("name: tiny\\npairs:\\n- {name: conv,\\n   model: m}", ("pairs", 0, "model"))
+    4
+    """
+    node = yaml.compose(text, _Loader)
+    line = 0
+    for step in location:
+        if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            line = node.start_mark.line
+        elif isinstance(node, yaml.MappingNode):
+            entry = next((pair for pair in node.value if getattr(pair[0], "value", None) == str(step)), None)
+            if entry is not None:
+                line, node = entry[0].start_mark.line, entry[1]
+    return line + 1
+
+
+def changed(content: Mapping[str, Any], path: str, value: object) -> dict[str, Any]:
+    """A recipe's content with one value in the place of another.
+
+    Args:
+        content: As :func:`parse` returns it; stays as it is.
+        path: Keys with dots between them. An entry of a list is named by its place from 0, by its ``name``, or, for
+            stages, by its key.
+        value: A plain value.
+
+    Raises:
+        RecipeError: the path leads nowhere.
+
+    >>> recipe = {"sources": [{"name": "a"}], "stages": ["merge", {"train": {"epochs": 3}}]}
+    >>> changed(recipe, "stages.train.epochs", 5)["stages"]
+    ['merge', {'train': {'epochs': 5}}]
+    >>> changed(recipe, "stages.merge.alpha", 0.2)["stages"][0]
+    {'merge': {'alpha': 0.2}}
+    """
+    return _changed(content, path.split("."), value, path)
+
+
+def read_change(text: str) -> tuple[str, object]:
+    """Path and value from ``PATH=VALUE``, the value as YAML has it.
+
+    Raises:
+        RecipeError: it is nothing of the kind.
+
+    >>> read_change("stages.merge.alpha=[0.2, 0.8]")
+    ('stages.merge.alpha', [0.2, 0.8])
+    """
+    path, equals, written = text.partition("=")
+    if not equals or not all(path.split(".")):
+        raise RecipeError(explain(f"{text!r} changes nothing", remedy="write PATH=VALUE, as in stages.train.epochs=5"))
+    try:
+        return path, _load(written)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            explain(f"the value in {text!r} is no YAML", cause=getattr(error, "problem", error))
+        ) from error
+
+
+def _changed(node: Any, steps: list[str], value: object, path: str) -> Any:
+    if not steps:
+        return value
+    step, rest = steps[0], steps[1:]
+    if isinstance(node, list):
+        entries = [*cast("list[Any]", node)]
+        place = _place(entries, step, path)
+        entry = entries[place]
+        if isinstance(entry, str) and entry == step:  # a stage that is written as its name
+            entry = {step: None}
+        inside = isinstance(entry, dict) and set(cast("dict[str, Any]", entry)) == {step}
+        entries[place] = _changed(entry, steps if inside else rest, value, path)
+        return entries
+    if node is not None and not isinstance(node, Mapping):
+        raise RecipeError(explain(f"{path} leads nowhere", because=f"above {step} stands {node!r}"))
+    mapping = dict(cast("Mapping[str, Any]", node or {}))
+    mapping[step] = _changed(mapping.get(step), rest, value, path)
+    return mapping
+
+
+def _place(entries: list[Any], step: str, path: str) -> int:
+    """The place in a list that a number or a name means."""
+    names: list[str] = []
+    for entry in entries:
+        keys = [*cast("dict[str, Any]", entry)] if isinstance(entry, dict) else [str(entry)]
+        names.append(str(entry["name"]) if "name" in keys else keys[0] if len(keys) == 1 else "")
+    if step.isdecimal() and int(step) < len(entries):
+        return int(step)
+    if names.count(step) != 1:
+        twice = f"{step!r} stands there {names.count(step)} times" if step in names else None
+        known = [name for name in names if name] + [f"0 to {len(entries) - 1}"]
+        remedy = "name it by its place" if twice else did_you_mean(step, known)
+        raise RecipeError(explain(f"{path} leads nowhere: there is no single {step!r}", because=twice, remedy=remedy))
+    return names.index(step)
 
 
 class _Loader(yaml.SafeLoader):

@@ -110,7 +110,7 @@ def train(
     parts = {"model": model, "optimizer": steps, "schedule": schedule}
     state = Progress(parts, order, setting)
     done = 0 if checkpoint is None else state.load(Path(checkpoint))
-    device = next(model.parameters()).device
+    first = next(model.parameters())
 
     def epoch_batches() -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in range(done, epochs):
@@ -124,7 +124,7 @@ def train(
     for images, labels in progress_bar(epoch_batches(), label, (epochs - done) * len(loader), progress):
         steps.zero_grad()
         images = crop_and_flip(images, order) if augment else images
-        F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
+        F.cross_entropy(model(images.to(first.device, first.dtype)), labels.to(first.device)).backward()
         steps.step()
         hold()
         schedule.step()

@@ -12,7 +12,7 @@ from vfsurgery.cli.merge import merge_checkpoints
 from vfsurgery.cli.options import EPILOG
 from vfsurgery.cli.prune import prune_checkpoint, renormalize_checkpoint
 from vfsurgery.cli.replay import replay
-from vfsurgery.cli.run import run
+from vfsurgery.cli.run import check_recipe, plan_recipe, recipe_schema, run
 from vfsurgery.cli.zoo import survey_zoo
 from vfsurgery.errors import ExampleInputError, OptionError, SurgeryError
 
@@ -40,6 +40,8 @@ def main() -> None:
     \b
     Start here, with data that comes along:
       vfsurgery run recipes/digits.yaml
+    See what a recipe would do, without doing it:
+      vfsurgery plan recipes/stages.yaml
     Merge two checkpoints of one architecture:
       vfsurgery merge a.safetensors b.pt --model timm:resnet18 -o ab.safetensors
     Prune a checkpoint and give its units their statistics back:
@@ -51,7 +53,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(run, merge_checkpoints, prune_checkpoint, renormalize_checkpoint),
+    *(run, plan_recipe, check_recipe, recipe_schema, merge_checkpoints, prune_checkpoint, renormalize_checkpoint),
     *(replay, diagnose_checkpoint, groups, survey_zoo),
 )
 for command in COMMANDS:

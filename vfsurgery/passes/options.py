@@ -1,4 +1,4 @@
-"""The options of passes as data: their names, types and defaults, read from a mapping and written as one.
+"""The options of passes and matchers as data: names, types and defaults, read from a mapping and written as one.
 
 A mapping is what a recipe or a command line has: text, numbers, lists. What is not of an option's type is refused and
 never converted: a ``"3"`` is no number.
@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
@@ -21,6 +21,8 @@ from vfsurgery.errors import OptionError, did_you_mean, explain
 
 if TYPE_CHECKING:
     from vfsurgery.passes.base import Pass
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,20 @@ class Option:
         return f"{self.name}: {self.type_name}" + ("" if self.required else f" = {self.default!r}")
 
 
-def options_of(pass_class: type[Pass]) -> tuple[Option, ...]:
-    """The options of a pass in the order of its fields.
+def options_of(target: type[Any]) -> tuple[Option, ...]:
+    """The options of a pass or matcher in the order of its fields.
 
     Raises:
         OptionError: a type is written in a way that cannot be resolved.
     """
-    if not dataclasses.is_dataclass(pass_class):
+    if not dataclasses.is_dataclass(target):
         return ()
-    chosen = [field for field in dataclasses.fields(pass_class) if field.init]
-    return tuple(Option(field.name, _type_of(pass_class, field), _default(field)) for field in chosen)
+    chosen = [field for field in dataclasses.fields(target) if field.init]
+    return tuple(Option(field.name, _type_of(target, field), _default(field)) for field in chosen)
 
 
-def build(pass_class: type[Pass], options: Mapping[str, object]) -> Pass:
-    """Make a pass from a mapping of its options.
+def build(target: type[T], options: Mapping[str, object], kind: str = "pass") -> T:
+    """Make a pass, or what ``kind`` says, from a mapping of its options.
 
     Raises:
         OptionError: an option is unknown, missing, or of the wrong type; names the pass and the option.
@@ -104,20 +106,20 @@ def build(pass_class: type[Pass], options: Mapping[str, object]) -> Pass:
     vfsurgery.errors.OptionError: pass 'repair' has no option 'factr'
       remedy  did you mean 'factor'? accepted: average, factor, include_output, reference, sequential
     """
-    known = {option.name: option for option in options_of(pass_class)}
-    for name in options:
-        if name not in known:
-            raise OptionError(
-                explain(f"pass {pass_class.name!r} has no option {name!r}", remedy=did_you_mean(str(name), known))
-            )
+    name: str = getattr(target, "name", target.__name__)
+    known = {option.name: option for option in options_of(target)}
+    for option in options:
+        if option not in known:
+            remedy = did_you_mean(str(option), known)
+            raise OptionError(explain(f"{kind} {name!r} has no option {option!r}", remedy=remedy))
     missing = [str(option) for option in known.values() if option.required and option.name not in options]
     if missing:
-        raise OptionError(explain(f"pass {pass_class.name!r} needs {', '.join(missing)}"))
+        raise OptionError(explain(f"{kind} {name!r} needs {', '.join(missing)}"))
     try:
-        read = {name: known[name].read(value) for name, value in options.items()}
+        read = {option: known[option].read(value) for option, value in options.items()}
     except OptionError as error:
-        raise OptionError(f"pass {pass_class.name!r}: {error}") from None
-    return cast("Any", pass_class)(**read)
+        raise OptionError(f"{kind} {name!r}: {error}") from None
+    return cast("Any", target)(**read)
 
 
 def written(step: Pass) -> dict[str, Any]:

@@ -1,0 +1,326 @@
+"""The networks of a run of stages, and what each kind of step does with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vfsurgery.api import merge
+from vfsurgery.checkpoints import (
+    ONNX,
+    PROGRAM,
+    FileRecord,
+    load_into,
+    load_state_dict,
+    provenance,
+    save_onnx,
+    save_program,
+    save_state_dict,
+    timm_config,
+)
+from vfsurgery.data import Splits
+from vfsurgery.diagnosis import Diagnosis, diagnose
+from vfsurgery.errors import RecipeError, explain
+from vfsurgery.evaluation import Score, compare, evaluate, first_images
+from vfsurgery.expectations import Outcome
+from vfsurgery.flip_rates import flips
+from vfsurgery.pruning import Masks, prune
+from vfsurgery.renormalizing import renormalize
+from vfsurgery.report import Report
+from vfsurgery.results import report_of
+from vfsurgery.running import run_passes
+from vfsurgery.stages.entries import build_normalizations, build_passes
+from vfsurgery.stages.sections import Source
+from vfsurgery.stages.steps import MERGED, Step
+from vfsurgery.tracing.examples import BATCH, example_inputs_of, random_images
+from vfsurgery.training import from_seed, train
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
+
+
+@dataclass
+class Told:
+    """What a step says of itself: lines for the terminal, plain values for the report."""
+
+    lines: list[str] = field(default_factory=list[str])
+    values: dict[str, Any] = field(default_factory=dict[str, Any])
+    outcomes: list[Outcome] = field(default_factory=list[Outcome])
+
+
+@dataclass(frozen=True)
+class Export:
+    """A network to be written when all steps have succeeded."""
+
+    file: str
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    metadata: Mapping[str, str]
+
+    def write(self, folder: Path) -> Path:
+        """Write it by the ending of its name."""
+        path = folder / self.file
+        if path.suffix == PROGRAM:
+            save_program(self.model, self.inputs, path, self.metadata)
+        elif path.suffix == ONNX:
+            save_onnx(self.model, self.inputs, path, self.metadata)
+        else:
+            save_state_dict(self.model.state_dict(), path, self.metadata)
+        return path
+
+
+@dataclass(frozen=True)
+class Page:
+    """A diagnosis to be written as a page."""
+
+    file: str
+    found: Diagnosis
+    report: Report | None
+    scores: Mapping[str, Score]
+
+    def write(self, folder: Path) -> Path:
+        """Write it."""
+        return self.found.page(folder / self.file, report=self.report, scores=self.scores or None)
+
+
+@dataclass
+class Bench:
+    """The networks by name as they are, what they come from, and what is to be written.
+
+    ``origins`` has for each network those that it was made from, ``ends`` the sources as they went into the merge.
+    ``training`` gives the file that keeps a network's training.
+    """
+
+    sections: Mapping[str, Source]
+    splits: Splits | None
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    recipe: str
+    progress: bool
+    data_key: Any = None
+    networks: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
+    origins: dict[str, list[nn.Module]] = field(default_factory=dict[str, list[nn.Module]])
+    ends: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
+    sparse: set[str] = field(default_factory=set[str])
+    reports: dict[str, Report] = field(default_factory=dict[str, Report])
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+    scores: dict[str, Score] = field(default_factory=dict[str, Score])
+    writes: list[Export | Page] = field(default_factory=list[Export | Page])
+    training: Callable[[str], Path] | None = None
+
+    def load_sources(self) -> None:
+        """Build every source and bring its weights into it.
+
+        Raises:
+            SurgeryError: a model cannot be built, or a checkpoint does not fit.
+        """
+        for name, section in self.sections.items():
+            model = from_seed(section.build, section.seed)
+            if section.checkpoint is not None:
+                load_into(model, load_state_dict(section.checkpoint, ema=section.ema), section.checkpoint)
+            self.networks[name] = model.to(self.device, self.dtype).eval()
+
+    def run(self, step: Step) -> Told:
+        """Do what a step says."""
+        runner: Callable[[Step], Told] = getattr(self, f"_{step.kind}")
+        told = runner(step)
+        if step.changes_networks:
+            self._remember(step)
+        return told
+
+    def restore(self, step: Step, networks: Mapping[str, nn.Module], values: Mapping[str, Any]) -> None:
+        """Take over what an earlier run of a step gave, as plain values and networks."""
+        if step.kind == "merge":
+            self._merged(networks[MERGED])
+        elif step.changes_networks:
+            for name, model in networks.items():
+                self._replace(name, model, step.kind)
+        if step.kind == "evaluate":
+            self.scores = {label: Score(**score) for label, score in values["scores"].items()}
+        self.metadata |= values.get("metadata", {})
+
+    def untrained(self, name: str) -> nn.Module:
+        """A network of the class that a name has, with random weights."""
+        section = self.sections.get(name) or next(iter(self.sections.values()))
+        return section.untrained().to(self.device, self.dtype)
+
+    def _remember(self, step: Step) -> None:
+        """Keep the report of each network, and what its files are to say."""
+        files = [FileRecord.of(Path(each.checkpoint)) for each in self.sections.values() if each.checkpoint is not None]
+        for name in self._made_by(step):
+            model = self.networks[name]
+            if step.kind != "train":
+                self.reports[name] = report_of(model)
+                self.metadata[name] = provenance(self.reports[name], self.recipe, files)
+
+    def _made_by(self, step: Step) -> Sequence[str]:
+        return (MERGED,) if step.kind == "merge" else step.networks
+
+    def _replace(self, name: str, model: nn.Module, kind: str) -> None:
+        if kind == "prune":
+            self.origins.setdefault(name, [])
+            self.origins[name] = [self.networks[name]] if name not in self.sparse else self.origins[name]
+            self.sparse.add(name)
+        self.networks[name] = model
+
+    def _merged(self, model: nn.Module) -> None:
+        self.ends = dict(self.networks)
+        self.networks = {MERGED: model}
+        self.origins, self.sparse = {MERGED: list(self.ends.values())}, set()
+
+    @property
+    def _calibration(self) -> Any:
+        return None if self.splits is None else self.splits.calibration
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        """What merging, pruning and passes are given alike."""
+        return {"data": self._calibration, "seed": self.seed, "progress": self.progress}
+
+    def _part(self, name: str) -> Any:
+        assert self.splits is not None  # the recipe is checked for that
+        return getattr(self.splits, name)
+
+    def _train(self, step: Step) -> Told:
+        for name in step.networks:
+            model = self.networks[name]
+            section = self.sections.get(name)
+            trained = train(
+                copy.deepcopy(model),
+                self._part("train"),
+                seed=self.seed if section is None else section.seed,
+                masks=Masks.of(model) if name in self.sparse else None,
+                checkpoint=None if self.training is None else self.training(name),
+                label=f"training {name}",
+                progress=self.progress,
+                **step.value.model_dump(),
+            )
+            self._replace(name, trained, "train")
+        return Told([f"{step.value.epochs} epochs of {', '.join(step.networks)}"])
+
+    def _prune(self, step: Step) -> Told:
+        told = Told()
+        for name in step.networks:
+            pruned = prune(self.networks[name], **step.value.arguments(), **self._common)
+            self._replace(name, pruned, "prune")
+            told.lines.append(f"{name}: {Masks.of(pruned).sparsity:.2%} of its prunable weights are zero")
+            told.values[name] = report_of(pruned).to_dict()
+        return told
+
+    def _merge(self, step: Step) -> Told:
+        options = step.merge_arguments()
+        if self._calibration is None:
+            options["example_inputs"] = self._example(next(iter(self.networks.values())))
+        merged = merge([*self.networks.values()], **self._common, **options)
+        self._merged(merged)
+        report = report_of(merged)
+        return Told(str(report).splitlines(), report.to_dict())
+
+    def _renormalize(self, step: Step) -> Told:
+        told = Told()
+        chosen = build_normalizations(step.value)
+        for name in step.networks:
+            (dense,) = self.origins[name]
+            repaired = renormalize(
+                self.networks[name],
+                reference=dense,
+                data=self._calibration,
+                renormalize=chosen,
+                progress=self.progress,
+            )
+            self._replace(name, repaired, "renormalize")
+            told.lines += [f"{name}: {line}" for line in str(report_of(repaired)).splitlines()[:1]]
+            told.values[name] = report_of(repaired).to_dict()
+        return told
+
+    def _apply(self, step: Step) -> Told:
+        told = Told()
+        for name in step.networks:
+            changed = run_passes(self.networks[name], build_passes(step.value), **self._common)
+            self._replace(name, changed, "apply")
+            told.lines += [f"{name}: {line.strip()}" for line in str(report_of(changed)).splitlines()[1:]]
+            told.values[name] = report_of(changed).to_dict()
+        return told
+
+    def _evaluate(self, step: Step) -> Told:
+        data = self._part(step.value.data)
+        first = self.ends or self.networks
+        if len(first) > 1:
+            self.scores = compare(first, data, progress=self.progress)
+        else:
+            self.scores = {name: evaluate(model, data, progress=self.progress) for name, model in first.items()}
+        for name, model in self.networks.items() if self.ends else ():
+            self.scores[name] = evaluate(model, data, progress=self.progress)
+        told = Told(values={"scores": {label: asdict(score) for label, score in self.scores.items()}})
+        width = max(map(len, self.scores))
+        told.lines = [f"{label:<{width}}  {score}" for label, score in self.scores.items()]
+        if step.value.flips and self.ends:
+            found = flips(self.ends, self.networks[MERGED], data, progress=self.progress)
+            told.values["flips"] = found.to_dict()
+            told.lines += str(found).splitlines()
+        told.outcomes = outcomes_of(step, self.scores)
+        return told
+
+    def _diagnose(self, step: Step) -> Told:
+        told = Told()
+        for name, model in self.networks.items():
+            found = diagnose(model, self.origins[name], self._calibration, progress=self.progress)
+            file = self._file(step.value.page, name)
+            self.writes.append(Page(file, found, self.reports.get(name), dict(self.scores)))
+            told.lines += [f"{name}: {found.verdict}"]
+            told.values[name] = found.to_dict()
+        return told
+
+    def _export(self, step: Step) -> Told:
+        return self.export(step.value)
+
+    def export(self, files: Sequence[str]) -> Told:
+        """Have the networks written, as they are now, into files of these names."""
+        told = Told()
+        for file in files:
+            for name, model in self.networks.items():
+                target = self._file(file, name)
+                self.writes.append(self._exported(target, name, model))
+                told.lines.append(target)
+        return told
+
+    def _exported(self, file: str, name: str, model: nn.Module) -> Export:
+        metadata = {"model": next(iter(self.sections.values())).model, **self.metadata.get(name, {})}
+        metadata.setdefault("recipe", self.recipe)
+        restructured = isinstance(model, torch.fx.GraphModule)
+        if not file.endswith((PROGRAM, ONNX)):
+            if restructured:
+                raise RecipeError(
+                    explain(
+                        f"{file} cannot hold {name}: its graph is not that of its class any more",
+                        remedy=f"export it whole, as {Path(file).stem}.pt2 or .onnx; --resume then goes on from here",
+                    )
+                )
+            config = timm_config(model)
+            return Export(file, model, (), metadata if config is None else {**metadata, "timm_config": config})
+        shaped = next(iter((self.ends or self.networks).values()))
+        return Export(file, model, example_inputs_of(shaped, self._example(shaped)), metadata)
+
+    def _example(self, model: nn.Module) -> Tensor | None:
+        """Two images: of the data, or of the size that the sources are said to take."""
+        if self._calibration is not None:
+            return first_images(model, self._calibration)
+        size = next(iter(self.sections.values())).input_size
+        return None if size is None else random_images((BATCH, *size), model)
+
+    def _file(self, file: str, name: str) -> str:
+        """A file's name, with that of the network where there are several."""
+        path = Path(file)
+        return file if len(self.networks) == 1 else f"{path.stem}_{name}{path.suffix}"
+
+
+def outcomes_of(step: Step, scores: Mapping[str, Score]) -> list[Outcome]:
+    """Which expectations of an evaluation hold, on accuracies in percent."""
+    measured = {label: 100 * score.accuracy for label, score in scores.items()}
+    return [expected.check(measured) for expected in step.value.expectations]

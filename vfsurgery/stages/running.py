@@ -1,0 +1,158 @@
+"""Running the stages of a recipe, each step once: what an earlier run kept is taken over."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vfsurgery.checkpoints import FileRecord, file_hash
+from vfsurgery.errors import SurgeryError
+from vfsurgery.evaluation import Score
+from vfsurgery.expectations import Outcome
+from vfsurgery.passes import PASSES
+from vfsurgery.stages.bench import Bench, Told, outcomes_of
+from vfsurgery.stages.entries import build_passes
+from vfsurgery.stages.sections import Source
+from vfsurgery.stages.steps import MERGED, Step
+from vfsurgery.stages.store import Kept, Store, digest, loads
+
+
+@dataclass(frozen=True)
+class StagesFinding:
+    """What the steps of a recipe gave: printed step by step; ``write`` puts the networks and pages into a folder."""
+
+    name: str
+    steps: tuple[Step, ...]
+    told: tuple[Told, ...]
+    taken_over: tuple[bool, ...]
+    bench: Bench
+
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Which expectations hold."""
+        return tuple(outcome for told in self.told for outcome in told.outcomes)
+
+    def lines(self) -> list[str]:
+        """A heading and what it says of itself, for every step."""
+        found: list[str] = []
+        for step, told, kept in zip(self.steps, self.told, self.taken_over, strict=True):
+            found.append(f"  {step.place + 1} {step}{' (taken over)' if kept else ''}")
+            found += [f"    {line}" for line in told.lines]
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """What every step says, as plain values."""
+        return {
+            "steps": [
+                {"stages": [stage.model_dump(mode="json") for stage in step.stages], "result": told.values}
+                for step, told in zip(self.steps, self.told, strict=True)
+            ]
+        }
+
+    def write(self, base: Path, recipe: str) -> None:
+        """Write what is to be written into the folder of ``base``."""
+        for write in self.bench.writes:
+            write.write(base.parent)
+
+
+def run_steps(name: str, steps: Sequence[Step], bench: Bench, store: Store, outputs: Sequence[str]) -> StagesFinding:
+    """Run every step that is not kept already, in order, and keep what it gives.
+
+    Args:
+        name: Of the recipe.
+        steps: In their order.
+        bench: With nothing on it yet.
+        store: Where steps are kept.
+        outputs: Files for the networks of the end.
+
+    Raises:
+        SurgeryError: a step fails; those before it are kept.
+    """
+    store.prepare()
+    keys = step_keys(steps, bench)
+    found = [store.find(key) for key in keys]
+    bench.load_sources()
+    told: list[Told] = []
+    taken: list[bool] = []
+    for place, (step, key, kept) in enumerate(zip(steps, keys, found, strict=True)):
+        bench.training = lambda network, key=key: store.training(key, network)
+        reports_needed = any(later.kind == "diagnose" for later in steps[place:])
+        result = None if kept is None or (step.kind == "merge" and reports_needed) else _taken_over(step, kept, bench)
+        taken.append(result is not None)
+        told.append(result or _run(step, key, bench, store))
+    if outputs:
+        bench.export(outputs)
+    return StagesFinding(name, tuple(steps), tuple(told), tuple(taken), bench)
+
+
+def _run(step: Step, key: str, bench: Bench, store: Store) -> Told:
+    told = bench.run(step)
+    networks: dict[str, nn.Module] = {}
+    if step.changes_networks:
+        names = (MERGED,) if step.kind == "merge" else step.networks
+        networks = {name: bench.networks[name] for name in names}
+    elif step.kind != "evaluate":
+        return told
+    if all(loads(model, bench.untrained(name)) for name, model in networks.items()):
+        metadata = {name: bench.metadata[name] for name in networks if name in bench.metadata}
+        store.keep(key, {"lines": told.lines, "values": told.values, "metadata": metadata}, networks)
+    store.forget_trainings(key)
+    return told
+
+
+def _taken_over(step: Step, kept: Kept, bench: Bench) -> Told | None:
+    """What a step gave in an earlier run; ``None`` where it cannot be read any more."""
+    names = () if not step.changes_networks else (MERGED,) if step.kind == "merge" else step.networks
+    try:
+        networks = {name: kept.load(name, bench.untrained(name)) for name in names}
+        values = kept.record["values"]
+        bench.restore(step, networks, {**values, "metadata": kept.record["metadata"]})
+        told = Told(list(kept.record["lines"]), values)
+    except (SurgeryError, KeyError, TypeError):  # damaged: it is made anew
+        return None
+    if step.kind == "evaluate":
+        told.outcomes = outcomes_of(step, {label: Score(**score) for label, score in values["scores"].items()})
+    return told
+
+
+def step_keys(steps: Sequence[Step], bench: Bench) -> list[str]:
+    """For every step the hash of all that decides what it gives: sources, data, earlier steps, options, versions."""
+    origin = {
+        "sources": [_origin(section) for section in bench.sections.values()],
+        "data": bench.data_key,
+        "seed": bench.seed,
+        "threads": torch.get_num_threads(),
+        "device": bench.device.type,
+        "dtype": str(bench.dtype),
+        "versions": {package: version(package) for package in ("vfsurgery", "torch", "torchvision", "timm", "scipy")},
+    }
+    keys: list[str] = []
+    key = digest(origin)
+    for step in steps:
+        own = digest(key, [stage.model_dump(mode="json") for stage in step.stages], _code_of(step))
+        keys.append(own)
+        key = own if step.changes_networks else key
+    return keys
+
+
+def _origin(section: Source) -> dict[str, Any]:
+    plain: dict[str, Any] = section.model_dump(mode="json")
+    if section.checkpoint is not None:
+        plain["checkpoint"] = FileRecord.of(Path(section.checkpoint)).sha256
+    return plain
+
+
+def _code_of(step: Step) -> list[str]:
+    """Hashes of the code of passes that others wrote: what it does may have changed under the same name."""
+    entries: list[Any] = [
+        entry for kind in ("renormalize", "apply") for entry in (step.find(kind) or ()) if step.find(kind) != "auto"
+    ]
+    classes = [PASSES[each.name] for each in build_passes(entries)]
+    files = {inspect.getsourcefile(each) for each in classes if not each.__module__.startswith("vfsurgery.")}
+    return sorted(file_hash(file) for file in files if file is not None)
