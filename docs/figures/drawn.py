@@ -34,7 +34,9 @@ def bare(axes: Axes, width: float, height: float) -> None:
     axes.axis("off")
 
 
-def write(axes: Axes, x: float, y: float, text: str, *, size: float = 10, colour: str = INK, align: str = "center") -> None:
+def write(
+    axes: Axes, x: float, y: float, text: str, *, size: float = 10, colour: str = INK, align: str = "center"
+) -> None:
     axes.text(x, y, text, ha=align, va="center", fontsize=size, color=colour)
 
 
@@ -45,7 +47,9 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
 def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, colour: str = PALE) -> None:
     """A rounded box around (x, y) with a text in it."""
     corner = (x - width / 2, y - height / 2)
-    shape = FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=colour, edgecolor=GREY)
+    shape = FancyBboxPatch(
+        corner, width, height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=colour, edgecolor=GREY
+    )
     axes.add_patch(shape)
     write(axes, x, y, text, size=9.5)
 
@@ -97,7 +101,13 @@ def draw_group() -> Figure:
         write(axes, left + 2.43, 1.5, "columns", size=9, colour=GREY)
     arrow(axes, (3.95, 1.7), (4.6, 1.7))
     members = "g0 (4 units): fc1.weight[0], fc1.bias[0], fc2.weight[1]"
-    write(axes, 4.3, 0.42, f"one colour is one unit; one permutation group is all places where it lies\n{members}", size=9.5)
+    write(
+        axes,
+        4.3,
+        0.42,
+        f"one colour is one unit; one permutation group is all places where it lies\n{members}",
+        size=9.5,
+    )
     return figure
 
 

@@ -118,7 +118,9 @@ def draw_spread(pair: Pair, layer: str) -> Figure:
     figure = Figure(figsize=(7.4, 3.2), layout="constrained")
     axes = figure.subplots()
     goal = deviations(pair.sources[0], layer)  # units of the merge are in the order of a
-    rescaled = surgery.merge(*pair.sources, data=SPLITS.calibration, matching="activations", renormalize="rescale", progress=False)
+    rescaled = surgery.merge(
+        *pair.sources, data=SPLITS.calibration, matching="activations", renormalize="rescale", progress=False
+    )
     for label, model, colour in (
         ("averaged", pair.merges["units matched"], COLOURS["units matched"]),
         ("averaged and rescaled", rescaled, COLOURS["matched and renormalized"]),
@@ -137,7 +139,9 @@ if __name__ == "__main__":
     plain = make_pair("6 convolutions, no norm layers", TinyConvNet, (1, 2), 15, 0.03)
     residual = make_pair("residual, BatchNorm", TinyResNet, (0, 1), 12, 0.1)
     for pair in (plain, residual):
-        print(pair.title, f"sources {pair.reached:.1f}", {row: round(value, 1) for row, value in pair.accuracies.items()})
+        print(
+            pair.title, f"sources {pair.reached:.1f}", {row: round(value, 1) for row, value in pair.accuracies.items()}
+        )
     save(draw_overview([plain, residual]), "overview.svg")
     save(draw_vanishing(plain), "vanishing.svg")
     save(draw_spread(plain, "convs.4"), "spread.svg")
