@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -35,9 +36,9 @@ def bare(axes: Axes, width: float, height: float) -> None:
 
 
 def write(
-    axes: Axes, x: float, y: float, text: str, *, size: float = 10, colour: str = INK, align: str = "center"
+    axes: Axes, x: float, y: float, text: str, *, size: float = 10, colour: str = INK, at: str = "center"
 ) -> None:
-    axes.text(x, y, text, ha=align, va="center", fontsize=size, color=colour)
+    axes.text(x, y, text, ha=at, va="center", fontsize=size, color=colour)
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = GREY) -> None:
@@ -46,11 +47,8 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, colour: str = PALE) -> None:
     """A rounded box around (x, y) with a text in it."""
-    corner = (x - width / 2, y - height / 2)
-    shape = FancyBboxPatch(
-        corner, width, height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=colour, edgecolor=GREY
-    )
-    axes.add_patch(shape)
+    corner, style = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.08"
+    axes.add_patch(FancyBboxPatch(corner, width, height, style, facecolor=colour, edgecolor=GREY))
     write(axes, x, y, text, size=9.5)
 
 
@@ -61,7 +59,7 @@ def network(axes: Axes, x: float, y: float, colours: list[tuple[str, ...]]) -> N
         [(x + 0.75 * column, y + 0.42 * (row - (len(units) - 1) / 2)) for row in range(len(units))]
         for column, units in enumerate(columns)
     ]
-    for left, right in zip(places, places[1:], strict=False):
+    for left, right in pairwise(places):
         for start in left:
             for end in right:
                 axes.plot(*zip(start, end, strict=True), color=PALE, linewidth=1, zorder=1)
@@ -100,14 +98,9 @@ def draw_group() -> Figure:
         write(axes, left + 1.27, 1.03, "entries", size=9, colour=GREY)
         write(axes, left + 2.43, 1.5, "columns", size=9, colour=GREY)
     arrow(axes, (3.95, 1.7), (4.6, 1.7))
+    text = "one colour is one unit; one permutation group is all places where it lies\n"
     members = "g0 (4 units): fc1.weight[0], fc1.bias[0], fc2.weight[1]"
-    write(
-        axes,
-        4.3,
-        0.42,
-        f"one colour is one unit; one permutation group is all places where it lies\n{members}",
-        size=9.5,
-    )
+    write(axes, 4.3, 0.42, text + members, size=9.5)
     return figure
 
 
@@ -119,7 +112,7 @@ def draw_certificate() -> Figure:
     box(axes, 4.1, 1.25, 1.7, 0.5, "same images")
     box(axes, 7.0, 1.25, 2.5, 0.86, "outputs equal but for\nrounding: goes on.\nElse: refused", "#CDEBDF")
     arrow(axes, (1.1, 1.58), (1.1, 0.92))
-    write(axes, 1.22, 1.25, "permutations", size=9, colour=GREY, align="left")
+    write(axes, 1.22, 1.25, "permutations", size=9, colour=GREY, at="left")
     arrow(axes, (1.95, 1.85), (3.2, 1.42))
     arrow(axes, (1.95, 0.65), (3.2, 1.08))
     arrow(axes, (4.98, 1.25), (5.7, 1.25))
@@ -140,7 +133,7 @@ def draw_preserve() -> Figure:
                 box(axes, middle + 0.55, y, 0.95, 0.4, "b", b)
             else:
                 box(axes, middle, y, 2.05, 0.4, "merged", both)
-    write(axes, 0.08, 1.25, "depth", size=9, colour=GREY, align="left")
+    write(axes, 0.08, 1.25, "depth", size=9, colour=GREY, at="left")
     arrow(axes, (0.25, 1.4), (0.25, 2.2))
     return figure
 

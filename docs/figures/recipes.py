@@ -29,7 +29,7 @@ def draw(path: Path) -> None:
         print(path.name, "needs data of yours")
         return
     with tempfile.TemporaryDirectory() as folder:
-        recipe.run(folder)
+        recipe.run(folder, progress=False)
         plots = sorted(Path(folder).glob("*.png"))
         with Image.open(plots[-1]) as plot:
             height = round(WIDTH * plot.height / plot.width)

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GALLERY = "gallery.md"
 INTRODUCTION = """# Gallery of recipes
 
-Each file of `recipes/`, with the comment that it begins with. [Recipes](recipes.md) explains the keys. Pictures are of the reduced
-form where a recipe has one: `python docs/figures/recipes.py` runs these and draws them.
+Each file of `recipes/`, with the comment that it begins with. [Recipes](recipes.md) explains the keys. Pictures are
+of the reduced form where a recipe has one: `python docs/figures/recipes.py` runs these and draws them.
 """
 
 
