@@ -18,7 +18,7 @@ class Docstrings(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         public = {name for name, member in pkg.members.items() if member.is_alias}  # its modules are not
         for found in _docstrings(pkg):
-            found.value = fenced(linked(found.value, pkg.name, public))
+            found.value = fenced(linked(paged(found.value), pkg.name, public))
 
 
 def fenced(text: str) -> str:
@@ -34,6 +34,15 @@ def fenced(text: str) -> str:
     <BLANKLINE>
     """
     return SESSION.sub(lambda found: f"{found[1]}```pycon\n{found[0]}\n{found[1]}```", text)
+
+
+def paged(text: str) -> str:
+    """Pages that are named as links, seen from a page of the reference.
+
+    >>> paged("See docs/sparse.md.")
+    'See [sparse](../sparse.html).'
+    """
+    return re.sub(r"\bdocs/(\w+)\.md", r"[\1](../\1.html)", text)
 
 
 def linked(text: str, package: str, public: set[str]) -> str:

@@ -48,17 +48,17 @@ def entry(path: Path, root: Path) -> str:
 
 
 def comment(text: str) -> str:
-    """The comment that a recipe begins with, as Markdown: indented lines are commands.
+    """The comment that a recipe begins with, as Markdown: indented lines are commands, pages are links.
 
-    >>> print(comment("# What it is.\\n#\\n#   vfsurgery run it.yaml\\nname: it\\n"))
-    What it is.
+    >>> print(comment("# What it is, and docs/recipes.md.\\n#\\n#   vfsurgery run it.yaml\\nname: it\\n"))
+    What it is, and [recipes](recipes.md).
     <BLANKLINE>
     ```bash
     vfsurgery run it.yaml
     ```
     """
     lines = [line[1:].removeprefix(" ") for line in text.splitlines()[: _comment_lines(text)]]
-    prose = "\n".join(line if line else "" for line in lines)
+    prose = re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", "\n".join(lines))
     return re.sub(
         r"(?:^  +.*(?:\n|\Z))+",
         lambda found: "```bash\n" + "\n".join(line.strip() for line in found[0].splitlines()) + "\n```\n",
