@@ -22,16 +22,10 @@ class Docstrings(griffe.Extension):
 
 
 def fenced(text: str) -> str:
-    """Each doctest in a fence of its own.
+    r"""Each doctest in a fence of its own.
 
-    >>> print(fenced("Text.\\n\\n>>> 1 + 1\\n2\\n"))
-    Text.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    <BLANKLINE>
+    >>> fenced("Text.\n\n>>> 1 + 1\n2\n\nMore.")
+    'Text.\n\n```pycon\n>>> 1 + 1\n2\n```\n\nMore.'
     """
     return SESSION.sub(lambda found: f"{found[1]}```pycon\n{found[0]}\n{found[1]}```", text)
 
@@ -40,15 +34,15 @@ def paged(text: str) -> str:
     """Pages that are named as links, seen from a page of the reference.
 
     >>> paged("See docs/sparse.md.")
-    'See [sparse](../sparse.html).'
+    'See [sparse](../sparse.md).'
     """
-    return re.sub(r"\bdocs/(\w+)\.md", r"[\1](../\1.html)", text)
+    return re.sub(r"\bdocs/(\w+)\.md", r"[\1](../\1.md)", text)
 
 
 def linked(text: str, package: str, public: set[str]) -> str:
     """Roles as code; with a link where a public name is meant, to that name or the class that it is a member of.
 
-    >>> linked("See :meth:`Pruner.score`, :func:`~lib.inner.tool` and :mod:`lib.inner`.", "lib", {"Pruner", "inner"})
+    >>> linked("See :meth:`Pruner.score`, :func:`~lib.inner.tool` and :mod:`lib.inner`.", "lib", {"Pruner"})
     'See [`Pruner.score`][lib.Pruner], `tool` and `lib.inner`.'
     """
 
