@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,3 +147,25 @@ def test_gallery_has_every_recipe_its_comment_and_its_text():
 def test_the_site_shows_sessions_without_what_only_tests_read():
     page = "```python\n>>> f()  # doctest: +SKIP\n\n```\n"
     assert hooks().on_page_markdown(page) == "```pycon\n>>> f()\n```\n"
+
+
+FETCHED = re.compile(r"<(?:script|img|link|iframe)\b[^>]*?(?:src|href)=[\"']?https?://[^\"'> ]*")
+
+
+def test_the_site_builds_and_fetches_nothing(tmp_path):
+    pytest.importorskip("mkdocs")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    options = ["--config-file", str(SITE / "mkdocs.yml"), "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        [*build, *options], capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    pages = sorted((tmp_path / "site").rglob("*.html"))
+    assert {page: FETCHED.findall(page.read_text(encoding="utf-8")) for page in pages} == {page: [] for page in pages}
+    assert len(pages) > len(PAGES)
+    assert (tmp_path / "site" / "search" / "search_index.js").is_file()  # what searches without a server read
+
+
+def test_something_fetched_is_found():
+    assert FETCHED.search('<script async src="https://example.org/x.js">')
+    assert not FETCHED.search('<a href="https://example.org"> <script src="assets/x.js">')
