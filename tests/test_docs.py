@@ -44,6 +44,19 @@ def test_no_fence_is_overlooked():
         assert len(re.findall(r"^ *```", text, re.MULTILINE)) == 2 * len(FENCE.findall(text)), path
 
 
+SHALLOW = re.compile(r"\n\n {1,3}\S.*")
+"""A block inside a list by GitHub's rules; by the site's, which wants four spaces, it ends the list."""
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_blocks_in_lists_are_indented_for_the_site(path):
+    assert SHALLOW.findall(FENCE.sub("", path.read_text(encoding="utf-8"))) == []
+
+
+def test_a_shallow_block_is_found():
+    assert SHALLOW.findall("- item\n\n  more\n") and not SHALLOW.findall("- item\n  more\n\n    more\n")
+
+
 def test_doctests_of_all_pages_run_in_tox():
     assert "pytest --doctest-modules --doctest-glob=*.md {posargs:vfsurgery docs README.md}" in (
         ROOT / "tox.ini"
