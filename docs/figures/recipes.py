@@ -31,6 +31,9 @@ def draw(path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         recipe.run(folder, progress=False)
         plots = sorted(Path(folder).glob("*.png"))
+        if not plots:  # soups
+            print(path.name, "draws nothing")
+            return
         with Image.open(plots[-1]) as plot:
             height = round(WIDTH * plot.height / plot.width)
             picture = plot.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS).quantize(COLOURS)
