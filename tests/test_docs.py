@@ -176,7 +176,7 @@ def test_gallery_has_every_recipe_its_comment_and_its_text():
         assert (ROOT / "docs" / picture).is_file()
 
 
-def test_the_site_shows_sessions_without_what_only_tests_read():
+def test_the_site_shows_doctests_without_what_only_tests_read():
     page = "```python\n>>> f()  # doctest: +SKIP\n\n```\n"
     assert hooks().on_page_markdown(page) == "```pycon\n>>> f()\n```\n"
 

@@ -9,7 +9,7 @@ from typing import Any
 import griffe
 
 ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`(~?)([^`]+)`")
-SESSION = re.compile(r"^( *)>>> .*(?:\n(?! *$).*)*", re.MULTILINE)
+DOCTEST = re.compile(r"^( *)>>> .*(?:\n(?! *$).*)*", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
@@ -27,7 +27,7 @@ def fenced(text: str) -> str:
     >>> fenced("Text.\n\n>>> 1 + 1\n2\n\nMore.")
     'Text.\n\n```pycon\n>>> 1 + 1\n2\n```\n\nMore.'
     """
-    return SESSION.sub(lambda found: f"{found[1]}```pycon\n{found[0]}\n{found[1]}```", text)
+    return DOCTEST.sub(lambda found: f"{found[1]}```pycon\n{found[0]}\n{found[1]}```", text)
 
 
 def paged(text: str) -> str:

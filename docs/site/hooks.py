@@ -24,7 +24,7 @@ def on_files(files: Files, config: Any) -> None:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Highlight doctests as the sessions that they are, without the directives and comments that only tests read."""
+    """Highlight doctests as input and output, without the directives that only tests read."""
     markdown = re.sub(r"^( *)```python\n(?=\1>>>)", r"\1```pycon\n", markdown, flags=re.MULTILINE)
     markdown = re.sub(r" +# doctest: .*$", "", markdown, flags=re.MULTILINE)
     return re.sub(r"\n\n( *```\n)", r"\n\1", markdown)
