@@ -362,7 +362,7 @@ def normalizations(choice: Renormalization, graph_module: fx.GraphModule, data: 
 
 
 def _default_normalization(graph_module: fx.GraphModule, has_data: bool) -> tuple[str | Pass, ...]:
-    """What ``"auto"`` stands for; the README's table.
+    """What ``"auto"`` stands for; the table of docs/merge.md.
 
     Under LayerNorm and GroupNorm the output layer is repaired too: docs/benchmarks/transformers.py gains by it in every
     row, up to ten points.
