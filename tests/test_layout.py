@@ -20,6 +20,7 @@ LADDER = [
     *("passes", "costs", "budget", "pruning", "sparse", "toolbox", "differences", "running"),
     *("merging", "choosing", "renormalizing", "api", "shrinking"),
     *("figures", "evaluation", "soups", "preserving", "flip_rates", "verdict", "page", "diagnosis"),
+    *("loading", "cards", "hub"),
     *(
         "architectures",
         "data",
@@ -43,12 +44,12 @@ ONLY_IN = {
     "networkx": ["discovery.py", "nesting.py", "roles.py"],
     "pydantic": ["passes/options.py", "pruning_sections.py", "recipe.py", "sections.py"],
     "click": [
-        *(f"cli/{name}.py" for name in ("__init__", "diagnose", "groups", "merge", "options")),
-        *(f"cli/{name}.py" for name in ("prune", "replay", "run", "zoo")),
+        *(f"cli/{name}.py" for name in ("__init__", "cards", "diagnose", "groups", "merge", "options")),
+        *(f"cli/{name}.py" for name in ("prune", "push", "replay", "run", "zoo")),
     ],
     "tqdm": ["batches.py"],
     "matplotlib": ["figures.py"],
-    "jinja2": ["page.py"],
+    "jinja2": ["cards.py", "page.py"],
 }
 NEVER_WHEN_IMPORTED = ("timm", "torchvision", "sklearn", "matplotlib", "jinja2")
 

@@ -166,6 +166,15 @@ class Card:
         return ModelCardData(**found).to_yaml()
 
 
+def described(sources: Sequence[FileRecord | str]) -> list[str]:
+    """Sources in words, files with their whole hashes.
+
+    >>> described([FileRecord("models/a.pt", 64 * "0"), "seed 1"])
+    ['a.pt, SHA-256 0000000000000000000000000000000000000000000000000000000000000000', 'seed 1']
+    """
+    return [each if isinstance(each, str) else f"{each.name}, SHA-256 {each.sha256}" for each in sources]
+
+
 def check_card(folder: Path) -> None:
     """Refuse a folder that has a README.md which is no card of ours.
 
@@ -257,7 +266,8 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters.update(escape_markdown=escape_markdown, fenced=_fenced)
+    filters: dict[str, Any] = {"escape_markdown": escape_markdown, "fenced": _fenced}
+    made.filters.update(filters)
     return made.get_template("card.md.j2")
 
 

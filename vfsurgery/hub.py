@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from vfsurgery.cards import CARD, CLASSIFICATION, Card, Network, check_card, is_card
+from vfsurgery.cards import CARD, CLASSIFICATION, Card, Network, check_card, described, is_card
 from vfsurgery.checkpoints import INDEX, ONNX, PROGRAM, WEIGHTS, FileRecord, provenance, save_state_dict, write_text
 from vfsurgery.errors import CheckpointError, HubError, OptionError, explain
 from vfsurgery.loading import CONFIG, TIMM_WEIGHTS, Written, is_of_timm, write_config
@@ -87,15 +87,6 @@ def save_folder(
     return folder
 
 
-def described(sources: Sequence[FileRecord | str]) -> list[str]:
-    """Sources in words, files with their whole hashes.
-
-    >>> described([FileRecord("models/a.pt", 64 * "0"), "seed 1"])
-    ['a.pt, SHA-256 0000000000000000000000000000000000000000000000000000000000000000', 'seed 1']
-    """
-    return [each if isinstance(each, str) else f"{each.name}, SHA-256 {each.sha256}" for each in sources]
-
-
 def push_to_hub(
     folder_or_model: str | Path | nn.Module,
     repo_id: str,
@@ -108,8 +99,8 @@ def push_to_hub(
 ) -> str:
     """Put a network with its card on the Hugging Face Hub, in one commit.
 
-    Of a folder go, from its top level alone, the card, networks (``.safetensors``, ``.pt2``, ``.onnx``), ``config.json``,
-    reports, pictures and pages; see :func:`listed`. Links, hidden files, folders and pickled checkpoints never do.
+    Of a folder go, from its top level alone, the card, networks (``.safetensors``, ``.pt2``, ``.onnx``),
+    ``config.json``, reports, pictures and pages. Links, hidden files, folders and pickled checkpoints never do.
 
     Args:
         folder_or_model: A folder with a card, as ``vfsurgery run``, ``vfsurgery merge --card`` and :func:`save_folder`
@@ -142,7 +133,7 @@ def push_to_hub(
         from huggingface_hub import CommitOperationAdd, HfApi
 
         api = HfApi(token=token)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(url.repo_id).private:
             raise HubError(
                 explain(f"{url.repo_id} is there and public", remedy="make it private on the Hub, or name another one")
@@ -206,8 +197,7 @@ def _hub_errors(repo_id: str) -> Generator[None]:
     """Raise what goes wrong with the Hub as a :class:`HubError` that says what to do."""
     fact = f"cannot push to {repo_id}"
     try:
-        import httpx
-        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
     except ImportError as error:
         raise HubError(explain(fact, cause=error, remedy="pip install 'vfsurgery[hub]'")) from error
     login = "hf auth login, or set HF_TOKEN; a token that may write is needed: huggingface.co/settings/tokens"
@@ -221,7 +211,7 @@ def _hub_errors(repo_id: str) -> Generator[None]:
         raise HubError(explain(fact, cause=cause, remedy=login if status in (401, 403) else None)) from error
     except OfflineModeIsEnabled as error:
         raise HubError(explain(fact, cause="HF_HUB_OFFLINE is set", remedy="unset it to push")) from error
-    except (httpx.HTTPError, OSError) as error:
+    except (HTTPError, ConnectionError, TimeoutError) as error:
         cause = str(error).partition("\n")[0] or type(error).__name__
         raise HubError(explain(fact, cause=cause, remedy="is huggingface.co reached from here? try again")) from error
 

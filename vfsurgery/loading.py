@@ -116,7 +116,5 @@ def _quoted(text: str) -> str:
 
 
 def _call(function: str, *arguments: str, **options: object) -> str:
-    keywords = [
-        f"{name}={_quoted(value) if isinstance(value, str) else repr(value)}" for name, value in options.items()
-    ]
-    return f"{function}({', '.join([*arguments, *keywords])})"
+    values = {name: _quoted(value) if isinstance(value, str) else repr(value) for name, value in options.items()}
+    return f"{function}({', '.join([*arguments, *(f'{name}={value}' for name, value in values.items())])})"

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -15,6 +15,7 @@ import torch
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from vfsurgery.cards import CLASSIFICATION, Card, check_card
 from vfsurgery.checkpoints import load_into, load_state_dict, write_text
 from vfsurgery.checkpoints.refusals import printable
 from vfsurgery.comparison import Comparison
@@ -22,6 +23,7 @@ from vfsurgery.data import Splits
 from vfsurgery.errors import RecipeError, did_you_mean, explain
 from vfsurgery.expectations import Outcome
 from vfsurgery.experiments import Finding, Lab, PairFinding, outcomes, run_pair, run_soup, run_sweep
+from vfsurgery.loading import write_config
 from vfsurgery.pruning_sections import PruningSweep, ReducedSweep, Soup
 from vfsurgery.recipe_text import parse, read_text
 from vfsurgery.sections import (
@@ -165,6 +167,7 @@ class Recipe(Section):
         """
         output = Path(output) if output is not None else Path("out") / self.name
         _check_folder(output)
+        check_card(output)
         device = _device(self.device)
         for experiment in self.experiments:
             model = from_seed(experiment.build, 0)  # every misspelt model is met before the first minute of training
@@ -220,11 +223,28 @@ class RecipeRun:
         return plain
 
     def write(self) -> None:
-        """Write the files of each experiment, and ``report.json`` for all."""
+        """Write the files of each experiment, and for all ``report.json`` and a card."""
         text = self.recipe.to_yaml()
         for finding in self.findings:
             finding.write(self.output / finding.experiment.name, text)
         write_text(self.output / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
+        self._card().write(self.output)
+
+    def _card(self) -> Card:
+        """What the folder says about itself; a single network of timm also gets the file with which timm loads it."""
+        networks = [found.described(self.recipe.data) for found in self.findings]
+        if len(networks) == 1:
+            written = networks[0].written
+            if write_config(self.findings[0].model, self.output, written.name):
+                networks = [replace(networks[0], written=replace(written, configured=True))]
+        return Card(
+            title=self.recipe.name,
+            summary="Networks from a recipe, and what was measured of them.",
+            networks=networks,
+            recipe=self.recipe.to_yaml(),
+            data=self.recipe.data.name,
+            task=CLASSIFICATION,
+        )
 
     def __str__(self) -> str:
         tables = [
