@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vfsurgery.checkpoints import FileRecord, write_text
+from vfsurgery.checkpoints import FileRecord, file_hash, write_text
 from vfsurgery.errors import CheckpointError, explain
 from vfsurgery.loading import Written
 from vfsurgery.merging import version_of
@@ -131,7 +131,7 @@ class Card:
             card=self,
             front=self.front_matter(),
             entries=[_entry(network) for network in self.networks],
-            files=[FileRecord.of(folder / name) for name in files],
+            files=[FileRecord(name, file_hash(folder / name)) for name in files],
             versions=", ".join([*versions, f"Python {platform.python_version()}"]),
         )
 

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from vfsurgery.cards import CARD, CLASSIFICATION, Card, Network, check_card, described, is_card
 from vfsurgery.checkpoints import INDEX, ONNX, PROGRAM, WEIGHTS, FileRecord, provenance, save_state_dict, write_text
+from vfsurgery.checkpoints.refusals import refuse_damaged
 from vfsurgery.errors import CheckpointError, HubError, OptionError, explain
 from vfsurgery.loading import CONFIG, TIMM_WEIGHTS, Written, is_of_timm, write_config
 from vfsurgery.results import report_of
@@ -167,14 +168,17 @@ def listed(folder: str | Path) -> list[Path]:
         raise CheckpointError(explain(f"{folder} has no card, a README.md of vfsurgery", remedy=remedy))
     if not any(path.suffix in NETWORKS for path in found):
         raise CheckpointError(explain(f"{folder} has no network", expected=", ".join(f"*{each}" for each in NETWORKS)))
-    _check_named(folder, {path.name for path in found})
+    _check_shards(folder, {path.name for path in found})
     return sorted(found)
 
 
-def _check_named(folder: Path, names: set[str]) -> None:
+def _check_shards(folder: Path, names: set[str]) -> None:
     """Refuse a folder that lacks a shard which its index names."""
     for index in sorted(name for name in names if name.endswith(INDEX)):
-        shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            refuse_damaged(folder / index, error)
         if missing := sorted(shards - names):
             raise CheckpointError(explain(f"{folder} lacks {missing[0]}", because=f"{index} names it"))
 
