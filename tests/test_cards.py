@@ -23,7 +23,7 @@ from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import CheckpointError, OptionError
 from vfsurgery.loading import Written, write_config
 from vfsurgery.pruning import PrunedLayer, PruneReport
-from vfsurgery.recipe import Recipe
+from vfsurgery.recipe import Recipe, base_models
 from vfsurgery.training import from_seed
 
 DEMO = ["--model", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8", "--quiet"]
@@ -112,6 +112,12 @@ def test_the_card_of_a_run_has_everything_that_is_known(ran):
     assert Recipe.from_yaml(recipe[1]) == Recipe.from_yaml(RECIPE)
 
 
+def test_hub_models_are_the_base():
+    recipe = Recipe.from_yaml(RECIPE.replace("vfsurgery.demo:TinyConvNet", "timm:hf-hub:ada/a@main"))
+    assert base_models(recipe) == ["ada/a"]
+    assert base_models(Recipe.from_yaml(RECIPE)) == []
+
+
 def test_labels_stay_in_their_cells(ran):
     assert re.search(r"^\| naive \\\| &lt;b&gt; \| [\d.]+ \|$", (ran / CARD).read_text(), re.MULTILINE)
 
@@ -123,7 +129,7 @@ def test_a_run_loads_as_its_card_says(ran, monkeypatch):
 
 
 def test_another_readme_stops_a_run_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("vfsurgery.recipe.Images.load", lambda self: pytest.fail("worked before it looked"))
+    monkeypatch.setattr("vfsurgery.recipe.Images.load", lambda *_: pytest.fail("worked before it looked"))
     (tmp_path / CARD).write_text("# My project\n\nuses vfsurgery\n")
     with pytest.raises(CheckpointError, match=r"README\.md is there and no card of vfsurgery\n  remedy  name a folder"):
         Recipe.from_yaml(RECIPE).run(tmp_path, progress=False)

@@ -243,6 +243,7 @@ class RecipeRun:
             networks=networks,
             recipe=self.recipe.to_yaml(),
             data=self.recipe.data.name,
+            base_models=base_models(self.recipe),
             task=CLASSIFICATION,
         )
 
@@ -252,6 +253,19 @@ class RecipeRun:
             for found in self.findings
         ]
         return "\n\n".join([*tables, f"written to {self.output} after {self.seconds:.0f} s"])
+
+
+def base_models(recipe: Recipe) -> list[str]:
+    """Hub names of the models that a recipe starts from.
+
+    >>> base_models(Recipe.from_yaml("name: a\\npairs: [{name: b, model: 'timm:hf-hub:timm/resnet18.a1_in1k'}]"))
+    ['timm/resnet18.a1_in1k']
+    """
+    names = [experiment.model for experiment in recipe.experiments if experiment.model.startswith(_ON_THE_HUB)]
+    return sorted({name.removeprefix(_ON_THE_HUB).partition("@")[0] for name in names})
+
+
+_ON_THE_HUB = "timm:hf-hub:"
 
 
 def _device(name: str) -> torch.device:
