@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vfsurgery"
 
 LADDER = [
-    *("errors", "registry", "axes", "layouts", "groups", "report", "results"),
+    *("errors", "registry", "axes", "layouts", "fragments", "groups", "report", "results"),
     *("tracing", "excerpts", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial", "computed"),
     *("batches", "holdout", "stats", "matching", "sources", "shares", "checkpoints", "verification"),
     *("passes", "costs", "budget", "pruning", "sparse", "toolbox", "differences", "running"),
     *("merging", "choosing", "renormalizing", "api", "shrinking"),
-    *("figures", "evaluation", "soups", "preserving", "flip_rates", "verdict", "page", "diagnosis"),
+    *("figures", "notebook", "evaluation", "soups", "preserving", "flip_rates", "verdict", "page", "diagnosis"),
     *("loading", "cards", "hub"),
     *(
         "architectures",
