@@ -53,7 +53,7 @@ def test_every_kind_is_html_that_needs_nothing(shown, kind):
     text = shown[kind]._repr_html_()
     reader = Reader(text)
     assert {"script", "iframe", "link", "img"}.isdisjoint(tag for tag, _ in reader.tags)
-    assert not re.search(r"""(src|href)=["']?(?!#)|url\((?!#)|@import""", text)
+    assert not re.search(r"""(src|href)=(?!["']?#)|url\((?!#)|@import""", text)
     assert len(text) < 120_000
 
 
@@ -119,7 +119,7 @@ def test_many_rows_are_folded_away():
 
 def test_numbers_stand_to_the_right():
     text = table(["a", "b", "c", "d"], [["x", 1.5, "-2.5%", bar(0.25)], ["1", float("nan"), "3%", bar(2.0)]])
-    assert re.findall(r"<th( [^>]*|)>", text)[1:] == ["", *[' class="number"'] * 3]
+    assert re.findall(r"<th( [^>]*|)>", text) == ["", *[' class="number"'] * 3]
     assert ">0.25<" in text
     assert "100%" in bar(2.0)
     assert " 0%" in bar(float("nan"))

@@ -117,4 +117,5 @@ def _row(tag: str, cells: Sequence[str], right: Sequence[bool]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return re.fullmatch(r"(<div [^>]*>)?[-+x×]?[\d.,]*(e[-+]\d+)?[%–]?(</div>)?|[-+]?(nan|inf)", cell) is not None
+    bare = re.sub(r"</?div[^>]*>", "", cell)
+    return re.fullmatch(r"[-+x×]?\d[\d.,]*(e[-+]\d+)?%?|–|[-+]?(nan|inf)%?|", bare) is not None
