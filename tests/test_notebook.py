@@ -126,6 +126,11 @@ def test_numbers_stand_to_the_right():
     assert table(["a"], []) == ""
 
 
+def test_empty_columns_are_left_out():
+    assert table(["a", "b"], [["x", ""], ["y", ""]]) == table(["a"], [["x"], ["y"]])
+    assert "<th>b</th>" in table(["a", "b"], [["x", ""], ["y", "z"]])
+
+
 def test_figures_of_one_page_do_not_share_ids(shown):
     other = surgery.diagnose(*(nn.Sequential(nn.Linear(4, 2)),) * 2, torch.randn(8, 4))
     ids = [set(Reader(found._repr_html_()).ids) for found in (shown["diagnosis"], other, shown["barrier"])]

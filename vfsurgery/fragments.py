@@ -16,10 +16,11 @@ LONG = 12
 STYLE = (
     ".vfsurgery{overflow-x:auto;max-width:100%}"
     ".vfsurgery p{margin:.3em 0;max-width:75em}"
-    ".vfsurgery table{border-collapse:collapse;margin:.4em 0;font-size:.92em}"
-    ".vfsurgery th,.vfsurgery td{padding:.15em .7em;text-align:left;vertical-align:top;color:inherit;"
-    "background:none;border:0;border-bottom:1px solid rgba(128,128,128,.35)}"
-    ".vfsurgery .number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}"
+    # named twice, for more weight than the tables of notebooks have
+    ".vfsurgery.vfsurgery table{border-collapse:collapse;margin:.4em 0;font-size:.92em}"
+    ".vfsurgery.vfsurgery th,.vfsurgery.vfsurgery td{padding:.15em .7em;text-align:left;vertical-align:top;"
+    "color:inherit;background:none;border:0;border-bottom:1px solid rgba(128,128,128,.35)}"
+    ".vfsurgery.vfsurgery .number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}"
     ".vfsurgery details{margin:.3em 0}.vfsurgery td details{margin:0}"
     ".vfsurgery summary{cursor:pointer}"
     ".vfsurgery pre{font-size:.9em;overflow-x:auto}"
@@ -47,17 +48,18 @@ def fragment(title: str, *parts: Html) -> str:
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
     """A table; numbers, and texts that look like numbers, stand to the right.
 
-    Nothing where there are no rows.
+    Columns of which all cells are empty are left out, and so is a table without rows.
 
     >>> table(["name", "share"], [["<a>", 0.25]]).partition("<tbody>")[2]
     '<tr><td>&lt;a&gt;</td><td class="number">0.25</td></tr></tbody></table>'
     """
     cells = [[escaped(value) for value in row] for row in rows]
-    if not cells:
+    columns = [column for column in range(len(headers)) if any(row[column] for row in cells)]
+    if not columns:
         return Html("")
-    right = [all(_is_number(row[column]) for row in cells) for column in range(len(headers))]
-    body = "".join(_row("td", row, right) for row in cells)
-    head = _row("th", [escaped(header) for header in headers], right)
+    right = [all(_is_number(row[column]) for row in cells) for column in columns]
+    body = "".join(_row("td", [row[column] for column in columns], right) for row in cells)
+    head = _row("th", [escaped(headers[column]) for column in columns], right)
     return Html(f"<table><thead>{head}</thead><tbody>{body}</tbody></table>")
 
 

@@ -204,10 +204,10 @@ class MergeReport(Report):
         """How it was done, the certificates, what was tried, and to unfold: matches and groups."""
         steps = ", ".join(self.renormalize) or "none"
         matches = [
-            (match.source, match.group, match.label, match.size, match.moved, match.before, match.after)
-            for match in self.matches
+            (source if self.sources > 2 else "", *others)
+            for source, *others in (dataclasses.astuple(match) for match in self.matches)
         ]
-        headers = ["source", "group", "first written by", "units", "moved", "similarity before", "after"]
+        headers = ["source", "group", "first written by", "units", "similarity before", "after", "moved"]
         trials = [(trial.way, f"{trial.agreement:.2%}", trial.seconds) for trial in self.trials]
         return (
             paragraph(f"Matching {self.matching}; renormalization {steps}; seed {self.seed}."),
