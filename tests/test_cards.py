@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import re
 from pathlib import Path
@@ -126,6 +127,18 @@ def test_a_run_loads_as_its_card_says(ran, monkeypatch):
     loaded = load_as_the_card_says(ran, monkeypatch)
     assert isinstance(loaded, TinyConvNet)
     assert not loaded.training
+
+
+def test_the_only_network_of_a_run_is_one_that_timm_loads(tmp_path, monkeypatch):
+    options = "{num_classes: 10, in_chans: 1}"
+    recipe = RECIPE.replace("vfsurgery.demo:TinyConvNet", "timm:test_resnet").replace("{width: 4}", options)
+    done = Recipe.from_yaml(recipe).run(tmp_path / "tiny", progress=False)
+    loaded = load_as_the_card_says(done.output, monkeypatch)
+    images = torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8)
+    torch.testing.assert_close(loaded(images), done.comparisons[0].merged.eval()(images))
+    config = json.loads((done.output / "config.json").read_text())
+    assert config["pretrained_cfg"]["hf_hub_filename"] == "conv.safetensors"  # what timm takes from the Hub
+    assert ModelCard.load(done.output / CARD).data.library_name == "timm"
 
 
 def test_another_readme_stops_a_run_before_the_work(tmp_path, monkeypatch):
