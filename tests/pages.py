@@ -164,6 +164,7 @@ CHECKS: dict[str, Callable[[str, Path], object]] = {
 PROGRAMS: dict[str, Callable[[list[str], Path], object]] = {
     "vfsurgery": check_vfsurgery,
     **dict.fromkeys(("python", "python3"), check_python_script),
+    "hf": take,
     "pip": check_pip,
     "tox": check_tox,
     "pytest": check_pytest,

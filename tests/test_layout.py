@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vfsurgery"
 
 LADDER = [
-    *("errors", "registry", "axes", "layouts", "groups", "report", "results"),
+    *("errors", "registry", "axes", "layouts", "fragments", "groups", "report", "results"),
     *("tracing", "excerpts", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial", "computed"),
     *("batches", "holdout", "stats", "matching", "sources", "shares", "checkpoints", "verification"),
     *("passes", "costs", "budget", "pruning", "sparse", "toolbox", "differences", "running"),
     *("merging", "choosing", "renormalizing", "api", "shrinking"),
-    *("figures", "evaluation", "soups", "preserving", "flip_rates", "verdict", "page", "diagnosis"),
+    *("figures", "notebook", "evaluation", "soups", "preserving", "flip_rates", "verdict", "page", "diagnosis"),
+    *("loading", "cards", "hub"),
     *(
         "architectures",
         "data",
@@ -46,12 +47,12 @@ ONLY_IN = {
         *("stages/entries.py", "stages/sections.py"),
     ],
     "click": [
-        *(f"cli/{name}.py" for name in ("__init__", "diagnose", "groups", "merge", "options")),
-        *(f"cli/{name}.py" for name in ("prune", "replay", "run", "zoo")),
+        *(f"cli/{name}.py" for name in ("__init__", "cards", "diagnose", "groups", "merge", "options")),
+        *(f"cli/{name}.py" for name in ("prune", "push", "replay", "run", "zoo")),
     ],
     "tqdm": ["batches.py"],
     "matplotlib": ["figures.py"],
-    "jinja2": ["page.py"],
+    "jinja2": ["cards.py", "page.py"],
 }
 NEVER_WHEN_IMPORTED = ("timm", "torchvision", "sklearn", "matplotlib", "jinja2")
 

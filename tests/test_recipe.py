@@ -170,6 +170,7 @@ def test_yaml_makes_plain_values_only(tmp_path):
 
 def test_results_are_written(ran):
     assert sorted(path.name for path in ran.output.iterdir()) == [
+        "README.md",
         "conv.html",
         "conv.safetensors",
         "conv_barrier.png",

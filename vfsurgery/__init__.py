@@ -22,6 +22,8 @@ from vfsurgery.flip_rates import flips as flips
 from vfsurgery.groups import GroupSet as GroupSet
 from vfsurgery.groups import Permutation as Permutation
 from vfsurgery.groups import PermutationGroup as PermutationGroup
+from vfsurgery.hub import push_to_hub as push_to_hub
+from vfsurgery.hub import save_folder as save_folder
 from vfsurgery.maps import UnitMap as UnitMap
 from vfsurgery.matching import ActivationMatching as ActivationMatching
 from vfsurgery.matching import CCAMatching as CCAMatching

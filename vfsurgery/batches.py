@@ -8,6 +8,7 @@ tuple or list ``(images,)`` or ``(images, labels)``, or a mapping with an ``imag
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeGuard, TypeVar, cast
@@ -15,9 +16,14 @@ from typing import Any, TypeAlias, TypeGuard, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
-from tqdm import tqdm
+from tqdm import TqdmWarning
 
 from vfsurgery.errors import DataError, explain
+
+with warnings.catch_warnings():
+    # in notebooks without ipywidgets it warns of that, and falls back to bars of text, which do as well
+    warnings.simplefilter("ignore", TqdmWarning)
+    from tqdm.auto import tqdm
 
 T = TypeVar("T")
 

@@ -254,6 +254,11 @@ class Diagnosis:
             )
         return "\n".join([*lines, *(f"  not compared: {layer}" for layer in self.unpaired)])
 
+    def _repr_html_(self) -> str:
+        from vfsurgery.notebook import diagnosis_html
+
+        return diagnosis_html(self)
+
     def _backwards(self, smooth: Callable[[float, int], float]) -> tuple[float, ...]:
         """``e_l = max(s_l, r_l)`` from the last layer back; layers that are missing, or NaN, do not raise it."""
         ratios = {layer.position: layer.ratio for layer in self.layers}

@@ -50,6 +50,10 @@ class CheckpointError(SurgeryError):
     """A checkpoint is missing, damaged, or of a kind that would run code when loaded."""
 
 
+class HubError(SurgeryError):
+    """Something could not be put on the Hugging Face Hub."""
+
+
 class RecipeError(OptionError):
     """A recipe file does not describe a runnable recipe."""
 

@@ -293,6 +293,11 @@ class Barrier:
 
         return draw_barrier(self, path)
 
+    def _repr_html_(self) -> str:
+        from vfsurgery.notebook import barrier_html
+
+        return barrier_html(self)
+
 
 def barrier(
     a: nn.Module,

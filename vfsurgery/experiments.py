@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -13,16 +13,18 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
+from vfsurgery.cards import Network, Summary, described
 from vfsurgery.checkpoints import FileRecord, load_into, load_state_dict, provenance, save_state_dict
 from vfsurgery.comparison import Comparison, compare_merges, table
 from vfsurgery.data import Splits
 from vfsurgery.expectations import Outcome
+from vfsurgery.loading import Written, is_of_timm
 from vfsurgery.phases import Retraining, SparseSoup, sparse_soup
 from vfsurgery.pruning_sections import PruningSweep, Soup
 from vfsurgery.report import Report
 from vfsurgery.results import report_of
 from vfsurgery.sections import Experiment, Images, Pair
-from vfsurgery.sweep import DENSE, Sweep, sweep, sweep_table
+from vfsurgery.sweep import DENSE, Sweep, row, sweep, sweep_table
 from vfsurgery.training import from_seed, train
 
 E = TypeVar("E", bound=Experiment)
@@ -94,6 +96,10 @@ class Finding(Protocol):
         """Write files whose names begin with ``base``; ``recipe`` is the recipe's text, for their headers."""
         ...
 
+    def described(self, data: str) -> Sequence[tuple[Network, nn.Module]]:
+        """The networks that are written, with what a card says about them; ``data`` is the name of the images."""
+        ...
+
 
 class OfExperiment(ABC, Generic[E]):
     """What one pair, sweep or soup gave."""
@@ -125,6 +131,23 @@ class PairFinding(OfExperiment[Pair]):
 
     experiment: Pair
     comparison: Comparison
+
+    @property
+    def model(self) -> nn.Module:
+        """The last merge."""
+        return self.comparison.merged
+
+    def described(self, data: str) -> Sequence[tuple[Network, nn.Module]]:
+        """With the sources' seeds or files, the line between them, and all rows."""
+        found = self.comparison
+        return _described(
+            self,
+            found.report,
+            self.experiment.seeds,
+            statistics=f"of {found.diagnosis.images} calibration images of {data}, labels not looked at",
+            accuracy=list(found.scores.values())[-1].accuracy,
+            pictures={"accuracy and loss on the way between the sources": f"{self.experiment.name}_barrier.png"},
+        )
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -169,6 +192,23 @@ class SweepFinding(OfExperiment[PruningSweep]):
     experiment: PruningSweep
     sweep: Sweep
 
+    @property
+    def model(self) -> nn.Module:
+        """That in which renormalization brings most."""
+        return self.sweep.example.model
+
+    def described(self, data: str) -> Sequence[tuple[Network, nn.Module]]:
+        """With the network before pruning, the curves, and all rows."""
+        example = self.sweep.example
+        return _described(
+            self,
+            report_of(self.model),
+            (self.experiment.seed,),
+            statistics=f"of {example.after.images} calibration images of {data}",
+            accuracy=self.sweep.scores[row(example.method, example.sparsity, renormalized=True)].accuracy,
+            pictures={"accuracy over sparsity": f"{self.experiment.name}_sweep.png"},
+        )
+
     def measured(self) -> Mapping[str, float]:
         """Accuracies in percent."""
         return {label: 100 * score.accuracy for label, score in self.sweep.scores.items()}
@@ -203,6 +243,21 @@ class SoupFinding(OfExperiment[Soup]):
     experiment: Soup
     soup: SparseSoup
 
+    @property
+    def model(self) -> nn.Module:
+        """The last soup."""
+        return self.soup.model
+
+    def described(self, data: str) -> Sequence[tuple[Network, nn.Module]]:
+        """With the network that it began with, and all phases."""
+        return _described(
+            self,
+            report_of(self.model),
+            (self.experiment.seed,),
+            statistics=f"of calibration images of {data}",
+            accuracy=self.soup.phases[-1].soup,
+        )
+
     def measured(self) -> Mapping[str, float]:
         """Accuracies in percent."""
         rows = {DENSE: self.soup.dense}
@@ -229,6 +284,27 @@ class SoupFinding(OfExperiment[Soup]):
         report = report_of(self.soup.model)
         save_state_dict(self.soup.model.state_dict(), f"{base}.safetensors", _header(self.experiment, report, recipe))
         self.soup.masks.save(f"{base}_masks.safetensors")
+
+
+def _described(
+    finding: PairFinding | SweepFinding | SoupFinding, report: Report, seeds: Sequence[int], **others: Any
+) -> list[tuple[Network, nn.Module]]:
+    """What all cards of experiments say; networks that were not loaded from files were trained from ``seeds``."""
+    experiment = finding.experiment
+    files = [FileRecord.of(Path(file)) for file in experiment.files]
+    network = Network(
+        name=experiment.name,
+        written=Written(
+            (f"{experiment.name}.safetensors",), experiment.model, experiment.options, of_timm=is_of_timm(finding.model)
+        ),
+        summary=Summary.of(report),
+        sources=described(files or [f"{experiment.model}, trained from seed {seed}" for seed in seeds]),
+        results=finding.measured(),
+        published=finding.published(),
+        measured="Accuracies and barriers in percent, on test images.",
+        **others,
+    )
+    return [(network, finding.model)]
 
 
 def _header(experiment: Experiment, report: Report, recipe: str) -> dict[str, str]:

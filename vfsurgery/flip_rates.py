@@ -19,6 +19,7 @@ from vfsurgery.batches import Batches, Data
 from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import DataError, OptionError, explain
 from vfsurgery.evaluation import device_of, logits_of
+from vfsurgery.fragments import fragment, table
 from vfsurgery.sources import eval_mode
 
 ALL_RIGHT = "where all were right"
@@ -107,6 +108,21 @@ class Flips:
 
     def __str__(self) -> str:
         return "\n".join(_table(self))
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        rows = [
+            (
+                rates.old,
+                rates.count,
+                *(f"{share:.2%}" for share in (rates.negative_rate, rates.positive_rate)),
+                rates.relative_negative_rate,
+                f"{rates.negative_impact:.2%}",
+            )
+            for rates in self.rows
+        ]
+        headers = ["old model", "images", "negative", "positive", "relative negative", "share of new errors"]
+        return fragment("flips", table(headers, rows))
 
 
 def relative_negative_rate(negative_rate: float, old_error: float, new_error: float) -> float:

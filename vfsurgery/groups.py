@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vfsurgery.fragments import LONG, Html, escaped, folded, fragment, paragraph, table
+
 UNKNOWN_OP_REMEDY = "register a rule with @surgery.rule, see docs/write_a_rule.md; leaf= and pins= are other ways out"
 """What to do about an op without a coupling rule."""
 
@@ -225,6 +227,36 @@ class GroupSet:
             lines.extend(f"    {op}" for op in self.unknown_ops)
             lines.append(f"    {UNKNOWN_OP_REMEDY}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the first line of the text, and what is below it to unfold."""
+        return fragment(str(self).partition("\n")[0], *self.as_html())
+
+    def as_html(self) -> tuple[Html, ...]:
+        """Groups, pinned axes and unknown ops, each as a table to unfold."""
+        rows = [
+            (group.name, group.label, group.units, group.outer or "", folded(str(len(group.members)), _listed(group)))
+            for group in self.groups
+        ]
+        parts = [
+            folded(
+                f"{len(rows)} groups",
+                table(["group", "first written by", "units", "inside", "members"], rows),
+                unfolded=len(rows) <= LONG,
+            )
+        ]
+        if self.pinned:
+            pins = [(f"{pin.parameter}[{pin.dim}]", pin.count, pin.reason) for pin in self.pinned]
+            parts.append(folded(f"{len(pins)} pinned axes", table(["axis", "indices", "because"], pins)))
+        if self.unknown_ops:
+            ops = table(["ops without a coupling rule: all that they touch is pinned"], zip(self.unknown_ops))
+            parts.append(folded(f"{len(self.unknown_ops)} ops without a rule", ops, paragraph(UNKNOWN_OP_REMEDY)))
+        return tuple(parts)
+
+
+def _listed(group: PermutationGroup) -> Html:
+    """The members, one a line."""
+    return Html("<br>".join(escaped(str(member)) for member in group.members))
 
 
 @dataclass(frozen=True)

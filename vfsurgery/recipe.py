@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,11 +17,13 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic.json_schema import PydanticJsonSchemaWarning
 
+from vfsurgery.cards import CLASSIFICATION, Card, check_card
 from vfsurgery.checkpoints import PROGRAM, WEIGHTS, load_into, load_state_dict, write_text
 from vfsurgery.comparison import Comparison
 from vfsurgery.errors import RecipeError, explain
 from vfsurgery.expectations import Outcome
 from vfsurgery.experiments import Finding, Lab, PairFinding, SoupFinding, SweepFinding, run_pair, run_soup, run_sweep
+from vfsurgery.loading import write_config
 from vfsurgery.pruning_sections import PruningSweep, ReducedSweep, Soup
 from vfsurgery.recipe_errors import describe, written_path
 from vfsurgery.recipe_text import changed, parse, read_text
@@ -256,6 +258,7 @@ class Recipe(Section):
         """
         output = Path(output) if output is not None else Path("out") / self.name
         _check_folder(output)
+        check_card(output)
         device = _device(self.device)
         if self.stages:
             return self._run_stages(output, device, progress, resume)
@@ -315,11 +318,31 @@ class RecipeRun:
         return plain
 
     def write(self) -> None:
-        """Write the files of each experiment, and ``report.json`` for all."""
+        """Write the files of each experiment, and for all ``report.json`` and a card."""
         text = self.recipe.to_yaml()
         for finding in self.findings:
             finding.write(self.output / finding.name, text)
         write_text(self.output / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
+        self._card().write(self.output)
+
+    def _card(self) -> Card:
+        """What the folder says about itself; a single network of timm also gets the file with which timm loads it."""
+        data = (self.recipe.data or Images()).name
+        networks = [each for found in self.findings for each in found.described(data)]
+        cards = [network for network, _ in networks]
+        if len(networks) == 1:
+            written = cards[0].written
+            if write_config(networks[0][1], self.output, written.name):
+                cards = [replace(cards[0], written=replace(written, configured=True))]
+        return Card(
+            title=self.recipe.name,
+            summary="Networks from a recipe, and what was measured of them.",
+            networks=cards,
+            recipe=self.recipe.to_yaml(),
+            data=data,
+            base_models=base_models(self.recipe),
+            task=CLASSIFICATION,
+        )
 
     def __str__(self) -> str:
         tables = [
@@ -327,6 +350,20 @@ class RecipeRun:
             for found in self.findings
         ]
         return "\n\n".join([*tables, f"written to {self.output} after {self.seconds:.0f} s"])
+
+
+def base_models(recipe: Recipe) -> list[str]:
+    """Hub names of the models that a recipe starts from.
+
+    >>> base_models(Recipe.from_yaml("name: a\\npairs: [{name: b, model: 'timm:hf-hub:timm/resnet18.a1_in1k'}]"))
+    ['timm/resnet18.a1_in1k']
+    """
+    models = [each.model for each in (*recipe.experiments, *recipe.sources)]
+    names = [model for model in models if model.startswith(_ON_THE_HUB)]
+    return sorted({name.removeprefix(_ON_THE_HUB).partition("@")[0] for name in names})
+
+
+_ON_THE_HUB = "timm:hf-hub:"
 
 
 def _device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from vfsurgery.fragments import LONG, Html, folded, fragment, paragraph, paragraphs, table, verbatim
 from vfsurgery.groups import GroupSet
 
 
@@ -102,9 +103,14 @@ class Trial:
     agreement: float
     seconds: float
 
+    @property
+    def way(self) -> str:
+        """As in ``activations + reset``."""
+        return " + ".join([self.matching, *self.renormalize])
+
     def __str__(self) -> str:
-        way = " + ".join([self.matching, *self.renormalize])
-        return f"{way}: agrees with the ensemble on {self.agreement:.2%} of the held-out images ({self.seconds:.1f} s)"
+        agreement = f"agrees with the ensemble on {self.agreement:.2%} of the held-out images"
+        return f"{self.way}: {agreement} ({self.seconds:.1f} s)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +142,15 @@ class Report:
     def to_json(self) -> str:
         """The record as indented JSON."""
         return json.dumps(self.to_dict(), indent=2)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the first line of the text, tables, and the whole text to unfold."""
+        first = str(self).partition("\n")[0]
+        return fragment(first, *self.as_html(), folded("the whole report", verbatim(str(self))))
+
+    def as_html(self) -> tuple[Html, ...]:
+        """What a notebook shows of it without a click, beside its first line."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -184,6 +199,30 @@ class MergeReport(Report):
             plain[name] = None if value is None else dataclasses.asdict(value)
         plain["versions"], plain["seconds"] = dict(self.versions), dict(self.seconds)
         return json.loads(json.dumps(plain))
+
+    def as_html(self) -> tuple[Html, ...]:
+        """How it was done, the certificates, what was tried, and to unfold: matches and groups."""
+        steps = ", ".join(self.renormalize) or "none"
+        matches = [
+            (source if self.sources > 2 else "", *others)
+            for source, *others in (dataclasses.astuple(match) for match in self.matches)
+        ]
+        headers = ["source", "group", "first written by", "units", "similarity before", "after", "moved"]
+        trials = [(trial.way, f"{trial.agreement:.2%}", trial.seconds) for trial in self.trials]
+        return (
+            paragraph(f"Matching {self.matching}; renormalization {steps}; seed {self.seed}."),
+            paragraphs(f"{'✓' if certificate else '✗'} {certificate}" for certificate in self.certificates),
+            paragraphs(part for part in (self.preserved, self.masks, *self.notes) if part is not None),
+            table(["tried", "agrees with the ensemble", "seconds"], trials),
+            folded(
+                "what matching did",
+                table(headers, matches),
+                unfolded=len(matches) <= LONG,
+            )
+            if matches
+            else Html(""),
+            folded(f"{len(self.groups)} permutation groups", *self.groups.as_html()),
+        )
 
     def __str__(self) -> str:
         steps = ", ".join(self.renormalize) or "none"

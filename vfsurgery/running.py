@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from vfsurgery.batches import Batches, Data
 from vfsurgery.discovery import discover
 from vfsurgery.errors import OptionError, explain
+from vfsurgery.fragments import Html, table
 from vfsurgery.holdout import split
 from vfsurgery.passes import PASSES, Context, Fold, Pass, Pipeline, build_pass
 from vfsurgery.passes.base import calibration_images
@@ -72,6 +73,11 @@ class PassReport(Report):
     sources: int
     seed: int
     guards: tuple[str, ...]
+
+    def as_html(self) -> tuple[Html, ...]:
+        """The passes in their order."""
+        rows = [(str(step).partition(";")[0], len(step.added), len(step.removed), step.error) for step in self.passes]
+        return (table(["pass", "nodes added", "removed", "error, where the function is kept"], rows),)
 
     def __str__(self) -> str:
         lines = [f"{len(self.passes)} passes on {self.model}"]

@@ -18,6 +18,7 @@ from vfsurgery.batches import Batches, Data
 from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
 from vfsurgery.evaluation import device_of, evaluate, first_images
+from vfsurgery.fragments import Html, table
 from vfsurgery.groups import GroupSet
 from vfsurgery.merging import common_device
 from vfsurgery.passes import Context, KeepZeros, Reset
@@ -63,6 +64,14 @@ class SoupReport(Report):
     def accuracy(self) -> float | None:
         """Accuracy of a greedy soup on its validation data, 0 to 1."""
         return max((found.soup for found in self.ingredients if found.kept and found.soup is not None), default=None)
+
+    def as_html(self) -> tuple[Html, ...]:
+        """The models in the order in which they were tried."""
+        rows = [
+            (str(found.model), found.accuracy, found.soup, found.weight if found.kept else "left out")
+            for found in self.ingredients
+        ]
+        return (table(["model", "accuracy", "soup", "weight"], rows),)
 
     def __str__(self) -> str:
         kept, kind = sum(found.kept for found in self.ingredients), "greedy" if self.greedy else "average"

@@ -73,11 +73,15 @@ def provenance(report: Report, recipe: str, sources: Sequence[FileRecord] = ()) 
     return {"recipe": recipe, **{name: json.dumps(value, sort_keys=True) for name, value in found.items()}}
 
 
-def timm_config(model: nn.Module) -> str | None:
+def timm_config(model: nn.Module, weights: str = "model.safetensors") -> str | None:
     """Return the JSON by which timm knows a model's architecture, classes and preprocessing; ``None`` for others.
 
-    It is what timm's ``push_to_hub`` writes as ``config.json``: beside weights named ``model.safetensors`` it makes the
-    folder one that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads.
+    It is what timm's ``push_to_hub`` writes as ``config.json``: beside the weights it makes the folder one that
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, and a repository one for ``hf-hub:``.
+
+    Args:
+        model: Any network.
+        weights: Name of the file of its weights; timm's own name for it needs no mention.
 
     >>> timm_config(nn.Linear(1, 1)) is None
     True
@@ -89,4 +93,9 @@ def timm_config(model: nn.Module) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         save_config_for_hf(model, str(file))
-        return file.read_text(encoding="utf-8")
+        config = file.read_text(encoding="utf-8")
+    if weights == "model.safetensors":
+        return config
+    content = json.loads(config)
+    content["pretrained_cfg"]["hf_hub_filename"] = weights
+    return json.dumps(content, indent=2)

@@ -11,6 +11,7 @@ from vfsurgery.cli.groups import groups
 from vfsurgery.cli.merge import merge_checkpoints
 from vfsurgery.cli.options import EPILOG
 from vfsurgery.cli.prune import prune_checkpoint, renormalize_checkpoint
+from vfsurgery.cli.push import push
 from vfsurgery.cli.replay import replay
 from vfsurgery.cli.run import check_recipe, plan_recipe, recipe_schema, run
 from vfsurgery.cli.zoo import survey_zoo
@@ -54,7 +55,7 @@ def main() -> None:
 
 COMMANDS = (
     *(run, plan_recipe, check_recipe, recipe_schema, merge_checkpoints, prune_checkpoint, renormalize_checkpoint),
-    *(replay, diagnose_checkpoint, groups, survey_zoo),
+    *(replay, push, diagnose_checkpoint, groups, survey_zoo),
 )
 for command in COMMANDS:
     main.add_command(command)

@@ -9,7 +9,9 @@ import click
 from torch import Tensor, nn
 
 from vfsurgery.api import merge
+from vfsurgery.cards import CARD
 from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS, check_shard_size
+from vfsurgery.cli.cards import CARD_OPTION, CardRequest
 from vfsurgery.cli.options import (
     EPILOG,
     QUIET,
@@ -54,6 +56,7 @@ from vfsurgery.tracing.examples import example_inputs_of
 @compute_options("Decides random orders.")
 @click.option("--ema/--no-ema", default=True, help="Whether to take moving averages of weights.  [default: ema]")
 @click.option("--max-shard-size", metavar="SIZE", help="Split weights into files of at most that, as in 5GB.")
+@CARD_OPTION
 @QUIET
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="File ending in .safetensors, .pt2 or .onnx."
@@ -75,17 +78,27 @@ def merge_checkpoints(**options: Any) -> None:
           -o ab.safetensors
       vfsurgery merge a.pt b.pt --model timm:resnet18 --preserve layer2 -o ab.pt2
       vfsurgery merge a.pt b.pt --model timm:resnet18 -o ab.onnx
+      vfsurgery merge a.pt b.pt --model timm:resnet18 \\
+          --card -o ab/model.safetensors
     """
     report, written = merge_files(**options)
     click.echo(f"{report}\n\nwritten to {', '.join(map(str, written[:-1]))} and {written[-1]}")
+    if options["card"]:
+        click.echo(f"card in {written[-1].with_name(CARD)}")
 
 
-def merge_files(a: Path, b: Path, output: Path, *, quiet: bool, **options: Any) -> tuple[MergeReport, tuple[Path, ...]]:
+def merge_files(
+    a: Path, b: Path, output: Path, *, quiet: bool, card: bool, **options: Any
+) -> tuple[MergeReport, tuple[Path, ...]]:
     """What the command does with its options: returns the report, and the files written, the report's last."""
     record = Record.of((a, b), options)
+    request = CardRequest.of((a, b), output) if card else None
     merged, inputs = _merged(a, b, output, quiet=quiet, **options)
     report = merge_report_of(merged)
-    return report, record.write(merged, inputs, output, _beside(output))
+    written = record.write(merged, inputs, output, _beside(output))
+    if request is not None:
+        request.write(merged, output, written[:-1], options)
+    return report, written
 
 
 def _merged(

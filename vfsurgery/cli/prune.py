@@ -9,6 +9,7 @@ import click
 from torch import nn
 
 from vfsurgery.checkpoints import WEIGHTS, save_state_dict, write_text
+from vfsurgery.cli.cards import CARD_OPTION, CardRequest
 from vfsurgery.cli.options import (
     EPILOG,
     QUIET,
@@ -50,6 +51,7 @@ from vfsurgery.results import report_of
     help="Then restore the statistics of the dense network: auto, reset, repair, rescale.",
 )
 @compute_options("Decides whatever is drawn at random.")
+@CARD_OPTION
 @QUIET
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File ending in .safetensors.")
 def prune_checkpoint(
@@ -64,6 +66,7 @@ def prune_checkpoint(
     restore: str,
     seed: int,
     device: str,
+    card: bool,
     quiet: bool,
     output: Path,
     **data: Any,
@@ -82,6 +85,7 @@ def prune_checkpoint(
     import_from_here()
     report_path = output.with_suffix(".report.json")
     check_output(output, report_path, (checkpoint,), (WEIGHTS,))
+    request = CardRequest.of((checkpoint,), output) if card else None
     target = find_device(device)
     dense = load_model(checkpoint, model, num_classes, target)
     images = load_images(model, dense, seed=seed, **data)
@@ -104,6 +108,8 @@ def prune_checkpoint(
         )
         click.echo(str(report_of(pruned)))
     _write(pruned, output, report_path, {"model": model, "dense": checkpoint.name})
+    if request is not None:
+        request.write(pruned, output, (output,), {"model": model, "num_classes": num_classes, **data})
 
 
 @click.command("renormalize", epilog=EPILOG)
@@ -115,6 +121,7 @@ def prune_checkpoint(
     "--renormalize", "choice", default="auto", show_default=True, help="auto, reset, repair, rescale or reshift."
 )
 @compute_options("Decides which images are drawn.")
+@CARD_OPTION
 @QUIET
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File ending in .safetensors.")
 def renormalize_checkpoint(
@@ -125,6 +132,7 @@ def renormalize_checkpoint(
     choice: str,
     seed: int,
     device: str,
+    card: bool,
     quiet: bool,
     output: Path,
     **data: Any,
@@ -141,6 +149,7 @@ def renormalize_checkpoint(
     import_from_here()
     report_path = output.with_suffix(".report.json")
     check_output(output, report_path, (compressed, reference), (WEIGHTS,))
+    request = CardRequest.of((compressed, reference), output) if card else None
     target = find_device(device)
     network, dense = (load_model(path, model, num_classes, target) for path in (compressed, reference))
     repaired = renormalize(
@@ -153,6 +162,8 @@ def renormalize_checkpoint(
     )
     click.echo(str(report_of(repaired)))
     _write(repaired, output, report_path, {"model": model, "reference": reference.name})
+    if request is not None:
+        request.write(repaired, output, (output,), {"model": model, "num_classes": num_classes, **data})
 
 
 def _write(model: nn.Module, output: Path, report: Path, metadata: dict[str, str]) -> None:

@@ -26,6 +26,7 @@ from vfsurgery.checkpoints import (
     write_text,
 )
 from vfsurgery.errors import CheckpointError, explain
+from vfsurgery.loading import CONFIG, TIMM_WEIGHTS
 from vfsurgery.results import merge_report_of
 
 Option = str | int | float | bool | None
@@ -50,7 +51,7 @@ class Record:
     @classmethod
     def of(cls, sources: tuple[Path, ...], options: Mapping[str, Any]) -> Self:
         """Before the merge: the hashes of its sources, and its options."""
-        texts = {name: _text(name, value) for name, value in sorted(options.items())}
+        texts = {name: as_text(name, value) for name, value in sorted(options.items())}
         # a missing or odd file is refused with a better message where it is read
         records = tuple(FileRecord.of(path.absolute()) for path in sources if path.is_file())
         return cls(records, texts, torch.get_num_threads())
@@ -87,8 +88,8 @@ class Record:
         else:
             save_state_dict(merged.state_dict(), output, metadata)
             written = (output,)
-        if config is not None and output.name == "model.safetensors":
-            write_text(output.with_name("config.json"), config)
+        if config is not None and output.name == TIMM_WEIGHTS:
+            write_text(output.with_name(CONFIG), config)
         return written
 
     @classmethod
@@ -130,7 +131,7 @@ class Record:
         return found
 
 
-def _text(name: str, value: Any) -> Option:
+def as_text(name: str, value: Any) -> Option:
     """One option as it is written on the command line."""
     if isinstance(value, tuple):
         return ("x" if name == "input_size" else ",").join(map(str, cast("tuple[float, ...]", value)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vfsurgery.fragments import LONG, Html, folded, paragraph, paragraphs, table
 from vfsurgery.renormalizing.pairing import Unpaired
 from vfsurgery.report import Report
 
@@ -51,6 +52,20 @@ class RenormalizeReport(Report):
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers."""
         return {**super().to_dict(), "seconds": dict(self.seconds), "versions": dict(self.versions)}
+
+    def as_html(self) -> tuple[Html, ...]:
+        """Layers with what they were scaled by, and those left as they were."""
+        rows = [(pair.layer, pair.partner, pair.by, pair.units, pair.scale) for pair in self.paired]
+        return (
+            paragraph(f"{self.sparsity:.2%} of the weights are zero, before as after."),
+            paragraphs(self.notes),
+            folded(
+                f"{len(rows)} layers",
+                table(["layer", "of the reference", "found by", "units", "scaled by"], rows),
+                unfolded=len(rows) <= LONG,
+            ),
+            paragraphs(f"Left as it is, {layer}" for layer in self.unpaired),
+        )
 
     def __str__(self) -> str:
         lines = [

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.api import merge
+from vfsurgery.cards import Summary
 from vfsurgery.checkpoints import (
     ONNX,
     PROGRAM,
@@ -55,10 +56,12 @@ class Told:
 
 @dataclass(frozen=True)
 class Export:
-    """A network to be written when all steps have succeeded."""
+    """A network to be written when all steps have succeeded, and what its card is to say."""
 
     file: str
+    name: str
     model: nn.Module
+    summary: Summary
     inputs: tuple[Tensor, ...]
     metadata: Mapping[str, str]
 
@@ -109,6 +112,7 @@ class Bench:
     ends: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
     sparse: set[str] = field(default_factory=set[str])
     reports: dict[str, Report] = field(default_factory=dict[str, Report])
+    summaries: dict[str, Summary] = field(default_factory=dict[str, Summary])
     metadata: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     scores: dict[str, Score] = field(default_factory=dict[str, Score])
     writes: list[Export | Page] = field(default_factory=list[Export | Page])
@@ -144,20 +148,35 @@ class Bench:
         if step.kind == "evaluate":
             self.scores = {label: Score(**score) for label, score in values["scores"].items()}
         self.metadata |= values.get("metadata", {})
+        self.summaries |= {name: Summary(**summary) for name, summary in values.get("summaries", {}).items()}
 
     def untrained(self, name: str) -> nn.Module:
         """A network of the class that a name has, with random weights."""
         section = self.sections.get(name) or next(iter(self.sections.values()))
         return section.untrained().to(self.device, self.dtype)
 
+    @property
+    def files(self) -> list[FileRecord]:
+        """The checkpoints that sources were loaded from."""
+        return [FileRecord.of(Path(each.checkpoint)) for each in self.sections.values() if each.checkpoint is not None]
+
+    @property
+    def origins_in_words(self) -> list[str]:
+        """Where the weights of sources come from that were in no file."""
+        return [
+            f"{each.model}, {'its published weights' if each.pretrained else f'from seed {each.seed}'}"
+            for each in self.sections.values()
+            if each.checkpoint is None
+        ]
+
     def _remember(self, step: Step) -> None:
         """Keep the report of each network, and what its files are to say."""
-        files = [FileRecord.of(Path(each.checkpoint)) for each in self.sections.values() if each.checkpoint is not None]
         for name in self._made_by(step):
             model = self.networks[name]
             if step.kind != "train":
                 self.reports[name] = report_of(model)
-                self.metadata[name] = provenance(self.reports[name], self.recipe, files)
+                self.summaries[name] = Summary.of(self.reports[name])
+                self.metadata[name] = provenance(self.reports[name], self.recipe, self.files)
 
     def _made_by(self, step: Step) -> Sequence[str]:
         return (MERGED,) if step.kind == "merge" else step.networks
@@ -293,6 +312,7 @@ class Bench:
     def _exported(self, file: str, name: str, model: nn.Module) -> Export:
         metadata = {"model": next(iter(self.sections.values())).model, **self.metadata.get(name, {})}
         metadata.setdefault("recipe", self.recipe)
+        summary = self.summaries.get(name, Summary())
         restructured = isinstance(model, torch.fx.GraphModule)
         if not file.endswith((PROGRAM, ONNX)):
             if restructured:
@@ -303,9 +323,12 @@ class Bench:
                     )
                 )
             config = timm_config(model)
-            return Export(file, model, (), metadata if config is None else {**metadata, "timm_config": config})
+            return Export(
+                file, name, model, summary, (), metadata if config is None else {**metadata, "timm_config": config}
+            )
         shaped = next(iter((self.ends or self.networks).values()))
-        return Export(file, model, example_inputs_of(shaped, self._example(shaped)), metadata)
+        inputs = example_inputs_of(shaped, self._example(shaped))
+        return Export(file, name, model, summary, inputs, metadata)
 
     def _example(self, model: nn.Module) -> Tensor | None:
         """Two images: of the data, or of the size that the sources are said to take."""

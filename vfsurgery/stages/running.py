@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from vfsurgery.cards import Network, described
 from vfsurgery.checkpoints import FileRecord, file_hash
 from vfsurgery.errors import SurgeryError
 from vfsurgery.evaluation import Score
 from vfsurgery.expectations import Outcome
+from vfsurgery.loading import Written, is_of_timm
 from vfsurgery.passes import PASSES
-from vfsurgery.stages.bench import Bench, Told, outcomes_of
+from vfsurgery.stages.bench import Bench, Export, Told, outcomes_of
 from vfsurgery.stages.entries import build_passes
 from vfsurgery.stages.sections import Source
 from vfsurgery.stages.steps import MERGED, Step
@@ -54,6 +56,33 @@ class StagesFinding:
                 for step, told in zip(self.steps, self.told, strict=True)
             ]
         }
+
+    def described(self, data: str) -> Sequence[tuple[Network, nn.Module]]:
+        """Every network that is written, with the scores of the last evaluation."""
+        bench = self.bench
+        exports = [each for each in bench.writes if isinstance(each, Export)]
+        first = next(iter(bench.sections.values()))
+        statistics = "" if bench.splits is None else f"of calibration images of {data}"
+        results = {label: 100 * score.accuracy for label, score in bench.scores.items()}
+        last = bench.networks
+        return [
+            (
+                Network(
+                    name=export.file,
+                    written=Written((export.file,), first.model, first.options, of_timm=is_of_timm(export.model)),
+                    summary=export.summary,
+                    sources=described([*bench.files, *bench.origins_in_words]),
+                    results=results,
+                    measured="Accuracies in percent." if results else "",
+                    accuracy=bench.scores[export.name].accuracy
+                    if export.name in bench.scores and export.model is last.get(export.name)
+                    else None,
+                    statistics=statistics,
+                ),
+                export.model,
+            )
+            for export in exports
+        ]
 
     def write(self, base: Path, recipe: str) -> None:
         """Write what is to be written into the folder of ``base``."""
@@ -101,7 +130,9 @@ def _run(step: Step, key: str, bench: Bench, store: Store) -> Told:
         return told
     if all(loads(model, bench.untrained(name)) for name, model in networks.items()):
         metadata = {name: bench.metadata[name] for name in networks if name in bench.metadata}
-        store.keep(key, {"lines": told.lines, "values": told.values, "metadata": metadata}, networks)
+        summaries = {name: asdict(bench.summaries[name]) for name in networks if name in bench.summaries}
+        said = {"lines": told.lines, "values": told.values, "metadata": metadata, "summaries": summaries}
+        store.keep(key, said, networks)
     store.forget_trainings(key)
     return told
 
@@ -112,7 +143,7 @@ def _taken_over(step: Step, kept: Kept, bench: Bench) -> Told | None:
     try:
         networks = {name: kept.load(name, bench.untrained(name)) for name in names}
         values = kept.record["values"]
-        bench.restore(step, networks, {**values, "metadata": kept.record["metadata"]})
+        bench.restore(step, networks, {**kept.record, "scores": values.get("scores")})
         told = Told(list(kept.record["lines"]), values)
     except (SurgeryError, KeyError, TypeError):  # damaged: it is made anew
         return None

@@ -1,0 +1,63 @@
+"""What notebooks show of measurements that have figures."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from vfsurgery.figures import Draw, barrier_panels, diagnosis_panels, svg
+from vfsurgery.fragments import LONG, Html, bar, figure, folded, fragment, paragraph, paragraphs, table
+
+if TYPE_CHECKING:
+    from vfsurgery.diagnosis import Diagnosis
+    from vfsurgery.evaluation import Barrier
+
+
+def barrier_html(found: Barrier) -> str:
+    """Scores of the ends, the barriers, and the curves."""
+    scores = {"source a": found.a, "source b": found.b, "ensemble": found.ensemble}
+    ends = [(name, f"{score.accuracy:.2%}", score.loss) for name, score in scores.items()]
+    for name, curve in found.curves.items():
+        ends.append((f"{name}, halfway", f"{curve.accuracy[curve.midpoint]:.2%}", curve.loss[curve.midpoint]))
+    barriers = [(name, f"{curve.accuracy_barrier:.2%}", curve.loss_barrier) for name, curve in found.curves.items()]
+    return fragment(
+        f"from source a to source b, {len(found.naive.alphas)} points",
+        table(["", "accuracy", "loss"], ends),
+        table(["barrier", "of accuracy", "of loss"], barriers),
+        _figures(barrier_panels(found), str(found)),
+    )
+
+
+def diagnosis_html(found: Diagnosis) -> str:
+    """The verdict, a row per layer, and the figure that shows vanishing; the page has the others."""
+    rows = [
+        (
+            layer.name,
+            layer.kind,
+            f"{layer.depth:.0%}",
+            bar(layer.ratio),
+            bound,
+            layer.model.feature,
+            layer.source("feature"),
+            layer.variance_ratio,
+        )
+        for layer, bound in zip(found.layers, found.bound, strict=True)
+    ]
+    headers = ["layer", "kind", "depth", "ratio", "bound", "feature", "of the sources", "variance ratio"]
+    sources = len(found.layers[0].sources)
+    return fragment(
+        f"{found.model} beside {sources} source{'s' * (sources > 1)}, {found.images} images",
+        paragraph(found.verdict),
+        folded(f"{len(rows)} layers", table(headers, rows), unfolded=len(rows) <= LONG),
+        paragraphs(f"not compared: {layer}" for layer in found.unpaired),
+        _figures(dict(islice(diagnosis_panels(found).items(), 1)), str(found)),
+    )
+
+
+def _figures(panels: Mapping[str, Draw], content: str) -> Html:
+    """Ids begin with a number made of the content, since many figures share one page."""
+    name = f"vf{zlib.crc32(content.encode()):08x}"
+    drawn = (figure(title, svg(draw, f"{name}{number}")) for number, (title, draw) in enumerate(panels.items()))
+    return Html("".join(drawn))
