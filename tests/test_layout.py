@@ -54,7 +54,10 @@ ONLY_IN = {
     "matplotlib": ["figures.py"],
     "jinja2": ["cards.py", "page.py"],
 }
-NEVER_WHEN_IMPORTED = ("timm", "torchvision", "sklearn", "matplotlib", "jinja2")
+NEVER_WHEN_IMPORTED = (
+    *("timm", "torchvision", "sklearn", "matplotlib", "jinja2"),
+    *("scipy.optimize", "torch.utils.flop_counter"),
+)
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

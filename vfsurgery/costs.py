@@ -13,17 +13,19 @@ import operator
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from vfsurgery.passes.cut import Cut
 from vfsurgery.sources import eval_mode
 from vfsurgery.tracing.ops import canonical_parameters
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ def cost_of(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> Cost:
 @contextmanager
 def _counting(model: nn.Module) -> Generator[tuple[FakeTensorMode, FlopCounterMode]]:
     """FLOPs are counted and nothing is computed, in eval mode, by ops that have a count (fused attention has none)."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton's part of torch
+
     mode, counter = FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False)
     fused = torch.backends.mha.get_fastpath_enabled()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

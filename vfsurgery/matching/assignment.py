@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vfsurgery.errors import InvalidWeightsError, explain
@@ -35,6 +34,8 @@ def assign(similarity: Tensor) -> Assignment:
     >>> assign(torch.tensor([[0.0, 2.0], [1.0, 0.5]])).permutation.order
     (1, 0)
     """
+    from scipy.optimize import linear_sum_assignment  # a fifth of what importing torch takes
+
     matrix = similarity.detach().to("cpu", torch.float64, copy=True).neg_().numpy()  # scipy copies it to maximize
     try:
         _, columns = linear_sum_assignment(matrix)
