@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -38,6 +36,7 @@ from vfsurgery.sections import (
     refuse_repeated,
     refuse_unknown,
 )
+from vfsurgery.threads import threads
 from vfsurgery.training import from_seed
 
 
@@ -174,7 +173,7 @@ class Recipe(Section):
         lab = Lab(
             self.data, self._images(), device, self.seed, self.alpha, self.threads, self.resume, progress=progress
         )
-        with _threads(self.threads):
+        with threads(self.threads):
             findings = (
                 *(run_pair(pair, lab) for pair in self.pairs),
                 *(run_sweep(one, lab) for one in self.sweeps),
@@ -241,17 +240,6 @@ def _device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError(explain(f"there is no device {name}", remedy="write device: auto, or device: cpu"))
     return torch.device(name)
-
-
-@contextmanager
-def _threads(count: int | None) -> Generator[None]:
-    """Let torch use ``count`` threads: their number decides the order of sums, and with it the last digits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _check_folder(output: Path) -> None:
