@@ -1,4 +1,4 @@
-"""How many threads torch computes with on the CPU: how it cuts sums into parts depends on it, and so do the last digits."""
+"""How many threads torch computes with on the CPU: it decides how sums are cut, and with it the last digits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 def threads(count: int | None) -> Generator[None]:
     """Let torch use ``count`` threads meanwhile; ``None`` is as many as before.
 
-    Code on factorizations asks for one: LAPACK's results differ between one thread and several in nearly every digit
-    that rounding leaves open, and on the matrices met here several are hardly faster.
+    Where matrices are factored it is one: LAPACK's last digits always depend on the number, and one is hardly slower.
 
     >>> before = torch.get_num_threads()
     >>> with threads(3):
