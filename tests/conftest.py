@@ -23,6 +23,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
 
 
+def pytest_collectstart() -> None:
+    """Seed what a test file draws while it is imported, whichever files were imported before."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed what fixtures of whole files draw, whichever test is the first to use them."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
     """Seed torch, and use no more threads than the machines of CI have cores."""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vfsurgery"
 
 LADDER = [
-    *("errors", "registry", "axes", "layouts", "fragments", "groups", "report", "results"),
+    *("errors", "threads", "registry", "axes", "layouts", "fragments", "groups", "report", "results"),
     *("tracing", "excerpts", "rules", "nesting", "roles", "maps", "discovery", "recording", "partial", "computed"),
     *("batches", "holdout", "stats", "matching", "sources", "shares", "checkpoints", "verification"),
     *("passes", "costs", "budget", "pruning", "sparse", "toolbox", "differences", "running"),

@@ -11,7 +11,7 @@ import vfsurgery as surgery
 from vfsurgery.errors import OptionError, TraceError
 from vfsurgery.partial import watch
 
-X = torch.randn(2, 3, 8, 8)
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def tower(inputs: int = 6, outputs: int = 4) -> nn.Sequential:
@@ -138,6 +138,33 @@ def test_what_is_not_closed_is_no_part(cls, without):
     assert found.items() <= expected.items()
     assert found["head.body.0"] == 7
     assert surgery.verify(model, surgery.find_groups(model, X), X)
+
+
+class Constants(Detector):
+    """Constants made after a part has freed its tensors: often in the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Passing()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = super().forward(x)
+        ones = [torch.tensor(1.0) for _ in range(20)]
+        return [torch.stack(ones).mean() * y for y in found]
+
+
+class Passing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = [self.layer(x) for _ in range(20)]
+        return sum(inner, torch.zeros(()))
+
+
+def test_memory_that_is_given_away_again_does_not_count_as_the_old_tensor():
+    assert [watch(Constants(), (X,)).leaks for _ in range(5)] == [set()] * 5
 
 
 def test_the_watched_model_is_left_alone():

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,7 +84,7 @@ class Run(TorchDispatchMode):
     tensors were used after they had returned.
     """
 
-    names: dict[int, list[str]]
+    names: dict[StorageWeakRef, list[str]]
     calls: dict[str, list[Shapes | None]] = field(default_factory=dict[str, "list[Shapes | None]"])
     readers: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
     leaks: set[str] = field(default_factory=set[str])
@@ -91,8 +92,8 @@ class Run(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.makers: dict[int, frozenset[str]] = {}
-        self.returned: dict[int, set[str]] = {}
+        self.makers: dict[StorageWeakRef, frozenset[str]] = {}
+        self.returned: dict[StorageWeakRef, set[str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note whose tensors an op uses, and who makes its results."""
@@ -128,7 +129,7 @@ def watch(model: nn.Module, inputs: tuple[Tensor, ...]) -> Run:
     """Run a copy of the model, which shares its parameters, once in eval mode."""
     copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
     canonical = canonical_parameters(copied)
-    names: dict[int, list[str]] = {}
+    names: dict[StorageWeakRef, list[str]] = {}
     for tensor in copied.state_dict(keep_vars=True).values():
         names.setdefault(_storage(tensor), []).append(canonical[id(tensor)])
     devices = {parameter.device for parameter in copied.parameters() if parameter.device.type == "cuda"}
@@ -152,8 +153,9 @@ def _hooks(model: nn.Module, run: Run) -> Generator[None]:
             hook.remove()
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    """A key that no later tensor can have: an address alone would be given away again once the tensor is gone."""
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -46,6 +45,7 @@ from vfsurgery.stages.running import StagesFinding, run_steps
 from vfsurgery.stages.sections import FileNames, Source, Stage, check_weights, complete_sources
 from vfsurgery.stages.steps import Step, steps_of
 from vfsurgery.stages.store import Store
+from vfsurgery.threads import threads
 from vfsurgery.training import from_seed
 
 STEPS = ".stages"
@@ -216,7 +216,7 @@ class Recipe(Section):
             progress,
             None if self.data is None else self.data.model_dump(mode="json"),
         )
-        with _threads(self.threads):
+        with threads(self.threads):
             finding = run_steps(self.name, self.steps, bench, Store(output / STEPS, resume), self.files)
         run = RecipeRun(self, (finding,), output, time.perf_counter() - start)
         run.write()
@@ -272,7 +272,7 @@ class Recipe(Section):
         kept = self.resume or (str(output / STEPS) if resume else None)
         splits = data.load(first.model, first.build)
         lab = Lab(data, splits, device, self.seed, self.alpha, self.threads, kept, progress=progress)
-        with _threads(self.threads):
+        with threads(self.threads):
             findings = (
                 *(run_pair(pair, lab) for pair in self.pairs),
                 *(run_sweep(one, lab) for one in self.sweeps),
@@ -373,17 +373,6 @@ def _device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError(explain(f"there is no device {name}", remedy="write device: auto, or device: cpu"))
     return torch.device(name)
-
-
-@contextmanager
-def _threads(count: int | None) -> Generator[None]:
-    """Let torch use ``count`` threads: their number decides the order of sums, and with it the last digits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _check_folder(output: Path) -> None:

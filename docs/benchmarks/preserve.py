@@ -3,13 +3,14 @@
 Statistics come from 5,000 random training images, accuracy from the 10,000 test images. Matching is done once for all
 boundaries: on activations, RESCALE for `vgg11_half`, RESET for `tv_resnet18`, or what `--renormalize` says. Times are
 CPU seconds of one batch, the least of many interleaved runs, over those of one source. Beside them stand the ratio of
-FLOPs and that of the time of the source's single ops, each counted as often as it runs. Where the folder with the
-pairs is missing, the script says so and stops.
+FLOPs and that of the time of the source's single ops, each counted as often as it runs; a second table has what each op
+of the source takes. Where the folder with the pairs is missing, the script says so and stops.
 
     python docs/benchmarks/preserve.py --output preserve.json
     python docs/benchmarks/preserve.py --pair tv_resnet18 --draws 5
     python docs/benchmarks/preserve.py --renormalize regress
     python docs/benchmarks/preserve.py --times --threads 1
+    python docs/benchmarks/preserve.py --times --threads 1 --channels-last --batch 1 --batch 128
 """
 
 from __future__ import annotations
@@ -83,10 +84,11 @@ def mean_and_spread(figures: list[float]) -> str:
 
 
 @torch.no_grad()
-def measure_times(name: str, options: argparse.Namespace) -> None:
-    """Print a table of inference time over that of one source, for both forms."""
-    a, b = load_pair(options.shared, name)
-    batch = torch.randn(options.batch, 3, options.side, options.side)
+def measure_times(name: str, size: int, options: argparse.Namespace) -> None:
+    """Print a table of inference time over that of one source, for both forms, and one of the source's ops."""
+    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+    a, b = (model.to(memory_format=memory_format) for model in load_pair(options.shared, name))  # merges keep it
+    batch = torch.randn(size, 3, options.side, options.side).to(memory_format=memory_format)
     graph_module = surgery.trace(a, batch).eval()
     cuts, ledger = Boundaries(graph_module), Ledger.of(graph_module, (batch,))
     boundaries, forms = list(BOUNDARIES[name])[1:], get_args(Form)[1:]
@@ -99,7 +101,8 @@ def measure_times(name: str, options: argparse.Namespace) -> None:
                     renormalize=None, example_inputs=batch[:2], progress=False,
                 )  # fmt: skip
     ops, seconds = op_seconds(graph_module, batch), least_seconds(merged, batch)
-    print(f"\n### {name}, {options.side} x {options.side} images, one source {seconds['source']:.4f} s\n")
+    title = f"{name}, {size} images of {options.side} x {options.side}, {memory_format}"
+    print(f"\n### {title}, one source {seconds['source']:.4f} s\n")
     print("| preserved | flops | single ops | grouped | branches |\n|---|---|---|---|---|")
     for boundary in boundaries:
         cut = cuts.cut(boundary)
@@ -107,6 +110,21 @@ def measure_times(name: str, options: argparse.Namespace) -> None:
         figures = [(ledger.cost(cut, 2) / ledger.cost(cuts.cut(0), 2)).flops, single / sum(ops.values())]
         figures += [seconds.get(f"{boundary} {form}", math.nan) / seconds["source"] for form in forms]
         print(f"| {boundary} | {' | '.join(f'{figure:.3f}' for figure in figures)} |", flush=True)
+    print_ops(graph_module, ops, ledger)
+
+
+def print_ops(graph_module: fx.GraphModule, seconds: dict[str, float], ledger: Ledger) -> None:
+    """What each kind of op of a network takes, of its time and of its FLOPs."""
+    modules = dict(graph_module.named_modules())
+    kinds: dict[str, list[str]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op.startswith("call"):
+            kind = modules[str(node.target)] if node.op == "call_module" else node.target
+            kinds.setdefault(getattr(kind, "__name__", type(kind).__name__), []).append(node.name)
+    print("\n| ops of the source | time (%) | FLOPs (%) |\n|---|---|---|")
+    for kind, names in kinds.items():
+        shares = (sum(of.get(name, 0) for name in names) / sum(of.values()) for of in (seconds, ledger.flops))
+        print(f"| {kind} | {' | '.join(f'{100 * share:.1f}' for share in shares)} |", flush=True)
 
 
 class Timer(fx.Interpreter):
@@ -151,7 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin(options.threads)
     for name in options.pair or BOUNDARIES:
         if options.times:
-            measure_times(name, options)
+            for size in options.batch or [64]:
+                measure_times(name, size, options)
             continue
         curve = measure_accuracy(name, options)
         if options.output:
@@ -166,9 +185,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--calibration", type=int, default=5000, help="images for statistics (default: %(default)s)")
     made.add_argument("--test", type=int, default=10_000, help="test images (default: %(default)s)")
     made.add_argument("--draws", type=int, default=1, help="sets of images for statistics (default: %(default)s)")
-    made.add_argument("--batch", type=int, default=64, help="images in a batch for times (default: %(default)s)")
+    made.add_argument("--batch", type=int, action="append", help="images in a batch for times; may be repeated")
     made.add_argument("--times", action="store_true", help="measure inference time instead of accuracy")
     made.add_argument("--side", type=int, default=32, help="side of the images for times (default: %(default)s)")
+    made.add_argument("--channels-last", action="store_true", help="time networks and images in this memory format")
     made.add_argument("--renormalize", default="auto", help="for example regress (default: by architecture)")
     made.add_argument("--output", type=Path, metavar="FILE", help="also write the figures as JSON, one file per pair")
     return made

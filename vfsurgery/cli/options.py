@@ -17,6 +17,7 @@ from vfsurgery.architectures import FORMS, build_model
 from vfsurgery.checkpoints import ONNX, check_onnx, check_writable, load_into, load_state_dict
 from vfsurgery.data import digits, image_folder, loader, preprocessing
 from vfsurgery.errors import CheckpointError, OptionError, explain
+from vfsurgery.threads import threads
 
 C = TypeVar("C", bound=Callable[..., object])
 
@@ -58,7 +59,19 @@ def compute_options(seed: str) -> Callable[[C], C]:
     return _together(
         click.option("--seed", default=0, show_default=True, help=seed),
         click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1."),
+        click.option(
+            "--threads",
+            type=click.IntRange(1, 1024),
+            expose_value=False,
+            callback=_set_threads,
+            help="Threads on the CPU; with a fixed number, results do not depend on how many cores there are.",
+        ),
     )
+
+
+def _set_threads(context: click.Context, parameter: click.Parameter, count: int | None) -> None:
+    """For as long as the command runs."""
+    context.with_resource(threads(count))
 
 
 def data_options(command: C) -> C:

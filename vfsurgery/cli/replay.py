@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
-import torch
 
 from vfsurgery.checkpoints import INDEX, FileRecord, file_hash
 from vfsurgery.cli.merge import merge_checkpoints, merge_files
 from vfsurgery.cli.options import EPILOG
 from vfsurgery.cli.records import Record
 from vfsurgery.errors import CheckpointError, explain
+from vfsurgery.threads import threads
 
 
 @click.command(epilog=EPILOG)
@@ -39,7 +37,7 @@ def replay(report: Path, sources: tuple[Path, ...], output: Path | None, quiet: 
     """
     record = Record.read(report)
     found = _checked(record.sources, sources, report)
-    with tempfile.TemporaryDirectory() as scratch, _threads(record.threads):
+    with tempfile.TemporaryDirectory() as scratch, threads(record.threads):
         target = (output or Path(scratch)) / Path(record.output[-1].path).name.removesuffix(INDEX)
         arguments = [*map(str, found), *record.arguments(), f"--output={target}", *(["--quiet"] if quiet else [])]
         with merge_checkpoints.make_context("merge", arguments) as context:
@@ -79,14 +77,3 @@ def _compare(records: tuple[FileRecord, ...], paths: tuple[Path, ...], report: P
                 because="images, versions of libraries or the processor differ; the report has the versions of then",
             )
         )
-
-
-@contextmanager
-def _threads(count: int) -> Generator[None]:
-    """As many as then: their number decides the order of sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

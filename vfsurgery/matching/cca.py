@@ -20,6 +20,7 @@ from torch import Tensor
 from vfsurgery.maps import UnitMap
 from vfsurgery.matching.base import MATCHERS
 from vfsurgery.matching.mapped import Joint, MapMatcher
+from vfsurgery.threads import threads
 
 SMALLEST = 1e-9
 """Eigenvalues of a covariance below this share of the largest are raised to it: those of dead units are zero."""
@@ -39,6 +40,7 @@ class CCAMatching(MapMatcher):
     needs_data: bool = field(default=True, init=False)
     needs_joint: bool = field(default=True, init=False)
 
+    @threads(1)
     def maps(self, joint: Joint) -> tuple[list[UnitMap], float, float]:
         """``T`` and its inverse for every source but the first, which stays as it is."""
         covariance = joint.covariance()

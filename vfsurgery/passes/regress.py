@@ -39,6 +39,7 @@ from vfsurgery.passes.renormalize import Affine, Repair, unit_ratio
 from vfsurgery.stats.correlation import Centred, CrossMoments
 from vfsurgery.stats.lockstep import Lockstep, live_bytes
 from vfsurgery.stats.moments import Moments, add_batch, weighted_goal
+from vfsurgery.threads import threads
 from vfsurgery.tracing.ops import Op, OpReader
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
@@ -234,10 +235,11 @@ class _Solution:
         eye = torch.eye(n, dtype=c.dtype, device=c.device)
         best, lowest, chosen = start, float("inf"), ridges[0]
         for ridge in ridges:
-            factor, failed = torch.linalg.cholesky_ex(c + ridge * unit * eye)
-            if bool(failed):
-                continue
-            found = start + torch.cholesky_solve(missing.T, factor).T
+            with threads(1):
+                factor, failed = torch.linalg.cholesky_ex(c + ridge * unit * eye)
+                if bool(failed):
+                    continue
+                found = start + torch.cholesky_solve(missing.T, factor).T
             error = ((found @ held_out[:n, :n] - 2 * scale * held_out[n:, :n]) * found).sum(1)
             error = float((error / goal_std.square().clamp_min(torch.finfo(torch.float64).tiny)).sum())
             if error < lowest:

@@ -20,6 +20,7 @@ from vfsurgery.pruning.base import PRUNERS, Pattern, Pruner, Pruning, Scope
 from vfsurgery.pruning.inputs import in_parts, second_moments
 from vfsurgery.pruning.masks import Masks
 from vfsurgery.pruning.selection import largest
+from vfsurgery.threads import threads
 
 GIB = 1 << 30
 WORKSPACE = 3
@@ -135,6 +136,7 @@ def _budget(sizes: dict[str, int], memory: float) -> int:
     return int(memory * GIB) - needed + sizes[largest_name]
 
 
+@threads(1)
 def inverse_factor(moments: Tensor, damping: float) -> tuple[Tensor, float]:
     """``U`` with ``(moments + d I)^-1 = U^T U``, upper triangular, and the damping that it took.
 
