@@ -122,7 +122,7 @@ def test_data_of_your_own(tmp_path, monkeypatch):
     assert (len(splits.train), len(splits.calibration), len(splits.test)) == (16, 4, 4)
     for name, options, message in (
         ("mydata:whole", {"cout": 3}, "cannot be loaded so"),
-        ("mydata:hole", {}, "no function 'hole'\n  remedy  did you mean 'whole'"),
+        ("mydata:hole", {}, "mydata has no data factory 'hole'\n  remedy  did you mean 'whole'"),
         ("mydata:wrong", {}, "is a int"),
         ("yourdata:whole", {}, "cannot import the data yourdata:whole"),
     ):

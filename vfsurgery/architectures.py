@@ -100,16 +100,26 @@ def _build_torchvision(pretrained: bool, name: str, options: dict[str, Any]) -> 
             raise OptionError(explain(f"torchvision has no weights for {name!r}", cause=error)) from error
 
 
-def _call_factory(path: str, name: str, options: dict[str, Any]) -> object:
-    spec = f"{path}:{name}"
+def find_factory(path: str, name: str, kind: str, forms: str) -> Callable[..., Any]:
+    """What ``import path; path.name`` is, for names of models and of data.
+
+    Raises:
+        OptionError: It cannot be imported, or is nothing that can be called.
+    """
     try:
         module = importlib.import_module(path)
     except ImportError as error:
-        raise OptionError(explain(f"cannot import the model {spec}", cause=error, remedy=f"write {FORMS}")) from error
+        fact = f"cannot import the {kind} {path}:{name}"
+        raise OptionError(explain(fact, cause=error, remedy=f"write {forms}")) from error
     factory = getattr(module, name, None)
     if not callable(factory):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise OptionError(explain(f"{path} has no model factory {name!r}", remedy=did_you_mean(name, known)))
+        raise OptionError(explain(f"{path} has no {kind} factory {name!r}", remedy=did_you_mean(name, known)))
+    return factory
+
+
+def _call_factory(path: str, name: str, options: dict[str, Any]) -> object:
+    factory, spec = find_factory(path, name, "model", FORMS), f"{path}:{name}"
     try:
         inspect.signature(factory).bind(**options)
     except (TypeError, ValueError) as error:

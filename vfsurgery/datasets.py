@@ -7,7 +7,6 @@ recipe may give. One that has a keyword ``transform`` is handed the one from a P
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sized
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch.utils.data import Dataset, Subset
 
+from vfsurgery.architectures import find_factory
 from vfsurgery.cifar import cifar
 from vfsurgery.data import Splits, Transform, digits, subset
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
@@ -51,15 +51,7 @@ def find_data(name: str) -> Factory:
     path, _, attribute = name.partition(":")
     if path == "torchvision":
         return partial(torchvision_data, attribute)
-    try:
-        module = importlib.import_module(path)
-    except ImportError as error:
-        raise OptionError(explain(f"cannot import the data {name}", cause=error, remedy=f"write {FORMS}")) from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise OptionError(explain(f"{path} has no function {attribute!r}", remedy=did_you_mean(attribute, known)))
-    return cast("Factory", factory)
+    return find_factory(path, attribute, "data", FORMS)
 
 
 def takes(factory: Factory, option: str) -> bool:
