@@ -19,7 +19,7 @@ from click.exceptions import Exit
 
 from vfsurgery.__main__ import main
 from vfsurgery.errors import RecipeError
-from vfsurgery.recipe import Recipe
+from vfsurgery.recipes.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\S*)[^\n]*\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)

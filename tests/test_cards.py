@@ -17,14 +17,14 @@ from torch import nn
 
 import vfsurgery as surgery
 from vfsurgery.architectures import build_model
-from vfsurgery.cards import CARD, Card, Network, Summary, escape_markdown, is_card
 from vfsurgery.checkpoints import file_hash, save_sharded, save_state_dict
 from vfsurgery.cli import main
 from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import CheckpointError, OptionError
-from vfsurgery.loading import Written, write_config
+from vfsurgery.hub.cards import CARD, Card, Network, Summary, escape_markdown, is_card
+from vfsurgery.hub.loading import Written, write_config
 from vfsurgery.pruning import PrunedLayer, PruneReport
-from vfsurgery.recipe import Recipe, base_models
+from vfsurgery.recipes.recipe import Recipe, base_models
 from vfsurgery.training import from_seed
 
 DEMO = ["--model", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8", "--quiet"]
@@ -142,7 +142,7 @@ def test_the_only_network_of_a_run_is_one_that_timm_loads(tmp_path, monkeypatch)
 
 
 def test_another_readme_stops_a_run_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("vfsurgery.recipe.Images.load", lambda *_: pytest.fail("worked before it looked"))
+    monkeypatch.setattr("vfsurgery.recipes.recipe.Images.load", lambda *_: pytest.fail("worked before it looked"))
     (tmp_path / CARD).write_text("# My project\n\nuses vfsurgery\n")
     with pytest.raises(CheckpointError, match=r"README\.md is there and no card of vfsurgery\n  remedy  name a folder"):
         Recipe.from_yaml(RECIPE).run(tmp_path, progress=False)

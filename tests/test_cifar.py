@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from vfsurgery.cifar import MEAN, STD, cifar
+from vfsurgery.data.cifar import MEAN, STD, cifar
 from vfsurgery.errors import DataError
 
 

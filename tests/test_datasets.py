@@ -11,9 +11,9 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision import datasets
 
 from vfsurgery.data import Splits
-from vfsurgery.datasets import DATA, divided, load_data
+from vfsurgery.data.datasets import DATA, divided, load_data
 from vfsurgery.errors import DataError, OptionError
-from vfsurgery.sections import Images
+from vfsurgery.recipes.sections import Images
 
 
 def write_images(folder, classes=("cat", "dog"), count=6, start=0):

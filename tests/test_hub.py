@@ -18,10 +18,10 @@ from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 import vfsurgery as surgery
-from vfsurgery.cards import CARD
 from vfsurgery.cli import main
 from vfsurgery.errors import CheckpointError, HubError, OptionError
 from vfsurgery.hub import listed, push_to_hub, save_folder
+from vfsurgery.hub.cards import CARD
 from vfsurgery.training import from_seed
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)

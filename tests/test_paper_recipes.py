@@ -12,14 +12,14 @@ from torch import nn
 
 from vfsurgery.__main__ import main
 from vfsurgery.checkpoints import save_state_dict
-from vfsurgery.comparison import compare_merges
 from vfsurgery.data import digits
 from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import CheckpointError, RecipeError
 from vfsurgery.evaluation import evaluate
-from vfsurgery.expectations import Expectation
 from vfsurgery.paper_networks import VGG16, ResNet20, vision_transformer
-from vfsurgery.recipe import Recipe
+from vfsurgery.recipes.comparison import compare_merges
+from vfsurgery.recipes.expectations import Expectation
+from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.training import from_seed
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "paper").glob("*.yaml"))
@@ -212,7 +212,7 @@ def test_given_checkpoints_are_merged_instead_of_trained_ones(ran, tmp_path, mon
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for seed, file in enumerate(files):
         save_state_dict(from_seed(lambda: TinyConvNet(4), 7 + seed).state_dict(), file)
-    monkeypatch.setattr("vfsurgery.experiments.train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr("vfsurgery.recipes.experiments.train", lambda *args, **kwargs: pytest.fail("trained"))
     text = f"""\
 name: given
 pairs:

@@ -11,8 +11,8 @@ from vfsurgery import Masks, Recipe
 from vfsurgery.checkpoints import load_state_dict
 from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import RecipeError
-from vfsurgery.experiments import SweepFinding
-from vfsurgery.recipe import RecipeRun
+from vfsurgery.recipes.experiments import SweepFinding
+from vfsurgery.recipes.recipe import RecipeRun
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import vfsurgery as surgery
-from vfsurgery import comparison
 from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import RecipeError
-from vfsurgery.expectations import Expectation
-from vfsurgery.ratio_rows import RatioRow
-from vfsurgery.recipe import Recipe
+from vfsurgery.recipes import comparison
+from vfsurgery.recipes.expectations import Expectation
+from vfsurgery.recipes.ratio_rows import RatioRow
+from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.training import from_seed
 
 TEXT = """\

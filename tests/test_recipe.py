@@ -18,7 +18,7 @@ from vfsurgery.data import digits
 from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import OptionError, RecipeError, SurgeryError
 from vfsurgery.evaluation import evaluate
-from vfsurgery.recipe import Recipe
+from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.training import from_seed, train
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -239,7 +239,7 @@ def test_default_folder_is_named_after_the_recipe(tinynets, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("spec", ["tinynets:covn", "nowhere:conv", "timm:resnt18"])
 def test_model_that_cannot_be_built_stops_before_training(tinynets, tmp_path, monkeypatch, spec):
-    monkeypatch.setattr("vfsurgery.experiments.train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr("vfsurgery.recipes.experiments.train", lambda *args, **kwargs: pytest.fail("trained"))
     with pytest.raises(OptionError, match=spec.partition(":")[0]):
         Recipe.from_yaml(TINY.replace("tinynets:conv", spec)).run(tmp_path / "results")
     assert not (tmp_path / "results").exists()
@@ -248,7 +248,7 @@ def test_model_that_cannot_be_built_stops_before_training(tinynets, tmp_path, mo
 @pytest.mark.parametrize("folder", ["file", "file/deeper"])
 def test_folder_that_cannot_be_made_stops_before_training(tinynets, tmp_path, monkeypatch, folder):
     (tmp_path / "file").touch()
-    monkeypatch.setattr("vfsurgery.experiments.train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr("vfsurgery.recipes.experiments.train", lambda *args, **kwargs: pytest.fail("trained"))
     with pytest.raises(RecipeError, match=r"cannot write results into .*file.*\n  cause   .*file is a file\n  remedy"):
         Recipe.from_yaml(TINY).run(tmp_path / folder)
 

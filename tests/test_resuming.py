@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from vfsurgery.augmentation import crop_and_flip
+from vfsurgery.data.augmentation import crop_and_flip
 from vfsurgery.demo import TinyResNet
 from vfsurgery.errors import CheckpointError
-from vfsurgery.recipe import Recipe
+from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.resuming import Progress
 from vfsurgery.training import WARMUP_START, _schedule, from_seed, train
 

@@ -22,7 +22,7 @@ from vfsurgery.errors import InvalidWeightsError, OptionError, RecipeError, Surg
 from vfsurgery.passes import Context, Pass
 from vfsurgery.pruning import Masks
 from vfsurgery.pruning.layers import prunable
-from vfsurgery.recipe import Recipe
+from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.training import from_seed
 
 DATA = [part.contiguous() for part in images(120).split(40)]

@@ -23,7 +23,7 @@ from vfsurgery.demo import TinyConvNet, TinyResNet
 from vfsurgery.errors import CheckpointError, IncompatibleModelsError, RecipeError, SurgeryError
 from vfsurgery.passes import PASSES
 from vfsurgery.pruning import Masks
-from vfsurgery.stages import bench as bench_module
+from vfsurgery.recipes.stages import bench as bench_module
 from vfsurgery.training import from_seed, train
 
 ROOT = Path(__file__).parent.parent
@@ -489,7 +489,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_file(tmp_path, ran, moment):
 
 
 def test_another_code_of_a_pass_is_another_step(tmp_path, shrink, monkeypatch):
-    from vfsurgery.stages import running
+    from vfsurgery.recipes.stages import running
 
     text = staged({"shrink": {"factor": 0.25}})
     surgery.Recipe.from_yaml(text).run(tmp_path, progress=False)

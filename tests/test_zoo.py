@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery import twins, zoo
 from vfsurgery.__main__ import main
 from vfsurgery.errors import OptionError
 from vfsurgery.verification import Verification
-from vfsurgery.zoo import Survey, model_names, page, read_table, survey_model, survey_zoo
+from vfsurgery.zoo import Survey, model_names, page, read_table, survey_model, survey_zoo, twins
+from vfsurgery.zoo import survey as zoo
 
 HERE = "tests.test_zoo"
 

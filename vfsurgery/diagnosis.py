@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from vfsurgery.evaluation import Barrier, Score
     from vfsurgery.flip_rates import Flips
     from vfsurgery.page import CostRow
+    from vfsurgery.recipes.sweep import Sweep
     from vfsurgery.report import Report
-    from vfsurgery.sweep import Sweep
 
 Distance: TypeAlias = Literal["paper", "code"]
 """How the smoothed bound counts layers: to the last one, or to one beyond it."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vfsurgery.diagnosis import Diagnosis, LayerDiagnosis
     from vfsurgery.evaluation import Barrier, Score
     from vfsurgery.flip_rates import Flips
-    from vfsurgery.sweep import Sweep
+    from vfsurgery.recipes.sweep import Sweep
 
 CostRow: TypeAlias = tuple[int, float, float, float]
 """Layers preserved, FLOPs and parameters relative to one source, accuracy from 0 to 1."""

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from vfsurgery.augmentation import crop_and_flip
 from vfsurgery.batches import progress as progress_bar
+from vfsurgery.data.augmentation import crop_and_flip
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
 from vfsurgery.pruning import Masks
 from vfsurgery.resuming import Progress
@@ -79,7 +79,8 @@ def train(
             tenth of the steps and falls to zero, as for retraining pruned networks.
         masks: What of a pruned model stays zero, whatever its gradients, momentum and weight decay are: it is set to
             zero before the first step and after each one.
-        augment: Whether images are shifted and mirrored at random, see :func:`~vfsurgery.augmentation.crop_and_flip`.
+        augment: Whether images are shifted and mirrored at random, see
+            :func:`~vfsurgery.data.augmentation.crop_and_flip`.
         checkpoint: A file that keeps the state of the training after every epoch. Where it exists, the training goes
             on from there, to the weights that it would have come to without a break.
         label: Stands before the progress bar.

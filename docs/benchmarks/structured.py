@@ -26,7 +26,7 @@ from vfsurgery.costs import Cost
 from vfsurgery.evaluation import evaluate
 from vfsurgery.groups import PermutationGroup
 from vfsurgery.shrinking import UnitPruneReport
-from vfsurgery.twins import build_quickly
+from vfsurgery.zoo.twins import build_quickly
 
 MODELS = tuple(f"torchvision:{name}" for name in (
     "resnet18", "resnet50", "vgg11_bn", "densenet121", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vfsurgery.cli import main
 from vfsurgery.errors import RecipeError
-from vfsurgery.recipe import Recipe
+from vfsurgery.recipes.recipe import Recipe
 
 TINY = "name: tiny\npairs:\n  - {name: conv, model: 'vfsurgery.demo:TinyConvNet'}\n"
 
@@ -34,7 +34,7 @@ TAGS = [
     "!!python/object/new:os.system ['touch {canary}']",
     "!!python/object/apply:subprocess.check_call [[touch, {canary}]]",
     "!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{canary}']]",
-    "!!python/object:vfsurgery.recipe.Recipe {{}}",
+    "!!python/object:vfsurgery.recipes.recipe.Recipe {{}}",
     "!!python/name:os.system",
     "!!python/module:antigravity",
     "!!python/tuple [1, 2]",

@@ -9,7 +9,6 @@ import click
 from torch import Tensor, nn
 
 from vfsurgery.api import merge
-from vfsurgery.cards import CARD
 from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS, check_shard_size
 from vfsurgery.cli.cards import CARD_OPTION, CardRequest
 from vfsurgery.cli.options import (
@@ -28,6 +27,7 @@ from vfsurgery.cli.options import (
 )
 from vfsurgery.cli.records import Record
 from vfsurgery.evaluation import first_images
+from vfsurgery.hub.cards import CARD
 from vfsurgery.report import MergeReport
 from vfsurgery.results import merge_report_of
 from vfsurgery.tracing.examples import example_inputs_of

@@ -26,7 +26,7 @@ from vfsurgery.checkpoints import (
     write_text,
 )
 from vfsurgery.errors import CheckpointError, explain
-from vfsurgery.loading import CONFIG, TIMM_WEIGHTS
+from vfsurgery.hub.loading import CONFIG, TIMM_WEIGHTS
 from vfsurgery.results import merge_report_of
 
 Option = str | int | float | bool | None

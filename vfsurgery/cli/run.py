@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import click
 
 from vfsurgery.cli.options import EPILOG, QUIET, import_from_here
-from vfsurgery.planning import plan
-from vfsurgery.recipe import Recipe
-from vfsurgery.recipe_text import read_change
+from vfsurgery.recipes.planning import plan
+from vfsurgery.recipes.recipe import Recipe
+from vfsurgery.recipes.text import read_change
 
 C = TypeVar("C", bound=Callable[..., object])
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from vfsurgery import zoo
 from vfsurgery.checkpoints import write_text
 from vfsurgery.cli.options import EPILOG
 from vfsurgery.errors import OptionError, explain
+from vfsurgery.zoo import survey as zoo
 
 
 @click.command("zoo", epilog=EPILOG)

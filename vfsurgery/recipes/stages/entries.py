@@ -14,7 +14,7 @@ from vfsurgery.budget import Budget
 from vfsurgery.matching import MATCHERS, Matcher
 from vfsurgery.passes import NORMALIZATIONS, PASSES, Pass, build_pass
 from vfsurgery.passes.options import build
-from vfsurgery.sections import FrozenDict, refuse_unknown
+from vfsurgery.recipes.sections import FrozenDict, refuse_unknown
 from vfsurgery.shares import plan_shares
 
 NONE = "none"

@@ -3,7 +3,7 @@
 Weights are random and nothing is downloaded. A process per model keeps one model's memory, time and crashes from the
 next; it is forked from a server that has the libraries loaded. Its result is appended to a CSV file at once, so that a
 survey that was cut off goes on where it stopped. What a proof ran on (the model itself, smaller images, a twin) is a
-column of the table; see :mod:`vfsurgery.twins`.
+column of the table; see :mod:`vfsurgery.zoo.twins`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from vfsurgery.errors import OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.partial import find_partly
 from vfsurgery.recording import record_or_export
-from vfsurgery.twins import (
+from vfsurgery.verification import Verification, prove
+from vfsurgery.zoo.twins import (
     BYTES,
     Subject,
     TooLargeError,
@@ -41,7 +42,6 @@ from vfsurgery.twins import (
     shallow_twins,
     subjects,
 )
-from vfsurgery.verification import Verification, prove
 
 SOURCES = ("timm", "torchvision")
 PRELOADED = ["torch", "timm", "torchvision.models", "vfsurgery.zoo"]

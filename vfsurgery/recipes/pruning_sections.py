@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from vfsurgery.expectations import is_number
 from vfsurgery.pruning import PRUNERS
-from vfsurgery.sections import (
+from vfsurgery.recipes.expectations import is_number
+from vfsurgery.recipes.sections import (
     AsTuple,
     Count,
     Experiment,
@@ -26,7 +26,7 @@ from vfsurgery.sections import (
     refuse_repeated,
     refuse_unknown,
 )
-from vfsurgery.sweep import DENSE, row
+from vfsurgery.recipes.sweep import DENSE, row
 
 Sparsity = Annotated[float, Field(gt=0, lt=1)]
 Curve = Annotated[tuple[float | None, ...], AsTuple]

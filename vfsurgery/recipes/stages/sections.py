@@ -21,14 +21,24 @@ from torch import nn
 from vfsurgery.architectures import build_model
 from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS
 from vfsurgery.errors import OptionError
-from vfsurgery.expectations import Expectation
 from vfsurgery.passes import PASSES, pass_options
 from vfsurgery.passes.mask import CHOICES
 from vfsurgery.pruning import PRUNERS, Pruner
-from vfsurgery.pruning_sections import PrunerName, check_pruner_options
-from vfsurgery.sections import AsTuple, Count, FrozenDict, Name, Options, Section, Seed, Training, refuse_unknown
+from vfsurgery.recipes.expectations import Expectation
+from vfsurgery.recipes.pruning_sections import PrunerName, check_pruner_options
+from vfsurgery.recipes.sections import (
+    AsTuple,
+    Count,
+    FrozenDict,
+    Name,
+    Options,
+    Section,
+    Seed,
+    Training,
+    refuse_unknown,
+)
+from vfsurgery.recipes.stages.entries import NONE, Alpha, Boundary, MatcherEntry, Normalizations, Passes, Weights
 from vfsurgery.shares import plan_shares
-from vfsurgery.stages.entries import NONE, Alpha, Boundary, MatcherEntry, Normalizations, Passes, Weights
 
 CHECKPOINTS = (WEIGHTS, ".pt", ".pth", ".bin", ".json")
 """How files of weights end; any other text names a model."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vfsurgery.checkpoints import FileRecord, file_hash, write_text
 from vfsurgery.errors import CheckpointError, explain
-from vfsurgery.loading import Written
+from vfsurgery.hub.loading import Written
 from vfsurgery.merging import version_of
 from vfsurgery.pruning import PruneReport
 from vfsurgery.renormalizing import RenormalizeReport

@@ -16,17 +16,24 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic.json_schema import PydanticJsonSchemaWarning
 
-from vfsurgery.cards import CLASSIFICATION, Card, check_card
 from vfsurgery.checkpoints import PROGRAM, WEIGHTS, load_into, load_state_dict, write_text
-from vfsurgery.comparison import Comparison
 from vfsurgery.errors import RecipeError, explain
-from vfsurgery.expectations import Outcome
-from vfsurgery.experiments import Finding, Lab, PairFinding, SoupFinding, SweepFinding, run_pair, run_soup, run_sweep
-from vfsurgery.loading import write_config
-from vfsurgery.pruning_sections import PruningSweep, ReducedSweep, Soup
-from vfsurgery.recipe_errors import describe, written_path
-from vfsurgery.recipe_text import changed, parse, read_text
-from vfsurgery.sections import (
+from vfsurgery.hub.cards import CLASSIFICATION, Card, check_card
+from vfsurgery.hub.loading import write_config
+from vfsurgery.recipes.comparison import Comparison
+from vfsurgery.recipes.expectations import Outcome
+from vfsurgery.recipes.experiments import (
+    Finding,
+    Lab,
+    PairFinding,
+    SoupFinding,
+    SweepFinding,
+    run_pair,
+    run_soup,
+    run_sweep,
+)
+from vfsurgery.recipes.pruning_sections import PruningSweep, ReducedSweep, Soup
+from vfsurgery.recipes.sections import (
     AsTuple,
     Experiment,
     Images,
@@ -40,11 +47,13 @@ from vfsurgery.sections import (
     refuse_repeated,
     refuse_unknown,
 )
-from vfsurgery.stages.bench import DTYPES, Bench
-from vfsurgery.stages.running import StagesFinding, run_steps
-from vfsurgery.stages.sections import FileNames, Source, Stage, check_weights, complete_sources
-from vfsurgery.stages.steps import Step, steps_of
-from vfsurgery.stages.store import Store
+from vfsurgery.recipes.stages.bench import DTYPES, Bench
+from vfsurgery.recipes.stages.running import StagesFinding, run_steps
+from vfsurgery.recipes.stages.sections import FileNames, Source, Stage, check_weights, complete_sources
+from vfsurgery.recipes.stages.steps import Step, steps_of
+from vfsurgery.recipes.stages.store import Store
+from vfsurgery.recipes.text import changed, parse, read_text
+from vfsurgery.recipes.wording import describe, written_path
 from vfsurgery.threads import threads
 from vfsurgery.training import from_seed
 

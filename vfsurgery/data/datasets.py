@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from vfsurgery.architectures import find_factory
-from vfsurgery.cifar import cifar
-from vfsurgery.data import Splits, Transform, digits, subset
+from vfsurgery.data.cifar import cifar
+from vfsurgery.data.images import Splits, Transform, digits, subset
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
 from vfsurgery.registry import Registry
 

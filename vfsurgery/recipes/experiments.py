@@ -13,18 +13,18 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from vfsurgery.cards import Network, Summary, described
 from vfsurgery.checkpoints import FileRecord, load_into, load_state_dict, provenance, save_state_dict
-from vfsurgery.comparison import Comparison, compare_merges, table
 from vfsurgery.data import Splits
-from vfsurgery.expectations import Outcome
-from vfsurgery.loading import Written, is_of_timm
+from vfsurgery.hub.cards import Network, Summary, described
+from vfsurgery.hub.loading import Written, is_of_timm
 from vfsurgery.phases import Retraining, SparseSoup, sparse_soup
-from vfsurgery.pruning_sections import PruningSweep, Soup
+from vfsurgery.recipes.comparison import Comparison, compare_merges, table
+from vfsurgery.recipes.expectations import Outcome
+from vfsurgery.recipes.pruning_sections import PruningSweep, Soup
+from vfsurgery.recipes.sections import Experiment, Images, Pair
+from vfsurgery.recipes.sweep import DENSE, Sweep, row, sweep, sweep_table
 from vfsurgery.report import Report
 from vfsurgery.results import report_of
-from vfsurgery.sections import Experiment, Images, Pair
-from vfsurgery.sweep import DENSE, Sweep, row, sweep, sweep_table
 from vfsurgery.training import from_seed, train
 
 E = TypeVar("E", bound=Experiment)

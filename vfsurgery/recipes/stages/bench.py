@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.api import merge
-from vfsurgery.cards import Summary
 from vfsurgery.checkpoints import (
     ONNX,
     PROGRAM,
@@ -29,16 +28,17 @@ from vfsurgery.data import Splits
 from vfsurgery.diagnosis import Diagnosis, diagnose
 from vfsurgery.errors import RecipeError, explain
 from vfsurgery.evaluation import Score, compare, evaluate, first_images
-from vfsurgery.expectations import Outcome
 from vfsurgery.flip_rates import flips
+from vfsurgery.hub.cards import Summary
 from vfsurgery.pruning import Masks, prune
+from vfsurgery.recipes.expectations import Outcome
+from vfsurgery.recipes.stages.entries import build_normalizations, build_passes
+from vfsurgery.recipes.stages.sections import Source
+from vfsurgery.recipes.stages.steps import MERGED, Step
 from vfsurgery.renormalizing import renormalize
 from vfsurgery.report import Report
 from vfsurgery.results import report_of
 from vfsurgery.running import run_passes
-from vfsurgery.stages.entries import build_normalizations, build_passes
-from vfsurgery.stages.sections import Source
-from vfsurgery.stages.steps import MERGED, Step
 from vfsurgery.tracing.examples import BATCH, example_inputs_of, random_images
 from vfsurgery.training import from_seed, train
 

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from vfsurgery.cards import Network, described
 from vfsurgery.checkpoints import FileRecord, file_hash
 from vfsurgery.errors import SurgeryError
 from vfsurgery.evaluation import Score
-from vfsurgery.expectations import Outcome
-from vfsurgery.loading import Written, is_of_timm
+from vfsurgery.hub.cards import Network, described
+from vfsurgery.hub.loading import Written, is_of_timm
 from vfsurgery.passes import PASSES
-from vfsurgery.stages.bench import Bench, Export, Told, outcomes_of
-from vfsurgery.stages.entries import build_passes
-from vfsurgery.stages.sections import Source
-from vfsurgery.stages.steps import MERGED, Step
-from vfsurgery.stages.store import Kept, Store, digest, loads
+from vfsurgery.recipes.expectations import Outcome
+from vfsurgery.recipes.stages.bench import Bench, Export, Told, outcomes_of
+from vfsurgery.recipes.stages.entries import build_passes
+from vfsurgery.recipes.stages.sections import Source
+from vfsurgery.recipes.stages.steps import MERGED, Step
+from vfsurgery.recipes.stages.store import Kept, Store, digest, loads
 
 
 @dataclass(frozen=True)

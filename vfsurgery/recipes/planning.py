@@ -18,13 +18,13 @@ from vfsurgery.costs import cost_of
 from vfsurgery.discovery import discover
 from vfsurgery.errors import CheckpointError, ExampleInputError, IncompatibleModelsError, RecipeError, explain
 from vfsurgery.groups import GroupSet
-from vfsurgery.recipe import Recipe
+from vfsurgery.recipes.recipe import Recipe
+from vfsurgery.recipes.sections import Experiment, Images, Pair
+from vfsurgery.recipes.stages.bench import DTYPES
+from vfsurgery.recipes.stages.entries import plain
+from vfsurgery.recipes.stages.steps import MERGED, Step
 from vfsurgery.recording import record_or_export
-from vfsurgery.sections import Experiment, Images, Pair
 from vfsurgery.sources import eval_mode
-from vfsurgery.stages.bench import DTYPES
-from vfsurgery.stages.entries import plain
-from vfsurgery.stages.steps import MERGED, Step
 from vfsurgery.tracing.examples import BATCH, example_inputs_of
 
 MIB = 2**20

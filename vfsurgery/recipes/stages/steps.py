@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from vfsurgery.evaluation import ENSEMBLE
-from vfsurgery.expectations import is_number
 from vfsurgery.matching import MATCHERS
-from vfsurgery.sections import refuse_unknown
-from vfsurgery.stages.entries import build_matcher, build_normalizations, build_passes
-from vfsurgery.stages.sections import Stage
+from vfsurgery.recipes.expectations import is_number
+from vfsurgery.recipes.sections import refuse_unknown
+from vfsurgery.recipes.stages.entries import build_matcher, build_normalizations, build_passes
+from vfsurgery.recipes.stages.sections import Stage
 
 MERGING = ("match", "preserve", "merge")
 """Stages that one merge is made of, in any order; a ``renormalize`` right behind belongs to it as well."""

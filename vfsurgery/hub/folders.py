@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from vfsurgery.cards import CARD, CLASSIFICATION, Card, Network, Summary, check_card, described, is_card
 from vfsurgery.checkpoints import INDEX, ONNX, PROGRAM, WEIGHTS, FileRecord, provenance, save_state_dict, write_text
 from vfsurgery.checkpoints.refusals import refuse_damaged
 from vfsurgery.errors import CheckpointError, HubError, OptionError, explain
-from vfsurgery.loading import CONFIG, TIMM_WEIGHTS, Written, is_of_timm, write_config
+from vfsurgery.hub.cards import CARD, CLASSIFICATION, Card, Network, Summary, check_card, described, is_card
+from vfsurgery.hub.loading import CONFIG, TIMM_WEIGHTS, Written, is_of_timm, write_config
 from vfsurgery.results import report_of
 
 NETWORKS = (WEIGHTS, PROGRAM, ONNX)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from vfsurgery.data import Splits
+from vfsurgery.data.images import Splits
 from vfsurgery.errors import DataError, explain
 
 Name = Literal["cifar10", "cifar100"]

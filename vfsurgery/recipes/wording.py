@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from vfsurgery.checkpoints.refusals import printable
 from vfsurgery.errors import did_you_mean, explain
-from vfsurgery.recipe_text import line_of
+from vfsurgery.recipes.text import line_of
 
 _TUPLE = "tuple[str, ...]"
 _STAGE = re.compile(r"stages\[(\d+)\]: ")

@@ -10,13 +10,13 @@ from torch import nn
 
 from vfsurgery.architectures import build_model
 from vfsurgery.data import Splits, preprocessing
-from vfsurgery.datasets import DATA, find_data, load_data, needs, returns_splits, takes
+from vfsurgery.data.datasets import DATA, find_data, load_data, needs, returns_splits, takes
 from vfsurgery.errors import did_you_mean
-from vfsurgery.expectations import Expectation, is_number
 from vfsurgery.matching import MATCHERS
 from vfsurgery.passes import NORMALIZATIONS
 from vfsurgery.passes.mask import CHOICES
-from vfsurgery.ratio_rows import PREFIX, RatioRow
+from vfsurgery.recipes.expectations import Expectation, is_number
+from vfsurgery.recipes.ratio_rows import PREFIX, RatioRow
 from vfsurgery.training import OptimizerName
 
 # YAML has lists only; a frozen value needs tuples
@@ -81,7 +81,7 @@ class Section(BaseModel):
 
 
 class Images(Section):
-    """Images for training, calibration and the test; see :mod:`vfsurgery.datasets` for names.
+    """Images for training, calibration and the test; see :mod:`vfsurgery.data.datasets` for names.
 
     ``size``, ``mean`` and ``std`` take the place of what the model's source says of them, where the data holds pictures
     that are to be made tensors of.
