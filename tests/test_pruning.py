@@ -272,12 +272,19 @@ def test_a_layer_without_any_weight_left_is_refused_by_name_or_allowed_by_word()
     assert surgery.report_of(pruned(model, 0.999, scope="layer")).notes == ()  # one weight is left in each
 
 
-@pytest.mark.parametrize("value", [1, 1.0, -0.1, float("nan"), True, "0.5", None])
+@pytest.mark.parametrize("value", [1, 1.0, -0.1, float("nan"), True, "0.5"])
 def test_a_sparsity_is_a_number_from_zero_to_below_one(value: object) -> None:
     with pytest.raises(OptionError, match=r"sparsity must be a number in \[0, 1\) but is"):
         pruned(Chain(), value)
     with pytest.raises(OptionError, match=r"sparsity for 'fc' must be a number in \[0, 1\) but is"):
         pruned(Residual(), {"fc": value})
+
+
+def test_a_sparsity_or_a_pattern_must_be_given_and_percentages_are_told() -> None:
+    with pytest.raises(OptionError, match="neither a sparsity nor a pattern is given"):
+        pruned(Chain())
+    with pytest.raises(OptionError, match=r"must be a number.*but is 80\n  remedy  it is a share .*: 80 % is 0.8"):
+        pruned(Chain(), 80)
 
 
 def test_a_pattern_of_the_schedule_must_decide_about_something() -> None:

@@ -89,6 +89,10 @@ def prune(
     started = time.perf_counter()
     pruner = _pruner(method)
     wanted = read_pattern(pattern)
+    if sparsity is None and wanted is None:
+        raise OptionError(
+            explain("neither a sparsity nor a pattern is given", remedy='say sparsity 0.8, or pattern "2:4"')
+        )
     weights = _weights(model, exclude)
     layouts = {name: Layout.of(model, name) for name in weights}
     schedule = by_sparsity(weights, sparsity) if wanted is None else by_pattern(weights, layouts, wanted)
