@@ -142,7 +142,7 @@ def prune_each(
         OptionError, DataError, InvalidWeightsError: as for :func:`prune`; or a sparsity is 0.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> [Masks.of(sparse).sparsity for sparse in prune_each(net, [0.25, 0.5, 0.75])]
+    >>> [Masks.of(sparse).sparsity for sparse in prune_each(net, [0.25, 0.5, 0.75], scope="layer")]
     [0.25, 0.5, 0.75]
     """
     pruner = _pruner(method)
