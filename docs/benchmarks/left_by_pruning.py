@@ -1,10 +1,10 @@
-"""Ask what layer-wise pruning leaves for a repair: what a linear layer reads in the features, and which layer lost them.
+"""Ask what layer-wise pruning leaves for a repair: what a linear layer reads in the features, which layer lost them.
 
 The trained CIFAR-10 networks of a shared folder are pruned by magnitude in each layer. Accuracies (%) are of 2,000 test
-images: pruned; repaired by one REPAIR, by one pass per layer, and, where there is BatchNorm, by RESET. ``readout`` is that
-of a new last layer for the repaired network: a ridge regression of the labels of the 2,000 calibration images on its
-features, the best of four penalties on the test images themselves. ``half`` is where half of the loss is won back. The
-last columns leave the first layer dense. Where the folder is missing, the script says so and stops.
+images: pruned; repaired by one REPAIR, by one pass per layer, and, where there is BatchNorm, by RESET. ``readout`` is
+that of a new last layer for the repaired network: a ridge regression of the labels of the 2,000 calibration images on
+its features, the best of four penalties on the test images themselves. ``half`` is where half of the loss is won back.
+The last columns leave the first layer dense. Where the folder is missing, the script says so and stops.
 
     python docs/benchmarks/left_by_pruning.py
     python docs/benchmarks/left_by_pruning.py --pair tv_resnet18 --sparsity 0.9
