@@ -195,7 +195,7 @@ def test_inputs_are_not_overwritten(pair, tmp_path, link):
         output.symlink_to(pair[0])
     result = call("merge", *pair, *DEMO, "-o", output)
     assert result.exit_code == 1
-    assert "a.safetensors would be overwritten by the merge" in result.stderr
+    assert "a.safetensors would be overwritten" in result.stderr
     assert pair[0].read_bytes() == before
 
 
@@ -203,7 +203,7 @@ def test_report_does_not_overwrite_an_input(pair, tmp_path):
     odd = tmp_path / "m.report.json"
     shutil.copy(pair[1], odd)
     result = call("merge", pair[0], odd, *DEMO, "-o", tmp_path / "m.safetensors")
-    assert "m.report.json would be overwritten by the merge" in result.stderr
+    assert "m.report.json would be overwritten" in result.stderr
 
 
 WRONG = [
@@ -323,15 +323,48 @@ def test_a_checkpoint_is_pruned_as_in_python_and_repaired_in_one_go_or_in_two(pa
 def test_wrong_options_of_prune_are_explained_and_nothing_is_written(pair, tmp_path):
     output = tmp_path / "sparse.safetensors"
     wrong = {
-        ("--sparsity", "1.5"): "sparsity",
+        (): "neither a sparsity nor a pattern is given",
+        ("--sparsity", "80"): "it is a share and not a percentage: 80 % is 0.8",
         ("--sparsity", "0.5", "--method", "magnitud"): "did you mean 'magnitude'",
-        ("--sparsity", "0.5", "--method", "wanda"): "needs data",
+        ("--sparsity", "0.5", "--method", "wanda"): "--method wanda needs images remedy --data imagefolder:PATH",
         ("--sparsity", "0.5", "--exclude", "nothing"): "matches no convolution",
-        ("--sparsity", "0.5", "--renormalize", "auto"): "needs data",
+        (
+            "--sparsity",
+            "0.5",
+            "--renormalize",
+            "auto",
+        ): "--renormalize auto needs images remedy --data imagefolder:PATH",
+        ("--sparsity", "0.5", "--data", "digits", "--renormalize", "rescal"): "did you mean 'rescale'?",
     }
     for options, message in wrong.items():
         result = call("prune", pair[0], *DEMO, *options, "--quiet", "-o", output)
-        assert result.exit_code == 2 or ("data" in message and result.exit_code == 1), result.output
-        assert message in flat(result.output)
+        assert (result.exit_code, result.stdout) == (2, "")  # nothing is pruned before all is known to be right
+        assert message in flat(result.stderr)
         assert not output.exists()
     assert call("prune", pair[0], *DEMO, "--sparsity", "0.5", "-o", pair[0]).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "renormalize needs images remedy --data imagefolder:PATH"),
+        (["--data", "digits", "--renormalize", "none"], "renormalize=None leaves nothing to do"),
+        (["--data", "digits", "--renormalize", "repiar"], "did you mean 'repair'?"),
+    ],
+)
+def test_wrong_options_of_renormalize_are_explained_and_nothing_is_written(pair, tmp_path, options, message):
+    output = tmp_path / "repaired.safetensors"
+    result = call("renormalize", *pair, *DEMO, *options, "--quiet", "-o", output)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in flat(result.stderr)
+    assert not output.exists()
+
+
+def test_a_reference_sparser_than_what_it_is_to_repair_is_noted(pair, tmp_path):
+    sparse, options = tmp_path / "sparse.safetensors", [*DEMO, "--data", "digits", "--limit", "64", "--quiet"]
+    assert call("prune", pair[0], *DEMO, "--sparsity", "0.5", "--quiet", "-o", sparse).exit_code == 0
+    found = {
+        paths: call("renormalize", *paths, *options, "-o", tmp_path / "repaired.safetensors").stdout
+        for paths in ((pair[0], sparse), (sparse, pair[0]))
+    }
+    assert ["are the two swapped?" in output for output in found.values()] == [True, False]

@@ -17,7 +17,7 @@ from torch.nn.utils import prune as torch_prune
 
 import vfsurgery as surgery
 from vfsurgery.errors import DataError, InvalidWeightsError, OptionError
-from vfsurgery.pruning import PRUNERS, Masks, Pruner, Pruning
+from vfsurgery.pruning import PRUNERS, Masks, Pruner, Pruning, prune_each
 from vfsurgery.pruning.layers import prunable
 from vfsurgery.pruning.selection import kept_count
 
@@ -48,6 +48,70 @@ def test_every_method_gives_the_sparsity_asked_for_and_leaves_the_model_alone(me
             assert int(tensor.count_nonzero()) == kept_count(tensor.numel(), 0.6)
         else:
             assert torch.equal(tensor, before[name])
+
+
+class Counting(Pruner):
+    """Another pruner, and how often it has scored."""
+
+    name = "counting"
+
+    def __init__(self, pruner: Pruner) -> None:
+        self.pruner, self.rechooses, self.scorings = pruner, pruner.rechooses, 0  # type: ignore[misc]
+
+    def score(self, work: Pruning) -> Iterator[tuple[str, Tensor]]:
+        self.scorings += 1
+        return self.pruner.score(work)
+
+    def update(self, work: Pruning, masks: Masks) -> Iterator[tuple[str, Tensor]]:
+        return self.pruner.update(work, masks)
+
+
+@pytest.mark.parametrize("memory", [2.0, 1e-4])
+@pytest.mark.parametrize("scope", ["global", "layer", "row"])
+@pytest.mark.parametrize("method", METHODS)
+def test_sparsities_that_share_saliencies_give_what_each_gives_alone(method: str, scope: str, memory: float) -> None:
+    model, sparsities = net("residual").train(), (0.3, 0.6, 0.8)
+    samples = {"samples": 16} if "samples" in inspect.signature(PRUNERS[method]).parameters else {}
+    options = {"scope": scope, "data": DATA, "memory": memory, "seed": 3, "allow_empty": True, "progress": False}
+    counted = Counting(PRUNERS[method](**samples))
+    together = list(prune_each(model, sparsities, method=counted, **options))
+    alone = [surgery.prune(model, sparsity, method=counted.pruner, **options) for sparsity in sparsities]
+    assert counted.scorings == 1
+    for shared, own in zip(together, alone, strict=True):
+        assert same_state(shared.state_dict(), own.state_dict())
+        assert all(module.training for module in shared.modules())
+        assert surgery.report_of(shared).layers == surgery.report_of(own).layers
+        assert surgery.report_of(shared).requested == surgery.report_of(own).requested
+    assert not same_state(together[0].state_dict(), alone[1].state_dict())
+
+
+def test_several_sparsities_draw_the_same_numbers_in_the_step_too() -> None:
+    class Noisy(Pruner):
+        name = "noisy"
+
+        def score(self, work: Pruning) -> Iterator[tuple[str, Tensor]]:
+            for name, weight in work.weights.items():
+                yield name, torch.rand(weight.shape, generator=work.generator)
+            work.notes.append("scored")
+
+        def update(self, work: Pruning, masks: Masks) -> Iterator[tuple[str, Tensor]]:
+            for name, weight in work.weights.items():
+                yield name, torch.rand(weight.shape, generator=work.generator).masked_fill(~masks[name], 0)
+            work.notes.append("updated")
+
+    model = net("chain")
+    together = list(prune_each(model, (0.3, 0.6), method=Noisy()))
+    for shared, sparsity in zip(together, (0.3, 0.6), strict=True):
+        assert same_state(shared.state_dict(), surgery.prune(model, sparsity, method=Noisy()).state_dict())
+        assert surgery.report_of(shared).notes == ("scored", "updated")
+
+
+@pytest.mark.parametrize("sparsity", [0, {"*": 0.5}, 1.0])
+def test_several_sparsities_are_numbers_between_zero_and_one(sparsity: object) -> None:
+    message = r"must be a number in \[0, 1\)" if sparsity == 1.0 else "takes sparsities that are numbers above 0"
+    with pytest.raises(OptionError, match=message):
+        prune_each(net("chain"), [0.5, sparsity])  # type: ignore[list-item]
+    assert list(prune_each(net("chain"), [])) == []
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -208,12 +272,19 @@ def test_a_layer_without_any_weight_left_is_refused_by_name_or_allowed_by_word()
     assert surgery.report_of(pruned(model, 0.999, scope="layer")).notes == ()  # one weight is left in each
 
 
-@pytest.mark.parametrize("value", [1, 1.0, -0.1, float("nan"), True, "0.5", None])
+@pytest.mark.parametrize("value", [1, 1.0, -0.1, float("nan"), True, "0.5"])
 def test_a_sparsity_is_a_number_from_zero_to_below_one(value: object) -> None:
     with pytest.raises(OptionError, match=r"sparsity must be a number in \[0, 1\) but is"):
         pruned(Chain(), value)
     with pytest.raises(OptionError, match=r"sparsity for 'fc' must be a number in \[0, 1\) but is"):
         pruned(Residual(), {"fc": value})
+
+
+def test_a_sparsity_or_a_pattern_must_be_given_and_percentages_are_told() -> None:
+    with pytest.raises(OptionError, match="neither a sparsity nor a pattern is given"):
+        pruned(Chain())
+    with pytest.raises(OptionError, match=r"must be a number.*but is 80\n  remedy  it is a share .*: 80 % is 0.8"):
+        pruned(Chain(), 80)
 
 
 def test_a_pattern_of_the_schedule_must_decide_about_something() -> None:

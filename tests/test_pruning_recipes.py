@@ -9,8 +9,10 @@ import pytest
 
 from vfsurgery import Masks, Recipe
 from vfsurgery.checkpoints import load_state_dict
+from vfsurgery.data import digits
 from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import RecipeError
+from vfsurgery.pruning.fisher import GradientPruner
 from vfsurgery.recipes.experiments import SweepFinding
 from vfsurgery.recipes.recipe import RecipeRun
 
@@ -149,3 +151,12 @@ def test_recipes_of_pruning_are_valid_in_both_forms(path: Path) -> None:
     assert recipe.sweeps or recipe.soups
     if recipe.reduced is not None:
         assert recipe.in_reduced_form().name == f"{recipe.name}-reduced"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/pruning").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_on_digits_ask_for_no_more_gradients_than_there_are_images(path: Path) -> None:
+    recipe = Recipe.from_yaml(path)
+    recipe = recipe.in_reduced_form() if recipe.reduced is not None else recipe
+    pruners = [method.arguments()["method"] for sweep in recipe.sweeps for method in sweep.methods]
+    asked = [pruner.samples * pruner.batch for pruner in pruners if isinstance(pruner, GradientPruner)]
+    assert recipe.data.name != "digits" or max(asked, default=0) <= len(digits(seed=recipe.data.seed).calibration)

@@ -114,9 +114,7 @@ def check_output(output: Path, report: Path, inputs: tuple[Path, ...], suffixes:
     check_onnx(output) if suffix == ONNX else check_writable(output, suffix)
     for path in inputs:
         if path.resolve() in (output.resolve(), report.resolve()):
-            raise CheckpointError(
-                explain(f"{path} would be overwritten by the merge", remedy="name another file with -o")
-            )
+            raise CheckpointError(explain(f"{path} would be overwritten", remedy="name another file with -o"))
 
 
 def find_device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 from torch import nn
 
+from vfsurgery.batches import Data
 from vfsurgery.checkpoints import WEIGHTS, save_state_dict, write_text
 from vfsurgery.cli.cards import CARD_OPTION, CardRequest
 from vfsurgery.cli.options import (
@@ -24,8 +25,9 @@ from vfsurgery.cli.options import (
     model_options,
     steps,
 )
-from vfsurgery.pruning import prune
-from vfsurgery.renormalizing import renormalize
+from vfsurgery.errors import OptionError, explain
+from vfsurgery.pruning import PRUNERS, prune
+from vfsurgery.renormalizing import passes_named, renormalize
 from vfsurgery.results import report_of
 
 
@@ -89,6 +91,12 @@ def prune_checkpoint(
     target = find_device(device)
     dense = load_model(checkpoint, model, num_classes, target)
     images = load_images(model, dense, seed=seed, **data)
+    choice = steps(restore)
+    if choice is not None:
+        passes_named(choice)  # a typo is better told before a long pruning than after it
+        _need_images(images, f"--renormalize {restore}")
+    if PRUNERS[method]().needs_data:
+        _need_images(images, f"--method {method}")
     pruned = prune(
         dense,
         sparsity,
@@ -101,7 +109,7 @@ def prune_checkpoint(
         progress=not quiet,
     )
     click.echo(str(report_of(pruned)))
-    if (choice := steps(restore)) is not None:
+    if choice is not None:
         example = example_input(data["input_size"], target)
         pruned = renormalize(
             pruned, reference=dense, data=images, renormalize=choice, example_inputs=example, progress=not quiet
@@ -151,12 +159,15 @@ def renormalize_checkpoint(
     check_output(output, report_path, (compressed, reference), (WEIGHTS,))
     request = CardRequest.of((compressed, reference), output) if card else None
     target = find_device(device)
+    passes = passes_named(steps(choice))
     network, dense = (load_model(path, model, num_classes, target) for path in (compressed, reference))
+    images = load_images(model, dense, seed=seed, **data)
+    _need_images(images, "renormalize")
     repaired = renormalize(
         network,
         reference=dense,
-        data=load_images(model, dense, seed=seed, **data),
-        renormalize=steps(choice) or "auto",
+        data=images,
+        renormalize=passes or "auto",
         example_inputs=example_input(data["input_size"], target),
         progress=not quiet,
     )
@@ -164,6 +175,13 @@ def renormalize_checkpoint(
     _write(repaired, output, report_path, {"model": model, "reference": reference.name})
     if request is not None:
         request.write(repaired, output, (output,), {"model": model, "num_classes": num_classes, **data})
+
+
+def _need_images(images: Data | None, what: str) -> None:
+    if images is None:
+        raise OptionError(
+            explain(f"{what} needs images", remedy="--data imagefolder:PATH, or --data digits; some hundred do")
+        )
 
 
 def _write(model: nn.Module, output: Path, report: Path, metadata: dict[str, str]) -> None:

@@ -58,7 +58,10 @@ class Affine(nn.Module):
         shape = [1] * x.ndim
         shape[self.dim] = -1
         wide = torch.promote_types(x.dtype, torch.float32)  # scales are float64: they would make all of x so
-        return (x * self.scale.to(wide).view(shape) + self.shift.to(wide).view(shape)).to(x.dtype)
+        scaled = x * self.scale.to(wide).view(shape)
+        return scaled.add_(self.shift.to(wide).view(shape)).to(
+            x.dtype
+        )  # a second large tensor costs as much again
 
 
 @dataclass(frozen=True, kw_only=True)

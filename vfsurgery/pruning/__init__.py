@@ -6,6 +6,7 @@ from vfsurgery.pruning.base import Pruning as Pruning
 from vfsurgery.pruning.fisher import DiagonalFisher as DiagonalFisher
 from vfsurgery.pruning.masks import Masks as Masks
 from vfsurgery.pruning.pruning import prune as prune
+from vfsurgery.pruning.pruning import prune_each as prune_each
 from vfsurgery.pruning.report import PrunedLayer as PrunedLayer
 from vfsurgery.pruning.report import PruneReport as PruneReport
 from vfsurgery.pruning.sparsegpt import SparseGPT as SparseGPT

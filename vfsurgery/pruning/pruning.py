@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -88,48 +89,117 @@ def prune(
     started = time.perf_counter()
     pruner = _pruner(method)
     wanted = read_pattern(pattern)
+    if sparsity is None and wanted is None:
+        raise OptionError(
+            explain("neither a sparsity nor a pattern is given", remedy='say sparsity 0.8, or pattern "2:4"')
+        )
     weights = _weights(model, exclude)
     layouts = {name: Layout.of(model, name) for name in weights}
     schedule = by_sparsity(weights, sparsity) if wanted is None else by_pattern(weights, layouts, wanted)
     _check(model, pruner, scope, pattern, data, schedule)
+    options = {"scope": scope or pruner.scope, "pattern": wanted, "memory": memory, "progress": progress}
+    work = _begin(model, schedule, layouts, data, seed, **options)
+    if wanted is not None and sparsity is not None:
+        work.notes.append(f"the pattern {pattern} decides alone: sparsity={sparsity} was not used")
+    with eval_mode(work.model):
+        scores = pruner.score(work) if work.weights else ()
+        masks, values = _choose(pruner, scores, work, schedule, allow_empty)
+    result = model if inplace else work.model
+    asked = sparsity if pattern is None and sparsity is not None else str(pattern)
+    _write(result, masks, values)
+    _remember(result, pruner, work, asked, weights, seed, time.perf_counter() - started)
+    return result
+
+
+def prune_each(
+    model: nn.Module,
+    sparsities: Sequence[float],
+    *,
+    method: str | Pruner = "magnitude",
+    scope: Scope | None = None,
+    exclude: str | Sequence[str] = (),
+    data: Data | None = None,
+    allow_empty: bool = False,
+    memory: float = 2.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> Iterator[nn.Module]:
+    """Prune a model to several sparsities, with the saliencies computed once for all of them.
+
+    What comes is bit for bit what :func:`prune` gives for each sparsity, one after the other as they are asked for.
+    Statistics that a pruner keeps for its step (SparseGPT's second moments, WoodFisher's diagonal) are shared as well.
+
+    Args:
+        model: Any module, left as it is.
+        sparsities: Shares of weights to set to zero, each above 0 and below 1.
+        method, scope, exclude, data, allow_empty, memory, seed, progress: As for :func:`prune`.
+
+    Returns:
+        An iterator over modules as :func:`prune` returns them. Beside them, memory is needed for one model more and
+        for the saliencies of all layers.
+
+    Raises:
+        OptionError, DataError, InvalidWeightsError: as for :func:`prune`; or a sparsity is 0.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> [Masks.of(sparse).sparsity for sparse in prune_each(net, [0.25, 0.5, 0.75], scope="layer")]
+    [0.25, 0.5, 0.75]
+    """
+    pruner = _pruner(method)
+    weights = _weights(model, exclude)
+    layouts = {name: Layout.of(model, name) for name in weights}
+    schedules = [(sparsity, _above_zero(weights, sparsity)) for sparsity in sparsities]
+    for _, schedule in schedules:
+        _check(model, pruner, scope, None, data, schedule)
+
+    def each() -> Iterator[nn.Module]:
+        started = time.perf_counter()
+        options = {"scope": scope or pruner.scope, "memory": memory, "progress": progress}
+        work = _begin(model, schedules[0][1], layouts, data, seed, **options)
+        with eval_mode(work.model):
+            scores = list(pruner.score(work))
+        scoring = time.perf_counter() - started
+        for sparsity, schedule in schedules:
+            started = time.perf_counter()
+            own = _branch(work)
+            with eval_mode(work.model):
+                masks, values = _choose(pruner, scores, own, schedule, allow_empty)
+            result = copy_of(work.model)
+            _write(result, masks, values)
+            _remember(result, pruner, own, sparsity, weights, seed, scoring + time.perf_counter() - started)
+            yield result
+
+    return each() if schedules else iter(())
+
+
+def _begin(
+    model: nn.Module, schedule: Schedule, layouts: Mapping[str, Layout], data: Data | None, seed: int, **options: Any
+) -> Pruning:
+    """What pruners work on: a private copy of the model, and the weights in it that have a goal."""
     copied = copy_of(model)
-    work = Pruning(
+    return Pruning(
         model=copied,
         weights={name: copied.get_parameter(name) for name in schedule.goals},
         layouts=layouts,
         data=_batches(copied, data),
         generator=torch.Generator().manual_seed(seed),
-        scope=scope or pruner.scope,
-        pattern=wanted,
-        memory=memory,
-        progress=progress,
         dense=dict(schedule.dense),
+        **options,
     )
-    if wanted is not None and sparsity is not None:
-        work.notes.append(f"the pattern {pattern} decides alone: sparsity={sparsity} was not used")
-    with eval_mode(copied):
-        _run(pruner, work, schedule, allow_empty)
-    if inplace:
-        with torch.no_grad():
-            for name, weight in work.weights.items():
-                stored_weight(model, name).copy_(weight)
-    result = model if inplace else copied
-    by_scope = "pattern" if wanted else work.scope
-    asked = sparsity if pattern is None and sparsity is not None else str(pattern)
-    requested = dict(asked) if isinstance(asked, Mapping) else asked
-    layers = _layers(result, weights, work)
-    count = sum(parameter.numel() for parameter in result.parameters())
-    seconds, notes = time.perf_counter() - started, tuple(work.notes)
-    remember(
-        result,
-        PruneReport(type(model).__name__, pruner.name, by_scope, requested, layers, count, seed, seconds, notes),
-    )
-    return result
 
 
-def _run(pruner: Pruner, work: Pruning, schedule: Schedule, allow_empty: bool) -> None:
-    """Score, select, update and write, on the copy."""
-    masks = select(pruner.score(work) if work.weights else (), work, schedule.goals)
+def _branch(work: Pruning) -> Pruning:
+    """The work for one more sparsity: it finds what scoring has left, and what it leaves itself is no other's."""
+    generator = torch.Generator()
+    generator.set_state(work.generator.get_state())
+    return replace(work, generator=generator, notes=[*work.notes], dense={**work.dense}, cache={**work.cache})
+
+
+def _choose(
+    pruner: Pruner, scores: Iterable[tuple[str, Tensor]], work: Pruning, schedule: Schedule, allow_empty: bool
+) -> tuple[Masks, dict[str, Tensor]]:
+    """The masks, and the new values of those weights that the pruner updates; all are for the model as it was."""
+    masks = select(scores, work, schedule.goals)
     for name in work.weights:
         if name not in masks:
             work.dense.setdefault(name, f"{pruner.name} cannot judge it")
@@ -137,15 +207,60 @@ def _run(pruner: Pruner, work: Pruning, schedule: Schedule, allow_empty: bool) -
         reasons = "; ".join(f"{name}: {work.dense[name]}" for name in list(work.weights)[:3])
         raise OptionError(explain(f"{pruner.name} can judge no layer of this model", layers=reasons))
     _check_alive(masks, work, allow_empty)
-    values: dict[str, Tensor] = {}  # written when all are there: every layer is updated for the model as it was
+    values: dict[str, Tensor] = {}
     for name, value in pruner.update(work, masks):
         _check_update(pruner, name, value, masks, work)
         values[name] = value
+    return masks, values
+
+
+@torch.no_grad()
+def _write(result: nn.Module, masks: Masks, values: Mapping[str, Tensor]) -> None:
     for name, mask in masks.items():
+        weight = stored_weight(result, name)
         if name in values:
-            work.weights[name].copy_(values[name])
+            weight.copy_(values[name])
         else:
-            work.weights[name].masked_fill_(~mask, 0)
+            weight.masked_fill_(~mask, 0)
+
+
+def _remember(
+    result: nn.Module,
+    pruner: Pruner,
+    work: Pruning,
+    asked: float | str | Mapping[str, float],
+    weights: Mapping[str, Tensor],
+    seed: int,
+    seconds: float,
+) -> None:
+    """Keep the report of one pruning."""
+    remember(
+        result,
+        PruneReport(
+            model=type(result).__name__,
+            method=pruner.name,
+            scope="pattern" if work.pattern else work.scope,
+            requested=dict(asked) if isinstance(asked, Mapping) else asked,
+            layers=_layers(result, weights, work),
+            parameters=sum(parameter.numel() for parameter in result.parameters()),
+            seed=seed,
+            seconds=seconds,
+            notes=tuple(work.notes),
+        ),
+    )
+
+
+def _above_zero(weights: Mapping[str, Tensor], sparsity: object) -> Schedule:
+    """One sparsity for all weights, so that every schedule asks for the saliencies of the same ones."""
+    schedule = by_sparsity(weights, sparsity)
+    if isinstance(sparsity, Mapping) or not schedule.goals:
+        raise OptionError(
+            explain(
+                f"prune_each takes sparsities that are numbers above 0, not {sparsity!r}",
+                remedy="prune takes one sparsity by layer at a time; of 0 the model itself is the result",
+            )
+        )
+    return schedule
 
 
 def _pruner(method: str | Pruner) -> Pruner:

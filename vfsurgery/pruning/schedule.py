@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,12 +124,10 @@ def _before(patterns: Mapping[str, float], pattern: str) -> list[str]:
 
 
 def _checked(sparsity: object, where: str) -> float:
-    number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
-    if not number or not 0 <= float(cast("float", sparsity)) < 1:
-        raise OptionError(
-            explain(
-                f"sparsity{where} must be a number in [0, 1) but is {sparsity!r}",
-                remedy="0.9 sets nine of ten weights to zero; a mapping has one number per pattern of layers",
-            )
-        )
-    return float(cast("float", sparsity))
+    share = float(sparsity) if isinstance(sparsity, int | float) and not isinstance(sparsity, bool) else math.nan
+    if not 0 <= share < 1:
+        remedy = "0.9 sets nine of ten weights to zero; a mapping has one number per pattern of layers"
+        if 1 < share < 100:
+            remedy = f"it is a share and not a percentage: {share:g} % is {share / 100:g}"
+        raise OptionError(explain(f"sparsity{where} must be a number in [0, 1) but is {sparsity!r}", remedy=remedy))
+    return share

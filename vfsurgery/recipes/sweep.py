@@ -16,7 +16,7 @@ from torch import nn
 from vfsurgery.batches import Data
 from vfsurgery.diagnosis import Diagnosis, diagnose
 from vfsurgery.evaluation import Score, evaluate
-from vfsurgery.pruning import prune
+from vfsurgery.pruning import prune_each
 from vfsurgery.renormalizing import Choice
 from vfsurgery.renormalizing import renormalize as restore
 
@@ -140,9 +140,8 @@ def sweep(
     best: tuple[float, str, float, nn.Module, nn.Module] | None = None
     for label, options in methods.items():
         cells: list[Cell] = []
-        for sparsity in sparsities:
-            arguments: dict[str, Any] = {"data": calibration, "seed": seed, "progress": progress, **options}
-            pruned = prune(model, sparsity, **arguments)
+        arguments: dict[str, Any] = {"data": calibration, "seed": seed, "progress": progress, **options}
+        for sparsity, pruned in zip(sparsities, prune_each(model, sparsities, **arguments), strict=True):
             restored = restore(pruned, reference=model, data=calibration, renormalize=renormalize, progress=progress)
             scores = [evaluate(network, test, progress=progress) for network in (pruned, restored)]
             cells.append(Cell(sparsity, *scores))

@@ -114,7 +114,7 @@ def renormalize(
     >>> bool((repaired(data[0]).mean(0) - dense(data[0]).mean(0)).abs().max() < 1e-5)
     True
     """
-    passes = _named(renormalize)
+    passes = passes_named(renormalize)
     check_reference(compressed, reference, inplace)
     if data is None:
         raise DataError(explain("renormalize needs data", remedy="pass data=; one batch of 64 images does"))
@@ -153,6 +153,7 @@ class _Work:
     progress: bool
     before: Masks
     sparsity: float
+    notes: list[str] = field(default_factory=list[str])
     seconds: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
 
     @staticmethod
@@ -183,7 +184,9 @@ class _Work:
         state = canonical_state(plain.model)
         before = Masks({name: tensor != 0 for name, tensor in state.items() if tensor.ndim > 1})
         work = _Work(plain, graph_module, groups, source, pairing, unpaired, batches, progress, before, 0.0)
-        work.sparsity = Masks.of(plain.model).sparsity
+        work.sparsity, theirs_sparsity = (Masks.of(model).sparsity for model in (plain.model, reference))
+        if theirs_sparsity > work.sparsity:
+            work.notes.append(f"{theirs_sparsity:.2%} of the reference's weights are zero: are the two swapped?")
         work.seconds.append(("trace and pairs", time.perf_counter() - started))
         return work
 
@@ -263,14 +266,21 @@ class _Work:
             images=self.batches.images,
             sparsity=self.sparsity,
             created_biases=tuple(context.created_biases),
-            notes=tuple(context.notes),
+            notes=(*self.notes, *context.notes),
             seconds=tuple(self.seconds),
             versions=tuple((name, version_of(name)) for name in ("vfsurgery", "torch")),
         )
 
 
-def _named(choice: Choice) -> tuple[Pass, ...]:
-    """The passes asked for; none for ``"auto"``, which depends on the network."""
+def passes_named(choice: Choice | None) -> tuple[Pass, ...]:
+    """The passes asked for; none for ``"auto"``, which depends on the network.
+
+    Raises:
+        OptionError: nothing is asked for, or something else than a normalization by a reference.
+
+    >>> [step.name for step in passes_named("rescale")], passes_named("auto")
+    (['rescale'], ())
+    """
     if isinstance(choice, str) and choice == "auto":
         return ()
     steps = [choice] if isinstance(choice, str | Pass) else list(choice or ())
