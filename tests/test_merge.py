@@ -607,3 +607,19 @@ def test_weights_are_checked_without_a_tensor_of_their_size() -> None:
     with Outputs() as outputs:
         check_weights(models)
     assert outputs.sizes and max(outputs.sizes) < models[0].weight.numel()
+
+
+def test_data_for_one_of_two_inputs_is_refused():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x, y):
+            return self.last((self.first(x) + self.second(y)).relu())
+
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 3), torch.randn(2, 3))
+    with pytest.raises(DataError, match="the model takes 2 inputs, and data has images alone"):
+        surgery.merge(Two(), Two(), data=[torch.randn(8, 3)], example_inputs=inputs, progress=False)
+    assert isinstance(surgery.merge(Two(), Two(), example_inputs=inputs, progress=False), Two)

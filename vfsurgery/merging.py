@@ -99,6 +99,13 @@ class Merging:
         check_weights(models)
         batches = None if data is None else Batches(data, device=device, dtype=dtype)
         inputs = example_from(models[0], batches, given)
+        if batches is not None and len(inputs) > 1:
+            raise DataError(
+                explain(
+                    f"the model takes {len(inputs)} inputs, and data has images alone",
+                    remedy="leave data out: matching by weights needs none; or merge the part that takes images",
+                )
+            )
         try:
             sources = [Source.of(model, record_or_export(model, inputs, leaf)) for model in models]
         except TraceError as error:

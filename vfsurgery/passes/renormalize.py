@@ -59,9 +59,7 @@ class Affine(nn.Module):
         shape[self.dim] = -1
         wide = torch.promote_types(x.dtype, torch.float32)  # scales are float64: they would make all of x so
         scaled = x * self.scale.to(wide).view(shape)
-        return scaled.add_(self.shift.to(wide).view(shape)).to(
-            x.dtype
-        )  # a second large tensor costs as much again
+        return scaled.add_(self.shift.to(wide).view(shape)).to(x.dtype)  # a second large tensor costs as much again
 
 
 @dataclass(frozen=True, kw_only=True)
