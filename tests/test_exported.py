@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import vfsurgery as surgery
 from vfsurgery.discovery import discover
+from vfsurgery.discovery.recording import hidden_norms
 from vfsurgery.errors import OptionError, TraceError
-from vfsurgery.recording import hidden_norms
 from vfsurgery.tracing.exported import EXPORTED, export_module
 from vfsurgery.tracing.tracer import trace_module
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfsurgery.axes import Concat, Fixed, Fresh, Product, Take, TensorRef, mentioned, pin, tie, tie_all
 from vfsurgery.errors import SurgeryError
-from vfsurgery.layouts import Layout, Layouts, concat, product
+from vfsurgery.groups.axes import Concat, Fixed, Fresh, Product, Take, TensorRef, mentioned, pin, tie, tie_all
+from vfsurgery.groups.layouts import Layout, Layouts, concat, product
 
 
 def sizes(layouts: Layouts, layout: Layout) -> list[tuple[int, ...]]:

@@ -8,8 +8,8 @@ import torchvision
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.partial import watch
 from vfsurgery.errors import OptionError, TraceError
-from vfsurgery.partial import watch
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -16,8 +16,8 @@ import vfsurgery as surgery
 from vfsurgery.data import digits
 from vfsurgery.demo import TinyConvNet, TinyResNet
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, SurgeryError
-from vfsurgery.phases import Retraining, sparse_soup
 from vfsurgery.pruning import Masks, prune
+from vfsurgery.soups.phases import Retraining, sparse_soup
 from vfsurgery.training import from_seed, train
 
 SPLITS = digits()
@@ -99,8 +99,8 @@ def test_each_phase_prunes_the_same_share_of_what_remains(phases):
 def test_what_is_pruned_stays_pruned_and_the_model_is_left_alone(monkeypatch):
     model, seen = dense(TinyResNet), []
     everything = Everything(model)
-    mixed = surgery.soups.soup
-    phases = sys.modules["vfsurgery.phases"]
+    mixed = surgery.soups.averaging.soup
+    phases = sys.modules["vfsurgery.soups.phases"]
 
     def noted(models, **options):
         seen.append([Masks.of(one) for one in models])
@@ -129,7 +129,7 @@ def test_one_copy_is_iterative_magnitude_pruning_by_hand():
 
 def test_copies_differ_in_their_seed_or_in_their_weight_decay_alone(monkeypatch):
     calls = []
-    phases = sys.modules["vfsurgery.phases"]
+    phases = sys.modules["vfsurgery.soups.phases"]
     monkeypatch.setattr(
         phases, "train", lambda *args, **options: calls.append((options["seed"], options["weight_decay"])) or args[0]
     )
@@ -169,7 +169,7 @@ def test_the_table_has_a_row_per_phase():
 
 
 def test_a_copy_that_revives_a_weight_is_caught(monkeypatch):
-    phases = sys.modules["vfsurgery.phases"]
+    phases = sys.modules["vfsurgery.soups.phases"]
 
     def careless(model, *args, masks, **options):
         return train(model, *args, **options)
@@ -195,7 +195,7 @@ def test_a_copy_that_revives_a_weight_is_caught(monkeypatch):
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_training(options, message, monkeypatch):
-    monkeypatch.delattr("vfsurgery.phases.train")
+    monkeypatch.delattr("vfsurgery.soups.phases.train")
     with pytest.raises(OptionError, match=message):
         run(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), **options)
 

@@ -17,9 +17,9 @@ from torch.nn import functional
 from torch.nn.utils import prune as torch_prune
 
 import vfsurgery as surgery
+from vfsurgery.discovery.recording import record
 from vfsurgery.errors import CertificateError, DataError, InvalidWeightsError, OptionError, TraceError
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
-from vfsurgery.recording import record
 from vfsurgery.shrinking import UnitPruneReport
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.quota import Quota

@@ -11,8 +11,8 @@ from vfsurgery.data.augmentation import crop_and_flip
 from vfsurgery.demo import TinyResNet
 from vfsurgery.errors import CheckpointError
 from vfsurgery.recipes.recipe import Recipe
-from vfsurgery.resuming import Progress
-from vfsurgery.training import WARMUP_START, _schedule, from_seed, train
+from vfsurgery.training.loop import WARMUP_START, _schedule, from_seed, train
+from vfsurgery.training.resuming import Progress
 
 IMAGES = TensorDataset(torch.randn(50, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 10)
 STEPS = {"milestones": (3, 7), "warmup": 1, "nesterov": False}

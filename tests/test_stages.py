@@ -454,7 +454,7 @@ def test_a_page_that_is_asked_for_later_has_the_merge_s_report(tmp_path, monkeyp
 
 def test_a_training_goes_on_at_its_epoch(tmp_path, ran, monkeypatch):
     recipe = surgery.Recipe.from_yaml(RECIPE)
-    from vfsurgery import resuming
+    from vfsurgery.training import resuming
 
     original, saved = resuming.Progress.save, []
 

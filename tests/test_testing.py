@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
-from vfsurgery.axes import tie_all
 from vfsurgery.errors import CertificateError, OptionError
 from vfsurgery.groups import Permutation
+from vfsurgery.groups.axes import tie_all
 from vfsurgery.matching import MATCHERS, Identity, Matching, Problem, WeightMatching, ZipMatching
 from vfsurgery.passes import PASSES, Average, CalibrateBiases, Context, Fold, Pass, RemoveBiases, Repair, Rescale, Reset
 from vfsurgery.testing import check_matcher, check_pass, check_rule, make_net

@@ -89,7 +89,7 @@ def test_progress_can_be_switched_off(shown, monkeypatch):
         seen.append((label, total, enabled))
         return batches
 
-    monkeypatch.setattr("vfsurgery.training.progress_bar", record)
+    monkeypatch.setattr("vfsurgery.training.loop.progress_bar", record)
     dataset = TensorDataset(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
     train(TinyConvNet(width=2), dataset, epochs=2, lr=0.1, seed=0, label="seed 0", progress=shown)
     assert seen == [("seed 0", 2, shown)]

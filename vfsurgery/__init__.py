@@ -46,9 +46,6 @@ from vfsurgery.passes import build_pass as build_pass
 from vfsurgery.passes import pass_as_mapping as pass_as_mapping
 from vfsurgery.passes import pass_options as pass_options
 from vfsurgery.passes import register_pass as register_pass
-from vfsurgery.phases import Retraining as Retraining
-from vfsurgery.phases import SparseSoup as SparseSoup
-from vfsurgery.phases import sparse_soup as sparse_soup
 from vfsurgery.preserving import PreserveCurve as PreserveCurve
 from vfsurgery.preserving import preserve_curve as preserve_curve
 from vfsurgery.pruning import Masks as Masks
@@ -70,6 +67,9 @@ from vfsurgery.shrinking import UnitPruneReport as UnitPruneReport
 from vfsurgery.shrinking import prune_units as prune_units
 from vfsurgery.soups import SoupReport as SoupReport
 from vfsurgery.soups import soup as soup
+from vfsurgery.soups.phases import Retraining as Retraining
+from vfsurgery.soups.phases import SparseSoup as SparseSoup
+from vfsurgery.soups.phases import sparse_soup as sparse_soup
 from vfsurgery.toolbox import Editor as Editor
 from vfsurgery.toolbox import edit as edit
 from vfsurgery.toolbox import measure as measure

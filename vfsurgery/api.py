@@ -13,17 +13,17 @@ from vfsurgery.batches import Data
 from vfsurgery.budget import Budget, plan_prefix
 from vfsurgery.choosing import Way, choose, sensible
 from vfsurgery.discovery import discover
+from vfsurgery.discovery.partial import find_partly
+from vfsurgery.discovery.recording import hidden_norms, record, record_or_export
 from vfsurgery.errors import DataError, OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.matching import MATCHERS, Identity, Matcher, Orders
 from vfsurgery.merging import ExampleInputs, Merging
-from vfsurgery.partial import find_partly
 from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
 from vfsurgery.passes.contract import check_order
 from vfsurgery.passes.producers import is_norm
 from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.passes.renormalize import Repair
-from vfsurgery.recording import hidden_norms, record, record_or_export
 from vfsurgery.results import remember
 from vfsurgery.shares import Alpha, Weights, plan_shares
 from vfsurgery.sparse import plan_masks

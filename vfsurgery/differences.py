@@ -11,8 +11,8 @@ from typing import Literal, TextIO, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from vfsurgery.discovery.recording import record
 from vfsurgery.excerpts import describe_call
-from vfsurgery.recording import record
 from vfsurgery.report import Report
 from vfsurgery.sources import canonical_state
 from vfsurgery.tracing.examples import example_inputs_of

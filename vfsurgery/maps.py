@@ -3,7 +3,7 @@
 At each group the merged units are ``y = sum_i w_i M_i y_i`` and a source's units come back as ``y_i = U_i y`` (Stoica
 et al., "ZipIt!", 2024, section 4; Qu & Horvath, CPAL 2025, section 5.4). Weights that write the group's units become
 ``M_i W_i``, weights that read them ``W_i U_i``, and what scales or shifts single units ``M_i v_i``
-(:mod:`vfsurgery.roles`).
+(:mod:`vfsurgery.discovery.roles`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from vfsurgery.discovery.roles import READS
 from vfsurgery.errors import SurgeryError, explain
 from vfsurgery.groups import GroupSet, Member, Permutation, gather_index, permute_tensor
-from vfsurgery.roles import READS
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.batches import Batches, Data, progress_line
 from vfsurgery.discovery import discover
+from vfsurgery.discovery.recording import hidden_norms, record_or_export
 from vfsurgery.errors import (
     DataError,
     IncompatibleModelsError,
@@ -36,7 +37,6 @@ from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.fitting import fits
 from vfsurgery.passes.mask import aligned_members
 from vfsurgery.passes.preserve import standalone
-from vfsurgery.recording import hidden_norms, record_or_export
 from vfsurgery.report import Certificate, GroupMatch, MergeReport, Preserved, Trial
 from vfsurgery.shares import SharePlan
 from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode, write_into

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from vfsurgery.api import ExampleInputs, Matchings, Renormalization, match, merge
 from vfsurgery.batches import Batches, Data
 from vfsurgery.batches import progress as progress_bar
+from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.evaluation import first_images, logits_of
 from vfsurgery.matching import Given
 from vfsurgery.passes.cut import Boundaries
-from vfsurgery.recording import record_or_export
 from vfsurgery.results import merge_report_of
 from vfsurgery.sources import eval_mode
 from vfsurgery.tracing.examples import example_inputs_of

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.batches import Batches, Data
 from vfsurgery.discovery import discover
+from vfsurgery.discovery.recording import record
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.fragments import Html, table
 from vfsurgery.holdout import split
@@ -22,7 +23,6 @@ from vfsurgery.passes.fitting import fits
 from vfsurgery.passes.options import written
 from vfsurgery.passes.preserve import standalone
 from vfsurgery.passes.renormalize import Renormalize
-from vfsurgery.recording import record
 from vfsurgery.report import Report
 from vfsurgery.results import remember
 from vfsurgery.sources import (

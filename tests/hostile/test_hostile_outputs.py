@@ -30,8 +30,8 @@ from vfsurgery.checkpoints import (
 from vfsurgery.cli import main
 from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import CheckpointError, InvalidWeightsError, OptionError
-from vfsurgery.resuming import Progress
 from vfsurgery.training import from_seed
+from vfsurgery.training.resuming import Progress
 
 resource = pytest.importorskip("resource", reason="limits of POSIX")
 

@@ -1,6 +1,6 @@
 """What matchers share that map units by matrices: which groups they may, and permutations for the others.
 
-A general map needs more of a network than a permutation does (:mod:`vfsurgery.roles`). Groups that let only
+A general map needs more of a network than a permutation does (:mod:`vfsurgery.discovery.roles`). Groups that let only
 permutations through are matched as in activation matching, so that such a matcher works on every model.
 """
 

@@ -17,7 +17,6 @@ from vfsurgery.checkpoints import FileRecord, load_into, load_state_dict, proven
 from vfsurgery.data import Splits
 from vfsurgery.hub.cards import Network, Summary, described
 from vfsurgery.hub.loading import Written, is_of_timm
-from vfsurgery.phases import Retraining, SparseSoup, sparse_soup
 from vfsurgery.recipes.comparison import Comparison, compare_merges, table
 from vfsurgery.recipes.expectations import Outcome
 from vfsurgery.recipes.pruning_sections import PruningSweep, Soup
@@ -25,6 +24,7 @@ from vfsurgery.recipes.sections import Experiment, Images, Pair
 from vfsurgery.recipes.sweep import DENSE, Sweep, row, sweep, sweep_table
 from vfsurgery.report import Report
 from vfsurgery.results import report_of
+from vfsurgery.soups.phases import Retraining, SparseSoup, sparse_soup
 from vfsurgery.training import from_seed, train
 
 E = TypeVar("E", bound=Experiment)

@@ -16,6 +16,7 @@ from vfsurgery.budget import Budget, plan_prefix
 from vfsurgery.checkpoints import WEIGHTS
 from vfsurgery.costs import cost_of
 from vfsurgery.discovery import discover
+from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import CheckpointError, ExampleInputError, IncompatibleModelsError, RecipeError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.recipes.recipe import Recipe
@@ -23,7 +24,6 @@ from vfsurgery.recipes.sections import Experiment, Images, Pair
 from vfsurgery.recipes.stages.bench import DTYPES
 from vfsurgery.recipes.stages.entries import plain
 from vfsurgery.recipes.stages.steps import MERGED, Step
-from vfsurgery.recording import record_or_export
 from vfsurgery.sources import eval_mode
 from vfsurgery.tracing.examples import BATCH, example_inputs_of
 

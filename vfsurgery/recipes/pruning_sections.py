@@ -147,7 +147,7 @@ class ReducedSweep(Section):
 
 
 class Retrain(Section):
-    """Options of :class:`vfsurgery.phases.Retraining`."""
+    """Options of :class:`vfsurgery.soups.phases.Retraining`."""
 
     epochs: Count = 10
     lr: Annotated[float, Field(gt=0)] = 0.05

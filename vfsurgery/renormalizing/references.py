@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.computed import is_plain, plain_copy
+from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError, TraceError, explain
-from vfsurgery.recording import record_or_export
 from vfsurgery.renormalizing.pairing import Pairing, Unpaired
 from vfsurgery.sources import Source, canonical_state, check_finite
 from vfsurgery.stats.collect import image_dtype

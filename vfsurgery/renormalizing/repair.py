@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from vfsurgery.batches import Batches, Data
 from vfsurgery.computed import PlainCopy, copy_of, fake_quantized, plain_copy, refresh
 from vfsurgery.discovery import discover
+from vfsurgery.discovery.recording import hidden_norms, record_or_export
 from vfsurgery.errors import (
     DataError,
     OptionError,
@@ -42,7 +43,6 @@ from vfsurgery.passes.beside import Beside
 from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.passes.renormalize import Measured
 from vfsurgery.pruning import Masks
-from vfsurgery.recording import hidden_norms, record_or_export
 from vfsurgery.renormalizing.pairing import Keep, Pair, Pairing, Unpaired, find_others, find_stages, pair_stages
 from vfsurgery.renormalizing.references import check_outputs, check_pairing, check_reference, device_of, trace_reference
 from vfsurgery.renormalizing.report import LayerPair, RenormalizeReport

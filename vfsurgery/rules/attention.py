@@ -12,7 +12,7 @@ from itertools import zip_longest
 
 from torch import nn
 
-from vfsurgery.axes import AxisRef, Concat, Constraint, Expression, Fresh, Product, TensorRef, tie
+from vfsurgery.groups.axes import AxisRef, Concat, Constraint, Expression, Fresh, Product, TensorRef, tie
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vfsurgery.axes import Concat, Constraint, Fixed, Fresh, Product, Take, TensorRef, indifferent, tie, tie_all
+from vfsurgery.groups.axes import Concat, Constraint, Fixed, Fresh, Product, Take, TensorRef, indifferent, tie, tie_all
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 

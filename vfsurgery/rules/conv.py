@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from vfsurgery.axes import Constraint, Fresh, Product, TensorRef, tie
+from vfsurgery.groups.axes import Constraint, Fresh, Product, TensorRef, tie
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 

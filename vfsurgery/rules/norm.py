@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from vfsurgery.axes import Constraint, Fresh, Product, mixes, tie, tie_all
+from vfsurgery.groups.axes import Constraint, Fresh, Product, mixes, tie, tie_all
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from vfsurgery.axes import Concat, Constraint, Expression, Fixed, Fresh, Product, indifferent, tie
+from vfsurgery.groups.axes import Concat, Constraint, Expression, Fixed, Fresh, Product, indifferent, tie
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 

@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from vfsurgery.axes import Constraint
 from vfsurgery.errors import OptionError, explain
+from vfsurgery.groups.axes import Constraint
 from vfsurgery.registry import load_plugins
 from vfsurgery.tracing.ops import Key, Op, canonical_key
 from vfsurgery.tracing.values import KEPT_WHOLE
@@ -31,7 +31,7 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     Raises:
         OptionError: a target has a rule already.
 
-    >>> from vfsurgery.axes import tie_all
+    >>> from vfsurgery.groups.axes import tie_all
     >>> class Twice(nn.Module):
     ...     def forward(self, x):
     ...         return 2 * x

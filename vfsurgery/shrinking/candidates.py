@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vfsurgery.discovery.roles import READS
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.groups import GroupSet, PermutationGroup
 from vfsurgery.pruning.layers import matches
-from vfsurgery.roles import READS
 from vfsurgery.tracing.selection import listed
 
 EXCLUDED = "excluded by the user ({})"

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from vfsurgery.discovery.roles import READS
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
 from vfsurgery.passes.producers import TRANSPOSED, is_layer
-from vfsurgery.roles import READS
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.stats.collect import Site, survey
 from vfsurgery.stats.correlation import CrossMoments

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from vfsurgery.discovery.roles import READS
 from vfsurgery.groups import Member
-from vfsurgery.roles import READS
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.rehearsal import reason_of
 from vfsurgery.shrinking.resize import with_tensors

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor, fx, nn
 
-from vfsurgery.axes import TensorRef
 from vfsurgery.errors import SurgeryError, explain
+from vfsurgery.groups.axes import TensorRef
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.tracing.ops import OpReader, canonical_parameters
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from vfsurgery.batches import Batches
+from vfsurgery.discovery.recording import record
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.passes import Context, Fold, Pass, Pipeline
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.recalibrate import Reset
 from vfsurgery.passes.renormalize import Measured
-from vfsurgery.recording import record
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.sources import Source, eval_mode
 from vfsurgery.stats.collect import Survey, survey

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from vfsurgery.discovery.roles import READS, WRITES
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
-from vfsurgery.roles import READS, WRITES
 from vfsurgery.stats.collect import Site, group_sites, survey
 from vfsurgery.stats.moments import row_squares
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from vfsurgery.batches import Batches, Data
 from vfsurgery.discovery import discover
+from vfsurgery.discovery.recording import record
 from vfsurgery.errors import CertificateError, TraceError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.merging import ExampleInputs
 from vfsurgery.passes import Context, Pass
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.pruning.layers import prunable, stored_weight
-from vfsurgery.recording import record
 from vfsurgery.shrinking.candidates import first_and_instead
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.fold import Reader, folded, readers_of, self_correlations, unfolded

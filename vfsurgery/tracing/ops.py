@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from vfsurgery.axes import TensorRef
+from vfsurgery.groups.axes import TensorRef
 from vfsurgery.tracing.values import RETURNS_INPUT, VALUE, TensorValue
 
 Key: TypeAlias = str | type[nn.Module] | Callable[..., Any]

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from vfsurgery.discovery import discover
+from vfsurgery.discovery.partial import find_partly
+from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet
-from vfsurgery.partial import find_partly
-from vfsurgery.recording import record_or_export
 from vfsurgery.verification import Verification, prove
 from vfsurgery.zoo.twins import (
     BYTES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
-from vfsurgery.axes import tie_all
+from vfsurgery.groups.axes import tie_all
 from vfsurgery.matching import MATCHERS, Matching, Problem
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.batches import Batches, Data
 from vfsurgery.batches import progress as progress_bar
+from vfsurgery.discovery.recording import record
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
 from vfsurgery.evaluation import device_of, evaluate, first_images
 from vfsurgery.fragments import Html, table
@@ -24,7 +25,6 @@ from vfsurgery.merging import common_device
 from vfsurgery.passes import Context, KeepZeros, Reset
 from vfsurgery.passes.mask import Choice, Support, check_zeros
 from vfsurgery.passes.producers import is_batch_norm
-from vfsurgery.recording import record
 from vfsurgery.report import MergedMasks, Report
 from vfsurgery.results import remember
 from vfsurgery.shares import shares_of

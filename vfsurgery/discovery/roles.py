@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import networkx as nx
 from torch import nn
 
-from vfsurgery.axes import AxisRef, Constraint, Fresh, Tie, mentioned
+from vfsurgery.groups.axes import AxisRef, Constraint, Fresh, Tie, mentioned
 from vfsurgery.tracing.ops import Op
 
 READS, WRITES, SCALES = "reads", "writes", "scales"

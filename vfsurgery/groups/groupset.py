@@ -36,7 +36,7 @@ class Member:
     repeated ``outer`` times. An irregular layout, as channel shuffles leave behind, lists every index in ``indices``
     instead, unit by unit.
 
-    ``role`` says what a weight does with the units: see :mod:`vfsurgery.roles`; empty for activations.
+    ``role`` says what a weight does with the units: see :mod:`vfsurgery.discovery.roles`; empty for activations.
 
     Units of a nested group lie ``blocks`` times on the axis, once in each unit of the outer group, with ``between``
     repetitions inside a block; or, with ``block_dim``, the blocks lie along another dim of the same parameter.

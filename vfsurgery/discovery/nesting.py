@@ -23,8 +23,8 @@ from typing import Any
 
 import networkx as nx
 
-from vfsurgery.axes import AxisRef, TensorRef
-from vfsurgery.layouts import Atom, Layout, Run
+from vfsurgery.groups.axes import AxisRef, TensorRef
+from vfsurgery.groups.layouts import Atom, Layout, Run
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from vfsurgery.batches import progress as progress_bar
 from vfsurgery.data.augmentation import crop_and_flip
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
 from vfsurgery.pruning import Masks
-from vfsurgery.resuming import Progress
+from vfsurgery.training.resuming import Progress
 
 OptimizerName: TypeAlias = Literal["sgd", "adamw"]
 """SGD with momentum, or AdamW, which transformers need."""

@@ -25,10 +25,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vfsurgery.discovery import INPUT, OUTPUT, Discovery
+from vfsurgery.discovery.recording import record
+from vfsurgery.discovery.unification import INPUT, OUTPUT, Discovery
 from vfsurgery.errors import SurgeryError, TraceError
 from vfsurgery.groups import GroupSet, PermutationGroup, PinnedAxis
-from vfsurgery.recording import record
 from vfsurgery.tracing.exported import first_line
 from vfsurgery.tracing.ops import canonical_parameters
 from vfsurgery.tracing.selection import Pinned, chosen_pins

@@ -24,7 +24,7 @@ from vfsurgery.evaluation import evaluate
 from vfsurgery.passes.mask import check_zeros
 from vfsurgery.pruning import Masks, Pruner, prune
 from vfsurgery.pruning.layers import prunable
-from vfsurgery.soups import soup
+from vfsurgery.soups.averaging import soup
 from vfsurgery.training import train
 
 CALIBRATION = 0.2

@@ -1,11 +1,11 @@
 """From a traced model to its permutation groups: rules give ties and pins, their solution gives the groups.
 
-1. Every op's coupling rule states constraints on axes (:mod:`vfsurgery.axes`); an op without a rule pins all it
+1. Every op's coupling rule states constraints on axes (:mod:`vfsurgery.groups.axes`); an op without a rule pins all it
    touches.
-2. :class:`~vfsurgery.layouts.Layouts` solves them: each axis becomes a concatenation of products of atoms.
+2. :class:`~vfsurgery.groups.layouts.Layouts` solves them: each axis becomes a concatenation of products of atoms.
 3. The *coupling graph* (networkx) has a node for each atom on each axis and an edge for each tie, labelled with its op.
    Its connected components that reach no pin and hold parameters are the permutation groups.
-4. :mod:`vfsurgery.nesting` says which of them lie inside the units of others.
+4. :mod:`vfsurgery.discovery.nesting` says which of them lie inside the units of others.
 
 Dims that hold no units, such as a kernel's height and width, are not listed among the pinned axes.
 """
@@ -24,7 +24,11 @@ import numpy as np
 import torch
 from torch import fx
 
-from vfsurgery.axes import (
+from vfsurgery.discovery.nesting import Nesting, Outer
+from vfsurgery.discovery.roles import Roles
+from vfsurgery.errors import SurgeryError, UnknownOpError, explain
+from vfsurgery.groups import GroupSet, Member, PermutationGroup, PinnedAxis
+from vfsurgery.groups.axes import (
     AxisRef,
     Concat,
     Constraint,
@@ -41,11 +45,7 @@ from vfsurgery.axes import (
     mentioned,
     references,
 )
-from vfsurgery.errors import SurgeryError, UnknownOpError, explain
-from vfsurgery.groups import GroupSet, Member, PermutationGroup, PinnedAxis
-from vfsurgery.layouts import Atom, Layout, Layouts, Run, concat, product
-from vfsurgery.nesting import Nesting, Outer
-from vfsurgery.roles import Roles
+from vfsurgery.groups.layouts import Atom, Layout, Layouts, Run, concat, product
 from vfsurgery.rules import rule_for
 from vfsurgery.tracing.ops import Op, OpReader
 from vfsurgery.tracing.selection import NO_PINS, Pinned, chosen_pins
