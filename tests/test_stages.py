@@ -293,20 +293,37 @@ MERGE = {"merge": {}}
         ([{"merge": {"alpha": 1.5}}], "alpha must lie in [0, 1] but is 1.5"),
         ([{"merge": {"alpha": "half"}}], "shares are numbers"),
         ([{"merge": {"weights": [0.2, 0.3, 0.5]}}], "3 weights were given for 2 models at stages[0]"),
+        ([{"merge": {"weights": 0.5}}], "weights are one number for each of 2 sources, not 0.5 at stages[0]"),
+        ([{"merge": {"weights": {"fc": 0.5}}}], "weights are one number for each of 2 sources, not 0.5"),
+        ([{"merge": {"weights": [[0.5, 0.5], 0.3]}}], "weights are one number for each of 2 sources, not 0.3"),
+        ([{"merge": {"alpha": [0.5, [0.3]]}}], "[0.3] is no share"),
         ([{"merge": {"masks": "kept"}}], "unknown choice of masks 'kept'; did you mean 'keep'?"),
         ([MERGE, {"renormalize": ["repiar"]}], "unknown renormalization 'repiar'; did you mean 'repair'?"),
         ([MERGE, {"renormalize": {"repair": {"factor": "x"}}}], "pass 'repair': factor must be float but is 'x'"),
         ([{"apply": "fould"}], "unknown pass 'fould'; did you mean 'fold'?"),
         ([MERGE, {"preserve": -1}], "write a number of layers, a module path, or a budget"),
         ([MERGE, {"preserve": {"flop": 2}}], "unknown budget 'flop'; did you mean 'flops'?"),
+        ([MERGE, {"preserve": {1: 2}}], "unknown budget '1'"),
+        ([MERGE, {"preserve": {}}], "a budget says flops, params or both"),
+        ([MERGE, {"preserve": ""}], "write a number of layers, a module path, or a budget"),
         ([MERGE, {"preserve": {"flops": 0.5}}], "max_flops=0.5 is no budget"),
         ([MERGE, {"preserve": 2}, {"export": "x.safetensors"}], "write x.safetensors as .pt2 or .onnx"),
         ([{"export": "../x.onnx"}], "'../x.onnx' is no plain file name"),
         ([{"export": "x.pkl"}], "networks are written into files that end in .safetensors, .pt2, .onnx"),
         ([{"prune": {"method": "magnitude"}}], "write sparsity, as in 0.9, or pattern"),
+        ([{"prune": {"sparsity": 9}}], "sparsity must be a number in [0, 1) but is 9"),
+        ([{"prune": {"sparsity": {"fc": 1.0}}}], "sparsity for 'fc' must be a number in [0, 1) but is 1.0"),
+        ([{"prune": {"sparsity": {}}}], "sparsity has no pattern"),
+        ([{"prune": {"pattern": "4:2"}}], "pattern='4:2' is not N:M"),
+        ([{"prune": {"pattern": "2:4", "scope": "layer"}}], "scope='layer' and pattern='2:4' exclude each other"),
+        ([{"prune": {"sparsity": 0.5, "method": "wanda", "options": {"x": 3}}}], "unknown option of wanda 'x'"),
         ([{"prune": {"sparsity": 0.5, "options": {"block": 3}}}], "unknown option of magnitude 'block'"),
         ([MERGE, {"evaluate": {"expect": ["merge < a"]}}], "unknown row in stages[1] 'merge'; did you mean 'merged'?"),
         ([{"evaluate": {"expect": ["a within 2 of published"]}}], "nothing is published for stages"),
+        ([{"evaluate": {"flips": True}}], "flips are counted between sources and what they were merged into"),
+        ([{"export": "x.pt2"}, "train", {"export": "x.pt2"}], "x_a.pt2 would be written twice: give one of"),
+        ([{"export": "x.pt2"}, MERGE, {"export": "x_b.pt2"}], "x_b.pt2 would be written twice: give one of"),
+        ([{"prune": {"sparsity": 0.5}}, "diagnose", "diagnose"], "diagnosis_a.html would be written twice"),
         ([{"diagnose": {"page": "/tmp/x.html"}}], "String should match pattern"),
     ],
     ids=str,
@@ -324,8 +341,13 @@ def test_wrong_stages_are_explained(stages, message):
         ({"pairs": [{"name": "p", "model": "m:n"}]}, "a recipe has stages, or else pairs, sweeps and soups"),
         ({"data": None}, "evaluate needs data at stages[0]"),
         ({"sources": ["timm:resnet18", {"name": "a"}]}, "two entries have the source name 'a'"),
+        ({"sources": ["m:n", {"name": "merged"}]}, "no source may be called 'merged'"),
+        ({"sources": ["m:n", {"name": "ensemble"}]}, "no source may be called 'ensemble'"),
+        ({"outputs": ["x.onnx", "x.onnx"]}, "x_a.onnx would be written twice"),
         ({"sources": [{"model": "m:n", "checkpoint": "a.pt", "pretrained": True}]}, "leave one of the two out"),
         ({"sources": [{"checkpoint": "a.pt"}]}, "a required key is missing at sources[0].model"),
+        ({"alpha": 0.3}, "alpha stands in the stage: write merge: {alpha: ...}"),
+        ({"resume": "kept"}, "resume is for pairs, sweeps and soups: stages go on with --resume"),
         ({"dtype": "int8"}, "Input should be 'float32', 'float64', 'float16' or 'bfloat16'"),
         ({"outputs": ["a/b.onnx"]}, "'a/b.onnx' is no plain file name"),
     ],
@@ -356,7 +378,9 @@ def test_values_may_be_changed_by_their_path():
     for path, message in (
         ("stages.tran.epochs", "there is no single 'tran'\n  remedy  did you mean 'train'?"),
         ("stages.9.train", "there is no single '9'"),
-        ("name.first", "above first stands 'small'"),
+        ("name.first", "name is 'small'\n  remedy   write name=VALUE"),
+        ("stages.4.data", "stages.4 is 'evaluate'\n  remedy   write stages.4=VALUE"),
+        (".".join("a" * 5000), "a path of 5000 keys leads nowhere"),
         ("stages.train.epoch", "unknown key 'epoch'"),
     ):
         with pytest.raises(RecipeError, match=message.replace("?", r"\?")):
@@ -532,7 +556,7 @@ def test_a_plan_says_what_would_happen_and_makes_no_weights(monkeypatch):
     network = found.networks[0]
     assert (network.parameters, network.image, network.groups) == (11689512, (3, 32, 32), 12)
     assert network.networks == ("a", "b")
-    assert "flops x1." in found.steps[0].notes[0] and found.writes == ("small.pt2", "diagnosis.html", "report.json")
+    assert "flops x1." in found.steps[0].notes[0] and found.writes == ("diagnosis.html", "small.pt2", "report.json")
     assert json.loads(json.dumps(found.to_dict()))["memory"] > 2 * network.megabytes
 
 

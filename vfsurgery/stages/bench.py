@@ -38,7 +38,7 @@ from vfsurgery.results import report_of
 from vfsurgery.running import run_passes
 from vfsurgery.stages.entries import build_normalizations, build_passes
 from vfsurgery.stages.sections import Source
-from vfsurgery.stages.steps import MERGED, Step
+from vfsurgery.stages.steps import MERGED, Step, file_of
 from vfsurgery.tracing.examples import BATCH, example_inputs_of, random_images
 from vfsurgery.training import from_seed, train
 
@@ -171,15 +171,12 @@ class Bench:
 
     def _remember(self, step: Step) -> None:
         """Keep the report of each network, and what its files are to say."""
-        for name in self._made_by(step):
+        for name in step.made:
             model = self.networks[name]
             if step.kind != "train":
                 self.reports[name] = report_of(model)
                 self.summaries[name] = Summary.of(self.reports[name])
                 self.metadata[name] = provenance(self.reports[name], self.recipe, self.files)
-
-    def _made_by(self, step: Step) -> Sequence[str]:
-        return (MERGED,) if step.kind == "merge" else step.networks
 
     def _replace(self, name: str, model: nn.Module, kind: str) -> None:
         if kind == "prune":
@@ -290,7 +287,7 @@ class Bench:
         told = Told()
         for name, model in self.networks.items():
             found = diagnose(model, self.origins[name], self._calibration, progress=self.progress)
-            file = self._file(step.value.page, name)
+            file = file_of(step.value.page, name, self.networks)
             self.writes.append(Page(file, found, self.reports.get(name), dict(self.scores)))
             told.lines += [f"{name}: {found.verdict}"]
             told.values[name] = found.to_dict()
@@ -304,7 +301,7 @@ class Bench:
         told = Told()
         for file in files:
             for name, model in self.networks.items():
-                target = self._file(file, name)
+                target = file_of(file, name, self.networks)
                 self.writes.append(self._exported(target, name, model))
                 told.lines.append(target)
         return told
@@ -336,11 +333,6 @@ class Bench:
             return first_images(model, self._calibration)
         size = next(iter(self.sections.values())).input_size
         return None if size is None else random_images((BATCH, *size), model)
-
-    def _file(self, file: str, name: str) -> str:
-        """A file's name, with that of the network where there are several."""
-        path = Path(file)
-        return file if len(self.networks) == 1 else f"{path.stem}_{name}{path.suffix}"
 
 
 def outcomes_of(step: Step, scores: Mapping[str, Score]) -> list[Outcome]:

@@ -22,7 +22,7 @@ from vfsurgery.passes import PASSES
 from vfsurgery.stages.bench import Bench, Export, Told, outcomes_of
 from vfsurgery.stages.entries import build_passes
 from vfsurgery.stages.sections import Source
-from vfsurgery.stages.steps import MERGED, Step
+from vfsurgery.stages.steps import Step
 from vfsurgery.stages.store import Kept, Store, digest, loads
 
 
@@ -124,8 +124,7 @@ def _run(step: Step, key: str, bench: Bench, store: Store) -> Told:
     told = bench.run(step)
     networks: dict[str, nn.Module] = {}
     if step.changes_networks:
-        names = (MERGED,) if step.kind == "merge" else step.networks
-        networks = {name: bench.networks[name] for name in names}
+        networks = {name: bench.networks[name] for name in step.made}
     elif step.kind != "evaluate":
         return told
     if all(loads(model, bench.untrained(name)) for name, model in networks.items()):
@@ -139,7 +138,7 @@ def _run(step: Step, key: str, bench: Bench, store: Store) -> Told:
 
 def _taken_over(step: Step, kept: Kept, bench: Bench) -> Told | None:
     """What a step gave in an earlier run; ``None`` where it cannot be read any more."""
-    names = () if not step.changes_networks else (MERGED,) if step.kind == "merge" else step.networks
+    names = step.made if step.changes_networks else ()
     try:
         networks = {name: kept.load(name, bench.untrained(name)) for name in names}
         values = kept.record["values"]

@@ -25,6 +25,7 @@ from vfsurgery.expectations import Expectation
 from vfsurgery.passes import PASSES, pass_options
 from vfsurgery.passes.mask import CHOICES
 from vfsurgery.pruning import PRUNERS, Pruner
+from vfsurgery.pruning.schedule import check_scope, read_pattern, read_sparsity
 from vfsurgery.pruning_sections import PrunerName, check_pruner_options
 from vfsurgery.sections import AsTuple, Count, FrozenDict, Name, Options, Section, Seed, Training, refuse_unknown
 from vfsurgery.shares import plan_shares
@@ -119,6 +120,10 @@ class Prune(Section):
         check_pruner_options(self.method, self.options)
         if self.sparsity is None and self.pattern is None:
             raise ValueError("write sparsity, as in 0.9, or pattern, as in 2:4 within quotes")
+        check_scope(self.scope, self.pattern)
+        read_pattern(self.pattern)
+        if self.sparsity is not None:
+            read_sparsity(self.sparsity)
         return self
 
     def arguments(self) -> dict[str, Any]:
