@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -462,6 +463,79 @@ def test_damaged_steps_are_made_anew(tmp_path, monkeypatch, ran):
     recipe.run(tmp_path, progress=False, resume=True)
     assert calls == ["merge"]
     assert file_hash(tmp_path / "small.safetensors") == file_hash(ran.output / "small.safetensors")
+
+
+DAMAGES = {
+    "no object": lambda record: [],
+    "a number": lambda record: 3,
+    "a key less": lambda record: {key: value for key, value in record.items() if key != "lines"},
+    "lines that are none": lambda record: record | {"lines": 3},
+    "values that are none": lambda record: record | {"values": ["x"]},
+    "metadata that is none": lambda record: record | {"metadata": "x"},
+    "a summary of other keys": lambda record: record | {"summaries": {"merged": {"x": 1}}},
+    "scores that are none": lambda record: record | {"values": {"scores": 3}},
+    "a score of text": lambda record: record | {"values": {"scores": {"a": {"accuracy": "x", "loss": 0, "count": 1}}}},
+    "rows that are not there": lambda record: record | {"values": {"scores": {}}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_records_of_another_shape_are_made_anew(tmp_path, ran, damage):
+    shutil.copytree(ran.output, tmp_path / "out")
+    records = [*(tmp_path / "out/.stages").glob("*/record.json")]
+    assert len(records) == 3
+    for path in records:
+        path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    again = ran.recipe.run(tmp_path / "out", progress=False, resume=True)
+    assert not all(again.findings[0].taken_over)
+    assert file_hash(tmp_path / "out/small.safetensors") == file_hash(ran.output / "small.safetensors")
+    assert again.findings[0].bench.scores == ran.findings[0].bench.scores
+    assert ran.recipe.run(tmp_path / "out", progress=False, resume=True).findings[0].taken_over == (True, True, True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files of POSIX")
+@pytest.mark.parametrize("planted", ["pipe", "link", "deep", "folder", "loop", "no text"])
+def test_planted_files_are_not_followed(tmp_path, ran, planted):
+    shutil.copytree(ran.output, tmp_path / "out")
+    (merged,) = (tmp_path / "out/.stages").glob("*/merged.safetensors")
+    record = merged.parent / "record.json"
+    record.unlink()
+    if planted == "pipe":
+        os.mkfifo(record)
+    elif planted == "link":
+        record.symlink_to("/dev/zero")
+    elif planted == "loop":
+        record.symlink_to(record.name)
+    elif planted == "folder":
+        record.mkdir()
+    else:
+        record.write_bytes(b"[" * 200_000 if planted == "deep" else b"\xff\xfe")
+    again = ran.recipe.run(tmp_path / "out", progress=False, resume=True)
+    assert again.findings[0].taken_over == (True, False, True)
+    assert file_hash(tmp_path / "out/small.safetensors") == file_hash(ran.output / "small.safetensors")
+
+
+def test_a_link_in_the_place_of_kept_steps_is_refused(tmp_path):
+    kept = tmp_path / "mine"
+    kept.mkdir()
+    (kept / "x.partial").mkdir()
+    (kept / "letter.txt").write_text("dear")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.stages").symlink_to(kept)
+    recipe = surgery.Recipe.from_yaml(staged("evaluate"))
+    for resume in (False, True):
+        with pytest.raises(CheckpointError, match="cannot keep steps in .*stages"):
+            recipe.run(tmp_path / "out", progress=False, resume=resume)
+    assert {path.name for path in kept.iterdir()} == {"letter.txt", "x.partial"}
+
+
+def test_a_recipe_that_cannot_begin_leaves_what_is_kept(tmp_path, ran):
+    shutil.copytree(ran.output, tmp_path / "out")
+    before = sorted((tmp_path / "out/.stages").rglob("*"))
+    for changes in ({"sources.1.checkpoint": "none.pt"}, {"sources.0.model": "vfsurgery.demo:Tiny"}):
+        with pytest.raises(SurgeryError):
+            surgery.Recipe.from_yaml(RECIPE, changes).run(tmp_path / "out", progress=False)
+    assert sorted((tmp_path / "out/.stages").rglob("*")) == before
 
 
 def test_a_page_that_is_asked_for_later_has_the_merge_s_report(tmp_path, monkeypatch):

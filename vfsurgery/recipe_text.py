@@ -26,9 +26,9 @@ def read_text(path: Path) -> str:
     """
     try:
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-            raise RecipeError(explain(f"cannot read the recipe {path}", cause="it is no regular file"))
+            raise ValueError("it is no regular file")
         if path.stat().st_size > LARGEST:
-            raise RecipeError(explain(f"cannot read the recipe {path}", cause=f"it has more than {LARGEST:,} bytes"))
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
         return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: bytes that are no text, or a path with a zero in it
         raise RecipeError(explain(f"cannot read the recipe {path}", cause=error)) from error
