@@ -44,7 +44,7 @@ ONLY_IN = {
     "networkx": ["discovery.py", "nesting.py", "roles.py"],
     "pydantic": [
         *("passes/options.py", "pruning_sections.py", "recipe.py", "recipe_errors.py", "sections.py"),
-        *("stages/entries.py", "stages/sections.py"),
+        *("stages/entries.py", "stages/sections.py", "stages/store.py"),
     ],
     "click": [
         *(f"cli/{name}.py" for name in ("__init__", "cards", "diagnose", "groups", "merge", "options")),

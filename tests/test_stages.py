@@ -473,9 +473,9 @@ DAMAGES = {
     "values that are none": lambda record: record | {"values": ["x"]},
     "metadata that is none": lambda record: record | {"metadata": "x"},
     "a summary of other keys": lambda record: record | {"summaries": {"merged": {"x": 1}}},
-    "scores that are none": lambda record: record | {"values": {"scores": 3}},
-    "a score of text": lambda record: record | {"values": {"scores": {"a": {"accuracy": "x", "loss": 0, "count": 1}}}},
-    "rows that are not there": lambda record: record | {"values": {"scores": {}}},
+    "scores that are none": lambda record: record | {"scores": 3},
+    "a score of text": lambda record: record | {"scores": {"a": {"accuracy": "x", "loss": 0.0, "count": 1}}},
+    "rows that are not there": lambda record: record | {"scores": {}},
 }
 
 
@@ -524,7 +524,7 @@ def test_a_link_in_the_place_of_kept_steps_is_refused(tmp_path):
     (tmp_path / "out/.stages").symlink_to(kept)
     recipe = surgery.Recipe.from_yaml(staged("evaluate"))
     for resume in (False, True):
-        with pytest.raises(CheckpointError, match="cannot keep steps in .*stages"):
+        with pytest.raises(CheckpointError, match=r"cannot keep steps in .*stages"):
             recipe.run(tmp_path / "out", progress=False, resume=resume)
     assert {path.name for path in kept.iterdir()} == {"letter.txt", "x.partial"}
 

@@ -39,6 +39,7 @@ from vfsurgery.running import run_passes
 from vfsurgery.stages.entries import build_normalizations, build_passes
 from vfsurgery.stages.sections import Source
 from vfsurgery.stages.steps import MERGED, Step, file_of
+from vfsurgery.stages.store import Record
 from vfsurgery.tracing.examples import BATCH, example_inputs_of, random_images
 from vfsurgery.training import from_seed, train
 
@@ -138,17 +139,17 @@ class Bench:
             self._remember(step)
         return told
 
-    def restore(self, step: Step, networks: Mapping[str, nn.Module], values: Mapping[str, Any]) -> None:
-        """Take over what an earlier run of a step gave, as plain values and networks."""
+    def restore(self, step: Step, networks: Mapping[str, nn.Module], record: Record) -> None:
+        """Take over what an earlier run of a step gave."""
         if step.kind == "merge":
             self._merged(networks[MERGED])
         elif step.changes_networks:
             for name, model in networks.items():
                 self._replace(name, model, step.kind)
         if step.kind == "evaluate":
-            self.scores = {label: Score(**score) for label, score in values["scores"].items()}
-        self.metadata |= values.get("metadata", {})
-        self.summaries |= {name: Summary(**summary) for name, summary in values.get("summaries", {}).items()}
+            self.scores = record.scores
+        self.metadata |= record.metadata
+        self.summaries |= record.summaries
 
     def untrained(self, name: str) -> nn.Module:
         """A network of the class that a name has, with random weights."""
