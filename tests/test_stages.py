@@ -146,6 +146,17 @@ def test_pruned_networks_keep_their_zeros_through_training_and_merge(tmp_path):
     assert not torch.equal(models[0].fc.weight, models[1].fc.weight)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_zeros_stay_in_a_training_behind_the_merge(tmp_path, kept):
+    first = [{"prune": {"sparsity": 0.6, "method": "random"}}] if kept else []
+    stages = *first, {"match": "identity"}, "merge", {"train": {"epochs": 1}}, {"prune": {"sparsity": 0.7}}, "diagnose"
+    run = surgery.Recipe.from_yaml(staged(*stages)).run(tmp_path, progress=False)
+    bench = run.findings[0].bench
+    dense, pruned = bench.origins["merged"][0], bench.networks["merged"]
+    assert round(Masks.of(dense).sparsity, 2) == (0.6 if kept else 0.0)
+    assert round(Masks.of(pruned).sparsity, 2) == 0.7 and len(bench.origins["merged"]) == 1
+
+
 def test_a_pruned_network_is_repaired_by_what_it_was(tmp_path):
     source = {"model": "vfsurgery.demo:TinyConvNet", "options": {"width": 4}}
     stages = {"train": {"epochs": 2}}, {"prune": {"sparsity": 0.8}}, {"renormalize": "auto"}, "diagnose", "evaluate"
@@ -288,6 +299,9 @@ MERGE = {"merge": {}}
         ([MERGE, {"match": "weights"}, {"match": "cca"}], "match stands twice around one merge"),
         ([MERGE, "evaluate", MERGE], "there is one network left, and nothing to merge it with at stages[2]"),
         ([{"renormalize": "auto"}], "renormalize stands behind a merge, or behind prune"),
+        ([{"prune": {"sparsity": 0.5}}, {"renormalize": None}], "behind prune, renormalize none changes nothing"),
+        ([MERGE, "evaluate", {"repair": {"factor": 0.9}}], "repair goes by the sources: write renormalize: [repair]"),
+        ([{"apply": ["fold", "average"]}], "average goes by the sources: write renormalize"),
         (["diagnose"], "diagnose compares a network with what it was made from"),
         ([{"match": "weight"}, MERGE], "unknown matcher 'weight'; did you mean 'weights'?"),
         ([{"match": {"cca": {"gama": 1.0}}}, MERGE], "matcher 'cca' has no option 'gama'"),
@@ -409,11 +423,11 @@ def test_shipped_recipes_fit_the_schema(schema, path):
 
 
 @pytest.mark.parametrize(
-    "stage", [{"train": {"epoch": 1}}, "trian", {"train": {}, "merge": {}}, {"repair": {"fac": 1}}]
+    "stage", [{"train": {"epoch": 1}}, "trian", {"train": {}, "merge": {}}, {"fold": {"x": 1}}, {"repair": {}}]
 )
 def test_the_schema_refuses_wrong_stages(schema, stage):
     content = yaml.safe_load(RECIPE)
-    jsonschema.validate({**content, "stages": ["train", "fold", {"repair": {"factor": 0.9}}]}, schema)
+    jsonschema.validate({**content, "stages": ["train", "fold", {"reset": {}}]}, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**content, "stages": [stage]}, schema)
 

@@ -96,7 +96,8 @@ class Page:
 class Bench:
     """The networks by name as they are, what they come from, and what is to be written.
 
-    ``origins`` has for each network those that it was made from, ``ends`` the sources as they went into the merge.
+    ``origins`` has for each network those that it was made from, ``ends`` the sources as they went into the merge;
+    ``sparse`` names those whose zeros training keeps.
     ``training`` gives the file that keeps a network's training.
     """
 
@@ -181,15 +182,16 @@ class Bench:
 
     def _replace(self, name: str, model: nn.Module, kind: str) -> None:
         if kind == "prune":
-            self.origins.setdefault(name, [])
-            self.origins[name] = [self.networks[name]] if name not in self.sparse else self.origins[name]
+            if len(self.origins.get(name, ())) != 1:  # pruned before, it still comes from what it was at first
+                self.origins[name] = [self.networks[name]]
             self.sparse.add(name)
         self.networks[name] = model
 
     def _merged(self, model: nn.Module) -> None:
         self.ends = dict(self.networks)
         self.networks = {MERGED: model}
-        self.origins, self.sparse = {MERGED: list(self.ends.values())}, set()
+        self.origins = {MERGED: list(self.ends.values())}
+        self.sparse = {MERGED} if self.sparse else set()
 
     @property
     def _calibration(self) -> Any:

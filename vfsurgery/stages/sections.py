@@ -229,7 +229,7 @@ class Stage(Section):
         section = handler.resolve_ref_schema(handler(core))
         own = {key: _without_null(value) for key, value in section["properties"].items()}
         section |= {"properties": {**_pass_schemas(), **own}, "minProperties": 1, "maxProperties": 1}
-        names = {"type": "string", "enum": [*BARE, *(name for name in PASSES if name not in own)]}
+        names = {"type": "string", "enum": [*BARE, *(name for name in _passes_alone() if name not in own)]}
         return {"anyOf": [names, section]}
 
     @model_serializer(mode="wrap")
@@ -258,8 +258,13 @@ def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
     return kept if not members else members[0] if len(members) == 1 else {**kept, "anyOf": members}
 
 
+def _passes_alone() -> list[str]:
+    """Passes that go by no sources, and so may be stages."""
+    return [name for name in PASSES if not PASSES[name].needs_sources]
+
+
 def _pass_schemas() -> dict[str, Any]:
-    """The options of every pass, by its name."""
+    """The options of every pass that may be a stage, by its name."""
     return {
         name: {
             "type": ["object", "null"],
@@ -268,7 +273,7 @@ def _pass_schemas() -> dict[str, Any]:
             "required": [option.name for option in pass_options(name) if option.required],
             "additionalProperties": False,
         }
-        for name in PASSES
+        for name in _passes_alone()
     }
 
 
