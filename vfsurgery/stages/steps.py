@@ -202,12 +202,10 @@ def _check(step: Step, names: Sequence[str], pruned: bool) -> None:
         raise ValueError(f"{where}: renormalize stands behind a merge, or behind prune: else nothing says to what")
     if step.kind == "renormalize" and not step.value:
         raise ValueError(f"{where}: behind prune, renormalize none changes nothing: leave it out")
-    if step.kind == "apply" and (
-        named := next((one.name for one in build_passes(step.value) if one.needs_sources), None)
-    ):
-        raise ValueError(
-            f"{where}: {named} goes by the sources: write renormalize: [{named}] right behind merge, or behind prune"
-        )
+    if step.kind == "apply":
+        for one in build_passes(step.value):
+            if one.needs_sources:
+                raise ValueError(f"{where}: {one.name} goes by the sources: such passes stand in renormalize")
     if step.kind == "evaluate":
         if step.value.flips and step.networks != (MERGED,):
             raise ValueError(f"{where}: flips are counted between sources and what they were merged into")
