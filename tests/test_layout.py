@@ -32,7 +32,7 @@ ONLY_IN = {
     "pydantic": [
         "passes/options.py",
         *(f"recipes/{name}.py" for name in ("pruning_sections", "recipe", "sections")),
-        *(f"recipes/stages/{name}.py" for name in ("entries", "sections")),
+        *(f"recipes/stages/{name}.py" for name in ("entries", "sections", "store")),
         "recipes/wording.py",
     ],
     "click": [

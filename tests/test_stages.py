@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,17 @@ def test_pruned_networks_keep_their_zeros_through_training_and_merge(tmp_path):
     masks = [Masks.of(model) for model in models]
     assert masks[0] == masks[1] == masks[2] and round(masks[0].sparsity, 2) == 0.6
     assert not torch.equal(models[0].fc.weight, models[1].fc.weight)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_zeros_stay_in_a_training_behind_the_merge(tmp_path, kept):
+    first = [{"prune": {"sparsity": 0.6, "method": "random"}}] if kept else []
+    stages = *first, {"match": "identity"}, "merge", {"train": {"epochs": 1}}, {"prune": {"sparsity": 0.7}}, "diagnose"
+    run = surgery.Recipe.from_yaml(staged(*stages)).run(tmp_path, progress=False)
+    bench = run.findings[0].bench
+    dense, pruned = bench.origins["merged"][0], bench.networks["merged"]
+    assert round(Masks.of(dense).sparsity, 2) == (0.6 if kept else 0.0)
+    assert round(Masks.of(pruned).sparsity, 2) == 0.7 and len(bench.origins["merged"]) == 1
 
 
 def test_a_pruned_network_is_repaired_by_what_it_was(tmp_path):
@@ -287,26 +299,46 @@ MERGE = {"merge": {}}
         ([MERGE, {"match": "weights"}, {"match": "cca"}], "match stands twice around one merge"),
         ([MERGE, "evaluate", MERGE], "there is one network left, and nothing to merge it with at stages[2]"),
         ([{"renormalize": "auto"}], "renormalize stands behind a merge, or behind prune"),
+        ([{"prune": {"sparsity": 0.5}}, {"renormalize": None}], "behind prune, renormalize none changes nothing"),
+        ([MERGE, "evaluate", {"repair": {"factor": 0.9}}], "repair goes by the sources: such passes stand in"),
+        ([{"apply": ["fold", "average"]}], "average goes by the sources"),
         (["diagnose"], "diagnose compares a network with what it was made from"),
         ([{"match": "weight"}, MERGE], "unknown matcher 'weight'; did you mean 'weights'?"),
         ([{"match": {"cca": {"gama": 1.0}}}, MERGE], "matcher 'cca' has no option 'gama'"),
         ([{"merge": {"alpha": 1.5}}], "alpha must lie in [0, 1] but is 1.5"),
         ([{"merge": {"alpha": "half"}}], "shares are numbers"),
         ([{"merge": {"weights": [0.2, 0.3, 0.5]}}], "3 weights were given for 2 models at stages[0]"),
+        ([{"merge": {"weights": 0.5}}], "weights are one number for each of 2 sources, not 0.5 at stages[0]"),
+        ([{"merge": {"weights": {"fc": 0.5}}}], "weights are one number for each of 2 sources, not 0.5"),
+        ([{"merge": {"weights": [[0.5, 0.5], 0.3]}}], "weights are one number for each of 2 sources, not 0.3"),
+        ([{"merge": {"alpha": [0.5, [0.3]]}}], "[0.3] is no share"),
         ([{"merge": {"masks": "kept"}}], "unknown choice of masks 'kept'; did you mean 'keep'?"),
         ([MERGE, {"renormalize": ["repiar"]}], "unknown renormalization 'repiar'; did you mean 'repair'?"),
         ([MERGE, {"renormalize": {"repair": {"factor": "x"}}}], "pass 'repair': factor must be float but is 'x'"),
         ([{"apply": "fould"}], "unknown pass 'fould'; did you mean 'fold'?"),
         ([MERGE, {"preserve": -1}], "write a number of layers, a module path, or a budget"),
         ([MERGE, {"preserve": {"flop": 2}}], "unknown budget 'flop'; did you mean 'flops'?"),
+        ([MERGE, {"preserve": {1: 2}}], "unknown budget '1'"),
+        ([MERGE, {"preserve": {}}], "a budget says flops, params or both"),
+        ([MERGE, {"preserve": ""}], "write a number of layers, a module path, or a budget"),
         ([MERGE, {"preserve": {"flops": 0.5}}], "max_flops=0.5 is no budget"),
         ([MERGE, {"preserve": 2}, {"export": "x.safetensors"}], "write x.safetensors as .pt2 or .onnx"),
         ([{"export": "../x.onnx"}], "'../x.onnx' is no plain file name"),
         ([{"export": "x.pkl"}], "networks are written into files that end in .safetensors, .pt2, .onnx"),
         ([{"prune": {"method": "magnitude"}}], "write sparsity, as in 0.9, or pattern"),
+        ([{"prune": {"sparsity": 9}}], "sparsity must be a number in [0, 1) but is 9"),
+        ([{"prune": {"sparsity": {"fc": 1.0}}}], "sparsity for 'fc' must be a number in [0, 1) but is 1.0"),
+        ([{"prune": {"sparsity": {}}}], "sparsity has no pattern"),
+        ([{"prune": {"pattern": "4:2"}}], "pattern='4:2' is not N:M"),
+        ([{"prune": {"pattern": "2:4", "scope": "layer"}}], "scope='layer' and pattern='2:4' exclude each other"),
+        ([{"prune": {"sparsity": 0.5, "method": "wanda", "options": {"x": 3}}}], "unknown option of wanda 'x'"),
         ([{"prune": {"sparsity": 0.5, "options": {"block": 3}}}], "unknown option of magnitude 'block'"),
         ([MERGE, {"evaluate": {"expect": ["merge < a"]}}], "unknown row in stages[1] 'merge'; did you mean 'merged'?"),
         ([{"evaluate": {"expect": ["a within 2 of published"]}}], "nothing is published for stages"),
+        ([{"evaluate": {"flips": True}}], "flips are counted between sources and what they were merged into"),
+        ([{"export": "x.pt2"}, "train", {"export": "x.pt2"}], "x_a.pt2 would be written twice: give one of"),
+        ([{"export": "x.pt2"}, MERGE, {"export": "x_b.pt2"}], "x_b.pt2 would be written twice: give one of"),
+        ([{"prune": {"sparsity": 0.5}}, "diagnose", "diagnose"], "diagnosis_a.html would be written twice"),
         ([{"diagnose": {"page": "/tmp/x.html"}}], "String should match pattern"),
     ],
     ids=str,
@@ -324,8 +356,13 @@ def test_wrong_stages_are_explained(stages, message):
         ({"pairs": [{"name": "p", "model": "m:n"}]}, "a recipe has stages, or else pairs, sweeps and soups"),
         ({"data": None}, "evaluate needs data at stages[0]"),
         ({"sources": ["timm:resnet18", {"name": "a"}]}, "two entries have the source name 'a'"),
+        ({"sources": ["m:n", {"name": "merged"}]}, "no source may be called 'merged'"),
+        ({"sources": ["m:n", {"name": "ensemble"}]}, "no source may be called 'ensemble'"),
+        ({"outputs": ["x.onnx", "x.onnx"]}, "x_a.onnx would be written twice"),
         ({"sources": [{"model": "m:n", "checkpoint": "a.pt", "pretrained": True}]}, "leave one of the two out"),
         ({"sources": [{"checkpoint": "a.pt"}]}, "a required key is missing at sources[0].model"),
+        ({"alpha": 0.3}, "alpha stands in the stage: write merge: {alpha: ...}"),
+        ({"resume": "kept"}, "resume is for pairs, sweeps and soups: stages go on with --resume"),
         ({"dtype": "int8"}, "Input should be 'float32', 'float64', 'float16' or 'bfloat16'"),
         ({"outputs": ["a/b.onnx"]}, "'a/b.onnx' is no plain file name"),
     ],
@@ -356,7 +393,9 @@ def test_values_may_be_changed_by_their_path():
     for path, message in (
         ("stages.tran.epochs", "there is no single 'tran'\n  remedy  did you mean 'train'?"),
         ("stages.9.train", "there is no single '9'"),
-        ("name.first", "above first stands 'small'"),
+        ("name.first", "name is 'small'\n  remedy   write name=VALUE"),
+        ("stages.4.data", "stages.4 is 'evaluate'\n  remedy   write stages.4=VALUE"),
+        (".".join("a" * 5000), "a path of 5000 keys leads nowhere"),
         ("stages.train.epoch", "unknown key 'epoch'"),
     ):
         with pytest.raises(RecipeError, match=message.replace("?", r"\?")):
@@ -384,11 +423,11 @@ def test_shipped_recipes_fit_the_schema(schema, path):
 
 
 @pytest.mark.parametrize(
-    "stage", [{"train": {"epoch": 1}}, "trian", {"train": {}, "merge": {}}, {"repair": {"fac": 1}}]
+    "stage", [{"train": {"epoch": 1}}, "trian", {"train": {}, "merge": {}}, {"fold": {"x": 1}}, {"repair": {}}]
 )
 def test_the_schema_refuses_wrong_stages(schema, stage):
     content = yaml.safe_load(RECIPE)
-    jsonschema.validate({**content, "stages": ["train", "fold", {"repair": {"factor": 0.9}}]}, schema)
+    jsonschema.validate({**content, "stages": ["train", "fold", {"reset": {}}]}, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**content, "stages": [stage]}, schema)
 
@@ -438,6 +477,79 @@ def test_damaged_steps_are_made_anew(tmp_path, monkeypatch, ran):
     recipe.run(tmp_path, progress=False, resume=True)
     assert calls == ["merge"]
     assert file_hash(tmp_path / "small.safetensors") == file_hash(ran.output / "small.safetensors")
+
+
+DAMAGES = {
+    "no object": lambda record: [],
+    "a number": lambda record: 3,
+    "a key less": lambda record: {key: value for key, value in record.items() if key != "lines"},
+    "lines that are none": lambda record: record | {"lines": 3},
+    "values that are none": lambda record: record | {"values": ["x"]},
+    "metadata that is none": lambda record: record | {"metadata": "x"},
+    "a summary of other keys": lambda record: record | {"summaries": {"merged": {"x": 1}}},
+    "scores that are none": lambda record: record | {"scores": 3},
+    "a score of text": lambda record: record | {"scores": {"a": {"accuracy": "x", "loss": 0.0, "count": 1}}},
+    "rows that are not there": lambda record: record | {"scores": {}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_records_of_another_shape_are_made_anew(tmp_path, ran, damage):
+    shutil.copytree(ran.output, tmp_path / "out")
+    records = [*(tmp_path / "out/.stages").glob("*/record.json")]
+    assert len(records) == 3
+    for path in records:
+        path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    again = ran.recipe.run(tmp_path / "out", progress=False, resume=True)
+    assert not all(again.findings[0].taken_over)
+    assert file_hash(tmp_path / "out/small.safetensors") == file_hash(ran.output / "small.safetensors")
+    assert again.findings[0].bench.scores == ran.findings[0].bench.scores
+    assert ran.recipe.run(tmp_path / "out", progress=False, resume=True).findings[0].taken_over == (True, True, True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files of POSIX")
+@pytest.mark.parametrize("planted", ["pipe", "link", "deep", "folder", "loop", "no text"])
+def test_planted_files_are_not_followed(tmp_path, ran, planted):
+    shutil.copytree(ran.output, tmp_path / "out")
+    (merged,) = (tmp_path / "out/.stages").glob("*/merged.safetensors")
+    record = merged.parent / "record.json"
+    record.unlink()
+    if planted == "pipe":
+        os.mkfifo(record)
+    elif planted == "link":
+        record.symlink_to("/dev/zero")
+    elif planted == "loop":
+        record.symlink_to(record.name)
+    elif planted == "folder":
+        record.mkdir()
+    else:
+        record.write_bytes(b"[" * 200_000 if planted == "deep" else b"\xff\xfe")
+    again = ran.recipe.run(tmp_path / "out", progress=False, resume=True)
+    assert again.findings[0].taken_over == (True, False, True)
+    assert file_hash(tmp_path / "out/small.safetensors") == file_hash(ran.output / "small.safetensors")
+
+
+def test_a_link_in_the_place_of_kept_steps_is_refused(tmp_path):
+    kept = tmp_path / "mine"
+    kept.mkdir()
+    (kept / "x.partial").mkdir()
+    (kept / "letter.txt").write_text("dear")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.stages").symlink_to(kept)
+    recipe = surgery.Recipe.from_yaml(staged("evaluate"))
+    for resume in (False, True):
+        with pytest.raises(CheckpointError, match=r"cannot keep steps in .*stages"):
+            recipe.run(tmp_path / "out", progress=False, resume=resume)
+    assert {path.name for path in kept.iterdir()} == {"letter.txt", "x.partial"}
+
+
+def test_a_recipe_that_cannot_begin_leaves_what_is_kept(tmp_path, ran):
+    shutil.copytree(ran.output, tmp_path / "out")
+    before = sorted((tmp_path / "out/.stages").rglob("*"))
+    for changes in ({"sources.1.checkpoint": "none.pt"}, {"sources.0.model": "vfsurgery.demo:Tiny"}):
+        with pytest.raises(SurgeryError):
+            surgery.Recipe.from_yaml(RECIPE, changes).run(tmp_path / "out", progress=False)
+    assert sorted((tmp_path / "out/.stages").rglob("*")) == before
 
 
 def test_a_page_that_is_asked_for_later_has_the_merge_s_report(tmp_path, monkeypatch):
@@ -532,7 +644,7 @@ def test_a_plan_says_what_would_happen_and_makes_no_weights(monkeypatch):
     network = found.networks[0]
     assert (network.parameters, network.image, network.groups) == (11689512, (3, 32, 32), 12)
     assert network.networks == ("a", "b")
-    assert "flops x1." in found.steps[0].notes[0] and found.writes == ("small.pt2", "diagnosis.html", "report.json")
+    assert "flops x1." in found.steps[0].notes[0] and found.writes == ("diagnosis.html", "small.pt2", "report.json")
     assert json.loads(json.dumps(found.to_dict()))["memory"] > 2 * network.megabytes
 
 

@@ -100,6 +100,13 @@ def test_nothing_to_train_on():
         train(TinyConvNet(), TensorDataset(torch.zeros(0, 1, 8, 8)), epochs=1, lr=0.1, seed=0)
 
 
+@pytest.mark.parametrize("labels", [torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.tensor([0.0, 1.0])])
+def test_labels_that_are_no_class_of_the_model(labels):
+    model = TinyConvNet(width=2, num_classes=3)
+    with pytest.raises(DataError, match=r"(?s)labels .*expected +integers of shape \(2,\), 0 to 2"):
+        train(model, TensorDataset(torch.zeros(2, 1, 8, 8), labels), epochs=1, lr=0.1, seed=0, progress=False)
+
+
 @pytest.mark.parametrize("net", [TinyConvNet, TinyResNet])
 @pytest.mark.parametrize("size", [8, 12])
 def test_demonstration_networks_take_any_size_and_class_count(net, size):

@@ -233,6 +233,22 @@ def _class_indices(labels: object, count: int, index: int) -> Tensor:
     )
 
 
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Refuse labels that are no class of a model; on CUDA they would abort the whole process.
+
+    Raises:
+        DataError: says which labels there are, and how many classes.
+    """
+    classes = logits.shape[1]
+    if labels.shape != logits.shape[:1] or labels.is_floating_point():
+        fact = f"labels of shape {tuple(labels.shape)} and {labels.dtype} are no class indices"
+    elif int(labels.min()) < 0 or int(labels.max()) >= classes:
+        fact = f"labels from {int(labels.min())} to {int(labels.max())} do not fit {classes} classes"
+    else:
+        return
+    raise _error(fact, expected=f"integers of shape ({len(logits)},), 0 to {classes - 1}")
+
+
 def _error(fact: str, **details: object) -> DataError:
     return DataError(explain(fact, **details))
 

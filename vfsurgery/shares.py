@@ -114,7 +114,12 @@ def plan_shares(count: int, alpha: Alpha, weights: Weights | None) -> SharePlan:
         return SharePlan(count, {EVERYWHERE: (shares_of(count, alpha, None),)})
     if alpha != 0.5:
         raise OptionError(explain("alpha and weights were both given", remedy="weights alone says all shares"))
-    vector = lambda value: shares_of(count, 0.5, cast("Sequence[float]", value))  # noqa: E731
+
+    def vector(value: Any) -> Vector:
+        if not isinstance(value, Iterable) or isinstance(value, str):
+            raise OptionError(explain(f"weights are one number for each of {count} sources, not {value!r}"))
+        return shares_of(count, 0.5, cast("Sequence[float]", value))
+
     return SharePlan(
         count,
         {
@@ -141,7 +146,7 @@ def shares_of(count: int, alpha: float, weights: Sequence[float] | None) -> Vect
                 explain(f"alpha must lie in [0, 1] but is {alpha}", remedy="0 gives model a, 1 gives model b")
             )
         return (1 - alpha, alpha) if count == 2 else (1 / count,) * count
-    shares = tuple(float(weight) for weight in weights)
+    shares = tuple(map(_number, weights))
     if len(shares) != count:
         raise OptionError(f"{len(shares)} weights were given for {count} models")
     if any(not 0 <= share <= 1 for share in shares) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
@@ -155,7 +160,14 @@ def shares_of(count: int, alpha: float, weights: Sequence[float] | None) -> Vect
 
 
 def _pair(alpha: Any) -> Vector:
-    return shares_of(2, float(alpha), None)
+    return shares_of(2, _number(alpha), None)
+
+
+def _number(share: Any) -> float:
+    try:
+        return float(share)
+    except (TypeError, ValueError) as error:
+        raise OptionError(explain(f"{share!r} is no share", accepted="numbers from 0 to 1")) from error
 
 
 def _entries(given: Any, argument: str) -> Iterable[tuple[str, Any]]:
@@ -177,7 +189,9 @@ def _stops(value: Any, vector: Any) -> tuple[Vector, ...]:
 
 
 def _is_nested(value: Any) -> bool:
-    return any(not isinstance(each, int | float) for each in value)
+    return isinstance(value, Iterable) and any(
+        not isinstance(each, int | float) for each in cast("Iterable[object]", value)
+    )
 
 
 def _between(stops: Sequence[Vector], depth: float) -> Vector:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from vfsurgery.cli import main
 from vfsurgery.errors import RecipeError
 from vfsurgery.recipes.recipe import Recipe
+from vfsurgery.recipes.stages.sections import Evaluate, Merge, Prune, Source, Stage
 
+STAGED = "name: staged\ndata: {name: digits}\nsources: ['vfsurgery.demo:TinyConvNet', {}]\nstages: [merge]\n"
 TINY = "name: tiny\npairs:\n  - {name: conv, model: 'vfsurgery.demo:TinyConvNet'}\n"
 
 
@@ -139,11 +142,42 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-@pytest.mark.parametrize("of", ["recipe", "pair"])
+@pytest.mark.parametrize("of", ["recipe", "pair", "source"])
 def test_names_become_files_and_nothing_else(name: str, of: str) -> None:
-    content = yaml.safe_load(TINY)
-    (content if of == "recipe" else content["pairs"][0])["name"] = name
+    content = yaml.safe_load(STAGED if of == "source" else TINY)
+    named = {"recipe": lambda: content, "pair": lambda: content["pairs"][0], "source": lambda: content["sources"][1]}
+    named[of]()["name"] = name
     assert "name" in refused(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize("name", ["x.onnx", "x.safetensors", "X-1.pt2"])
+def test_names_of_outputs_that_are_fine(name: str) -> None:
+    assert Recipe.from_yaml(STAGED, {"outputs": [name]}).outputs == (name,)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+@pytest.mark.parametrize("of", ["outputs", "stages.merge.export", "page"])
+def test_files_of_stages_lie_in_their_folder(name: str, of: str) -> None:
+    ending = ".html" if of == "page" else ".onnx"
+    if not name.strip("a") and name:
+        return  # together with the ending those are names
+    stages = {"outputs": ["merge"], "page": ["merge", {"diagnose": {"page": name + ending}}]}
+    content = {**yaml.safe_load(STAGED), "stages": stages.get(of, ["merge", {"export": [name + ending]}])}
+    refused(yaml.safe_dump(content | ({"outputs": name + ending} if of == "outputs" else {})))
+
+
+def test_many_stages_and_many_sources_are_read_in_moments() -> None:
+    content = yaml.safe_load(STAGED)
+    began = time.process_time()
+    many = {"sources": [content["sources"][0]] * 30, "stages": [{"train": {"epochs": 1}}] * 1000 + ["merge"]}
+    recipe = Recipe.from_yaml(yaml.safe_dump(content | many))
+    assert time.process_time() - began < 30
+    assert len(recipe.steps) == 1001 and [source.name for source in recipe.sources][25:] == [
+        "z",
+        *(f"s{n}" for n in range(26, 30)),
+    ]
+    message = refused(yaml.safe_dump(content | {"sources": many["sources"], "stages": ["merge"] * 1000}))
+    assert "merge stands twice" in message
 
 
 ENCODINGS = {
@@ -178,8 +212,9 @@ def test_a_mark_of_byte_order_and_other_line_ends_are_fine(tmp_path: Path) -> No
 @pytest.mark.skipif(os.name != "posix", reason="files of POSIX")
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/full", "/proc/self/mem", "a\x00b.yaml", "n" * 400, "/", "nowhere"])
 def test_paths_that_are_no_files(path: str) -> None:
-    with pytest.raises(RecipeError, match="cannot read the recipe"):
+    with pytest.raises(RecipeError, match=r"^cannot read the recipe") as caught:
         Recipe.from_yaml(Path(path))
+    assert str(caught.value).count("cannot read the recipe") == 1
 
 
 words = st.sampled_from([*Recipe.model_fields, *Recipe.model_fields["pairs"].annotation.__args__[0].model_fields]) | (
@@ -242,3 +277,69 @@ def test_every_recipe_is_written_and_read_again(outer: dict[str, Any], options: 
         return
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
     assert hash(Recipe.from_yaml(recipe.to_yaml())) == hash(recipe)
+
+
+parts = (Source, Stage, Prune, Merge, Evaluate)
+inside = st.sampled_from([name for part in parts for name in part.model_fields] + ["flops", "epochs", "repair", "fold"])
+shallow = (
+    scalars | st.floats(0, 1) | st.sampled_from(["auto", "none", "a", "merged", "x.onnx", "weights", "a < merged"])
+)
+loose = st.recursive(
+    shallow, lambda more: st.lists(more, max_size=3) | st.dictionaries(inside, more, max_size=2), max_leaves=6
+)
+
+
+@quick
+@given(
+    st.lists(st.dictionaries(inside, loose, max_size=3) | loose, max_size=3),
+    st.lists(st.dictionaries(inside | st.integers(), loose, min_size=1, max_size=1) | loose, min_size=1, max_size=4),
+)
+def test_any_sources_and_stages_are_a_recipe_or_a_recipe_error(sources: list[Any], stages: list[Any]) -> None:
+    staged = yaml.safe_load(STAGED)
+    for changes in ({"stages": stages}, {"sources": [*staged["sources"], *sources]}):
+        try:
+            recipe = Recipe.from_yaml(yaml.safe_dump(staged | changes))
+        except RecipeError as error:
+            assert len(str(error)) < 4000
+            continue
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+shares = st.floats(0, 1) | st.lists(st.floats(0, 1), min_size=1, max_size=3)
+patterns = st.text(min_size=1, max_size=6)
+before = st.one_of(
+    st.fixed_dictionaries({"train": st.fixed_dictionaries({"lr": st.floats(1e-9, 10), "augment": st.booleans()})}),
+    st.fixed_dictionaries(
+        {
+            "prune": st.fixed_dictionaries(
+                {
+                    "sparsity": st.floats(0, 1, exclude_max=True)
+                    | st.dictionaries(patterns, st.floats(0, 0.9), min_size=1, max_size=3)
+                },
+                optional={"scope": st.sampled_from(["global", "layer", "row"]), "exclude": st.lists(patterns)},
+            )
+        }
+    ),
+    st.sampled_from(["train", "evaluate", {"evaluate": {"data": "train"}}, {"apply": ["fold"]}, {"reset": {}}]),
+)
+merging = st.tuples(
+    st.fixed_dictionaries(
+        {"merge": st.fixed_dictionaries({"alpha": shares | st.dictionaries(patterns, shares, min_size=1)})}
+    ),
+    st.fixed_dictionaries({"match": st.sampled_from(["weights", "auto", {"cca": {"gamma": 0.25}}])}),
+    st.fixed_dictionaries(
+        {"preserve": st.integers(0, 99) | patterns | st.fixed_dictionaries({"flops": st.floats(1, 9)})}
+    ),
+    st.sampled_from([{"renormalize": ["reset", {"repair": {"factor": 0.5}}]}, {"renormalize": None}, "evaluate"]),
+)
+
+
+@quick
+@given(st.lists(before, max_size=3), merging, st.lists(st.text("abz019-_.", min_size=1, max_size=9), max_size=3))
+def test_every_recipe_with_stages_is_written_and_read_again(first: list[Any], merge: Any, files: list[str]) -> None:
+    names = [f"x{file}.pt2" for file in dict.fromkeys(files)]
+    content = {**yaml.safe_load(STAGED), "stages": [*first, *merge, "diagnose"], "outputs": names}
+    recipe = Recipe.from_yaml(yaml.safe_dump(content))
+    again = Recipe.from_yaml(recipe.to_yaml())
+    assert again == recipe and hash(again) == hash(recipe) and again.to_yaml() == recipe.to_yaml()
+    assert len(recipe.steps) == len(first) + 2 + (merge[-1] == "evaluate")

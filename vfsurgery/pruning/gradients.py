@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vfsurgery.batches import check_labels
 from vfsurgery.errors import DataError, InvalidWeightsError, explain
 from vfsurgery.pruning.layers import stored_weight
 
@@ -103,7 +104,7 @@ class Gradients:
         _check_logits(logits, len(images))
         if labels is None:
             labels = draw_labels(logits.detach(), generator)
-        _check_labels(labels, logits)
+        check_labels(labels, logits)
         return functional.cross_entropy(logits.float() if logits.itemsize < 4 else logits, labels.long())
 
     def _groups(self) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -220,17 +221,6 @@ def _check_logits(logits: object, count: int) -> None:
             remedy="wrap the model in a module that returns its logits, or prune by magnitude",
         )
     )
-
-
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    classes = logits.shape[1]
-    if labels.shape != logits.shape[:1] or labels.is_floating_point():
-        fact = f"labels of shape {tuple(labels.shape)} and {labels.dtype} are no class indices"
-    elif int(labels.min()) < 0 or int(labels.max()) >= classes:
-        fact = f"labels from {int(labels.min())} to {int(labels.max())} do not fit {classes} classes"
-    else:
-        return
-    raise DataError(explain(fact, expected=f"integers of shape ({len(logits)},), 0 to {classes - 1}"))
 
 
 def _check_finite(names: Sequence[str], gradients: Sequence[Tensor]) -> None:

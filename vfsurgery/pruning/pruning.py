@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from vfsurgery.pruning.base import PRUNERS, Pruner, Pruning, Scope
 from vfsurgery.pruning.layers import Layout, prunable, stored_weight
 from vfsurgery.pruning.masks import Masks
 from vfsurgery.pruning.report import PrunedLayer, PruneReport
-from vfsurgery.pruning.schedule import Schedule, by_pattern, by_sparsity, read_pattern
+from vfsurgery.pruning.schedule import Schedule, by_pattern, by_sparsity, check_scope, read_pattern
 from vfsurgery.pruning.selection import select
 from vfsurgery.results import remember
 from vfsurgery.sources import eval_mode, first_not_finite
@@ -289,16 +289,7 @@ def _check(
     model: nn.Module, pruner: Pruner, scope: str | None, pattern: str | None, data: Data | None, schedule: Schedule
 ) -> None:
     """Refuse what cannot work before anything is copied."""
-    if scope is not None and scope not in get_args(Scope):
-        raise OptionError(explain(f"unknown scope {scope!r}", remedy=did_you_mean(str(scope), get_args(Scope))))
-    if scope is not None and pattern is not None:
-        raise OptionError(
-            explain(
-                f"scope={scope!r} and pattern={pattern!r} exclude each other",
-                because="a pattern says by itself which weights compete",
-                remedy="leave one of them out",
-            )
-        )
+    check_scope(scope, pattern)
     if pruner.needs_data and data is None:
         raise DataError(explain(f"method {pruner.name!r} needs data", remedy="pass data=, some hundred images"))
     weights = {name: stored_weight(model, name).detach() for name in schedule.goals}

@@ -6,12 +6,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import cast, get_args
 
 from torch import Tensor
 
 from vfsurgery.errors import OptionError, did_you_mean, explain
-from vfsurgery.pruning.base import Pattern
+from vfsurgery.pruning.base import Pattern, Scope
 from vfsurgery.pruning.layers import Layout, matches
 from vfsurgery.pruning.selection import Goal
 
@@ -46,6 +46,24 @@ def read_pattern(pattern: str | None) -> Pattern | None:
     return int(found[1]), int(found[2])
 
 
+def check_scope(scope: str | None, pattern: str | None) -> None:
+    """Refuse a scope that is none, or that stands beside a pattern.
+
+    Raises:
+        OptionError: see above.
+    """
+    if scope is not None and scope not in get_args(Scope):
+        raise OptionError(explain(f"unknown scope {scope!r}", remedy=did_you_mean(str(scope), get_args(Scope))))
+    if scope is not None and pattern is not None:
+        raise OptionError(
+            explain(
+                f"scope={scope!r} and pattern={pattern!r} exclude each other",
+                because="a pattern says by itself which weights compete",
+                remedy="leave one of them out",
+            )
+        )
+
+
 def by_pattern(weights: Mapping[str, Tensor], layouts: Mapping[str, Layout], pattern: Pattern) -> Schedule:
     """N:M for all weights whose units read a multiple of M inputs; the others stay dense.
 
@@ -71,17 +89,33 @@ def by_pattern(weights: Mapping[str, Tensor], layouts: Mapping[str, Layout], pat
     return Schedule(goals, dense)
 
 
+def read_sparsity(sparsity: object) -> dict[str, float]:
+    """Sparsities by pattern of layers; one for all of them stands under ``"*"``.
+
+    Raises:
+        OptionError: a sparsity is no number in [0, 1), or there is no pattern.
+
+    >>> read_sparsity(0.9), read_sparsity({"conv*": 0.5})
+    ({'*': 0.9}, {'conv*': 0.5})
+    """
+    if not isinstance(sparsity, Mapping):
+        return {"*": _checked(sparsity, "")}
+    entries = cast("Mapping[object, object]", sparsity)
+    if not entries:
+        raise OptionError(explain("sparsity has no pattern", remedy='one number, or as in {"conv*": 0.5, "*": 0.9}'))
+    return {str(pattern): _checked(value, f" for {pattern!r}") for pattern, value in entries.items()}
+
+
 def by_sparsity(weights: Mapping[str, Tensor], sparsity: object) -> Schedule:
     """One sparsity for all weights, or the one of the first pattern that matches a weight's name.
 
     Raises:
         OptionError: a sparsity is no number in [0, 1), or a pattern decides about no weight.
     """
-    if not isinstance(sparsity, Mapping):
-        return _schedule(weights, {"*": _checked(sparsity, "")})
-    entries = cast("Mapping[object, object]", sparsity)
-    patterns = {str(pattern): _checked(value, f" for {pattern!r}") for pattern, value in entries.items()}
+    patterns = read_sparsity(sparsity)
     schedule = _schedule(weights, patterns)
+    if not isinstance(sparsity, Mapping):
+        return schedule
     for pattern in patterns:
         matching = [name for name in weights if matches(name, pattern)]
         if not matching:

@@ -161,10 +161,8 @@ def _plan_stages(recipe: Recipe) -> RecipePlan:
     networks = tuple(_network(key[0], tuple(names), models[key], dtype) for key, names in named.items())
     steps = tuple(_step(step, sketches[0], len(recipe.sources)) for step in recipe.steps)
     copies = len(recipe.sources) + (1.4 if any(step.kind == "merge" for step in recipe.steps) else 1)
-    exported = [file for stage in recipe.stages if stage.export for file in stage.export]
-    pages = [stage.diagnose.page for stage in recipe.stages if stage.diagnose is not None]
     data = "none" if recipe.data is None else _data(recipe.data)
-    writes = (*exported, *recipe.files, *pages, "report.json")
+    writes = (*recipe.writes, "report.json")
     return RecipePlan(recipe.name, data, networks, steps, copies * networks[0].megabytes, writes)
 
 

@@ -50,7 +50,7 @@ from vfsurgery.recipes.sections import (
 from vfsurgery.recipes.stages.bench import DTYPES, Bench
 from vfsurgery.recipes.stages.running import StagesFinding, run_steps
 from vfsurgery.recipes.stages.sections import FileNames, Source, Stage, check_weights, complete_sources
-from vfsurgery.recipes.stages.steps import Step, steps_of
+from vfsurgery.recipes.stages.steps import RESERVED, Step, check_files, files_of, steps_of
 from vfsurgery.recipes.stages.store import Store
 from vfsurgery.recipes.text import changed, parse, read_text
 from vfsurgery.recipes.wording import describe, written_path
@@ -116,7 +116,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         refuse_repeated("experiment", [experiment.name for experiment in self.experiments])
-        refuse_repeated("source", [source.name for source in self.sources])
+        names = [source.name for source in self.sources]
+        refuse_repeated("source", names)
+        if taken := next((name for name in names if name in RESERVED), None):
+            raise ValueError(f"no source may be called {taken!r}: a row of its own has that name")
         if not self.experiments and not self.stages:
             raise ValueError("there is nothing to do: a recipe has sources and stages, or pairs, sweeps or soups")
         return self
@@ -129,16 +132,18 @@ class Recipe(Section):
             raise ValueError("a recipe has stages, or else pairs, sweeps and soups: make two of this one")
         if self.dtype != "float32" and not self.stages:
             raise ValueError("dtype is for recipes with stages: pairs, sweeps and soups are computed in float32")
+        if self.stages and self.alpha != 0.5:
+            raise ValueError("alpha stands in the stage: write merge: {alpha: ...}")
+        if self.stages and self.resume is not None:
+            raise ValueError("resume is for pairs, sweeps and soups: stages go on with --resume")
         if self.outputs and not self.stages:
             raise ValueError("outputs are for recipes with stages: pairs, sweeps and soups name their files themselves")
-        written = [*self.outputs, *(file for stage in self.stages for file in stage.export or ())]
-        if self._preserves and (weights := [file for file in written if file.endswith(WEIGHTS)]):
-            raise ValueError(f"with preserve the network itself is another one: write {weights[0]} as .pt2 or .onnx")
         for step in self.steps:
             if self.data is None and step.needs_data:
                 raise ValueError(f"stages[{step.place}]: {step.kind} needs data")
             if step.kind == "merge" and step.value.weights is not None:
                 check_weights(step.value.weights, len(self.sources), f"stages[{step.place}]")
+        check_files(self.steps, self.files)
         return self
 
     @property
@@ -236,6 +241,11 @@ class Recipe(Section):
         """What the networks of the end are written into; where nothing is said or exported, one file of our name."""
         exports = any(stage.kind == "export" for stage in self.stages)
         return self.outputs or (() if exports else (f"{self.name}{PROGRAM if self._preserves else WEIGHTS}",))
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Names of all networks and pages that stages have written."""
+        return (*(file for step in self.steps for file in step.writes), *files_of(self.files, self.steps[-1].made))
 
     @property
     def _preserves(self) -> bool:

@@ -26,9 +26,9 @@ def read_text(path: Path) -> str:
     """
     try:
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-            raise RecipeError(explain(f"cannot read the recipe {path}", cause="it is no regular file"))
+            raise ValueError("it is no regular file")
         if path.stat().st_size > LARGEST:
-            raise RecipeError(explain(f"cannot read the recipe {path}", cause=f"it has more than {LARGEST:,} bytes"))
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
         return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: bytes that are no text, or a path with a zero in it
         raise RecipeError(explain(f"cannot read the recipe {path}", cause=error)) from error
@@ -109,7 +109,10 @@ def changed(content: Mapping[str, Any], path: str, value: object) -> dict[str, A
     >>> changed(recipe, "stages.merge.alpha", 0.2)["stages"][0]
     {'merge': {'alpha': 0.2}}
     """
-    return _changed(content, path.split("."), value, path)
+    steps = path.split(".")
+    if len(steps) > DEEPEST:
+        raise RecipeError(explain(f"a path of {len(steps)} keys leads nowhere", remedy=f"recipes nest {DEEPEST} deep"))
+    return _changed(content, steps, value, path)
 
 
 def read_change(text: str) -> tuple[str, object]:
@@ -146,7 +149,12 @@ def _changed(node: Any, steps: list[str], value: object, path: str) -> Any:
         entries[place] = _changed(entry, steps if inside else rest, value, path)
         return entries
     if node is not None and not isinstance(node, Mapping):
-        raise RecipeError(explain(f"{path} leads nowhere", because=f"above {step} stands {node!r}"))
+        above = path.removesuffix(".".join(steps)).removesuffix(".")
+        raise RecipeError(
+            explain(
+                f"{path} leads nowhere", because=f"{above} is {printable(repr(node))}", remedy=f"write {above}=VALUE"
+            )
+        )
     mapping = dict(cast("Mapping[str, Any]", node or {}))
     mapping[step] = _changed(mapping.get(step), rest, value, path)
     return mapping

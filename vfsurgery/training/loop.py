@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from vfsurgery.batches import check_labels
 from vfsurgery.batches import progress as progress_bar
 from vfsurgery.data.augmentation import crop_and_flip
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
@@ -90,7 +91,7 @@ def train(
         ``model``, in evaluation mode.
 
     Raises:
-        DataError: The data set is empty.
+        DataError: The data set is empty, or has labels that are no class of the model.
         IncompatibleModelsError: The masks are of another architecture.
         OptionError: There is no such ``shape``, or pruning hooks compute a masked weight.
         CheckpointError: ``checkpoint`` is damaged, belongs to another training, or cannot be written.
@@ -125,7 +126,9 @@ def train(
     for images, labels in progress_bar(epoch_batches(), label, (epochs - done) * len(loader), progress):
         steps.zero_grad()
         images = crop_and_flip(images, order) if augment else images
-        F.cross_entropy(model(images.to(first.device, first.dtype)), labels.to(first.device)).backward()
+        logits = model(images.to(first.device, first.dtype))
+        check_labels(labels, logits)
+        F.cross_entropy(logits, labels.to(first.device)).backward()
         steps.step()
         hold()
         schedule.step()

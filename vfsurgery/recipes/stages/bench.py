@@ -34,7 +34,8 @@ from vfsurgery.pruning import Masks, prune
 from vfsurgery.recipes.expectations import Outcome
 from vfsurgery.recipes.stages.entries import build_normalizations, build_passes
 from vfsurgery.recipes.stages.sections import Source
-from vfsurgery.recipes.stages.steps import MERGED, Step
+from vfsurgery.recipes.stages.steps import MERGED, Step, file_of
+from vfsurgery.recipes.stages.store import Record
 from vfsurgery.renormalizing import renormalize
 from vfsurgery.report import Report
 from vfsurgery.results import report_of
@@ -95,7 +96,8 @@ class Page:
 class Bench:
     """The networks by name as they are, what they come from, and what is to be written.
 
-    ``origins`` has for each network those that it was made from, ``ends`` the sources as they went into the merge.
+    ``origins`` has for each network those that it was made from, ``ends`` the sources as they went into the merge;
+    ``sparse`` names those whose zeros training keeps.
     ``training`` gives the file that keeps a network's training.
     """
 
@@ -138,17 +140,17 @@ class Bench:
             self._remember(step)
         return told
 
-    def restore(self, step: Step, networks: Mapping[str, nn.Module], values: Mapping[str, Any]) -> None:
-        """Take over what an earlier run of a step gave, as plain values and networks."""
+    def restore(self, step: Step, networks: Mapping[str, nn.Module], record: Record) -> None:
+        """Take over what an earlier run of a step gave."""
         if step.kind == "merge":
             self._merged(networks[MERGED])
         elif step.changes_networks:
             for name, model in networks.items():
                 self._replace(name, model, step.kind)
         if step.kind == "evaluate":
-            self.scores = {label: Score(**score) for label, score in values["scores"].items()}
-        self.metadata |= values.get("metadata", {})
-        self.summaries |= {name: Summary(**summary) for name, summary in values.get("summaries", {}).items()}
+            self.scores = record.scores
+        self.metadata |= record.metadata
+        self.summaries |= record.summaries
 
     def untrained(self, name: str) -> nn.Module:
         """A network of the class that a name has, with random weights."""
@@ -171,27 +173,25 @@ class Bench:
 
     def _remember(self, step: Step) -> None:
         """Keep the report of each network, and what its files are to say."""
-        for name in self._made_by(step):
+        for name in step.made:
             model = self.networks[name]
             if step.kind != "train":
                 self.reports[name] = report_of(model)
                 self.summaries[name] = Summary.of(self.reports[name])
                 self.metadata[name] = provenance(self.reports[name], self.recipe, self.files)
 
-    def _made_by(self, step: Step) -> Sequence[str]:
-        return (MERGED,) if step.kind == "merge" else step.networks
-
     def _replace(self, name: str, model: nn.Module, kind: str) -> None:
         if kind == "prune":
-            self.origins.setdefault(name, [])
-            self.origins[name] = [self.networks[name]] if name not in self.sparse else self.origins[name]
+            if len(self.origins.get(name, ())) != 1:  # pruned before, it still comes from what it was at first
+                self.origins[name] = [self.networks[name]]
             self.sparse.add(name)
         self.networks[name] = model
 
     def _merged(self, model: nn.Module) -> None:
         self.ends = dict(self.networks)
         self.networks = {MERGED: model}
-        self.origins, self.sparse = {MERGED: list(self.ends.values())}, set()
+        self.origins = {MERGED: list(self.ends.values())}
+        self.sparse = {MERGED} if self.sparse else set()
 
     @property
     def _calibration(self) -> Any:
@@ -290,7 +290,7 @@ class Bench:
         told = Told()
         for name, model in self.networks.items():
             found = diagnose(model, self.origins[name], self._calibration, progress=self.progress)
-            file = self._file(step.value.page, name)
+            file = file_of(step.value.page, name, self.networks)
             self.writes.append(Page(file, found, self.reports.get(name), dict(self.scores)))
             told.lines += [f"{name}: {found.verdict}"]
             told.values[name] = found.to_dict()
@@ -304,7 +304,7 @@ class Bench:
         told = Told()
         for file in files:
             for name, model in self.networks.items():
-                target = self._file(file, name)
+                target = file_of(file, name, self.networks)
                 self.writes.append(self._exported(target, name, model))
                 told.lines.append(target)
         return told
@@ -336,11 +336,6 @@ class Bench:
             return first_images(model, self._calibration)
         size = next(iter(self.sections.values())).input_size
         return None if size is None else random_images((BATCH, *size), model)
-
-    def _file(self, file: str, name: str) -> str:
-        """A file's name, with that of the network where there are several."""
-        path = Path(file)
-        return file if len(self.networks) == 1 else f"{path.stem}_{name}{path.suffix}"
 
 
 def outcomes_of(step: Step, scores: Mapping[str, Score]) -> list[Outcome]:

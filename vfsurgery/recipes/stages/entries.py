@@ -106,11 +106,20 @@ def _matched(value: Any) -> Any:
 
 def _preserved(value: Any) -> Any:
     if isinstance(value, Mapping):
-        refuse_unknown("budget", tuple(cast("Mapping[str, Any]", value)), ("flops", "params"))
-        Budget(**cast("Mapping[str, Any]", value)).check()
-    elif isinstance(value, bool) or not isinstance(value, int | str) or (isinstance(value, int) and value < 0):
+        budget = cast("Mapping[Any, Any]", value)
+        refuse_unknown("budget", [str(name) for name in budget], ("flops", "params"))
+        if all(limit is None for limit in budget.values()):
+            raise ValueError("a budget says flops, params or both, as in {flops: 1.2}")
+        Budget(**budget).check()
+    elif not _is_boundary(value):
         raise ValueError("write a number of layers, a module path, or a budget as in {flops: 1.2}")
     return frozen(value)
+
+
+def _is_boundary(value: Any) -> bool:
+    if isinstance(value, str):
+        return value != ""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _numbers(value: Any, nested: bool = True) -> None:
@@ -160,8 +169,6 @@ _BOUNDARY = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}, _B
 Alpha = Annotated[Any, _given(_alpha), WithJsonSchema(_SHARES)]
 Weights = Annotated[Any, _given(_weights), WithJsonSchema({"anyOf": [*_SHARES["anyOf"], {"type": "null"}]})]
 MatcherEntry = Annotated[Any, _given(_matched), WithJsonSchema(_PASS)]
-Boundary = Annotated[
-    Any, _given(_preserved), WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}, _BUDGET]})
-]
+Boundary = Annotated[Any, _given(_preserved), WithJsonSchema(_BOUNDARY)]
 Normalizations = Annotated[Any, _given(_normalizations), WithJsonSchema(_PASSES)]
 Passes = Annotated[Any, _given(_applied), WithJsonSchema(_PASSES)]

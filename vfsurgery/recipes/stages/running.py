@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from torch import nn
 
 from vfsurgery.checkpoints import FileRecord, file_hash
 from vfsurgery.errors import SurgeryError
-from vfsurgery.evaluation import Score
 from vfsurgery.hub.cards import Network, described
 from vfsurgery.hub.loading import Written, is_of_timm
 from vfsurgery.passes import PASSES
@@ -22,8 +21,8 @@ from vfsurgery.recipes.expectations import Outcome
 from vfsurgery.recipes.stages.bench import Bench, Export, Told, outcomes_of
 from vfsurgery.recipes.stages.entries import build_passes
 from vfsurgery.recipes.stages.sections import Source
-from vfsurgery.recipes.stages.steps import MERGED, Step
-from vfsurgery.recipes.stages.store import Kept, Store, digest, loads
+from vfsurgery.recipes.stages.steps import Step, rows_of
+from vfsurgery.recipes.stages.store import Kept, Record, Store, digest, loads
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,10 @@ def run_steps(name: str, steps: Sequence[Step], bench: Bench, store: Store, outp
     Raises:
         SurgeryError: a step fails; those before it are kept.
     """
-    store.prepare()
     keys = step_keys(steps, bench)
-    found = [store.find(key) for key in keys]
     bench.load_sources()
+    store.prepare()  # a recipe that cannot begin has emptied nothing
+    found = [store.find(key) for key in keys]
     told: list[Told] = []
     taken: list[bool] = []
     for place, (step, key, kept) in enumerate(zip(steps, keys, found, strict=True)):
@@ -124,32 +123,33 @@ def _run(step: Step, key: str, bench: Bench, store: Store) -> Told:
     told = bench.run(step)
     networks: dict[str, nn.Module] = {}
     if step.changes_networks:
-        names = (MERGED,) if step.kind == "merge" else step.networks
-        networks = {name: bench.networks[name] for name in names}
+        networks = {name: bench.networks[name] for name in step.made}
     elif step.kind != "evaluate":
         return told
     if all(loads(model, bench.untrained(name)) for name, model in networks.items()):
-        metadata = {name: bench.metadata[name] for name in networks if name in bench.metadata}
-        summaries = {name: asdict(bench.summaries[name]) for name in networks if name in bench.summaries}
-        said = {"lines": told.lines, "values": told.values, "metadata": metadata, "summaries": summaries}
-        store.keep(key, said, networks)
+        record = Record(
+            lines=told.lines,
+            values=told.values,
+            metadata={name: bench.metadata[name] for name in networks if name in bench.metadata},
+            summaries={name: bench.summaries[name] for name in networks if name in bench.summaries},
+            scores=bench.scores if step.kind == "evaluate" else {},
+        )
+        store.keep(key, record, networks)
     store.forget_trainings(key)
     return told
 
 
 def _taken_over(step: Step, kept: Kept, bench: Bench) -> Told | None:
     """What a step gave in an earlier run; ``None`` where it cannot be read any more."""
-    names = () if not step.changes_networks else (MERGED,) if step.kind == "merge" else step.networks
-    try:
-        networks = {name: kept.load(name, bench.untrained(name)) for name in names}
-        values = kept.record["values"]
-        bench.restore(step, networks, {**kept.record, "scores": values.get("scores")})
-        told = Told(list(kept.record["lines"]), values)
-    except (SurgeryError, KeyError, TypeError):  # damaged: it is made anew
+    record = kept.record
+    if step.kind == "evaluate" and {*record.scores} != {*rows_of(step, [*bench.sections])}:
         return None
-    if step.kind == "evaluate":
-        told.outcomes = outcomes_of(step, {label: Score(**score) for label, score in values["scores"].items()})
-    return told
+    try:
+        networks = {name: kept.load(name, bench.untrained(name)) for name in step.made if step.changes_networks}
+    except SurgeryError:
+        return None
+    bench.restore(step, networks, record)
+    return Told(record.lines, record.values, outcomes_of(step, record.scores) if step.kind == "evaluate" else [])
 
 
 def step_keys(steps: Sequence[Step], bench: Bench) -> list[str]:

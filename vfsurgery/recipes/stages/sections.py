@@ -24,6 +24,7 @@ from vfsurgery.errors import OptionError
 from vfsurgery.passes import PASSES, pass_options
 from vfsurgery.passes.mask import CHOICES
 from vfsurgery.pruning import PRUNERS, Pruner
+from vfsurgery.pruning.schedule import check_scope, read_pattern, read_sparsity
 from vfsurgery.recipes.expectations import Expectation
 from vfsurgery.recipes.pruning_sections import PrunerName, check_pruner_options
 from vfsurgery.recipes.sections import (
@@ -129,6 +130,10 @@ class Prune(Section):
         check_pruner_options(self.method, self.options)
         if self.sparsity is None and self.pattern is None:
             raise ValueError("write sparsity, as in 0.9, or pattern, as in 2:4 within quotes")
+        check_scope(self.scope, self.pattern)
+        read_pattern(self.pattern)
+        if self.sparsity is not None:
+            read_sparsity(self.sparsity)
         return self
 
     def arguments(self) -> dict[str, Any]:
@@ -234,7 +239,7 @@ class Stage(Section):
         section = handler.resolve_ref_schema(handler(core))
         own = {key: _without_null(value) for key, value in section["properties"].items()}
         section |= {"properties": {**_pass_schemas(), **own}, "minProperties": 1, "maxProperties": 1}
-        names = {"type": "string", "enum": [*BARE, *(name for name in PASSES if name not in own)]}
+        names = {"type": "string", "enum": [*BARE, *(name for name in _passes_alone() if name not in own)]}
         return {"anyOf": [names, section]}
 
     @model_serializer(mode="wrap")
@@ -263,8 +268,13 @@ def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
     return kept if not members else members[0] if len(members) == 1 else {**kept, "anyOf": members}
 
 
+def _passes_alone() -> list[str]:
+    """Passes that go by no sources, and so may be stages."""
+    return [name for name in PASSES if not PASSES[name].needs_sources]
+
+
 def _pass_schemas() -> dict[str, Any]:
-    """The options of every pass, by its name."""
+    """The options of every pass that may be a stage, by its name."""
     return {
         name: {
             "type": ["object", "null"],
@@ -273,7 +283,7 @@ def _pass_schemas() -> dict[str, Any]:
             "required": [option.name for option in pass_options(name) if option.required],
             "additionalProperties": False,
         }
-        for name in PASSES
+        for name in _passes_alone()
     }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from vfsurgery.checkpoints import WEIGHTS
 from vfsurgery.evaluation import ENSEMBLE
 from vfsurgery.matching import MATCHERS
 from vfsurgery.recipes.expectations import is_number
@@ -17,6 +19,8 @@ MERGING = ("match", "preserve", "merge")
 """Stages that one merge is made of, in any order; a ``renormalize`` right behind belongs to it as well."""
 MERGED = "merged"
 """Name of the network that there is after a merge."""
+RESERVED = (MERGED, ENSEMBLE)
+"""Names that no source can have."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,18 @@ class Step:
     def changes_networks(self) -> bool:
         """Whether there are other networks afterwards."""
         return self.kind not in ("evaluate", "diagnose", "export")
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """Names of the networks that there are afterwards."""
+        return (MERGED,) if self.kind == "merge" else self.networks
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Names of the files that it has written."""
+        if self.kind == "export":
+            return files_of(self.value, self.networks)
+        return files_of((self.value.page,), self.networks) if self.kind == "diagnose" else ()
 
     @property
     def needs_data(self) -> bool:
@@ -110,6 +126,45 @@ def steps_of(stages: Sequence[Stage], names: Sequence[str]) -> Iterator[Step]:
         place += len(block)
 
 
+def file_of(file: str, name: str, networks: Collection[str]) -> str:
+    """A file's name, with that of the network where there are several.
+
+    >>> file_of("x.onnx", "a", ["a", "b"]), file_of("x.onnx", "merged", ["merged"])
+    ('x_a.onnx', 'x.onnx')
+    """
+    path = Path(file)
+    return file if len(networks) == 1 else f"{path.stem}_{name}{path.suffix}"
+
+
+def files_of(files: Sequence[str], networks: Sequence[str]) -> tuple[str, ...]:
+    """Names of the files of all networks."""
+    return tuple(file_of(file, name, networks) for file in files for name in networks)
+
+
+def check_files(steps: Sequence[Step], outputs: Sequence[str]) -> None:
+    """Refuse files that would be written twice, and those of weights for networks that are not of their class any more.
+
+    Raises:
+        ValueError: names the file and the stage.
+    """
+    written: set[str] = set()
+    preserved = False
+    for step in steps:
+        preserved = preserved or bool(step.find("preserve"))
+        _check_files(step.writes, written, preserved, f"stages[{step.place}]: ")
+    if steps:
+        _check_files(files_of(outputs, steps[-1].made), written, preserved, "")
+
+
+def _check_files(files: Sequence[str], written: set[str], preserved: bool, where: str) -> None:
+    for file in files:
+        if file in written:
+            raise ValueError(f"{where}{file} would be written twice: give one of them another name")
+        if preserved and file.endswith(WEIGHTS):
+            raise ValueError(f"{where}with preserve the network itself is another one: write {file} as .pt2 or .onnx")
+        written.add(file)
+
+
 def rows_of(step: Step, names: Sequence[str]) -> tuple[str, ...]:
     """Labels of the rows that an evaluation has: the sources, their ensemble, and what was made of them."""
     several = (ENSEMBLE,) if len(names) > 1 else ()
@@ -145,7 +200,15 @@ def _check(step: Step, names: Sequence[str], pruned: bool) -> None:
             raise ValueError(f"{where}: alpha is for two sources, not {len(names)}: write weights")
     if step.kind == "renormalize" and not pruned:
         raise ValueError(f"{where}: renormalize stands behind a merge, or behind prune: else nothing says to what")
+    if step.kind == "renormalize" and not step.value:
+        raise ValueError(f"{where}: behind prune, renormalize none changes nothing: leave it out")
+    if step.kind == "apply":
+        for one in build_passes(step.value):
+            if one.needs_sources:
+                raise ValueError(f"{where}: {one.name} goes by the sources: such passes stand in renormalize")
     if step.kind == "evaluate":
+        if step.value.flips and step.networks != (MERGED,):
+            raise ValueError(f"{where}: flips are counted between sources and what they were merged into")
         known = rows_of(step, names)
         for expected in step.value.expectations:
             refuse_unknown(f"row in {where}", [row for row in expected.rows if not is_number(row)], known)

@@ -8,16 +8,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from vfsurgery.checkpoints import load_into, load_state_dict, save_state_dict
 from vfsurgery.errors import CheckpointError, SurgeryError, explain
+from vfsurgery.evaluation import Score
+from vfsurgery.hub.cards import Summary
 
-RECORD = "record.json"
+RECORD, LARGEST = "record.json", 2**28
+"""The file of a step's plain values, and the most bytes that are read of one."""
 
 
 def digest(*parts: Any) -> str:
@@ -29,12 +33,24 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+class Record(BaseModel):
+    """What a step said, as plain values; anything else in its file is damage."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    lines: list[str]
+    values: dict[str, Any]
+    metadata: dict[str, dict[str, str]]
+    summaries: dict[str, Summary]
+    scores: dict[str, Score]
+
+
 @dataclass(frozen=True)
 class Kept:
-    """One step's folder: its plain values, and the weights of networks by their name."""
+    """One step's folder, with the weights of networks by their name, and its record."""
 
     folder: Path
-    record: dict[str, Any] = field(default_factory=dict[str, Any])
+    record: Record
 
     def load(self, name: str, model: nn.Module) -> nn.Module:
         """Bring one network's weights into ``model``, which has random ones, and return it.
@@ -63,26 +79,28 @@ class Store:
         Raises:
             CheckpointError: it cannot be written to.
         """
+        if self.folder.is_symlink():  # what lies behind it is not ours to delete
+            raise CheckpointError(explain(f"cannot keep steps in {self.folder}", cause="it is a link"))
         try:
             if not self.reads and self.folder.exists():
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob("*.partial"):
-                shutil.rmtree(left)
         except OSError as error:
             raise CheckpointError(explain(f"cannot keep steps in {self.folder}", cause=error)) from error
+        for left in self.folder.glob("*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def find(self, key: str) -> Kept | None:
         """What was kept under a key, if it can be read."""
-        folder = self.folder / key
-        if not self.reads or not folder.is_dir():
-            return None
+        path = self.folder / key / RECORD
         try:
-            return Kept(folder, json.loads((folder / RECORD).read_text(encoding="utf-8")))
+            if not self.reads or not path.is_file() or path.stat().st_size > LARGEST:  # a pipe would never end
+                return None
+            return Kept(path.parent, Record.model_validate_json(path.read_bytes()))
         except (OSError, ValueError):
             return None
 
-    def keep(self, key: str, record: Mapping[str, Any], networks: Mapping[str, nn.Module]) -> None:
+    def keep(self, key: str, record: Record, networks: Mapping[str, nn.Module]) -> None:
         """Keep a step, whole or not at all.
 
         Raises:
@@ -92,7 +110,7 @@ class Store:
             with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial", ignore_cleanup_errors=True) as made:
                 for name, model in networks.items():
                     save_state_dict(model.state_dict(), Path(made) / f"{name}.safetensors")
-                (Path(made) / RECORD).write_text(json.dumps(record), encoding="utf-8")
+                (Path(made) / RECORD).write_text(record.model_dump_json(), encoding="utf-8")
                 target = self.folder / key
                 if target.exists():
                     shutil.rmtree(target)
