@@ -38,14 +38,16 @@ def check_data(name: str, options: Mapping[str, Any] | None = None, *, transform
     expect(name in DATA, f"data {name!r} is not registered", remedy='put @DATA.register("...") over its function')
     where = f"data {name!r}"
     with untouched(where, []):
-        first, second = (load_data(name, {"seed": 0, **(options or {})}, transform) for _ in range(2))
-        for part in PARTS:
-            _check_part(f"the part {part} of {where}", _items(first, part), _items(second, part))
+        first, second = (_items(load_data(name, {"seed": 0, **(options or {})}, transform)) for _ in range(2))
+    for part in PARTS:
+        _check_part(f"the part {part} of {where}", first[part], second[part])
 
 
-def _items(splits: Splits, part: str) -> list[Any]:
-    dataset = cast("Dataset[Any]", getattr(splits, part))
-    return [dataset[place] for place in range(min(LOOKED_AT, len(cast("Sized", dataset))))]
+def _items(splits: Splits) -> dict[str, list[Any]]:
+    """The first images of every part, with their labels."""
+    parts = {part: cast("Dataset[Any]", getattr(splits, part)) for part in PARTS}
+    counts = {part: min(LOOKED_AT, len(cast("Sized", dataset))) for part, dataset in parts.items()}
+    return {part: [dataset[place] for place in range(counts[part])] for part, dataset in parts.items()}
 
 
 def _check_part(where: str, items: list[Any], again: list[Any]) -> None:
