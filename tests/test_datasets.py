@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 from torchvision import datasets
 
+from vfsurgery.architectures import build_model
 from vfsurgery.data import Splits
 from vfsurgery.data.datasets import DATA, divided, load_data
 from vfsurgery.errors import DataError, OptionError
@@ -163,3 +164,18 @@ def test_what_is_calibrated_on_is_never_tested_on():
     assert {int(value) for (value,) in splits.calibration} <= {int(value) for (value,) in splits.train}
     with pytest.raises(DataError, match="50 of 50 images cannot be for the test"):
         divided(TensorDataset(torch.arange(50)), test=50)
+
+
+@pytest.mark.parametrize("name", [":x", "..up:x", "a b:x", "../x:y"])
+def test_what_is_no_import_path_is_said_so(name):
+    for load in (load_data, build_model):
+        with pytest.raises(OptionError, match=r"is no import path|does not name a model"):
+            load(name, {}) if load is load_data else load(name)
+    assert len(load_data("vfsurgery.data:digits", {}).test) == 500
+
+
+def test_options_that_torchvision_needs_are_asked_for(tmp_path):
+    with pytest.raises(OptionError, match="torchvision's CocoDetection needs the option 'annFile'"):
+        load_data("torchvision:CocoDetection", {"path": str(tmp_path)}, plain)
+    with pytest.raises(OptionError, match="CocoDetection has no option 'anFile'"):
+        load_data("torchvision:CocoDetection", {"path": str(tmp_path), "anFile": "x"}, plain)

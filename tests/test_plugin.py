@@ -76,14 +76,82 @@ def test_a_plugin_conforms(installed):
         """
         import torch
         from torch import nn
-        from vfsurgery.testing import check_matcher, check_pass, check_rule
-        from surgery_plugin import Reversed, Softsign, move_scale
+        from vfsurgery.testing import check_data, check_matcher, check_pass, check_pruner, check_rule
+        from surgery_plugin import Last, Reversed, Softsign, move_scale
         check_pass(move_scale(), nets=["chain"])
         check_matcher(Reversed(), nets=["grouped"])
+        check_pruner(Last(shift=3), nets=["chain"])
+        check_data("stripes", {"count": 24})
         check_rule(nn.Sequential(nn.Linear(4, 8), Softsign(), nn.Linear(8, 2)), torch.randn(2, 4))
         """,
         installed,
     )
+
+
+NETS = """\
+from torch import nn
+
+class Plain(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8))
+"""
+RECIPE = """\
+name: theirs
+threads: 1
+data: {name: stripes, test: 10, options: {count: 30}}
+sources:
+  - {model: "nets:Plain"}
+  - {}
+stages:
+  - prune: {sparsity: 0.5, method: last, options: {shift: 2}}
+  - move-scale: {factor: 4.0}
+  - match: reversed
+  - merge: {masks: union}
+  - evaluate
+"""
+
+
+def test_a_recipe_has_everything_of_a_plugin_by_name(installed, tmp_path):
+    (tmp_path / "theirs.yaml").write_text(RECIPE)
+    (tmp_path / "nets.py").write_text(NETS)
+    printed = run(
+        f"""
+        import json, torch, vfsurgery as surgery
+        from safetensors.torch import load_file
+        from vfsurgery.training import from_seed
+        from nets import Plain
+        done = surgery.Recipe.from_yaml("{tmp_path}/theirs.yaml").run("{tmp_path}/out", progress=False)
+        last = surgery.pruning.PRUNERS["last"](shift=2)
+        models = [surgery.prune(from_seed(Plain, seed), 0.5, method=last) for seed in (0, 1)]
+        data = surgery.datasets.load_data("stripes", {{"count": 30, "test": 10}})
+        options = {{"data": data.calibration, "progress": False}}
+        moves = surgery.build_pass("move-scale", {{"factor": 4.0}})
+        moved = [surgery.run_passes(model, moves, **options) for model in models]
+        merged = surgery.merge(moved, matching="reversed", masks="union", **options)
+        written = load_file("{tmp_path}/out/theirs.safetensors")
+        print(all(torch.equal(written[name], value) for name, value in merged.state_dict().items()))
+        print(len(data.test), [line.split()[-2] for line in done.findings[0].told[-1].lines])
+        print(surgery.report_of(merged).matching)
+        """,
+        installed,
+        tmp_path,
+    )
+    assert printed.splitlines() == ["True", "10 ['10', '10', '10', '10']", "reversed"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_schema_lists_the_passes_of_plugins(installed, there):
+    printed = run(
+        """
+        import json, subprocess, sys
+        done = subprocess.run([sys.executable, "-m", "vfsurgery", "schema"], capture_output=True, text=True, check=True)
+        names, section = json.loads(done.stdout)["$defs"]["Stage"]["anyOf"]
+        print("move-scale" in names["enum"], section["properties"].get("move-scale", {}).get("properties"))
+        """,
+        *([installed] if there else []),
+    )
+    expected = "True {'factor': {'default': 2.0, 'type': 'number'}}" if there else "False None"
+    assert printed.strip() == expected
 
 
 def test_a_rule_of_a_plugin_is_there_for_the_first_trace(installed):

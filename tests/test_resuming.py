@@ -84,6 +84,27 @@ def test_damaged_file_is_refused(tmp_path, content):
         trained(tmp_path / "net.pt")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": None},
+        {"model": {"x": torch.zeros(1)}},
+        {"epoch": "x"},
+        {"generator": torch.zeros(2)},
+        {"optimizer": 3},
+    ],
+    ids=str,
+)
+def test_a_file_without_a_part_is_refused(tmp_path, changes):
+    trained(tmp_path / "net.pt")
+    content = torch.load(tmp_path / "net.pt", weights_only=True)
+    torch.save(content, tmp_path / "net.pt")
+    trained(tmp_path / "net.pt")  # written again, it is as good
+    torch.save(content | changes, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=r"net\.pt is damaged\n  cause .*\n  remedy  delete it"):
+        trained(tmp_path / "net.pt")
+
+
 def test_learning_rate_rises_then_falls_to_a_tenth():
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], 0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.data import Dataset, TensorDataset
 
 import vfsurgery as surgery
+from vfsurgery.data.datasets import DATA
 from vfsurgery.errors import CertificateError, OptionError
 from vfsurgery.groups import Permutation
 from vfsurgery.groups.axes import tie_all
 from vfsurgery.matching import MATCHERS, Identity, Matching, Problem, WeightMatching, ZipMatching
 from vfsurgery.passes import PASSES, Average, CalibrateBiases, Context, Fold, Pass, RemoveBiases, Repair, Rescale, Reset
-from vfsurgery.testing import check_matcher, check_pass, check_rule, make_net
+from vfsurgery.pruning import PRUNERS, Pruning
+from vfsurgery.testing import check_data, check_matcher, check_pass, check_pruner, check_rule, make_net
 from vfsurgery.testing.nets import NETS, example_images
 
 FLOAT = [torch.float32]
@@ -243,6 +247,81 @@ def test_a_matcher_without_mistake_passes_and_must_be_registered():
     with pytest.raises(AssertionError, match="matcher 'odd' is not registered"):
         check_matcher(Odd(""), nets=["chain"])
     assert "odd" not in MATCHERS
+
+
+@pytest.mark.parametrize("name", ["magnitude", "random", "wanda", "sparsegpt"])
+def test_pruners_of_the_library_conform(name):
+    check_pruner(PRUNERS[name](), nets=["chain", "residual"])
+
+
+@dataclass(frozen=True)
+class Guess(surgery.Pruner):
+    """A pruner with one mistake."""
+
+    name: ClassVar[str] = "guess"
+    mistake: str = ""
+
+    def score(self, work: Pruning) -> Iterator[tuple[str, Tensor]]:
+        if self.mistake == "global":
+            torch.rand(1)
+        for name, weight in work.weights.items():
+            draws = torch.Generator().manual_seed(time.perf_counter_ns()) if self.mistake == "again" else work.generator
+            yield name, torch.rand(weight.shape, generator=draws)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("again", r"(?s)gives other weights the second time.*work\.generator"),
+        ("global", "used torch's or Python's global random state"),
+    ],
+)
+def test_each_mistake_of_a_pruner_is_found(mistake, message):
+    check_pruner(Guess(), nets=["chain"], registered=False)
+    with pytest.raises(AssertionError, match=message):
+        check_pruner(Guess(mistake), nets=["chain"], registered=False)
+
+
+def test_a_pruner_must_be_registered_and_an_instance():
+    with pytest.raises(AssertionError, match="pruner 'guess' is not registered"):
+        check_pruner(Guess(), nets=["chain"])
+    with pytest.raises(AssertionError, match="is a class"):
+        check_pruner(Guess)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="is no pruner"):
+        check_pruner("guess")  # type: ignore[arg-type]
+
+
+def odd_data(mistake: str, seed: int) -> Dataset:
+    generator = None if mistake == "global" else torch.Generator().manual_seed(seed)
+    if mistake == "again":
+        generator = torch.Generator().manual_seed(time.perf_counter_ns())
+    images = torch.randn(20, 3, 4, 4, generator=generator)
+    labels = torch.arange(20) % 3
+    if mistake == "bytes":
+        images = images.byte()
+    if mistake == "labels":
+        labels = labels - 0.5
+    return TensorDataset(images) if mistake == "pairs" else TensorDataset(images, labels)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("again", "the part train of data 'odd' has other images the second time"),
+        ("global", "used torch's or Python's global random state"),
+        ("bytes", r"(?s)no float tensors of one shape.*uint8 \(3, 4, 4\)"),
+        ("labels", "has labels that are no class"),
+        ("pairs", "yields no pairs of image and label"),
+    ],
+)
+def test_each_mistake_of_a_data_set_is_found(mistake, message, monkeypatch):
+    monkeypatch.setattr(DATA, "_entries", dict(DATA._entries))
+    with pytest.raises(AssertionError, match="data 'odd' is not registered"):
+        check_data("odd")
+    DATA.register("odd")(lambda seed, mistake="": odd_data(mistake, seed))
+    check_data("odd")
+    with pytest.raises(AssertionError, match=message):
+        check_data("odd", {"mistake": mistake})
 
 
 class Twice(nn.Module):

@@ -107,6 +107,8 @@ def find_factory(path: str, name: str, kind: str, forms: str) -> Callable[..., A
         OptionError: It cannot be imported, or is nothing that can be called.
     """
     try:
+        if not all(part.isidentifier() for part in path.split(".")):
+            raise ImportError(f"{path!r} is no import path")
         module = importlib.import_module(path)
     except ImportError as error:
         fact = f"cannot import the {kind} {path}:{name}"

@@ -231,6 +231,13 @@ def torchvision_data(
     if unknown := next((option for option in options if option not in parameters), None):
         remedy = did_you_mean(unknown, parameters)
         raise OptionError(explain(f"torchvision's {name} has no option {unknown!r}", remedy=remedy))
+    needed = [
+        each.name
+        for each in parameters.values()
+        if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD and each.name != "root"
+    ]
+    if missing := next((option for option in needed if option not in options), None):
+        raise OptionError(explain(f"torchvision's {name} needs the option {missing!r}", remedy="write it in options"))
     places = {"root": str(path), "download": download}
     made = {**options, "transform": transform, **{key: places[key] for key in places if key in parameters}}
     build = partial(_built, kind, made)

@@ -58,7 +58,7 @@ def untouched(what: str, models: Sequence[nn.Module]) -> Generator[None]:
     expect(
         torch.equal(torch.get_rng_state(), randomness[0]) and random.getstate() == randomness[1],
         f"{what} used torch's or Python's global random state",
-        remedy="draw from context.generator(), or from problem.generator() in a matcher",
+        remedy="draw from the generator that context, problem or work has",
     )
     expect(
         str(np.random.get_state()) == randomness[2],

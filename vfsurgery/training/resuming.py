@@ -62,13 +62,20 @@ class Progress:
             content = cast("dict[str, Any]", torch.load(path, map_location="cpu", weights_only=True))
             setting = content["setting"]
         except Exception as error:  # torch raises nearly anything on random bytes
-            cause = str(error).partition("\n")[0][:120] or type(error).__name__
-            raise CheckpointError(explain(f"{path} is damaged", cause=cause, remedy=remedy)) from error
+            raise _damaged(path, error, remedy) from error
         if setting != self.setting:
             raise CheckpointError(
                 explain(f"{path} is of another training", found=setting, expected=self.setting, remedy=remedy)
             )
-        for name, part in self.parts.items():
-            part.load_state_dict(content[name])
-        self.generator.set_state(cast("Tensor", content["generator"]))
-        return int(content["epoch"])
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(content[name])
+            self.generator.set_state(cast("Tensor", content["generator"]))
+            return int(content["epoch"])
+        except Exception as error:  # and so do its optimizers
+            raise _damaged(path, error, remedy) from error
+
+
+def _damaged(path: Path, error: Exception, remedy: str) -> CheckpointError:
+    cause = str(error).partition("\n")[0][:120] or type(error).__name__
+    return CheckpointError(explain(f"{path} is damaged", cause=cause, remedy=remedy))

@@ -1,12 +1,20 @@
-"""A pass from a function, a matcher, and a module with its coupling rule."""
+"""A pass from a function, a matcher, a pruner, a data set, and a module with its coupling rule."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
 from torch import Tensor, fx, nn
+from torch.utils.data import TensorDataset
 
 import vfsurgery as surgery
+from vfsurgery.data.datasets import DATA
 from vfsurgery.groups.axes import tie_all
 from vfsurgery.matching import MATCHERS, Matching, Problem
+from vfsurgery.pruning import PRUNERS, Pruning
 
 
 @surgery.register_pass(preserves_function=True)
@@ -31,6 +39,29 @@ class Reversed:
         plain = [group for group in problem.groups if not group.outer and group.blocks == 1]
         orders = {group.name: surgery.Permutation(tuple(reversed(range(group.units)))) for group in plain}
         return [Matching(orders) for _ in problem.states[1:]]
+
+
+@PRUNERS.register("last")
+@dataclass(frozen=True)
+class Last(surgery.Pruner):
+    """Keep the entries that stand last, ``shift`` places further round."""
+
+    name: ClassVar[str] = "last"
+    shift: int = 0
+
+    def score(self, work: Pruning) -> Iterator[tuple[str, Tensor]]:
+        """Their places."""
+        for name, weight in work.weights.items():
+            yield name, torch.arange(weight.numel(), dtype=torch.float32).roll(self.shift).view(weight.shape)
+
+
+@DATA.register("stripes")
+def stripes(*, seed: int = 0, count: int = 40) -> TensorDataset:
+    """Images of 8 x 8 with one bright row, which is the class."""
+    images = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    labels = torch.arange(count) % 8
+    images[torch.arange(count), 0, labels] += 5
+    return TensorDataset(images, labels)
 
 
 class Softsign(nn.Module):
