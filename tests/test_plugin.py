@@ -123,7 +123,7 @@ def test_a_recipe_has_everything_of_a_plugin_by_name(installed, tmp_path):
         done = surgery.Recipe.from_yaml("{tmp_path}/theirs.yaml").run("{tmp_path}/out", progress=False)
         last = surgery.pruning.PRUNERS["last"](shift=2)
         models = [surgery.prune(from_seed(Plain, seed), 0.5, method=last) for seed in (0, 1)]
-        data = surgery.datasets.load_data("stripes", {{"count": 30, "test": 10}})
+        data = surgery.data.load_data("stripes", {{"count": 30, "test": 10}})
         options = {{"data": data.calibration, "progress": False}}
         moves = surgery.build_pass("move-scale", {{"factor": 4.0}})
         moved = [surgery.run_passes(model, moves, **options) for model in models]
