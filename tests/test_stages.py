@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jsonschema
@@ -20,11 +21,14 @@ import yaml
 import vfsurgery as surgery
 from vfsurgery.checkpoints import file_hash, load_into, load_state_dict, save_state_dict
 from vfsurgery.data import digits
+from vfsurgery.data.datasets import DATA
 from vfsurgery.demo import TinyConvNet, TinyResNet
 from vfsurgery.errors import CheckpointError, IncompatibleModelsError, RecipeError, SurgeryError
+from vfsurgery.matching import MATCHERS, Matching
 from vfsurgery.passes import PASSES
-from vfsurgery.pruning import Masks
+from vfsurgery.pruning import PRUNERS, Masks
 from vfsurgery.recipes.stages import bench as bench_module
+from vfsurgery.recipes.stages import running as running_module
 from vfsurgery.training import from_seed, train
 
 ROOT = Path(__file__).parent.parent
@@ -600,15 +604,65 @@ def test_a_run_that_is_killed_goes_on_to_the_same_file(tmp_path, ran, moment):
     assert file_hash(tmp_path / "out/small.safetensors") == file_hash(ran.output / "small.safetensors")
 
 
-def test_another_code_of_a_pass_is_another_step(tmp_path, shrink, monkeypatch):
-    from vfsurgery.recipes.stages import running
+class Backwards:
+    """A matcher of somebody else."""
 
-    text = staged({"shrink": {"factor": 0.25}})
-    surgery.Recipe.from_yaml(text).run(tmp_path, progress=False)
-    kept = surgery.Recipe.from_yaml(text).run(tmp_path, progress=False, resume=True)
-    monkeypatch.setattr(running, "file_hash", lambda path: "another")
-    changed = surgery.Recipe.from_yaml(text).run(tmp_path, progress=False, resume=True)
-    assert kept.findings[0].taken_over == (True,) and changed.findings[0].taken_over == (False,)
+    name, needs_data = "backwards", False
+
+    def match(self, problem):
+        return [Matching({group.name: group.identity() for group in problem.groups}) for _ in problem.states[1:]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Same(surgery.Pruner):
+    """A pruner of somebody else."""
+
+    name = "same"
+
+    def score(self, work):
+        yield from work.weights.items()
+
+
+def squares(seed: int = 0):
+    images = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.utils.data.TensorDataset(images, torch.arange(40) % 10)
+
+
+@pytest.mark.parametrize(
+    ("stages", "taken_over"),
+    [
+        ([{"shrink": {"factor": 0.25}}], (False,)),
+        ([{"prune": {"sparsity": 0.5, "method": "same"}}], (False,)),
+        ([{"fold": {}}, {"match": "backwards"}, "merge"], (True, False)),
+        ([{"fold": {}}, {"match": "weights"}, "merge"], (True, True)),
+    ],
+    ids=["pass", "pruner", "matcher", "ours"],
+)
+def test_another_code_of_yours_is_another_step(tmp_path, shrink, monkeypatch, stages, taken_over):
+    for registry, one in ((MATCHERS, Backwards), (PRUNERS, Same)):
+        monkeypatch.setattr(registry, "_entries", {**registry._entries, one.name: one})
+    recipe = surgery.Recipe.from_yaml(staged(*stages))
+    recipe.run(tmp_path, progress=False)
+    assert all(recipe.run(tmp_path, progress=False, resume=True).findings[0].taken_over)
+    monkeypatch.setattr(running_module, "file_hash", lambda path: "another")
+    assert recipe.run(tmp_path, progress=False, resume=True).findings[0].taken_over == taken_over
+
+
+def test_another_code_of_data_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(DATA, "_entries", {**DATA._entries, "squares": squares})
+    recipe = surgery.Recipe.from_yaml(staged({"prune": {"sparsity": 0.5}}, data={"name": "squares"}))
+    recipe.run(tmp_path, progress=False)
+    assert recipe.run(tmp_path, progress=False, resume=True).findings[0].taken_over == (True,)
+    monkeypatch.setattr(running_module, "file_hash", lambda path: "another")
+    assert recipe.run(tmp_path, progress=False, resume=True).findings[0].taken_over == (False,)
+
+
+@pytest.mark.parametrize("module", ["typed", "__main__"])
+def test_passes_typed_into_an_interpreter_have_no_file(tmp_path, shrink, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    monkeypatch.setattr(Shrink, "__module__", module)
+    run = surgery.Recipe.from_yaml(staged({"shrink": {"factor": 0.25}})).run(tmp_path, progress=False)
+    assert run.findings[0].taken_over == (False,)
 
 
 def test_nothing_is_written_when_a_step_fails(tmp_path):

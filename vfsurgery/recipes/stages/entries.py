@@ -48,6 +48,11 @@ def _one_entry(value: Any, kind: str) -> tuple[str, dict[str, Any]]:
     raise ValueError(f"a {kind} is written as its name, or as {{name: {{option: value}}}}")
 
 
+def name_of(entry: Any) -> str:
+    """The name in ``name`` or ``{name: {option: value}}``."""
+    return entry if isinstance(entry, str) else next(iter(entry))
+
+
 def build_matcher(entry: Any) -> str | Matcher:
     """What ``match`` says, as :func:`~vfsurgery.merge` takes it.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +13,16 @@ import torch
 from torch import nn
 
 from vfsurgery.checkpoints import FileRecord, file_hash
+from vfsurgery.data.datasets import find_data
 from vfsurgery.errors import SurgeryError
 from vfsurgery.hub.cards import Network, described
 from vfsurgery.hub.loading import Written, is_of_timm
+from vfsurgery.matching import MATCHERS
 from vfsurgery.passes import PASSES
+from vfsurgery.pruning import PRUNERS
 from vfsurgery.recipes.expectations import Outcome
 from vfsurgery.recipes.stages.bench import Bench, Export, Told, outcomes_of
-from vfsurgery.recipes.stages.entries import build_passes
+from vfsurgery.recipes.stages.entries import build_passes, name_of
 from vfsurgery.recipes.stages.sections import Source
 from vfsurgery.recipes.stages.steps import Step, rows_of
 from vfsurgery.recipes.stages.store import Kept, Record, Store, digest, loads
@@ -157,6 +160,7 @@ def step_keys(steps: Sequence[Step], bench: Bench) -> list[str]:
     origin = {
         "sources": [_origin(section) for section in bench.sections.values()],
         "data": bench.data_key,
+        "code of data": [] if bench.data_key is None else _code([find_data(bench.data_key["name"])]),
         "seed": bench.seed,
         "threads": torch.get_num_threads(),
         "device": bench.device.type,
@@ -180,10 +184,26 @@ def _origin(section: Source) -> dict[str, Any]:
 
 
 def _code_of(step: Step) -> list[str]:
-    """Hashes of the code of passes that others wrote: what it does may have changed under the same name."""
-    entries: list[Any] = [
+    """Hashes of the code of passes, matchers and pruners that others wrote: it may change under the same name."""
+    steps: list[Any] = [
         entry for kind in ("renormalize", "apply") for entry in (step.find(kind) or ()) if step.find(kind) != "auto"
     ]
-    classes = [PASSES[each.name] for each in build_passes(entries)]
-    files = {inspect.getsourcefile(each) for each in classes if not each.__module__.startswith("vfsurgery.")}
+    used: list[Any] = [PASSES[each.name] for each in build_passes(steps)]
+    if (entry := step.find("match")) not in (None, "auto"):
+        used.append(MATCHERS[name_of(entry)])
+    if step.kind == "prune":
+        used.append(PRUNERS[step.value.method])
+    return _code(used)
+
+
+def _code(used: Iterable[Any]) -> list[str]:
+    files = {_file_of(each) for each in used if not each.__module__.startswith("vfsurgery.")}
     return sorted(file_hash(file) for file in files if file is not None)
+
+
+def _file_of(written: Any) -> str | None:
+    """The file of a class or function; what was typed into an interpreter has none."""
+    try:
+        return inspect.getsourcefile(written)
+    except (TypeError, OSError):
+        return None
