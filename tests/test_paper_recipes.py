@@ -157,7 +157,7 @@ WRONG = [
     ("{name: net, options", "{name: ent, options", "unknown reduced pair 'ent'; did you mean 'net'?"),
     ("alphas: 3", "alphas: 4", "in the reduced form, at pairs[0].alphas: Value error, alphas is 4: only odd"),
     ("renormalize: repair", "renormalize: repair, alpha: 0.3", "the last merge has alpha, but the line is measured"),
-    ("threads: 1", "device: gpu", "String should match pattern '^(auto|cpu|cuda(:\\d{1,3})?)$', found 'gpu' at device"),
+    ("threads: 1", "device: gpu", "unknown device 'gpu'; accepted: auto, cpu, cuda, cuda:N at device"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 import torch
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic.json_schema import PydanticJsonSchemaWarning
 
 from vfsurgery.checkpoints import PROGRAM, WEIGHTS, load_into, load_state_dict, write_text
@@ -69,6 +70,12 @@ KINDS: Mapping[str, type] = {
 """Under which key of the report each kind of finding stands."""
 
 
+def _known_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"unknown device {name!r}; accepted: auto, cpu, cuda, cuda:N")
+    return name
+
+
 class Reduced(Section):
     """What a smaller form of the recipe changes, for machines without a GPU."""
 
@@ -102,7 +109,7 @@ class Recipe(Section):
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     seed: Seed = 0
     threads: Threads | None = None
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = "cpu"
+    device: Annotated[str, AfterValidator(_known_device)] = "cpu"
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
     resume: str | None = None
     pairs: Annotated[tuple[Pair, ...], AsTuple] = ()

@@ -1,0 +1,259 @@
+"""A run that was cut off goes on to the same files, and takes over nothing that has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+from small import RECIPE, ROOT, staged
+
+import vfsurgery as surgery
+from vfsurgery.checkpoints import file_hash, load_state_dict
+from vfsurgery.data.datasets import DATA
+from vfsurgery.errors import CheckpointError, SurgeryError
+from vfsurgery.matching import MATCHERS, Matching
+from vfsurgery.pruning import PRUNERS
+from vfsurgery.recipes.stages import bench as bench_module
+from vfsurgery.recipes.stages import running as running_module
+
+
+def counted(monkeypatch) -> list[str]:
+    """What the bench calls, by name, as it happens."""
+    calls: list[str] = []
+    for name in ("train", "merge", "evaluate", "diagnose", "prune"):
+        original = getattr(bench_module, name)
+
+        def call(*args, name=name, original=original, **options):
+            calls.append(name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(bench_module, name, call)
+    return calls
+
+
+def test_a_second_run_takes_over_what_is_the_same(tmp_path, monkeypatch, ran):
+    recipe = surgery.Recipe.from_yaml(RECIPE)
+    recipe.run(tmp_path, progress=False)
+    calls = counted(monkeypatch)
+    again = recipe.run(tmp_path, progress=False, resume=True)
+    assert calls == [] and again.findings[0].taken_over == (True, True, True)
+    assert file_hash(tmp_path / "small.safetensors") == file_hash(ran.output / "small.safetensors")
+    assert [told.lines for told in again.findings[0].told][2] == [told.lines for told in ran.findings[0].told][2]
+    surgery.Recipe.from_yaml(RECIPE, {"stages.merge.alpha": 0.3}).run(tmp_path, progress=False, resume=True)
+    assert calls == ["merge", "evaluate"]
+    calls.clear()
+    surgery.Recipe.from_yaml(RECIPE, {"sources.1.seed": 8}).run(tmp_path, progress=False, resume=True)
+    assert calls == ["train", "train", "merge", "evaluate"]
+    calls.clear()
+    recipe.run(tmp_path, progress=False)
+    assert calls == ["train", "train", "merge", "evaluate"]
+
+
+def test_damaged_steps_are_made_anew(tmp_path, monkeypatch, ran):
+    recipe = surgery.Recipe.from_yaml(RECIPE)
+    recipe.run(tmp_path, progress=False)
+    (merged,) = (tmp_path / ".stages").rglob("merged.safetensors")
+    content = bytearray(merged.read_bytes())
+    merged.write_bytes(content[:-100])
+    calls = counted(monkeypatch)
+    recipe.run(tmp_path, progress=False, resume=True)
+    assert calls == ["merge"]
+    assert file_hash(tmp_path / "small.safetensors") == file_hash(ran.output / "small.safetensors")
+
+
+DAMAGES = {
+    "no object": lambda record: [],
+    "a number": lambda record: 3,
+    "a key less": lambda record: {key: value for key, value in record.items() if key != "lines"},
+    "lines that are none": lambda record: record | {"lines": 3},
+    "values that are none": lambda record: record | {"values": ["x"]},
+    "metadata that is none": lambda record: record | {"metadata": "x"},
+    "a summary of other keys": lambda record: record | {"summaries": {"merged": {"x": 1}}},
+    "scores that are none": lambda record: record | {"scores": 3},
+    "a score of text": lambda record: record | {"scores": {"a": {"accuracy": "x", "loss": 0.0, "count": 1}}},
+    "rows that are not there": lambda record: record | {"scores": {}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_records_of_another_shape_are_made_anew(tmp_path, ran, damage):
+    shutil.copytree(ran.output, tmp_path / "out")
+    records = [*(tmp_path / "out/.stages").glob("*/record.json")]
+    assert len(records) == 3
+    for path in records:
+        path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    again = ran.recipe.run(tmp_path / "out", progress=False, resume=True)
+    assert not all(again.findings[0].taken_over)
+    assert file_hash(tmp_path / "out/small.safetensors") == file_hash(ran.output / "small.safetensors")
+    assert again.findings[0].bench.scores == ran.findings[0].bench.scores
+    assert ran.recipe.run(tmp_path / "out", progress=False, resume=True).findings[0].taken_over == (True, True, True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files of POSIX")
+@pytest.mark.parametrize("planted", ["pipe", "link", "deep", "folder", "loop", "no text"])
+def test_planted_files_are_not_followed(tmp_path, ran, planted):
+    shutil.copytree(ran.output, tmp_path / "out")
+    (merged,) = (tmp_path / "out/.stages").glob("*/merged.safetensors")
+    record = merged.parent / "record.json"
+    record.unlink()
+    if planted == "pipe":
+        os.mkfifo(record)
+    elif planted == "link":
+        record.symlink_to("/dev/zero")
+    elif planted == "loop":
+        record.symlink_to(record.name)
+    elif planted == "folder":
+        record.mkdir()
+    else:
+        record.write_bytes(b"[" * 200_000 if planted == "deep" else b"\xff\xfe")
+    again = ran.recipe.run(tmp_path / "out", progress=False, resume=True)
+    assert again.findings[0].taken_over == (True, False, True)
+    assert file_hash(tmp_path / "out/small.safetensors") == file_hash(ran.output / "small.safetensors")
+
+
+def test_a_link_in_the_place_of_kept_steps_is_refused(tmp_path):
+    kept = tmp_path / "mine"
+    kept.mkdir()
+    (kept / "x.partial").mkdir()
+    (kept / "letter.txt").write_text("dear")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.stages").symlink_to(kept)
+    recipe = surgery.Recipe.from_yaml(staged("evaluate"))
+    for resume in (False, True):
+        with pytest.raises(CheckpointError, match=r"cannot keep steps in .*stages"):
+            recipe.run(tmp_path / "out", progress=False, resume=resume)
+    assert {path.name for path in kept.iterdir()} == {"letter.txt", "x.partial"}
+
+
+def test_a_recipe_that_cannot_begin_leaves_what_is_kept(tmp_path, ran):
+    shutil.copytree(ran.output, tmp_path / "out")
+    before = sorted((tmp_path / "out/.stages").rglob("*"))
+    for changes in ({"sources.1.checkpoint": "none.pt"}, {"sources.0.model": "vfsurgery.demo:Tiny"}):
+        with pytest.raises(SurgeryError):
+            surgery.Recipe.from_yaml(RECIPE, changes).run(tmp_path / "out", progress=False)
+    assert sorted((tmp_path / "out/.stages").rglob("*")) == before
+
+
+def test_a_page_that_is_asked_for_later_has_the_merge_s_report(tmp_path, monkeypatch):
+    surgery.Recipe.from_yaml(RECIPE).run(tmp_path, progress=False)
+    first = file_hash(tmp_path / "small.safetensors")
+    text = RECIPE + "  - diagnose\n"
+    calls = counted(monkeypatch)
+    surgery.Recipe.from_yaml(text).run(tmp_path, progress=False, resume=True)
+    assert calls == ["merge", "diagnose"]
+    assert "certificate" in (tmp_path / "diagnosis.html").read_text().lower()
+    assert load_state_dict(tmp_path / "small.safetensors")["fc.weight"].shape == (10, 16)
+    assert file_hash(tmp_path / "small.safetensors") != first  # its header has the other recipe
+
+
+def test_a_training_goes_on_at_its_epoch(tmp_path, ran, monkeypatch):
+    recipe = surgery.Recipe.from_yaml(RECIPE)
+    from vfsurgery.training import resuming
+
+    original, saved = resuming.Progress.save, []
+
+    def save(self, path, epoch):
+        original(self, path, epoch)
+        saved.append(epoch)
+        if len(saved) == 3:  # in the second network, after its first epoch
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(resuming.Progress, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.run(tmp_path, progress=False)
+    assert not (tmp_path / "small.safetensors").exists()
+    recipe.run(tmp_path, progress=False, resume=True)
+    assert saved == [1, 2, 1, 2]
+    assert file_hash(tmp_path / "small.safetensors") == file_hash(ran.output / "small.safetensors")
+    assert not [*(tmp_path / ".stages").glob("*.pt")]
+
+
+@pytest.mark.parametrize("moment", ["*.training.pt", "*/a.safetensors", "*/merged.safetensors"])
+def test_a_run_that_is_killed_goes_on_to_the_same_file(tmp_path, ran, moment):
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    command = [sys.executable, "-m", "vfsurgery", "run", "small.yaml", "--output", "out", "--quiet", "--resume"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not [*(tmp_path / "out/.stages").glob(moment)]:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert file_hash(tmp_path / "out/small.safetensors") == file_hash(ran.output / "small.safetensors")
+
+
+class Backwards:
+    """A matcher of somebody else."""
+
+    name, needs_data = "backwards", False
+
+    def match(self, problem):
+        return [Matching({group.name: group.identity() for group in problem.groups}) for _ in problem.states[1:]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Same(surgery.Pruner):
+    """A pruner of somebody else."""
+
+    name = "same"
+
+    def score(self, work):
+        yield from work.weights.items()
+
+
+def squares(seed: int = 0):
+    images = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.utils.data.TensorDataset(images, torch.arange(40) % 10)
+
+
+@pytest.mark.parametrize(
+    ("stages", "taken_over"),
+    [
+        ([{"shrink": {"factor": 0.25}}], (False,)),
+        ([{"prune": {"sparsity": 0.5, "method": "same"}}], (False,)),
+        ([{"fold": {}}, {"match": "backwards"}, "merge"], (True, False)),
+        ([{"fold": {}}, {"match": "weights"}, "merge"], (True, True)),
+    ],
+    ids=["pass", "pruner", "matcher", "ours"],
+)
+def test_another_code_of_yours_is_another_step(tmp_path, shrink, monkeypatch, stages, taken_over):
+    for registry, one in ((MATCHERS, Backwards), (PRUNERS, Same)):
+        monkeypatch.setattr(registry, "_entries", {**registry._entries, one.name: one})
+    recipe = surgery.Recipe.from_yaml(staged(*stages))
+    recipe.run(tmp_path, progress=False)
+    assert all(recipe.run(tmp_path, progress=False, resume=True).findings[0].taken_over)
+    monkeypatch.setattr(running_module, "file_hash", lambda path: "another")
+    assert recipe.run(tmp_path, progress=False, resume=True).findings[0].taken_over == taken_over
+
+
+def test_another_code_of_data_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(DATA, "_entries", {**DATA._entries, "squares": squares})
+    recipe = surgery.Recipe.from_yaml(staged({"prune": {"sparsity": 0.5}}, data={"name": "squares"}))
+    recipe.run(tmp_path, progress=False)
+    assert recipe.run(tmp_path, progress=False, resume=True).findings[0].taken_over == (True,)
+    monkeypatch.setattr(running_module, "file_hash", lambda path: "another")
+    assert recipe.run(tmp_path, progress=False, resume=True).findings[0].taken_over == (False,)
+
+
+@pytest.mark.parametrize("module", ["typed", "__main__"])
+def test_passes_typed_into_an_interpreter_have_no_file(tmp_path, shrink, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    monkeypatch.setattr(shrink, "__module__", module)
+    run = surgery.Recipe.from_yaml(staged({"shrink": {"factor": 0.25}})).run(tmp_path, progress=False)
+    assert run.findings[0].taken_over == (False,)
+
+
+def test_nothing_is_written_when_a_step_fails(tmp_path):
+    text = staged({"export": "early.safetensors"}, {"merge": {"pins": ["nothing"]}})
+    with pytest.raises(SurgeryError, match="nothing"):
+        surgery.Recipe.from_yaml(text).run(tmp_path, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {".stages"}
