@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Subset
 
 from vfsurgery.architectures import find_factory
 from vfsurgery.data.cifar import cifar
-from vfsurgery.data.images import Splits, Transform, digits, subset
+from vfsurgery.data.images import Splits, Transform, digits, open_folder, subset
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
 from vfsurgery.registry import Registry
 
@@ -173,24 +173,12 @@ def folder_data(
     root = Path(path)
     tested = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if tested is None or not (root / "train").is_dir():
-        return divided(_images(root, transform), seed=seed, train=train, calibration=calibration, test=test)
-    parts = _images(root / "train", transform), _images(tested, transform)
+        return divided(open_folder(root, transform), seed=seed, train=train, calibration=calibration, test=test)
+    parts = open_folder(root / "train", transform), open_folder(tested, transform)
     if parts[0].classes != parts[1].classes:
         other = sorted({*parts[0].classes} ^ {*parts[1].classes})
         raise DataError(explain(f"{root / 'train'} and {tested} have other classes", first=", ".join(other[:4])))
     return joined(*parts, seed, train, calibration, test)
-
-
-def _images(path: Path, transform: Transform) -> Any:
-    from torchvision.datasets import ImageFolder
-
-    if not path.is_dir():
-        raise DataError(explain(f"there is no image folder {path}", folder=path.parent.resolve()))
-    try:
-        return ImageFolder(str(path), transform)
-    except FileNotFoundError as error:
-        remedy = "lay them out as CLASS/NAME.jpg, a folder a class"
-        raise DataError(explain(f"no images in {path}", cause=error, remedy=remedy)) from error
 
 
 def torchvision_data(

@@ -80,18 +80,27 @@ def image_folder(
     Raises:
         DataError: The folder is missing, or holds no class folder with images.
     """
+    images = open_folder(path, transform)
+    return loader(images, batch_size=batch_size, limit=limit, seed=seed, workers=workers)
+
+
+def open_folder(path: str | Path, transform: Transform) -> Any:
+    """torchvision's ``ImageFolder`` of a folder with one subfolder of images per class.
+
+    Raises:
+        DataError: The folder is missing, or holds no class folder with images.
+    """
     from torchvision.datasets import ImageFolder
 
     path = Path(path)
     if not path.is_dir():
         raise DataError(explain(f"there is no image folder {path}", folder=path.parent.resolve()))
     try:
-        images = ImageFolder(path, transform)
+        return ImageFolder(path, transform)
     except FileNotFoundError as error:
         raise DataError(
             explain(f"no images in {path}", cause=error, remedy="lay them out as CLASS/NAME.jpg, a folder a class")
         ) from error
-    return loader(images, batch_size=batch_size, limit=limit, seed=seed, workers=workers)
 
 
 def loader(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.budget import Budget, plan_prefix
-from vfsurgery.checkpoints import WEIGHTS
+from vfsurgery.checkpoints import WEIGHTS, load_into
 from vfsurgery.costs import cost_of
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import record_or_export
-from vfsurgery.errors import CheckpointError, ExampleInputError, IncompatibleModelsError, RecipeError, explain
+from vfsurgery.errors import CheckpointError, ExampleInputError, RecipeError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.recipes.sections import Experiment, Images, Pair
 from vfsurgery.recipes.stages.bench import DTYPES
 from vfsurgery.recipes.stages.entries import plain
 from vfsurgery.recipes.stages.steps import MERGED, Step
-from vfsurgery.sources import eval_mode
+from vfsurgery.sources import check_same_architecture, eval_mode
 from vfsurgery.tracing.examples import BATCH, example_inputs_of
 
 MIB = 2**20
@@ -152,7 +152,8 @@ def _plan_stages(recipe: Recipe) -> RecipePlan:
     for source, sketch in zip(recipe.sources, sketches, strict=True):
         if source.checkpoint is not None:
             _check_file(Path(source.checkpoint), sketch.model)
-    _check_alike(recipe, sketches)
+    if any(step.kind == "merge" for step in recipe.steps):
+        check_same_architecture([sketch.model for sketch in sketches])
     dtype = DTYPES[recipe.dtype]
     named: dict[tuple[str, Any], list[str]] = {}
     for source in recipe.sources:
@@ -217,7 +218,7 @@ def _step(step: Step, sketch: _Sketch, sources: int) -> StepPlan:
     if sketch.groups is not None:
         largest = max((group.size for group in sketch.groups), default=0)
         notes.append(f"largest assignment: {largest} units, {8 * largest**2 / MIB:.1f} MiB")
-    return StepPlan(str(step), (*step.networks,), f"{_options(step)} -> {MERGED}".strip(), tuple(notes))
+    return StepPlan(str(step), step.networks, f"{_options(step)} -> {MERGED}".strip(), tuple(notes))
 
 
 def _options(step: Step) -> str:
@@ -236,12 +237,10 @@ def _options(step: Step) -> str:
 def _experiment(experiment: Experiment) -> StepPlan:
     epochs = 0 if experiment.files else experiment.training.epochs
     trained = f"{epochs} epochs of training each" if epochs else "loaded"
-    rows = [merge.row for merge in experiment.merges] if isinstance(experiment, Pair) else list(_rows(experiment))
+    rows = (
+        (merge.row for merge in experiment.merges) if isinstance(experiment, Pair) else getattr(experiment, "rows", ())
+    )
     return StepPlan(type(experiment).__name__.lower(), (experiment.name,), trained, tuple(rows))
-
-
-def _rows(experiment: Experiment) -> Iterator[str]:
-    yield from getattr(experiment, "rows", ())
 
 
 def _data(data: Images) -> str:
@@ -259,24 +258,6 @@ def _image_size(data: Images | None) -> tuple[int, int, int] | None:
     return None if data.size is None else (3, data.size, data.size)
 
 
-def _check_alike(recipe: Recipe, sketches: Sequence[_Sketch]) -> None:
-    """Refuse a merge of sources of different shapes."""
-    if not any(step.kind == "merge" for step in recipe.steps):
-        return
-    first = {name: tuple(value.shape) for name, value in sketches[0].model.state_dict().items()}
-    for source, sketch in zip(recipe.sources[1:], sketches[1:], strict=True):
-        other = {name: tuple(value.shape) for name, value in sketch.model.state_dict().items()}
-        differing = next((name for name in (*first, *other) if first.get(name) != other.get(name)), None)
-        if differing is not None:
-            raise IncompatibleModelsError(
-                explain(
-                    f"{recipe.sources[0].name} and {source.name} are not the same architecture: {differing} differs",
-                    **{recipe.sources[0].name: first.get(differing, "no such entry")},
-                    **{source.name: other.get(differing, "no such entry")},
-                )
-            )
-
-
 def _check_file(path: Path, model: nn.Module) -> None:
     """Refuse a checkpoint that is not there, or whose header has other keys or shapes than the model."""
     if not path.is_file():
@@ -287,18 +268,7 @@ def _check_file(path: Path, model: nn.Module) -> None:
 
     try:
         with safe_open(path, framework="pt") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(explain(f"cannot read {path}", cause=error)) from error
-    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    if sorted(map(str, found.values())) == sorted(map(str, own.values())):
-        return  # names may differ by a prefix, which loading takes away
-    differing = next((key for key in own if found.get(key) != own[key]), None) or next(iter(found.keys() - own.keys()))
-    raise CheckpointError(
-        explain(
-            f"{path} does not fit {type(model).__name__}: {differing} differs",
-            model=own.get(differing, "has no such entry"),
-            checkpoint=found.get(differing, "has no such entry"),
-            remedy="load the architecture that it was saved from",
-        )
-    )
+    load_into(model, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, path)

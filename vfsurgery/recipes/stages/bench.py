@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,14 @@ class Bench:
         section = self.sections.get(name) or next(iter(self.sections.values()))
         return section.untrained().to(self.device, self.dtype)
 
-    @property
-    def files(self) -> list[FileRecord]:
-        """The checkpoints that sources were loaded from."""
-        return [FileRecord.of(Path(each.checkpoint)) for each in self.sections.values() if each.checkpoint is not None]
+    @cached_property
+    def files(self) -> dict[str, FileRecord]:
+        """The checkpoints of sources by their names, hashed once: they may be large."""
+        return {
+            name: FileRecord.of(Path(each.checkpoint))
+            for name, each in self.sections.items()
+            if each.checkpoint is not None
+        }
 
     @property
     def origins_in_words(self) -> list[str]:
@@ -178,7 +183,7 @@ class Bench:
             if step.kind != "train":
                 self.reports[name] = report_of(model)
                 self.summaries[name] = Summary.of(self.reports[name])
-                self.metadata[name] = provenance(self.reports[name], self.recipe, self.files)
+                self.metadata[name] = provenance(self.reports[name], self.recipe, [*self.files.values()])
 
     def _replace(self, name: str, model: nn.Module, kind: str) -> None:
         if kind == "prune":

@@ -73,7 +73,7 @@ class StagesFinding:
                     name=export.file,
                     written=Written((export.file,), first.model, first.options, of_timm=is_of_timm(export.model)),
                     summary=export.summary,
-                    sources=described([*bench.files, *bench.origins_in_words]),
+                    sources=described([*bench.files.values(), *bench.origins_in_words]),
                     results=results,
                     measured="Accuracies in percent." if results else "",
                     accuracy=bench.scores[export.name].accuracy
@@ -158,7 +158,7 @@ def _taken_over(step: Step, kept: Kept, bench: Bench) -> Told | None:
 def step_keys(steps: Sequence[Step], bench: Bench) -> list[str]:
     """For every step the hash of all that decides what it gives: sources, data, earlier steps, options, versions."""
     origin = {
-        "sources": [_origin(section) for section in bench.sections.values()],
+        "sources": [_origin(section, bench.files.get(name)) for name, section in bench.sections.items()],
         "data": bench.data_key,
         "code of data": [] if bench.data_key is None else _code([find_data(bench.data_key["name"])]),
         "seed": bench.seed,
@@ -176,11 +176,9 @@ def step_keys(steps: Sequence[Step], bench: Bench) -> list[str]:
     return keys
 
 
-def _origin(section: Source) -> dict[str, Any]:
+def _origin(section: Source, file: FileRecord | None) -> dict[str, Any]:
     plain: dict[str, Any] = section.model_dump(mode="json")
-    if section.checkpoint is not None:
-        plain["checkpoint"] = FileRecord.of(Path(section.checkpoint)).sha256
-    return plain
+    return plain if file is None else {**plain, "checkpoint": file.sha256}
 
 
 def _code_of(step: Step) -> list[str]:
