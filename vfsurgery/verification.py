@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from vfsurgery.errors import CertificateError, explain
@@ -22,6 +21,7 @@ from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, permute_te
 from vfsurgery.maps import Order, map_tensor
 from vfsurgery.report import Certificate
 from vfsurgery.sources import Source, canonical_state, eval_mode
+from vfsurgery.tracing.borrowed import borrowed
 
 TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative output error by the precision computed in; half precision is checked in float32."""
@@ -38,9 +38,13 @@ CONTROLS = 8
 
 
 def outputs_of(model: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The tensors a model returns under other parameters and buffers, in eval mode and without gradients."""
-    with eval_mode(model):
-        result = functional_call(model, dict(state), inputs, tie_weights=True)
+    """The tensors a model returns under other parameters and buffers, in eval mode and without gradients.
+
+    Model, state and inputs are afterwards what they were, whatever the forward writes.
+    """
+    with borrowed(model, state), torch.no_grad():
+        model.eval()
+        result = model(*(x.clone() for x in inputs))
     return tuple(tensors_of(result))
 
 
