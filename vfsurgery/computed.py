@@ -6,7 +6,6 @@ layers had them otherwise: what surgery finds out on the copy can then be brough
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-HOOKS = "torch.nn.utils"
-"""The package whose hooks set a module's weight before each forward."""
+from vfsurgery.tracing.copies import HOOKS, copied
 
 
 @dataclass(frozen=True)
@@ -37,21 +35,6 @@ class PlainCopy:
         return not self.masked and not self.computed
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, of models too whose hooks have left a weight with a gradient history behind.
-
-    >>> pruned = prune.l1_unstructured(nn.Linear(4, 2), "weight", amount=0.5)
-    >>> torch.equal(copy_of(pruned)(torch.ones(1, 4)), pruned(torch.ones(1, 4)))
-    True
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
-
-
 @torch.no_grad()
 def plain_copy(model: nn.Module) -> PlainCopy:
     """A copy with the weights that the next forward of ``model`` would use, as plain parameters.
@@ -62,10 +45,10 @@ def plain_copy(model: nn.Module) -> PlainCopy:
     >>> sorted(plain.masked), list(plain.model.state_dict())
     (['0.weight'], ['0.bias', '0.weight'])
     """
-    copied = copy_of(model)
+    plain = copied(model)
     masked: set[str] = set()
     computed: dict[str, str] = {}
-    for path, module in list(copied.named_modules()):
+    for path, module in list(plain.named_modules()):
         prefix = f"{path}." if path else ""
         for name in _without_parametrizations(module):
             computed[f"{prefix}{name}"] = "a parametrization computes it"
@@ -79,7 +62,7 @@ def plain_copy(model: nn.Module) -> PlainCopy:
             delattr(module, name)
             module.register_parameter(name, nn.Parameter(weight))
             computed[f"{prefix}{name}"] = "a hook computes it"
-    return PlainCopy(copied, frozenset(masked), computed)
+    return PlainCopy(plain, frozenset(masked), computed)
 
 
 def is_plain(model: nn.Module) -> bool:

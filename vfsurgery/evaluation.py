@@ -6,7 +6,6 @@ also when something fails. Nothing is read from the device until a pass is over,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, explain
 from vfsurgery.matching import Given
 from vfsurgery.sources import eval_mode
+from vfsurgery.tracing.copies import copied
 
 ENSEMBLE = "ensemble"
 """Under this name :func:`compare` returns the score of the mean logits."""
@@ -127,7 +127,7 @@ def _scores(
 ) -> list[Score]:
     """One pass: a score per model and, if there are weights, one more for the weighted mean of the logits."""
     device = torch.device(device) if device is not None else device_of(models[0])
-    models = [model if device_of(model) == device else copy.deepcopy(model).to(device) for model in models]
+    models = [model if device_of(model) == device else copied(model).to(device) for model in models]
     batches = Batches(data, device=device)
     tallies = [_Tally() for _ in range(len(models) + (weights is not None))]
     with eval_mode(*models):

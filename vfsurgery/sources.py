@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, explain
+from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.ops import canonical_parameters
 from vfsurgery.tracing.tracer import put_over
 from vfsurgery.tracing.values import VALUE
@@ -40,7 +40,7 @@ class Source:
 
     def clone(self) -> Source:
         """A deep copy, with the graph over the copy's own tensors."""
-        model = copy.deepcopy(self.model)
+        model = copied(self.model)
         return Source.of(model, put_over(model, self.graph_module))
 
 

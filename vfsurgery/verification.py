@@ -7,7 +7,6 @@ BatchNorm changes nothing), each group alone and all together, with a negative c
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from vfsurgery.maps import Order, map_tensor
 from vfsurgery.report import Certificate
 from vfsurgery.sources import Source, canonical_state, eval_mode
 from vfsurgery.tracing.borrowed import borrowed
+from vfsurgery.tracing.copies import copied, fresh
 
 TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative output error by the precision computed in; half precision is checked in float32."""
@@ -218,7 +218,7 @@ def prove(
     At most ``controls`` groups are broken on purpose.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = copy.deepcopy(model).double().eval()
+    model = copied(fresh(model, inputs)).double().eval()
     inputs = tuple(x.detach().double() if x.is_floating_point() else x for x in inputs)
     randomize(model, generator)
     with KeepDouble():

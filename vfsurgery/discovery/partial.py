@@ -12,7 +12,6 @@ is searched for parts inside; weights in no part are pinned.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from vfsurgery.discovery.recording import record
 from vfsurgery.discovery.unification import INPUT, OUTPUT, Discovery
 from vfsurgery.errors import SurgeryError, TraceError
 from vfsurgery.groups import GroupSet, PermutationGroup, PinnedAxis
+from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.exported import first_line
 from vfsurgery.tracing.ops import canonical_parameters
 from vfsurgery.tracing.selection import Pinned, chosen_pins
@@ -127,15 +127,15 @@ class Run(TorchDispatchMode):
 
 def watch(model: nn.Module, inputs: tuple[Tensor, ...]) -> Run:
     """Run a copy of the model, which shares its parameters, once in eval mode."""
-    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
-    canonical = canonical_parameters(copied)
+    twin = copied(fresh(model, inputs), {id(parameter): parameter for parameter in model.parameters()}).eval()
+    canonical = canonical_parameters(twin)
     names: dict[StorageWeakRef, list[str]] = {}
-    for tensor in copied.state_dict(keep_vars=True).values():
+    for tensor in twin.state_dict(keep_vars=True).values():
         names.setdefault(_storage(tensor), []).append(canonical[id(tensor)])
-    devices = {parameter.device for parameter in copied.parameters() if parameter.device.type == "cuda"}
+    devices = {parameter.device for parameter in twin.parameters() if parameter.device.type == "cuda"}
     run = Run(names)
-    with _hooks(copied, run), torch.random.fork_rng(sorted(devices, key=str)), torch.no_grad(), run:
-        copied(*inputs)
+    with _hooks(twin, run), torch.random.fork_rng(sorted(devices, key=str)), torch.no_grad(), run:
+        twin(*inputs)
     return run
 
 

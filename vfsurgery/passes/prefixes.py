@@ -15,6 +15,7 @@ from vfsurgery.discovery.roles import READS
 from vfsurgery.groups import Member, permute_tensor
 from vfsurgery.maps import UnitMap, map_units, permutations_of
 from vfsurgery.passes.base import Context
+from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.ops import canonical_parameters
 from vfsurgery.tracing.values import PRESERVED, VALUE, TensorValue
 
@@ -104,12 +105,12 @@ class Aligned:
         """A copy of a source's module with aligned weights; ``memo`` keeps what is tied within the source tied."""
         source = self.context.sources[self.sources[number]]
         original = source.graph_module.get_submodule(path)
-        copied = copy.deepcopy(original, memo)
+        mine = copied(original, memo)
         names = canonical_parameters(source.graph_module)
-        states = (module.state_dict(keep_vars=True).values() for module in (original, copied))
-        for theirs, mine in zip(*states, strict=True):
-            mine.detach().copy_(self.tensor(number, names[id(theirs)]))
-        return copied
+        states = (module.state_dict(keep_vars=True).values() for module in (original, mine))
+        for old, new in zip(*states, strict=True):
+            new.detach().copy_(self.tensor(number, names[id(old)]))
+        return mine
 
 
 def _whole(member: Member, unit_map: UnitMap, length: int) -> Tensor:
@@ -206,12 +207,12 @@ class Branches:
         source = self.aligned.context.sources[self.aligned.sources[number]].graph_module
         original = _found(source, path)
         assert isinstance(original, Tensor)
-        copied = copy.deepcopy(original, self.memos[number])
-        copied.detach().copy_(self.aligned.tensor(number, canonical_parameters(source)[id(original)]))
+        tensor = copy.deepcopy(original, self.memos[number])
+        tensor.detach().copy_(self.aligned.tensor(number, canonical_parameters(source)[id(original)]))
         owner, _, name = mine.rpartition(".")
         if not isinstance(_found(self.graph_module, owner), nn.Module):
             self.graph_module.add_submodule(owner, nn.Module())
-        put_tensor(self.graph_module.get_submodule(owner), name, copied)
+        put_tensor(self.graph_module.get_submodule(owner), name, tensor)
         return mine
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.batches import Batches, Data
-from vfsurgery.computed import copy_of
 from vfsurgery.errors import DataError, InvalidWeightsError, OptionError, did_you_mean, explain
 from vfsurgery.pruning.base import PRUNERS, Pruner, Pruning, Scope
 from vfsurgery.pruning.layers import Layout, prunable, stored_weight
@@ -22,6 +21,7 @@ from vfsurgery.pruning.selection import select
 from vfsurgery.results import remember
 from vfsurgery.sources import eval_mode, first_not_finite
 from vfsurgery.stats.collect import image_dtype
+from vfsurgery.tracing.copies import copied
 
 
 def prune(
@@ -164,7 +164,7 @@ def prune_each(
             own = _branch(work)
             with eval_mode(work.model):
                 masks, values = _choose(pruner, scores, own, schedule, allow_empty)
-            result = copy_of(work.model)
+            result = copied(work.model)
             _write(result, masks, values)
             _remember(result, pruner, own, sparsity, weights, seed, scoring + time.perf_counter() - started)
             yield result
@@ -176,12 +176,12 @@ def _begin(
     model: nn.Module, schedule: Schedule, layouts: Mapping[str, Layout], data: Data | None, seed: int, **options: Any
 ) -> Pruning:
     """What pruners work on: a private copy of the model, and the weights in it that have a goal."""
-    copied = copy_of(model)
+    own = copied(model)
     return Pruning(
-        model=copied,
-        weights={name: copied.get_parameter(name) for name in schedule.goals},
+        model=own,
+        weights={name: own.get_parameter(name) for name in schedule.goals},
         layouts=layouts,
-        data=_batches(copied, data),
+        data=_batches(own, data),
         generator=torch.Generator().manual_seed(seed),
         dense=dict(schedule.dense),
         **options,

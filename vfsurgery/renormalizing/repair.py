@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.batches import Batches, Data
-from vfsurgery.computed import PlainCopy, copy_of, fake_quantized, plain_copy, refresh
+from vfsurgery.computed import PlainCopy, fake_quantized, plain_copy, refresh
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import hidden_norms, record_or_export
 from vfsurgery.errors import (
@@ -49,6 +49,7 @@ from vfsurgery.renormalizing.report import LayerPair, RenormalizeReport
 from vfsurgery.results import remember
 from vfsurgery.sources import Source, canonical_state, eval_mode
 from vfsurgery.stats.collect import Survey, image_dtype, survey
+from vfsurgery.tracing.copies import copied
 
 Choice: TypeAlias = str | Pass | Sequence[str | Pass]
 
@@ -106,7 +107,7 @@ def renormalize(
 
     >>> from torch.nn.utils import prune
     >>> dense = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> sparse = copy_of(dense)
+    >>> sparse = copied(dense)
     >>> for layer in (sparse[0], sparse[2]):
     ...     _ = prune.l1_unstructured(layer, "weight", amount=0.5)
     >>> data = [torch.randn(64, 4)]
@@ -224,7 +225,7 @@ class _Work:
         """Bring what the plain copy has become to the network asked for."""
         if self.plain.is_exact and not inplace:
             return self.plain.model
-        target = compressed if inplace else copy_of(compressed)
+        target = compressed if inplace else copied(compressed)
         for name in context.created_biases:
             owner, _, own = name.rpartition(".")
             bias = self.plain.model.get_parameter(name)

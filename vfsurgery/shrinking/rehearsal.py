@@ -7,7 +7,6 @@ groups can be cut is found by trying all of them together, and where that fails 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,6 +19,7 @@ from vfsurgery.errors import SurgeryError
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.resize import Resizer
 from vfsurgery.sources import canonical_state, eval_mode
+from vfsurgery.tracing.copies import copied
 from vfsurgery.verification import tensors_of
 
 
@@ -58,7 +58,7 @@ class Rehearsal:
                 hollow = torch.empty_like(tensor, device=device)
                 memo[id(tensor)] = nn.Parameter(hollow, False) if isinstance(tensor, nn.Parameter) else hollow
             self._inputs = [torch.empty_like(tensor, device=device) for tensor in inputs]
-        self._hollow = copy.deepcopy(model, memo).eval()
+        self._hollow = copied(model, memo).eval()
         self._expected = self._run(self._hollow)
 
     def _run(self, model: nn.Module) -> list[tuple[int, ...]]:

@@ -8,7 +8,6 @@ whether the forward still runs is for :mod:`vfsurgery.shrinking.rehearsal` to se
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,6 +18,7 @@ from torch import Tensor, fx, nn
 from vfsurgery.errors import SurgeryError, explain
 from vfsurgery.groups.axes import TensorRef
 from vfsurgery.shrinking.cut import Cut
+from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.ops import OpReader, canonical_parameters
 
 
@@ -38,7 +38,7 @@ def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         if tensor is not None:  # the model gets it as it is, without a copy
             isparameter = isinstance(own, nn.Parameter)
             memo[id(own)] = nn.Parameter(tensor, own.requires_grad) if isparameter else tensor
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from vfsurgery.shrinking.saliency import Saliency, activities, by_user, magnitud
 from vfsurgery.sources import Source, check_weights
 from vfsurgery.stats.collect import image_dtype
 from vfsurgery.stats.correlation import CrossMoments
+from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.tracer import put_over
 from vfsurgery.verification import KeepDouble, keep_signals_alive, randomize
@@ -203,7 +203,7 @@ def _only(cut: Cut, names: Sequence[str]) -> Cut:
 
 def _in_dtype(source: Source, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Source, tuple[Tensor, ...]]:
     """A copy of a source, and inputs for it, in another precision."""
-    model = copy.deepcopy(source.model).to(dtype)
+    model = copied(source.model).to(dtype)
     cast = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
     return Source.of(model, put_over(model, source.graph_module)), cast
 

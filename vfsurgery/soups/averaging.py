@@ -6,7 +6,6 @@ were retrained with one mask, their average has it as well (Zimmer et al., "Spar
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from vfsurgery.shares import shares_of
 from vfsurgery.sources import canonical_state, check_same_architecture, check_weights, eval_mode
 from vfsurgery.sparse import MaskPlan, plan_masks, refuse_hooks
 from vfsurgery.stats.collect import Survey, image_dtype
+from vfsurgery.tracing.copies import copied
 
 MASKS = ("same", "intersect", "union", "reprune")
 
@@ -134,7 +134,7 @@ def soup(
         InvalidWeightsError: a model holds NaN or infinite values, or shares storage with another.
         SurgeryError: the mask was not kept; nothing is returned.
 
-    >>> import vfsurgery as surgery
+    >>> import copy, vfsurgery as surgery
     >>> ancestor = surgery.prune(nn.Linear(4, 3), 0.5)
     >>> models = [copy.deepcopy(ancestor) for _ in range(3)]
     >>> mixed = soup(models, greedy=False)
@@ -190,7 +190,7 @@ class Pot:
             DataError: there are BatchNorm layers to recalibrate and no images.
             TraceError: such a model cannot be recorded.
         """
-        poured = copy.deepcopy(model)
+        poured = copied(model)
         norms = tuple(norm for norm in poured.modules() if recalibrate and _keeps_statistics(norm))
         graph_module, batches = None, None
         if norms:

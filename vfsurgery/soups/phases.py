@@ -7,7 +7,6 @@ copies of a phase have one mask, and so has their average. With a single copy it
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import time
@@ -25,6 +24,7 @@ from vfsurgery.passes.mask import check_zeros
 from vfsurgery.pruning import Masks, Pruner, prune
 from vfsurgery.pruning.layers import prunable
 from vfsurgery.soups.averaging import soup
+from vfsurgery.tracing.copies import copied
 from vfsurgery.training import train
 
 CALIBRATION = 0.2
@@ -206,9 +206,7 @@ class _Run:
             options["seed"] += self.seed + SEEDS * number
             label = f"phase {number}, copy {one}"
             retrained.append(
-                train(
-                    copy.deepcopy(pruned), self.train_data, masks=masks, label=label, progress=self.progress, **options
-                )
+                train(copied(pruned), self.train_data, masks=masks, label=label, progress=self.progress, **options)
             )
         return pruned, retrained
 

@@ -13,12 +13,15 @@ from collections.abc import Callable, Generator, Iterator, Mapping, MutableMappi
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+MEMBERS = ("_parameters", "_buffers", "_modules")
+"""Dicts of a module whose keys are its attributes."""
 
 
 @contextmanager
@@ -40,7 +43,7 @@ def borrowed(
     ...     float(layer(torch.ones(1, 2)))
     2.0
     """
-    kept = [(container, contents_of(container)) for container in containers_of(model)]
+    kept = [(container.items, contents_of(container.items)) for container in containers_of(model)]
     owners = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
     given = {id(tensor): state[name] for name, tensor in model.state_dict(keep_vars=True).items() if name in state}
     lent: dict[int, Tensor] = {}
@@ -82,21 +85,49 @@ def _replaced(value: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def containers_of(model: nn.Module) -> Iterator[Any]:
-    """All that holds what a forward may change: attributes of modules, and dicts, lists and sets in them, once each."""
+class Container(NamedTuple):
+    """A dict, list or set that a model holds at ``path``; where it is the ``__dict__`` of an object, that is ``owner``.
+
+    ``named`` says that its keys are attributes.
+    """
+
+    path: str
+    items: Any
+    owner: Any
+    named: bool
+
+    def path_of(self, key: Any) -> str:
+        """The path of what it holds under a key."""
+        return f"{self.path}.{key}".lstrip(".") if self.named else f"{self.path}[{key!r}]"
+
+
+def containers_of(model: nn.Module) -> Iterator[Container]:
+    """All that holds what a forward may change: attributes of modules, and dicts, lists and sets in them, once each.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> layer.tables = [{"cpu": torch.ones(1)}]
+    >>> [container.path for container in containers_of(nn.Sequential(layer)) if "tables" in container.path]
+    ['0.tables', '0.tables[0]']
+    """
     seen: set[int] = set()
-    waiting: list[Any] = [model]
+    waiting: list[tuple[str, Any, bool]] = [("", model, False)]
     while waiting:
-        value = waiting.pop()
-        if type(value) is tuple:
-            waiting += value
+        path, value, named = waiting.pop()
+        owner = value if isinstance(value, nn.Module | SimpleNamespace) or _is_record(value) else None
+        value = value if owner is None else vars(owner)
+        if id(value) in seen or not isinstance(value, tuple | MutableMapping | MutableSequence | MutableSet):
             continue
-        if isinstance(value, nn.Module | SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
-            value = vars(value)  # type: ignore[arg-type]
-        if id(value) not in seen and isinstance(value, MutableMapping | MutableSequence | MutableSet):
-            seen.add(id(value))
-            yield value
-            waiting += [item for _, item in contents_of(value)]
+        seen.add(id(value))
+        container = Container(path, value, owner, named or owner is not None)
+        if not isinstance(value, tuple):
+            yield container
+        for key, item in reversed(contents_of(value)):
+            inside = container.named and key in MEMBERS
+            waiting.append((path if inside else container.path_of(key), item, inside))
+
+
+def _is_record(value: Any) -> bool:
+    return is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
 
 
 def contents_of(container: Any) -> list[tuple[Any, Any]]:

@@ -14,7 +14,6 @@ The graph serves to find groups and to read statistics; a merge returns an insta
 
 from __future__ import annotations
 
-import copy
 import io
 import operator
 import sys
@@ -30,6 +29,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from vfsurgery.errors import TraceError, explain
+from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.tracer import put_over_model
 from vfsurgery.tracing.values import VALUE, TensorValue
 
@@ -73,7 +73,7 @@ def export_module(model: nn.Module, example_inputs: tuple[Tensor, ...], reason: 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     """Export a copy that shares the model's parameters; with any batch size and by plain Python where that works."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    copied = copy.deepcopy(model, memo).eval()
+    twin = copied(fresh(model, inputs), memo).eval()
     two = tuple(torch.cat([x, x]) if x.ndim and len(x) == 1 else x for x in inputs)  # one image fixes the batch size
     any_batch = tuple({0: torch.export.Dim.AUTO} if x.ndim else None for x in inputs)
     attempts = [(two, any_batch, False), (two, any_batch, True), (inputs, None, False)]
@@ -81,7 +81,7 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     for example, sizes, strict in attempts:
         try:
             with torch.random.fork_rng([]), _quiet():
-                return torch.export.export(copied, example, dynamic_shapes=sizes, strict=strict).module()
+                return torch.export.export(twin, example, dynamic_shapes=sizes, strict=strict).module()
         except Exception as error:
             failures.append(error)
     raise TraceError(f"torch.export fails too: {first_line(failures[0])}") from failures[0]

@@ -19,7 +19,6 @@ those that have a coupling rule of their own.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import linecache
 import math
@@ -38,6 +37,7 @@ from torch.fx.proxy import Attribute
 from torch.utils._pytree import tree_map, tree_map_only
 
 from vfsurgery.errors import TraceError, explain
+from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.values import KEPT_WHOLE, RETURNS_INPUT, VALUE, abstract
 
 FUNCTIONAL_DROPOUT: dict[Callable[..., Any], type[nn.Module]] = {
@@ -72,7 +72,7 @@ def trace_module(
         TraceError: the forward cannot be recorded; says at which module.
     """
     tracer = ValueTracer(example_inputs, leaves, model)
-    skeleton = tracer.skeleton(model)
+    skeleton = tracer.skeleton(fresh(model, example_inputs))
     rng = torch.get_rng_state()
     try:
         with tracer.recording_factories(), _unwrapped_functions():
@@ -183,7 +183,7 @@ class ValueTracer(fx.Tracer):
             memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for buffer in model.buffers():
             memo[id(buffer)] = self.mode.from_tensor(buffer) if buffer.is_floating_point() else buffer
-        return copy.deepcopy(model, memo).eval()
+        return copied(model, memo).eval()
 
     @contextmanager
     def recording_factories(self) -> Generator[None]:
@@ -288,7 +288,7 @@ class ValueTracer(fx.Tracer):
             if self.model is None:
                 raise
             with unset_fake_temporarily():
-                real = copy.deepcopy(self.model.get_submodule(path)).eval()
+                real = copied(self.model.get_submodule(path)).eval()
                 zeros = lambda x: torch.zeros(x.shape, dtype=x.dtype, device=x.device)  # noqa: E731
                 result = real(*tree_map_only(Tensor, zeros, args), **tree_map_only(Tensor, zeros, kwargs))
             self.guards.append(f"{path} gives what it gives for zeros")

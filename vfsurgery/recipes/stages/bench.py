@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -41,6 +40,7 @@ from vfsurgery.renormalizing import renormalize
 from vfsurgery.report import Report
 from vfsurgery.results import report_of
 from vfsurgery.running import run_passes
+from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.examples import BATCH, example_inputs_of, random_images
 from vfsurgery.training import from_seed, train
 
@@ -216,7 +216,7 @@ class Bench:
             model = self.networks[name]
             section = self.sections.get(name)
             trained = train(
-                copy.deepcopy(model),
+                copied(model),
                 self._part("train"),
                 seed=self.seed if section is None else section.seed,
                 masks=Masks.of(model) if name in self.sparse else None,
