@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vfsurgery.passes.cut import Cut
 from vfsurgery.sources import eval_mode
+from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.ops import canonical_parameters
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _counting(model: nn.Module) -> Generator[tuple[FakeTensorMode, FlopCounterMo
     try:
         for parameter in trained:  # the counter's hooks stumble over views of those
             parameter.requires_grad_(False)
-        with eval_mode(model), sdpa_kernel(SDPBackend.MATH), mode, counter:
+        with borrowed(model, {}), eval_mode(model), sdpa_kernel(SDPBackend.MATH), mode, counter:
             yield mode, counter
     finally:
         for parameter in trained:

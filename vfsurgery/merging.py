@@ -42,6 +42,7 @@ from vfsurgery.shares import SharePlan
 from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode, write_into
 from vfsurgery.sparse import MaskPlan, refuse_hooks
 from vfsurgery.stats.collect import Site, Survey, group_sites, image_dtype, survey
+from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.selection import Leaf, listed
@@ -60,8 +61,12 @@ ExampleInputs: TypeAlias = Tensor | Sequence[Tensor]
 
 @dataclass
 class Merging:
-    """One merge in progress: traced sources, their groups, data on their device, and a clock."""
+    """One merge in progress: traced sources, their groups, data on their device, and a clock.
 
+    The sources' models are twins of the user's, which share their tensors; ``reference`` is the user's first one.
+    """
+
+    reference: nn.Module
     sources: list[Source]
     groups: GroupSet
     inputs: tuple[Tensor, ...]
@@ -107,7 +112,8 @@ class Merging:
                 )
             )
         try:
-            sources = [Source.of(model, record_or_export(model, inputs, leaf)) for model in models]
+            twins = [fresh(model, inputs) for model in models]
+            sources = [Source.of(model, record_or_export(model, inputs, leaf)) for model in twins]
         except TraceError as error:
             if batches is None or given is not None:
                 raise TraceError(f"{error}\n{MERGE_PARTS}") from error
@@ -115,7 +121,7 @@ class Merging:
         check_same_graph(sources)
         groups = discover(sources[0].graph_module, pins=pins)
         modes = [module.training for module in models[0].modules()]
-        merging = Merging(sources, groups, inputs, batches, seed, progress, modes)
+        merging = Merging(models[0], sources, groups, inputs, batches, seed, progress, modes)
         merging.notes += [*_choices(leaf, pins), *_exported(sources[0])]
         merging.seconds.append(("trace and groups", time.perf_counter() - started))
         return merging
@@ -264,7 +270,7 @@ class Merging:
 
         In place, the copy's values go into a's tensors at the very end: whatever fails before leaves a as it was.
         """
-        reference = self.sources[0].model
+        reference = self.reference
         if inplace and context.restructured:
             raise OptionError(
                 explain(
@@ -279,7 +285,7 @@ class Merging:
         if preserved or context.restructured:
             assert isinstance(merged, fx.GraphModule)
             paths = (path for path, _ in reference.named_modules())
-            return standalone(merged, dict(zip(paths, self.modes, strict=True)), reference(*self.inputs))
+            return standalone(merged, dict(zip(paths, self.modes, strict=True)), self.sources[0].model(*self.inputs))
         for module, training in zip(merged.modules(), self.modes, strict=True):
             module.training = training
         return merged

@@ -35,6 +35,7 @@ from vfsurgery.sources import (
     write_into,
 )
 from vfsurgery.stats.collect import Site, Survey, image_dtype, survey
+from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.selection import Leaf
 
@@ -149,8 +150,9 @@ def run_passes(
         x.to(device, dtype if x.is_floating_point() else None) for x in example_inputs_of(model, example_inputs)
     )
     modes = {path: module.training for path, module in model.named_modules()}
-    original = Source.of(model, record(model, inputs, leaf))
-    others = [Source.of(source, record(source, inputs, leaf)) for source in sources]
+    original, *others = (
+        Source.of(twin, record(twin, inputs, leaf)) for twin in (fresh(each, inputs) for each in (model, *sources))
+    )
     check_same_graph([original, *others])
     target = original.clone()
     context = _context(original, others, weights, batches, inputs, steps, pins, seed, progress)

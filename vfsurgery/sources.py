@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, explain
-from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.copies import copied, forget_kept, plain_tensors
 from vfsurgery.tracing.ops import canonical_parameters
 from vfsurgery.tracing.tracer import put_over
 from vfsurgery.tracing.values import VALUE
@@ -53,7 +54,10 @@ def canonical_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_into(model: nn.Module, other: nn.Module, created_biases: Sequence[str]) -> None:
-    """Copy the values of ``other`` into the tensors of ``model``, which keep their storage; add created biases."""
+    """Copy the values of ``other`` into the tensors of ``model``, which keep their storage; add created biases.
+
+    What the model's forward has kept of its old weights is dropped.
+    """
     for path in created_biases:
         owner, _, name = path.rpartition(".")
         bias = other.get_parameter(path)
@@ -61,6 +65,7 @@ def write_into(model: nn.Module, other: nn.Module, created_biases: Sequence[str]
     state = canonical_state(other)
     for name, tensor in canonical_state(model).items():
         tensor.copy_(state[name])
+    forget_kept(model, other)
 
 
 def check_weights(models: Sequence[nn.Module]) -> None:
@@ -157,6 +162,7 @@ def check_same_graph(sources: Sequence[Source]) -> None:
         pairs = zip(*nodes, strict=False)
         differing = next((pair for pair in pairs if _step(pair[0], first) != _step(pair[1], source.graph_module)), None)
         if differing is None and len(nodes[0]) == len(nodes[1]):
+            _check_constants(sources[0], source, number)
             continue
         steps = ("end of the graph",) * 2
         if differing is not None:
@@ -169,6 +175,68 @@ def check_same_graph(sources: Sequence[Source]) -> None:
                 remedy="build all sources with the same constructor arguments",
             )
         )
+
+
+def _check_constants(first: Source, other: Source, number: int) -> None:
+    """Refuse sources whose forwards read different constants: tensors that are in no checkpoint."""
+    constants = [_constants(source) for source in (first, other)]
+    for name, mine in constants[0].items():
+        theirs = constants[1].get(name)
+        if theirs is None or not same_values(mine, theirs):
+            where = _place(first, name, mine)
+            raise IncompatibleModelsError(
+                explain(
+                    f"sources 0 and {number} compute with different constants, which no checkpoint holds",
+                    constant=where,
+                    **{"source 0": described(mine), f"source {number}": described(theirs)},
+                    remedy=f"give both the same values, as in b.{where} = a.{where}, if the difference means nothing; "
+                    "what was learned or drawn at random belongs into a parameter or a persistent buffer",
+                )
+            )
+
+
+def _constants(source: Source) -> dict[str, Tensor]:
+    """Tensors that the traced forward reads and that are no state, by their path in the graph module."""
+    known = canonical_parameters(source.graph_module)
+    found: dict[str, Tensor] = {}
+    for node in source.graph_module.graph.nodes:
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(source.graph_module)
+            if isinstance(value, Tensor) and id(value) not in known:
+                found[str(node.target)] = value
+        if node.op == "call_module":
+            module = source.graph_module.get_submodule(str(node.target))
+            inside = {**dict(module.named_buffers()), **{p.path: p.tensors[0] for p in plain_tensors(module)}}
+            inside = {name: tensor for name, tensor in inside.items() if id(tensor) not in known}
+            found |= {f"{node.target}.{name}": tensor for name, tensor in inside.items()}
+    return found
+
+
+def _place(source: Source, name: str, constant: Tensor) -> str:
+    """Where the user's model has a constant of the trace."""
+    unsaved = dict(source.model.named_buffers()) | {p.path: p.tensors[0] for p in plain_tensors(source.model)}
+    return name if name in unsaved else next((p for p, value in unsaved.items() if same_values(value, constant)), name)
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same, NaN at the same places included.
+
+    >>> same_values(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))
+    True
+    """
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    b = b.to(a.device)
+    equal = a == b
+    return bool((equal | ((a != a) & (b != b))).all())
+
+
+def described(tensor: Tensor | None) -> str:
+    """Shape, dtype and the first values of a constant."""
+    if tensor is None:
+        return "absent"
+    values = ", ".join(f"{value:.4g}" for value in tensor.detach().flatten()[:4].tolist())
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}: {values}{', ...' * (tensor.numel() > 4)}"
 
 
 def _step(node: fx.Node, graph_module: fx.GraphModule) -> str:

@@ -11,6 +11,7 @@ from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, Optio
 from vfsurgery.renormalizing.pairing import Pairing, Unpaired
 from vfsurgery.sources import Source, canonical_state, check_finite
 from vfsurgery.stats.collect import image_dtype
+from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.values import VALUE
 
 FEWEST = 0.5
@@ -72,8 +73,10 @@ def trace_reference(reference: nn.Module, inputs: tuple[Tensor, ...]) -> Source:
     """
     model = reference if is_plain(reference) else plain_copy(reference).model
     dtype = image_dtype(model)
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
     try:
-        graph_module = record_or_export(model, tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs))
+        model = fresh(model, inputs)
+        graph_module = record_or_export(model, inputs)
     except TraceError as error:
         raise IncompatibleModelsError(
             f"the reference cannot run on what the compressed model takes\n{error}"

@@ -49,7 +49,7 @@ from vfsurgery.renormalizing.report import LayerPair, RenormalizeReport
 from vfsurgery.results import remember
 from vfsurgery.sources import Source, canonical_state, eval_mode
 from vfsurgery.stats.collect import Survey, image_dtype, survey
-from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.copies import copied, forget_kept, fresh
 
 Choice: TypeAlias = str | Pass | Sequence[str | Pass]
 
@@ -171,6 +171,7 @@ class _Work:
         plain = plain_copy(compressed)
         batches = _Counted(data, device=device_of(compressed), dtype=image_dtype(plain.model))
         inputs = example_from(plain.model, batches, given)
+        plain = replace(plain, model=fresh(plain.model, inputs))
         graph_module = _trace(plain.model, inputs, given)
         groups = discover(graph_module)
         source = trace_reference(reference, inputs)
@@ -234,6 +235,7 @@ class _Work:
         for name, tensor in canonical_state(target).items():
             if name in state:
                 tensor.copy_(state[name])
+        forget_kept(target, self.plain.model)
         for name, scale, _ in context.folded:
             if name in self.plain.masked:
                 self._scale_masked(target, name, scale)

@@ -94,7 +94,7 @@ def prune_units(
     check_restoring(passes)
     devices = [work.source.device] if work.source.device.type == "cuda" else []
     quota = Quota(fraction, scope, floor, multiple_of)
-    with torch.random.fork_rng(devices), eval_mode(model, work.source.graph_module):
+    with torch.random.fork_rng(devices), eval_mode(work.source.model, work.source.graph_module):
         work.score(saliency)
         if removed == "fold":
             work.correlate()
@@ -102,7 +102,7 @@ def prune_units(
         cut, smaller, certificate = work.make(cut)
         restored = work.restore(cut, smaller, passes)
         with work.clock("costs"):
-            costs = [cost_of(each, work.inputs) for each in (model, smaller)]
+            costs = [cost_of(each, work.inputs) for each in (work.source.model, smaller)]
     for before, after in zip(model.modules(), smaller.modules(), strict=True):
         after.training = before.training
     name = saliency if isinstance(saliency, str) else getattr(saliency, "__name__", type(saliency).__name__)

@@ -32,7 +32,7 @@ from vfsurgery.shrinking.saliency import Saliency, activities, by_user, magnitud
 from vfsurgery.sources import Source, check_weights
 from vfsurgery.stats.collect import image_dtype
 from vfsurgery.stats.correlation import CrossMoments
-from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.tracer import put_over
 from vfsurgery.verification import KeepDouble, keep_signals_alive, randomize
@@ -66,6 +66,7 @@ class Shrinking:
         batches = None if data is None else Batches(data, device=device, dtype=image_dtype(model))
         inputs = example_inputs_of(model, given) if given is not None or batches is None else _first_two(batches)
         try:
+            model = fresh(model, inputs)
             graph_module = record(model, inputs)
         except TraceError as error:
             raise TraceError(f"units can be removed only from what fx can record\n{error}") from error

@@ -203,6 +203,17 @@ def fresh(model: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
     return twin
 
 
+def forget_kept(model: nn.Module, other: nn.Module) -> None:
+    """Drop from a model, whose weights have changed, what its forward has kept and a fresh twin of it does not have."""
+    constants = {plain.path for plain in plain_tensors(other)}
+    places = {container.path: container for container in containers_of(other)}
+    for plain in list(plain_tensors(model)):
+        if plain.tensors and plain.path not in constants:
+            like = places.get(plain.container.path)
+            plain.forget(absent=like is None or plain.key not in like.items)
+    _clear(model)
+
+
 def _forget_if_made_again(twin: nn.Module, plain: Plain, inputs: Sequence[Tensor], expected: list[Tensor]) -> None:
     before = contents_of(plain.container.items)
     for absent in (False, True):
