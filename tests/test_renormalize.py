@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import vfsurgery as surgery
-from vfsurgery.computed import copy_of
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, OptionError, SurgeryError
 from vfsurgery.passes import ClosedFormRepair, Fold, Repair, Reset
 from vfsurgery.pruning import Masks
 from vfsurgery.pruning.layers import LAYERS
+from vfsurgery.tracing.copies import copied
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 DATA = [images(96)]
@@ -489,7 +489,7 @@ def test_a_copy_of_a_hooked_model_needs_no_trick_of_the_user():
     hooked = pruned(net("chain"), hooks=True)
     with pytest.raises(RuntimeError):
         copy.deepcopy(hooked)
-    assert torch.equal(outputs(copy_of(hooked)), outputs(hooked))
+    assert torch.equal(outputs(copied(hooked)), outputs(hooked))
 
 
 @pytest.mark.pairs

@@ -7,13 +7,13 @@ BatchNorm changes nothing), each group alone and all together, with a negative c
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vfsurgery.errors import CertificateError, explain
 from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, permute_tensor, random_permutations
@@ -22,6 +22,7 @@ from vfsurgery.report import Certificate
 from vfsurgery.sources import Source, canonical_state, eval_mode
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.copies import copied, fresh
+from vfsurgery.tracing.precision import Precise, in_precision, is_inexact, raised, real
 
 TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative output error by the precision computed in; half precision is checked in float32."""
@@ -37,29 +38,19 @@ CONTROLS = 8
 """How many groups are broken on purpose in a verification, at most."""
 
 
-def outputs_of(model: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def outputs_of(
+    model: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...], dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
     """The tensors a model returns under other parameters and buffers, in eval mode and without gradients.
 
-    Model, state and inputs are afterwards what they were, whatever the forward writes.
+    Model, state and inputs are afterwards what they were, whatever the forward writes. With ``dtype`` nothing is
+    computed in a lower precision: neither what the model holds besides ``state``, nor what its forward casts.
     """
-    with borrowed(model, state), torch.no_grad():
+    precise = contextlib.nullcontext() if dtype is None else Precise(dtype)
+    with borrowed(model, state, None if dtype is None else partial(raised, dtype=dtype)), torch.no_grad(), precise:
         model.eval()
         result = model(*(x.clone() for x in inputs))
-    return tuple(tensors_of(result))
-
-
-class KeepDouble(TorchFunctionMode):
-    """Turns casts to single precision, such as networks write around an unstable step, into casts to double.
-
-    Rounding in such a step would hide whether a permutation changes anything.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.float:
-            return args[0].double()
-        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
-        kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in (kwargs or {}).items()}
-        return func(*args, **kwargs)
+    return tuple(tensor.detach() for tensor in tensors_of(result))
 
 
 def tensors_of(result: object) -> list[Tensor]:
@@ -86,17 +77,23 @@ def relative_error(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> f
     return worst / scale if scale else worst
 
 
-def _checkable(tensor: Tensor) -> Tensor:
-    """Half precision as float32; the rest as it is."""
-    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
+def precision_of(source: Source) -> torch.dtype:
+    """What a certificate of a source is computed in: the highest precision of its tensors, at least float32.
+
+    A network of several precisions is checked in the highest: its own casts would leave no more than the lowest.
+    """
+    dtypes = {real(tensor.dtype) for tensor in source.state.values() if is_inexact(tensor)}
+    return max(dtypes | {torch.float32}, key=lambda dtype: dtype.itemsize)
 
 
 def drift(source: Source, groups: GroupSet, orders: Mapping[str, Order], inputs: tuple[Tensor, ...]) -> float:
     """Relative difference between the outputs of a source under maps of its units and its own."""
-    state = {name: _checkable(tensor) for name, tensor in source.state.items()}
-    inputs = tuple(_checkable(x) for x in inputs)
+    dtype = precision_of(source)
+    state = {name: raised(tensor, dtype) for name, tensor in source.state.items()}
+    inputs = tuple(raised(x, dtype) for x in inputs)
     mapped = {name: map_tensor(name, tensor, groups, orders) for name, tensor in state.items()}
-    return relative_error(outputs_of(source.model, mapped, inputs), outputs_of(source.model, state, inputs))
+    expected = outputs_of(source.model, state, inputs, dtype)
+    return relative_error(outputs_of(source.model, mapped, inputs, dtype), expected)
 
 
 def certify(
@@ -120,10 +117,10 @@ def certify(
     Raises:
         CertificateError: the outputs differ by more than the tolerance; names the group that broke them.
     """
-    state = {name: _checkable(tensor) for name, tensor in source.state.items()}
-    inputs = tuple(_checkable(x) for x in inputs)
-    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    expected = outputs_of(source.model, state, inputs)
+    dtype = precision_of(source)
+    state = {name: raised(tensor, dtype) for name, tensor in source.state.items()}
+    inputs = tuple(raised(x, dtype) for x in inputs)
+    expected = outputs_of(source.model, state, inputs, dtype)
 
     def permute(name: str, chosen: Mapping[str, Permutation]) -> Tensor:
         tensor, place = state[name], scratch[name]
@@ -132,7 +129,7 @@ def certify(
 
     def error(chosen: Mapping[str, Permutation]) -> float:
         permuted = {name: permute(name, chosen) for name in state}
-        return relative_error(outputs_of(source.model, permuted, inputs), expected)
+        return relative_error(outputs_of(source.model, permuted, inputs, dtype), expected)
 
     found = error(orders)
     certificate = Certificate(number, found, TOLERANCE[dtype], str(dtype).removeprefix("torch."))
@@ -218,10 +215,10 @@ def prove(
     At most ``controls`` groups are broken on purpose.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = copied(fresh(model, inputs)).double().eval()
-    inputs = tuple(x.detach().double() if x.is_floating_point() else x for x in inputs)
+    model = in_precision(copied(fresh(model, inputs)), torch.float64).eval()
+    inputs = tuple(raised(x.detach(), torch.float64) for x in inputs)
     randomize(model, generator)
-    with KeepDouble():
+    with Precise(torch.float64):
         return _prove(model, groups, inputs, generator, each, controls)
 
 

@@ -34,8 +34,9 @@ from vfsurgery.stats.collect import image_dtype
 from vfsurgery.stats.correlation import CrossMoments
 from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.examples import example_inputs_of
+from vfsurgery.tracing.precision import Precise, in_precision, raised, raised_dtype
 from vfsurgery.tracing.tracer import put_over
-from vfsurgery.verification import KeepDouble, keep_signals_alive, randomize
+from vfsurgery.verification import keep_signals_alive, precision_of, randomize
 
 TOO_SMALL = "too few units to lose one"
 
@@ -165,20 +166,21 @@ class Shrinking:
         return tuple(f"{group.name} {group.label}" for group in lost)
 
     def _certificate(self, cut: Cut) -> CutCertificate:
-        """On the weights at hand; half precision is checked in float32.
+        """On the weights at hand, in float32 at least.
 
         Where the outputs do not tell whether the units are there (an untrained network's may be all but constant), on a
         copy in double precision with random weights.
         """
-        source, inputs = self.source, self.inputs
-        if image_dtype(source.model).itemsize < 4:
-            source, inputs = _in_dtype(source, inputs, torch.float32)
-        certificate = self._compare(source, inputs, cut)
+        source, inputs, dtype = self.source, self.inputs, precision_of(self.source)
+        if any(raised_dtype(tensor.dtype, dtype) != tensor.dtype for tensor in source.state.values()):
+            source, inputs = _in_dtype(source, inputs, dtype)
+        with Precise(dtype):
+            certificate = self._compare(source, inputs, cut)
         if not certificate or certificate.effect > certificate.tolerance or not cut.kept:
             return certificate
         lively, inputs = _in_dtype(source, inputs, torch.float64)
         generator = torch.Generator().manual_seed(0)
-        with KeepDouble():
+        with Precise(torch.float64):
             randomize(lively.model, generator)
             keep_signals_alive(lively.model, inputs, generator)
             return replace(self._compare(lively, inputs, cut), random_weights=True)
@@ -204,8 +206,8 @@ def _only(cut: Cut, names: Sequence[str]) -> Cut:
 
 def _in_dtype(source: Source, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Source, tuple[Tensor, ...]]:
     """A copy of a source, and inputs for it, in another precision."""
-    model = copied(source.model).to(dtype)
-    cast = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    model = in_precision(copied(source.model), dtype)
+    cast = tuple(raised(x, dtype) for x in inputs)
     return Source.of(model, put_over(model, source.graph_module)), cast
 
 
