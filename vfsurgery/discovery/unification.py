@@ -39,6 +39,7 @@ from vfsurgery.groups.axes import (
     Mixes,
     Pin,
     Product,
+    Reads,
     Take,
     TensorRef,
     Tie,
@@ -47,6 +48,7 @@ from vfsurgery.groups.axes import (
 )
 from vfsurgery.groups.layouts import Atom, Layout, Layouts, Run, concat, product
 from vfsurgery.rules import rule_for
+from vfsurgery.tracing.dataflow import reached_by_input
 from vfsurgery.tracing.ops import Op, OpReader
 from vfsurgery.tracing.selection import NO_PINS, Pinned, chosen_pins
 
@@ -100,6 +102,7 @@ class Discovery:
         self._axes: dict[AxisRef | LocalAxis, Layout] = {}
         self._ties: list[tuple[str, tuple[AxisRef | LocalAxis, ...]]] = []
         self._mixes: list[tuple[str, tuple[AxisRef | LocalAxis, ...]]] = []
+        self.roles.reached = reached_by_input(self.graph_module.graph)
         reader = OpReader(self.graph_module)
         known = {node.name for node in self.graph_module.graph.nodes if node.op == "placeholder"}
         for op in reader:
@@ -174,7 +177,7 @@ class Discovery:
         elif isinstance(constraint, Pin):
             self.layouts.pin(self._layout(constraint.axis, op), constraint.reason)
         else:
-            assert isinstance(constraint, Indifferent)
+            assert isinstance(constraint, Indifferent | Reads)
 
     def _layout(self, expression: Expression, op: str) -> Layout:
         match expression:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from vfsurgery.groups.axes import Concat, Constraint, Expression, Fixed, Fresh, Product, indifferent, tie
+from vfsurgery.groups.axes import Concat, Constraint, Expression, Fixed, Fresh, Product, indifferent, mixes, reads, tie
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 
@@ -65,12 +65,16 @@ def _direction(op: Op, suffix: str, read: Expression, cell: Fresh, state: Fresh)
     yield tie(op.parameters[f"weight_ih_{suffix}"].axis(1), read)
     yield tie(op.parameters[f"weight_hh_{suffix}"].axis(0), rows)
     yield tie(op.parameters[f"weight_hh_{suffix}"].axis(1), state)
+    for name in ("ih", "hh"):
+        yield reads(op.parameters[f"weight_{name}_{suffix}"].axis(1))
+    yield from (mixes(units) for units in (read, state))  # sums over them, at each unit of the cell
     if module.bias:
         yield tie(op.parameters[f"bias_ih_{suffix}"].axis(0), rows)
         yield tie(op.parameters[f"bias_hh_{suffix}"].axis(0), rows)
     if module.proj_size:
         yield tie(op.parameters[f"weight_hr_{suffix}"].axis(0), state)
         yield tie(op.parameters[f"weight_hr_{suffix}"].axis(1), cell)
+        yield reads(op.parameters[f"weight_hr_{suffix}"].axis(1))
 
 
 def _uses_last_states(op: Op) -> bool:

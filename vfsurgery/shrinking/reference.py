@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from vfsurgery.discovery.roles import READS
-from vfsurgery.groups import Member
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.rehearsal import reason_of
 from vfsurgery.shrinking.resize import with_tensors
@@ -98,15 +97,9 @@ def certify_cut(
     return CutCertificate(error, TOLERANCE[dtype], name, effect, norms=norms)
 
 
-def _reads(member: Member) -> bool:
-    """Whether a weight reads units along this axis; inside a recurrent layer it is the units of the step before."""
-    leaf = member.parameter.rpartition(".")[2]
-    return member.role == READS or (member.dim == 1 and leaf.startswith(("weight_hh", "weight_hr")))
-
-
 def _unread(cut: Cut, name: str, tensor: Tensor) -> Tensor:
     """A weight with zeros where it reads removed units."""
-    for mask in cut.masks(name, tuple(tensor.shape), _reads):
+    for mask in cut.masks(name, tuple(tensor.shape), lambda member: member.role == READS):
         tensor = tensor.masked_fill(~mask.to(tensor.device), 0)
     return tensor
 
