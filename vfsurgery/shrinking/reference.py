@@ -128,7 +128,7 @@ class Silenced(fx.Interpreter):
         shape = op.input.shape
         runs = op.key == "group_norm" or isinstance(op.module, RUNS)
         dims = [1] if runs else range(len(shape) - len(op.argument("normalized_shape", 1)), len(shape))
-        found = {dim: self.cut.node_index(op.input.name, dim, shape[dim]) for dim in dims}
+        found = {dim: self.cut.node_index(op.input_name, dim, shape[dim]) for dim in dims}
         return {dim: index for dim, index in found.items() if index is not None}
 
     def _over_kept(self, n: fx.Node, op: Op) -> Tensor:
