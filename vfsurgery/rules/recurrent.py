@@ -32,8 +32,8 @@ from vfsurgery.tracing.ops import SHAPE_QUERIES, Op, canonical_key
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 CELL_GATES = {nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
-FILLED = "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full".split()
-KEPT = "to requires_grad detach clone contiguous float double half type type_as alias".split()
+FILLED = ["zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"]
+KEPT = ["to", "requires_grad", "detach", "clone", "contiguous", "float", "double", "half", "type", "type_as", "alias"]
 """What a first state that is the same number everywhere is made by, and what leaves it so."""
 
 

@@ -25,6 +25,7 @@ from vfsurgery.shrinking.resize import with_tensors
 from vfsurgery.sources import eval_mode
 from vfsurgery.tracing.ops import Op, OpReader
 from vfsurgery.tracing.tracer import put_over
+from vfsurgery.tracing.transformers import one_by_one
 from vfsurgery.verification import TOLERANCE, relative_error, tensors_of
 
 LAST_DIMS = (nn.LayerNorm, nn.RMSNorm)
@@ -84,7 +85,7 @@ def certify_cut(
     reference = Silenced(put_over(silent, graph_module), cut)
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     name, norms = str(dtype).removeprefix("torch."), tuple(reference.norms.values())
-    with eval_mode(model, smaller, silent, reference.module):
+    with eval_mode(model, smaller, silent, reference.module), one_by_one():  # as the trace goes
         try:
             found = tensors_of(smaller(*inputs))
         except Exception as error:  # whatever a forward may raise when sizes do not fit
