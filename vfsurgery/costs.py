@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,6 +23,7 @@ from vfsurgery.passes.cut import Cut
 from vfsurgery.sources import eval_mode
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.ops import canonical_parameters
+from vfsurgery.tracing.transformers import one_by_one
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -76,18 +76,15 @@ def _counting(model: nn.Module) -> Generator[tuple[FakeTensorMode, FlopCounterMo
     from torch.utils.flop_counter import FlopCounterMode  # it imports triton's part of torch
 
     mode, counter = FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False)
-    fused = torch.backends.mha.get_fastpath_enabled()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
         for parameter in trained:  # the counter's hooks stumble over views of those
             parameter.requires_grad_(False)
-        with borrowed(model, {}), eval_mode(model), sdpa_kernel(SDPBackend.MATH), mode, counter:
+        with borrowed(model, {}), eval_mode(model), one_by_one(), sdpa_kernel(SDPBackend.MATH), mode, counter:
             yield mode, counter
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _one_image(inputs: Iterable[Tensor], mode: FakeTensorMode) -> list[Tensor]:

@@ -8,18 +8,19 @@ them take its inverse: for ``z = V f(W x)`` with units mapped by ``T``, ``W`` be
 across units let nothing but permutations through.
 
 Roles follow from the coupling rules: an axis that a rule ties to the op's input alone reads, one that it ties to the
-output alone writes, one tied to both (a norm's scale, an added embedding) *scales* single units.
+output alone writes, one tied to both (a norm's scale, an added embedding) *scales* single units. Inside an op that is
+several layers in one (a recurrent network, attention with its projections) the rule says which axes read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
 from torch import nn
 
-from vfsurgery.groups.axes import AxisRef, Constraint, Fresh, Tie, mentioned
+from vfsurgery.groups.axes import AxisRef, Constraint, Fresh, Reads, Tie, mentioned
 from vfsurgery.tracing.ops import Op
 
 READS, WRITES, SCALES = "reads", "writes", "scales"
@@ -31,29 +32,32 @@ PASSING_OPS = ("add", "sub", "cat", "concat", "concatenate", "chunk", "split", "
 
 @dataclass
 class Roles:
-    """Roles of parameter axes, and the axes that a general map cannot pass; fed one op after the other."""
+    """Roles of parameter axes, and the axes that a general map cannot pass; fed one op after the other.
+
+    ``reached`` are the nodes that depend on the network's input, by name.
+    """
 
     of: dict[AxisRef, str] = field(default_factory=dict[AxisRef, str])
     closed: set[AxisRef] = field(default_factory=set[AxisRef])
-    _made_of_parameters: set[str] = field(default_factory=set[str])
+    reached: frozenset[str] = frozenset()
 
-    def see(self, op: Op, constraints: Iterable[Constraint], module: str) -> None:
+    def see(self, op: Op, constraints: Sequence[Constraint], module: str) -> None:
         """Take in what the rule of one op, which stands in ``module``, says."""
         ties = [constraint for constraint in constraints if isinstance(constraint, Tie)]
-        values = [tensor.name for tensor in op.inputs if tensor.kind == "node"]
-        if all(name in self._made_of_parameters for name in values):
-            self._made_of_parameters.add(op.node.name)  # what becomes of a weight here decides its roles: not followed
+        if op.node.name not in self.reached:  # what becomes of a weight here decides its roles: not followed
             self.closed.update(ref for tie in ties for ref in mentioned(tie) if isinstance(ref, AxisRef))
             return
         if not self._passes(op, module):
             self.closed.update(ref for tie in ties for ref in mentioned(tie) if isinstance(ref, AxisRef))
+        read = {constraint.axis for constraint in constraints if isinstance(constraint, Reads)}
         for component in _joined(ties):
             sides = {_side(ref, op) for ref in component} - {""}
             role = SCALES if len(sides) > 1 else READS if sides == {"input"} else WRITES
             for ref in component:
                 if isinstance(ref, Fresh) or ref.tensor.kind != "parameter":
                     continue
-                if self.of.setdefault(ref, role) != role:  # a shared weight that plays two parts
+                own = READS if ref in read else role
+                if self.of.setdefault(ref, own) != own:  # a shared weight that plays two parts
                     self.closed.add(ref)
 
     def _passes(self, op: Op, module: str) -> bool:
@@ -64,7 +68,7 @@ class Roles:
         if module == "vfsurgery.rules.pointwise":
             return len([tensor for tensor in op.inputs if tensor.ndim]) == 1
         return module in PASSING_RULES and not any(
-            tensor.name in self._made_of_parameters for tensor in op.inputs if tensor.kind == "node"
+            tensor.name not in self.reached for tensor in op.inputs if tensor.kind == "node"
         )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -39,6 +40,7 @@ from vfsurgery.groups.axes import (
     Mixes,
     Pin,
     Product,
+    Reads,
     Take,
     TensorRef,
     Tie,
@@ -47,8 +49,10 @@ from vfsurgery.groups.axes import (
 )
 from vfsurgery.groups.layouts import Atom, Layout, Layouts, Run, concat, product
 from vfsurgery.rules import rule_for
+from vfsurgery.tracing.dataflow import reached_by_input
 from vfsurgery.tracing.ops import Op, OpReader
 from vfsurgery.tracing.selection import NO_PINS, Pinned, chosen_pins
+from vfsurgery.tracing.values import VALUE, TensorValue
 
 NO_UNITS = "holds no units"
 INPUT, OUTPUT, UNUSED = "network input", "network output", "not used in the forward"
@@ -100,6 +104,7 @@ class Discovery:
         self._axes: dict[AxisRef | LocalAxis, Layout] = {}
         self._ties: list[tuple[str, tuple[AxisRef | LocalAxis, ...]]] = []
         self._mixes: list[tuple[str, tuple[AxisRef | LocalAxis, ...]]] = []
+        self.roles.reached = reached_by_input(self.graph_module.graph)
         reader = OpReader(self.graph_module)
         known = {node.name for node in self.graph_module.graph.nodes if node.op == "placeholder"}
         for op in reader:
@@ -110,7 +115,11 @@ class Discovery:
             self._apply(op)
             self._pin_inside(op)
         self._pin_chosen_parameters()
+        self._picked: dict[TensorRef, list[str]] = defaultdict(list)
         for node in self.graph_module.graph.nodes:
+            if node.op == "call_function" and isinstance(node.meta.get(VALUE), TensorValue):
+                for tensor in reader.tensors_of(node):
+                    self._picked[tensor].append(node.name)
             if node.op in ("placeholder", "output"):
                 reason = INPUT if node.op == "placeholder" else OUTPUT
                 for tensor in reader.tensors_of(node):
@@ -174,7 +183,7 @@ class Discovery:
         elif isinstance(constraint, Pin):
             self.layouts.pin(self._layout(constraint.axis, op), constraint.reason)
         else:
-            assert isinstance(constraint, Indifferent)
+            assert isinstance(constraint, Indifferent | Reads)
 
     def _layout(self, expression: Expression, op: str) -> Layout:
         match expression:
@@ -242,7 +251,7 @@ class Discovery:
         nesting = Nesting(self._axes, self._ties, self._mixes)
         components: dict[int, list[AxisRef]] = {}
         for component in nx.connected_components(graph):
-            axes = [axis for axis, _ in component if isinstance(axis, AxisRef) and axis.tensor.item < 0]
+            axes = [axis for axis, _ in component if isinstance(axis, AxisRef) and self._names(axis.tensor)]
             free = all(graph.nodes[node]["pin"] is None for node in component)
             if free and any(axis.tensor.kind == "parameter" for axis in axes):
                 components[next(iter(component))[1]] = axes
@@ -280,7 +289,7 @@ class Discovery:
     ) -> tuple[int, PermutationGroup]:
         """The group of one atom, yet without its name and that of its outer group."""
         members = [member for axis in axes for member in self._members(axis, serial, outer, nesting)]
-        kinds = {axis.tensor.name: axis.tensor.kind for axis in axes}
+        kinds = {name: axis.tensor.kind for axis in axes for name in self._names(axis.tensor)}
         own = sorted((m for m in members if kinds[m.parameter] == "parameter"), key=lambda m: _place(m, self._entries))
         values = sorted((m for m in members if kinds[m.parameter] == "node"), key=lambda m: _place(m, self._nodes))
         size = own[0].size
@@ -296,7 +305,13 @@ class Discovery:
                 inside = outer is not None and outer.serial in serials
                 member = _member(axis, run, place, serials.index(outer.serial) if outer and inside else None)
                 block_axis = nesting.block_axis(axis, outer.serial) if outer and outer.separate and not inside else None
-                yield replace(member, role=role, block_dim=member.block_dim if block_axis is None else block_axis.dim)
+                block_dim = member.block_dim if block_axis is None else block_axis.dim
+                for name in self._names(axis.tensor):
+                    yield replace(member, parameter=name, role=role, block_dim=block_dim)
+
+    def _names(self, tensor: TensorRef) -> Sequence[str]:
+        """What members call a tensor: one of several that a node computes goes by the nodes that pick it."""
+        return (tensor.name,) if tensor.item < 0 else self._picked.get(tensor, ())
 
     def _pinned(self) -> Iterator[PinnedAxis]:
         tensors = (axis.tensor for axis in self._axes if isinstance(axis, AxisRef))

@@ -12,7 +12,8 @@ An axis is one dim of one tensor. A rule relates axes through expressions that m
 ``tie(x, y)`` says that ``x`` and ``y`` are the same arrangement of the same units; ``pin(x, reason)`` that ``x`` must
 not move; ``indifferent(x)`` that the op does not care about the order of ``x`` (a sum over it). A dim that a rule
 does not mention is pinned: nothing is guessed. ``mixes(x)`` adds that what is computed at one index along ``x`` depends
-on the others (a softmax), which matters where units inside each of them have an order of their own.
+on the others (a softmax), which matters where units inside each of them have an order of their own. ``reads(x)`` adds
+that a weight takes in, along ``x``, units that no input of the op shows.
 """
 
 from __future__ import annotations
@@ -163,7 +164,14 @@ class Mixes:
     axes: tuple[Expression, ...]
 
 
-Constraint: TypeAlias = Tie | Pin | Indifferent | Mixes
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """A weight reads units along this axis."""
+
+    axis: AxisRef
+
+
+Constraint: TypeAlias = Tie | Pin | Indifferent | Mixes | Reads
 
 
 def tie(left: Expression, right: Expression) -> Tie:
@@ -195,6 +203,14 @@ def mixes(*axes: Expression) -> Mixes:
     return Mixes(axes)
 
 
+def reads(axis: AxisRef) -> Reads:
+    """Say that a weight reads units along this axis, where the op makes them itself and shows them to nobody.
+
+    An axis tied to the op's input reads anyway. It does not tie or pin.
+    """
+    return Reads(axis)
+
+
 def tie_all(left: TensorRef, right: TensorRef, *, skip: tuple[int, ...] = ()) -> Iterator[Tie]:
     """Tie the dims of two tensors pairwise from the last one backwards, as broadcasting pairs them.
 
@@ -212,7 +228,7 @@ def mentioned(constraint: Constraint) -> Iterator[AxisRef | Fresh]:
     if isinstance(constraint, Tie):
         yield from references(constraint.left)
         yield from references(constraint.right)
-    elif not isinstance(constraint, Mixes):  # which says nothing about the order
+    elif not isinstance(constraint, Mixes | Reads):  # which say nothing about the order
         yield from references(constraint.axis)
 
 

@@ -3,7 +3,8 @@
 A convolution or linear layer absorbs ``s * y + t`` as ``W' = s W``, ``b' = s b + t`` (per output unit); a normalization
 layer with an affine part as ``w' = s w``, ``b' = s b + t``. A layer whose weight serves several nodes is no producer,
 nor is one whose output goes into a BatchNorm and nowhere else: that norm undoes any scale and shift. Layers of
-preserved prefixes are none: they keep the scale and shift of their source.
+preserved prefixes are none: they keep the scale and shift of their source. Neither are layers that only parameters go
+through, to make a weight or a table of positions: they have no activations.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 from vfsurgery.groups import GroupSet, gather_index
 from vfsurgery.maps import Order, UnitMap, map_units, permutations_of
 from vfsurgery.stats.collect import Site
+from vfsurgery.tracing.dataflow import reached_by_input
 from vfsurgery.tracing.ops import Op, OpReader
 from vfsurgery.tracing.values import PRESERVED
 
@@ -80,10 +82,13 @@ def find_producers(graph_module: fx.GraphModule, groups: GroupSet) -> list[Produ
     ops = list(OpReader(graph_module))
     uses = Counter(_weight(op) for op in ops)
     depths = weight_depths(graph_module)
+    reached = reached_by_input(graph_module.graph)
     found: list[Producer] = []
     for op in ops:
         weight = _weight(op)
         if weight is None or uses[weight] > 1 or not (is_layer(op) or is_norm(op)) or PRESERVED in op.node.meta:
+            continue
+        if op.input.kind != "node" or op.input.name not in reached:
             continue
         bias = op.param("bias", 2 if is_layer(op) else 3)
         tensor = op.param("weight", 1 if is_layer(op) else 2)
@@ -130,12 +135,13 @@ def is_norm(op: Op) -> bool:
 
 
 def weight_depths(graph_module: fx.GraphModule) -> dict[str, int]:
-    """For each node the number of weight layers (convolutions, linear layers) on the longest path up to it."""
+    """For each node the number of weight layers (convolutions, linear layers) on the longest path from the input."""
     layers = {op.node.name for op in OpReader(graph_module) if is_layer(op)}
+    reached = reached_by_input(graph_module.graph)
     depths: dict[str, int] = {}
     for node in graph_module.graph.nodes:
         before = max((depths[source.name] for source in node.all_input_nodes), default=0)
-        depths[node.name] = before + (node.name in layers)
+        depths[node.name] = before + (node.name in layers) if node.name in reached else 0
     return depths
 
 

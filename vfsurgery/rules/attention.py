@@ -7,12 +7,27 @@ values) form groups of their own, whole heads another one, and positions are the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 from torch import nn
 
-from vfsurgery.groups.axes import AxisRef, Concat, Constraint, Expression, Fresh, Product, TensorRef, tie
+from vfsurgery.groups.axes import (
+    AxisRef,
+    Concat,
+    Constraint,
+    Expression,
+    Fixed,
+    Fresh,
+    Product,
+    TensorRef,
+    mixes,
+    pin,
+    reads,
+    tie,
+)
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 
@@ -94,42 +109,110 @@ def attention(op: Op) -> Iterator[Constraint]:
 def multihead_attention(op: Op) -> Iterator[Constraint]:
     """Packed or separate projections; rows of q, k and v are ``heads x d``, columns of the output projection follow v.
 
-    ``bias_k`` and ``bias_v``, which add a token, and masks are not described: their dims are pinned.
+    ``bias_k`` and ``bias_v`` are a token of k and v units. A mask for each head holds the heads where they are, and so
+    do weights for each head that are returned and used.
     """
     module = op.module
     assert isinstance(module, nn.MultiheadAttention)
-    q, k, v = (op.args[place] if len(op.args) > place else op.kwargs[name] for place, name in enumerate(_QKV))
-    heads, width = Fresh("head", module.num_heads), module.head_dim
-    inner = Product((heads, Fresh("query and key", width)))
-    value = Product((heads, Fresh("value", width)))
-    tokens, batch = (1, 0) if module.batch_first else (0, 1)
-    y = op.output
-    if y.ndim == 3:
-        yield from (tie(x.axis(batch), y.axis(batch)) for x in (q, k, v))
-    else:  # without a batch dim
-        tokens = 0
-    yield tie(q.axis(tokens), y.axis(tokens))
-    yield tie(k.axis(tokens), v.axis(tokens))
-    rows: tuple[Expression, ...] = (inner, inner, value)
-    packed, bias = op.parameters.get("in_proj_weight"), op.parameters.get("in_proj_bias")
-    if packed is not None:
-        yield tie(packed.axis(0), Concat(rows))
-        for x in (q, k, v):
-            yield tie(packed.axis(1), x.axis(-1))
-    else:
-        for name, x, row in zip(_QKV, (q, k, v), rows, strict=True):
-            weight = op.parameters[f"{name[0]}_proj_weight"]
-            yield tie(weight.axis(0), row)
-            yield tie(weight.axis(1), x.axis(-1))
-    if bias is not None:
-        yield tie(bias.axis(0), Concat(rows))
-    yield tie(op.parameters["out_proj.weight"].axis(1), value)
-    yield tie(op.parameters["out_proj.weight"].axis(0), y.axis(-1))
-    if "out_proj.bias" in op.parameters:
-        yield tie(op.parameters["out_proj.bias"].axis(0), y.axis(-1))
+    arguments = dict(zip(_FORWARD, op.args, strict=False)) | op.kwargs
+    yield from _Attention(op, module.num_heads, module.batch_first, module.add_zero_attn, op.parameters, arguments)()
+
+
+@rule("multi_head_attention_forward")
+def functional_multihead_attention(op: Op) -> Iterator[Constraint]:
+    """As the module, weights given as arguments; tokens come first."""
+    arguments = dict(zip(_FUNCTION, op.args, strict=False)) | op.kwargs
+    weights = {name.replace("out_proj_", "out_proj."): x for name, x in arguments.items() if isinstance(x, TensorRef)}
+    zero, heads = bool(arguments["add_zero_attn"]), int(arguments["num_heads"])
+    if not any(name.startswith("static") for name in weights):
+        yield from _Attention(op, heads, False, zero, weights, arguments)()
 
 
 _QKV = ("query", "key", "value")
+_FORWARD = (*_QKV, "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+_FUNCTION = (*_QKV, *["embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask", "need_weights", "attn_mask", "use_separate_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k", "static_v", "average_attn_weights", "is_causal"])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """One call: projections to ``heads x d`` units, attention inside each head, a projection of all heads' values."""
+
+    op: Op
+    heads: int
+    batch_first: bool
+    zero_token: bool
+    weights: Mapping[str, TensorRef]
+    arguments: Mapping[str, Any]
+
+    def __call__(self) -> Iterator[Constraint]:
+        q, k, v = (self.arguments[name] for name in _QKV)
+        y = self.op.output
+        rows = self.weights["out_proj.weight"].shape[1]
+        heads = Fresh("head", self.heads)
+        inner = Product((heads, Fresh("query and key", rows // self.heads)))
+        value = Product((heads, Fresh("value", rows // self.heads)))
+        yield from self._projections((q, k, v), (inner, inner, value))
+        for name, axis in (("bias_k", inner), ("bias_v", value)):
+            if name in self.weights:
+                yield tie(self.weights[name].axis(-1), axis)
+        output = self.weights["out_proj.weight"]
+        yield tie(output.axis(1), value)
+        yield reads(output.axis(1))
+        yield tie(output.axis(0), y.axis(-1))
+        if "out_proj.bias" in self.weights:
+            yield tie(self.weights["out_proj.bias"].axis(0), y.axis(-1))
+        batched = y.ndim == 3
+        tokens, batch = (1, 0) if self.batch_first and batched else (0, 1)
+        if batched:
+            yield from (tie(x.axis(batch), y.axis(batch)) for x in (q, k, v))
+        yield tie(q.axis(tokens), y.axis(tokens))
+        yield tie(k.axis(tokens), v.axis(tokens))
+        yield from self._between_tokens(q.axis(tokens), k.axis(tokens), y.axis(batch) if batched else None, heads)
+
+    def _projections(self, given: Sequence[TensorRef], rows: Sequence[Expression]) -> Iterator[Constraint]:
+        """Each of them sums over all units of its input, which no value shows that has units of heads, too."""
+        packed, bias = self.weights.get("in_proj_weight"), self.weights.get("in_proj_bias")
+        if packed is not None:
+            yield tie(packed.axis(0), Concat(tuple(rows)))
+        for name, x, row in zip(_QKV, given, rows, strict=True):
+            weight = packed
+            if weight is None:
+                weight = self.weights[f"{name[0]}_proj_weight"]
+                yield tie(weight.axis(0), row)
+            yield tie(weight.axis(1), x.axis(-1))
+            yield mixes(x.axis(-1))
+        if bias is not None:
+            yield tie(bias.axis(0), Concat(tuple(rows)))
+
+    def _between_tokens(
+        self, queries: AxisRef, keys: AxisRef, batch: AxisRef | None, heads: Expression
+    ) -> Iterator[Constraint]:
+        """Masks, and the weights that are returned: ``(queries, keys)`` for each image, or for each of its heads."""
+        if self.arguments.get("is_causal"):
+            yield pin(queries, "a causal mask")
+            yield pin(keys, "a causal mask")
+        added = ("bias_k" in self.weights) + self.zero_token
+        columns = Concat((keys, Fixed(added, "added tokens"))) if added else keys
+        mask, padding = self.arguments.get("attn_mask"), self.arguments.get("key_padding_mask")
+        if isinstance(mask, TensorRef):
+            yield tie(mask.axis(-1), keys)
+            yield tie(mask.axis(-2), queries)
+            if mask.ndim == 3:
+                yield tie(mask.axis(0), heads if batch is None else Product((batch, heads)))
+        if isinstance(padding, TensorRef):
+            yield tie(padding.axis(-1), keys)
+            if batch is not None:
+                yield tie(padding.axis(0), batch)
+        for weights in self.op.outputs[1:]:
+            if not weights.shape or 0 in weights.shape:  # the fused kernel has none to give
+                continue
+            expected = [columns, queries]
+            if not self.arguments.get("average_attn_weights", True):
+                expected.append(heads)
+            if batch is not None:
+                expected.append(batch)
+            for axis, expression in zip(reversed(weights.axes()), expected, strict=True):
+                yield tie(axis, expression)
 
 
 def _broadcast(operand: TensorRef, result: TensorRef) -> Iterator[Constraint]:

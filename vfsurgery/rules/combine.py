@@ -161,6 +161,13 @@ def embedding(op: Op) -> Iterator[Constraint]:
         yield tie(axis, op.output.axis(axis.dim))
 
 
+@rule("triu", "tril")
+def triangle(op: Op) -> Iterator[Constraint]:
+    """A triangle of the last two dims stays, so that they must not move; dims before them pass through."""
+    for axis in op.input.axes()[:-2]:
+        yield tie(axis, op.output.axis(axis.dim))
+
+
 @rule("one_hot")
 def one_hot(op: Op) -> Iterator[Constraint]:
     """A number becomes a last dim with a one at its place, which stays put; dims of the numbers pass through."""

@@ -57,7 +57,7 @@ def readers_of(graph_module: fx.GraphModule, groups: GroupSet) -> list[Reader]:
             if member.dim == columns and member.role == READS and member.block_dim < 0:
                 name = None if bias is None else bias.name
                 found.append(
-                    Reader(weight.name, name, columns, group, member, op.input.name, _channel(op, weight.ndim))
+                    Reader(weight.name, name, columns, group, member, op.input_name, _channel(op, weight.ndim))
                 )
     return found
 

@@ -34,10 +34,24 @@ class Quota:
     floor: float = 0.1
     multiple_of: int = 1
 
-    def masks(self, groups: Iterable[PermutationGroup], scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """For each group that loses any: which of its units are kept, ``(units,)``."""
+    def masks(
+        self,
+        groups: Iterable[PermutationGroup],
+        scores: Mapping[str, np.ndarray],
+        teams: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """For each group that loses any: which of its units are kept, ``(units,)``.
+
+        Args:
+            groups: What may lose units.
+            scores: Saliencies by name.
+            teams: By name the groups that lose as many, which then have one size.
+        """
         groups = list(groups)
-        counts = self._globally(groups, scores) if self.scope == "global" else {g.name: self._own(g) for g in groups}
+        if self.scope == "global":
+            counts = self._globally(groups, scores, teams or {})
+        else:
+            counts = {group.name: self._own(group) for group in groups}
         result: dict[str, np.ndarray] = {}
         for group in groups:
             kept = group.size - counts[group.name]
@@ -52,23 +66,35 @@ class Quota:
     def _own(self, group: PermutationGroup) -> int:
         return min(int(self.fraction * group.size + 0.5), group.size - 1)
 
-    def _globally(self, groups: list[PermutationGroup], scores: Mapping[str, np.ndarray]) -> dict[str, int]:
-        """How many levels each group loses if the least salient of all go first."""
-        levels: list[tuple[float, PermutationGroup]] = []
+    def _globally(
+        self, groups: list[PermutationGroup], scores: Mapping[str, np.ndarray], teams: Mapping[str, tuple[str, ...]]
+    ) -> dict[str, int]:
+        """How many levels each group loses if the least salient of all go first; those of a team count as one."""
+        together: dict[tuple[str, ...], list[PermutationGroup]] = {}
         for group in groups:
-            each = np.take_along_axis(_blocks(group, scores[group.name]), _ranks(group, scores[group.name]), axis=1)
-            means = each.mean(0)
-            most = group.size - max(1, math.ceil(self.floor * group.size))
-            levels += [(float(level), group) for level in means[:most] / (means.mean() or 1.0)]
+            together.setdefault(teams.get(group.name, (group.name,)), []).append(group)
+        levels: list[tuple[float, list[PermutationGroup]]] = []
+        for team in together.values():
+            means = np.mean([_levels(group, scores[group.name]) for group in team], axis=0)
+            most = len(means) - max(1, math.ceil(self.floor * len(means)))
+            levels += [(float(level), team) for level in means[:most]]
         levels.sort(key=lambda level: level[0])
         wanted = self.fraction * sum(group.units for group in groups)
         counts = {group.name: 0 for group in groups}
-        for _, group in levels:
-            if wanted < group.blocks / 2:
+        for _, team in levels:
+            lost = sum(group.blocks for group in team)
+            if wanted < lost / 2:
                 break
-            counts[group.name] += 1
-            wanted -= group.blocks
+            for group in team:
+                counts[group.name] += 1
+            wanted -= lost
         return counts
+
+
+def _levels(group: PermutationGroup, scores: np.ndarray) -> np.ndarray:
+    """Mean saliency of each level over the group's own mean, ``(size,)``."""
+    means = np.take_along_axis(_blocks(group, scores), _ranks(group, scores), axis=1).mean(0)
+    return means / (means.mean() or 1.0)
 
 
 def _blocks(group: PermutationGroup, scores: np.ndarray) -> np.ndarray:

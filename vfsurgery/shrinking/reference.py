@@ -19,13 +19,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from vfsurgery.discovery.roles import READS
-from vfsurgery.groups import Member
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.rehearsal import reason_of
 from vfsurgery.shrinking.resize import with_tensors
 from vfsurgery.sources import eval_mode
 from vfsurgery.tracing.ops import Op, OpReader
 from vfsurgery.tracing.tracer import put_over
+from vfsurgery.tracing.transformers import one_by_one
 from vfsurgery.verification import TOLERANCE, relative_error, tensors_of
 
 LAST_DIMS = (nn.LayerNorm, nn.RMSNorm)
@@ -85,7 +85,7 @@ def certify_cut(
     reference = Silenced(put_over(silent, graph_module), cut)
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     name, norms = str(dtype).removeprefix("torch."), tuple(reference.norms.values())
-    with eval_mode(model, smaller, silent, reference.module):
+    with eval_mode(model, smaller, silent, reference.module), one_by_one():  # as the trace goes
         try:
             found = tensors_of(smaller(*inputs))
         except Exception as error:  # whatever a forward may raise when sizes do not fit
@@ -98,15 +98,9 @@ def certify_cut(
     return CutCertificate(error, TOLERANCE[dtype], name, effect, norms=norms)
 
 
-def _reads(member: Member) -> bool:
-    """Whether a weight reads units along this axis; inside a recurrent layer it is the units of the step before."""
-    leaf = member.parameter.rpartition(".")[2]
-    return member.role == READS or (member.dim == 1 and leaf.startswith(("weight_hh", "weight_hr")))
-
-
 def _unread(cut: Cut, name: str, tensor: Tensor) -> Tensor:
     """A weight with zeros where it reads removed units."""
-    for mask in cut.masks(name, tuple(tensor.shape), _reads):
+    for mask in cut.masks(name, tuple(tensor.shape), lambda member: member.role == READS):
         tensor = tensor.masked_fill(~mask.to(tensor.device), 0)
     return tensor
 
@@ -135,7 +129,7 @@ class Silenced(fx.Interpreter):
         shape = op.input.shape
         runs = op.key == "group_norm" or isinstance(op.module, RUNS)
         dims = [1] if runs else range(len(shape) - len(op.argument("normalized_shape", 1)), len(shape))
-        found = {dim: self.cut.node_index(op.input.name, dim, shape[dim]) for dim in dims}
+        found = {dim: self.cut.node_index(op.input_name, dim, shape[dim]) for dim in dims}
         return {dim: index for dim, index in found.items() if index is not None}
 
     def _over_kept(self, n: fx.Node, op: Op) -> Tensor:

@@ -20,6 +20,7 @@ from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.resize import Resizer
 from vfsurgery.sources import canonical_state, eval_mode
 from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.transformers import one_by_one
 from vfsurgery.verification import tensors_of
 
 
@@ -62,7 +63,7 @@ class Rehearsal:
         self._expected = self._run(self._hollow)
 
     def _run(self, model: nn.Module) -> list[tuple[int, ...]]:
-        with eval_mode(model), self._mode:
+        with eval_mode(model), self._mode, one_by_one():
             return [tuple(tensor.shape) for tensor in tensors_of(model(*self._inputs))]
 
 

@@ -16,7 +16,6 @@ import numpy as np
 from torch import Tensor, fx, nn
 
 from vfsurgery.errors import SurgeryError, explain
-from vfsurgery.groups.axes import TensorRef
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.ops import OpReader, canonical_parameters
@@ -45,17 +44,18 @@ def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 class Resizer:
     """Makes smaller copies of one model.
 
-    ``inputs`` are the values that go into its modules, for those without tensors of their own.
+    ``inputs`` are nodes whose values go into its modules, and their shapes, for those without tensors of their own.
     """
 
     model: nn.Module
     names: Mapping[int, str]
-    inputs: Mapping[str, TensorRef]
+    inputs: Mapping[str, tuple[str, tuple[int, ...]]]
 
     @staticmethod
     def of(model: nn.Module, graph_module: fx.GraphModule) -> Resizer:
         """Read a traced model."""
-        inputs = {op.path: op.input for op in OpReader(graph_module) if op.module is not None and op.inputs}
+        calls = [op for op in OpReader(graph_module) if op.module is not None and op.inputs]
+        inputs = {op.path: (op.input_name, op.input.shape) for op in calls}
         return Resizer(model, canonical_parameters(model), inputs)
 
     def shrink(self, cut: Cut, state: Mapping[str, Tensor]) -> nn.Module:
@@ -95,8 +95,10 @@ class _Kept:
 
     def at_input(self, dim: int) -> np.ndarray | None:
         """What is kept along a dim of its input; ``None`` for all of it, or where the input is not known."""
-        given = self.resizer.inputs.get(self.path)
-        return None if given is None else self.cut.node_index(given.name, dim % given.ndim, given.shape[dim])
+        if self.path not in self.resizer.inputs:
+            return None
+        node, shape = self.resizer.inputs[self.path]
+        return self.cut.node_index(node, dim % len(shape), shape[dim])
 
     def groups(self, index: np.ndarray | None, size: int, groups: int) -> int:
         """How many of ``groups`` equal runs of ``size`` indices keep any.
@@ -176,6 +178,10 @@ def _fit_recurrent(rnn: Any, kept: _Kept) -> None:
         rnn.proj_size = rnn.weight_hr_l0.shape[0]
 
 
+def _fit_recurrent_cell(cell: Any, kept: _Kept) -> None:
+    cell.hidden_size, cell.input_size = cell.weight_hh.shape[1], cell.weight_ih.shape[1]
+
+
 def _fit_by_attribute(module: Any, kept: _Kept) -> None:
     """Norms of other libraries that state their shape as torch's do."""
     weight, shape = getattr(module, "weight", None), getattr(module, "normalized_shape", None)
@@ -189,10 +195,11 @@ FITS: dict[Any, Fit] = {
     nn.modules.batchnorm._NormBase: _fit_channel_norm,
     nn.GroupNorm: _fit_group_norm,
     (nn.LayerNorm, nn.RMSNorm): _fit_last_dims,
-    nn.Embedding: _fit_embedding,
+    (nn.Embedding, nn.EmbeddingBag): _fit_embedding,
     nn.PReLU: _fit_prelu,
     nn.MultiheadAttention: _fit_attention,
     nn.RNNBase: _fit_recurrent,
+    nn.RNNCellBase: _fit_recurrent_cell,
 }
 """How a module of torch learns the sizes of its new tensors, by class."""
 

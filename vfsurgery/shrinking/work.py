@@ -29,6 +29,7 @@ from vfsurgery.shrinking.rehearsal import Rehearsal, largest_working
 from vfsurgery.shrinking.resize import Resizer
 from vfsurgery.shrinking.restore import restore
 from vfsurgery.shrinking.saliency import Saliency, activities, by_user, magnitudes
+from vfsurgery.shrinking.teams import Teams
 from vfsurgery.sources import Source, check_weights
 from vfsurgery.stats.collect import image_dtype
 from vfsurgery.stats.correlation import CrossMoments
@@ -52,6 +53,7 @@ class Shrinking:
     progress: bool
     whole: dict[str, str] = field(default_factory=dict[str, str])
     seconds: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
+    _teams: Teams = field(default_factory=lambda: Teams({}, {}))
     _scores: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     _readers: list[Reader] = field(default_factory=list[Reader])
     _moments: dict[str, CrossMoments] = field(default_factory=dict[str, CrossMoments])
@@ -106,27 +108,28 @@ class Shrinking:
 
     def choose(self, quota: Quota, excluded: Mapping[str, str]) -> Cut:
         """The largest cut that the forward survives."""
-        self.whole |= excluded
+        teams = self._teams = Teams.find(self.source.model, self.groups)
+        self.whole = teams.shared({**teams.stuck, **self.whole, **excluded})
         first, instead = first_and_instead(self.groups)
 
-        def cut(names: Sequence[str]) -> Cut:
-            chosen = [self.groups[name] for name in names]
-            return Cut(self.groups, quota.masks(chosen, self._scores))
+        def cut(leaders: Sequence[str]) -> Cut:
+            chosen = [self.groups[name] for name in teams.members(leaders)]
+            return Cut(self.groups, quota.masks(chosen, self._scores, teams.of))
 
         with self.clock("rehearsal"):
             rehearsal = Rehearsal(self.source.model, self.source.graph_module, self.inputs)
             works, failed = largest_working(
-                [name for name in first if name not in self.whole], lambda names: rehearsal.failure(cut(names))
+                teams.leaders(name for name in first if name not in self.whole), lambda names: rehearsal.failure(cut(names))
             )
             others = dict.fromkeys(other for name in failed for other in instead.get(name, ()))
             also, _ = largest_working(
-                [name for name in others if name not in self.whole],
+                teams.leaders(name for name in others if name not in self.whole),
                 lambda names: rehearsal.failure(cut([*works, *names])),
             )
         replaced = {name for name in failed if any(other in also for other in instead.get(name, ()))}
-        self.whole |= {name: reason for name, reason in failed.items() if name not in replaced}
+        self.whole |= teams.shared({name: reason for name, reason in failed.items() if name not in replaced})
         found = cut([*works, *also])
-        self.whole |= {name: TOO_SMALL for name in (*works, *also) if name not in found.kept}
+        self.whole |= {name: TOO_SMALL for name in teams.members((*works, *also)) if name not in found.kept}
         return found
 
     def make(self, cut: Cut) -> tuple[Cut, nn.Module, CutCertificate]:
@@ -146,9 +149,12 @@ class Shrinking:
                             remedy="its forward draws random numbers even in eval mode: make it repeatable",
                         )
                     )
-                works, failed = largest_working([*cut.kept], lambda names: self._difference(_only(cut, names)))
-                self.whole |= failed
-                cut = _only(cut, works)
+                teams = self._teams
+                works, failed = largest_working(
+                    teams.leaders(cut.kept), lambda names: self._difference(_only(cut, teams.members(names)))
+                )
+                self.whole |= teams.shared(failed)
+                cut = _only(cut, teams.members(works))
                 certificate = self._certificate(cut)
             state = folded(self.source.state, cut, self._readers, self._moments)
             return cut, Resizer.of(self.source.model, self.source.graph_module).shrink(cut, state), certificate

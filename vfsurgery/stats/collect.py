@@ -7,7 +7,7 @@ overwrite their input do no harm, and freed when the graph needs them no more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ from vfsurgery.excerpts import Runner
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
 from vfsurgery.stats.correlation import Centred, CrossMoments
 from vfsurgery.stats.moments import Moments, add_batch
+from vfsurgery.tracing.dataflow import reached_by_input
 from vfsurgery.tracing.ops import Key, canonical_key
 from vfsurgery.tracing.values import VALUE
 
@@ -191,12 +192,16 @@ def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.de
     Nested groups are read where their units lie inside the blocks on one axis, all of them at once, and no other group
     of the same blocks lies there. The outer group is read only where no inner one lies: elsewhere blocks could be
     compared only once the units inside are paired.
+
+    Only what the input reaches is read: values made of parameters alone are no activations, and show units of other
+    groups where activations have samples. A group that lies on nothing else has no site.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
     modules = dict(graph_module.named_modules())
+    reached = reached_by_input(graph_module.graph)
     sites: dict[str, tuple[Site, ...]] = {}
     for group in groups:
-        members = _read_at(_candidates(group, groups, nodes), nodes, modules)
+        members = _read_at(_candidates(group, groups, reached), nodes, modules)
         if members:
             lengths = [nodes[member.parameter].meta[VALUE].shape[member.dim] for member in members]
             sites[group.name] = tuple(
@@ -205,9 +210,9 @@ def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.de
     return sites
 
 
-def _candidates(group: PermutationGroup, groups: GroupSet, nodes: Mapping[str, fx.Node]) -> list[Member]:
+def _candidates(group: PermutationGroup, groups: GroupSet, reached: Collection[str]) -> list[Member]:
     """Where a group's units can be compared before any order is known."""
-    values = [m for m in group.activations if nodes[m.parameter].op != "get_attr"]
+    values = [m for m in group.activations if m.parameter in reached]
     inside = [m for other in groups if other.outer == (group.outer or group.name) for m in other.activations]
     if group.outer:
         others = [member for member in inside if member not in values]

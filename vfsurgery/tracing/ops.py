@@ -118,6 +118,11 @@ class Op:
         """The first tensor of the result."""
         return self.outputs[0]
 
+    @property
+    def input_name(self) -> str:
+        """Name of the node whose value the first tensor is; of one tensor of several, the node that picks it."""
+        return self.node.all_input_nodes[0].name
+
     def argument(self, name: str, position: int, default: Any = None) -> Any:
         """An argument of a function or method call by name or position, or the module's attribute of that name."""
         if self.module is not None:

@@ -11,7 +11,10 @@ Three decisions keep the graph faithful to the model:
   changed; the graph is then put back over the model's own modules and parameters;
 - modules of ``torch.nn``, every BatchNorm subclass, and parameter-free modules whose forward asks for ``self.training``
   (stochastic depth) stay single nodes, so ``train()`` and ``eval()`` keep their meaning;
-- a call of functional dropout becomes a dropout module for the same reason.
+- a call of functional dropout becomes a dropout module for the same reason;
+- the transformer modules of ``torch.nn`` are traced through, the way that they go in training: attention, norms and
+  linear layers are nodes. In eval mode they compute the same in one fused call, but for padded positions, where a
+  ``nn.TransformerEncoder`` may give zeros (:mod:`vfsurgery.tracing.transformers`).
 
 Functions that ``torch.fx.wrap`` marks, because plain symbolic tracing stops inside them, are traced through, except
 those that have a coupling rule of their own.
@@ -38,6 +41,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from vfsurgery.errors import TraceError, explain
 from vfsurgery.tracing.copies import copied, fresh
+from vfsurgery.tracing.transformers import TRANSFORMERS, one_by_one
 from vfsurgery.tracing.values import KEPT_WHOLE, RETURNS_INPUT, VALUE, abstract
 
 FUNCTIONAL_DROPOUT: dict[Callable[..., Any], type[nn.Module]] = {
@@ -75,7 +79,7 @@ def trace_module(
     skeleton = tracer.skeleton(fresh(model, example_inputs))
     rng = torch.get_rng_state()
     try:
-        with tracer.recording_factories(), _unwrapped_functions():
+        with tracer.recording_factories(), _unwrapped_functions(), one_by_one(tracer.guards):
             graph = tracer.trace(skeleton)
     except Exception as error:
         raise TraceError(
@@ -211,6 +215,8 @@ class ValueTracer(fx.Tracer):
             return True
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             return True
+        if isinstance(m, TRANSFORMERS):
+            return False
         if _asks_for_training(m) and not any(True for _ in m.parameters()):
             return True
         return super().is_leaf_module(m, module_qualified_name)
