@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vfsurgery.architectures import FORMS, build_model
-from vfsurgery.checkpoints import ONNX, check_onnx, check_writable, load_into, load_state_dict
+from vfsurgery.checkpoints import ONNX, check_onnx, check_writable, load_into, read_checkpoint
 from vfsurgery.data import loader
 from vfsurgery.data.datasets import CALIBRATION, find_data, load_for, options_of, read_name
 from vfsurgery.errors import CheckpointError, OptionError, explain
@@ -53,6 +53,7 @@ def model_options(whose: str) -> Callable[[C], C]:
     return _together(
         click.option("--model", required=True, help=f"{whose}: {FORMS}."),
         click.option("--num-classes", type=int, help="Passed on to the architecture."),
+        click.option("--key", help="Which network of a file: under which key it stands, as in ema or teacher."),
     )
 
 
@@ -134,10 +135,17 @@ def find_device(name: str) -> torch.device:
         raise OptionError(explain(f"cannot compute on device {name!r}", cause=cause)) from error
 
 
-def load_model(path: Path, model: str, num_classes: int | None, device: torch.device, *, ema: bool = True) -> nn.Module:
-    state = load_state_dict(path, ema=ema)
+def load_model(
+    path: Path, model: str, num_classes: int | None, key: str | None, device: torch.device, *, ema: bool = True
+) -> nn.Module:
+    """The network in a file; what was chosen or left out of it is said on stderr."""
+    found = read_checkpoint(path, ema=ema, key=key)
     source = build_model(model, num_classes)
-    load_into(source, state, path)
+    notes = load_into(source, found.state, path)
+    if not click.get_current_context().params.get("quiet"):
+        for note in (found.note, *notes):
+            if note is not None:
+                click.echo(f"{path}: {note}", err=True)
     return source.to(device).eval()
 
 
