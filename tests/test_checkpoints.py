@@ -203,7 +203,7 @@ def test_unknown_kind_offers_the_nearest(tmp_path):
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ({"epoch": 3, "net": {"weight": torch.ones(1)}}, "a mapping with the keys epoch, net"),
+        ({"epoch": 3, "net": {"weight": 1.0}}, "a mapping with the keys epoch, net"),
         ({"weight": torch.ones(1), "bias": 3}, "a mapping with the keys weight, bias"),
         ({3: torch.ones(1)}, "a mapping with the keys 3"),
         ({str(i): i for i in range(9)}, "a mapping with the keys 0, 1, 2, 3, 4, 5 …"),

@@ -18,7 +18,8 @@ from vfsurgery import merge
 from vfsurgery.__main__ import main
 from vfsurgery.architectures import build_model
 from vfsurgery.checkpoints import load_into, load_state_dict, save_state_dict
-from vfsurgery.data import digits, image_folder, loader, preprocessing
+from vfsurgery.data import digits, loader, preprocessing
+from vfsurgery.data.datasets import load_data
 from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import OptionError
 from vfsurgery.passes import NORMALIZATIONS
@@ -174,7 +175,9 @@ def test_merge_with_a_folder_of_images(tmp_path):
     result = call("merge", *paths, *SMALL, "--data", data, "--mean", "0.5,0.4,0.3", "-o", tmp_path / "m.safetensors")
     assert result.exit_code == 0, result.output
     transform = preprocessing("timm:test_resnet", a, size=32, mean=(0.5, 0.4, 0.3))
-    expected = merge(a, b, data=image_folder(tmp_path / "photos", transform), progress=False)
+    images = load_data("imagefolder", {"path": tmp_path / "photos"}, transform).calibration
+    assert len(images) == 5  # a fifth is for the test, as in recipes
+    expected = merge(a, b, data=loader(images), progress=False)
     assert_same(load_state_dict(tmp_path / "m.safetensors"), expected.state_dict())
     reloaded = build_model("timm:test_resnet", 5)
     load_into(reloaded, load_state_dict(tmp_path / "m.safetensors"), "m.safetensors")
@@ -208,8 +211,15 @@ def test_report_does_not_overwrite_an_input(pair, tmp_path):
 
 WRONG = [
     (["-o", "m.pt"], 1, "error: cannot write m.pt remedy weights are written as m.safetensors"),
-    (["--data", "imagenet"], 2, "error: unknown data 'imagenet' accepted imagefolder:PATH, digits"),
+    (
+        ["--data", "imagenet"],
+        2,
+        "error: unknown data 'imagenet' remedy accepted: cifar100:PATH, cifar10:PATH, digits, imagefolder:PATH",
+    ),
     (["--data", "imagefolder:"], 2, "error: unknown data 'imagefolder:'"),
+    (["--data", "digits:here"], 2, "error: unknown data 'digits:here'"),
+    (["--data", "digits", "--std", "2"], 2, "error: digits has no --std"),
+    (["--limit", "-3"], 2, "Invalid value for '--limit': -3 is not in the range"),
     (["--data", "imagefolder:nowhere", "--mean", "0", "--std", "1"], 1, "error: there is no image folder nowhere"),
     (["--data", "imagefolder:.", "--input-size", "3x8x9"], 2, "error: images from a folder are square found 3x8x9"),
     (

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vfsurgery"
 
 LADDER = [
-    *("errors", "threads", "registry", "fragments", "groups", "report", "results"),
-    *("tracing", "excerpts", "rules", "discovery", "maps", "computed"),
+    *("errors", "threads", "registry", "fragments", "groups", "report"),
+    *("tracing", "results", "excerpts", "rules", "discovery", "maps", "computed"),
     *("batches", "holdout", "stats", "matching", "sources", "shares", "checkpoints", "verification"),
     *("passes", "costs", "budget", "pruning", "sparse", "toolbox", "differences", "running"),
     *("merging", "choosing", "renormalizing", "api", "shrinking"),

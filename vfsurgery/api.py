@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -31,6 +31,7 @@ from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.ops import OpReader
 from vfsurgery.tracing.selection import Leaf, listed
+from vfsurgery.tracing.wrappers import as_given, network
 from vfsurgery.verification import Verification, prove
 
 Matchings: TypeAlias = str | Matcher
@@ -65,6 +66,7 @@ def trace(
     >>> [node.name for node in graph.graph.nodes]
     ['input_1', '_0', '_1', '_2', 'output']
     """
+    model = network(model)
     return record(model, example_inputs_of(model, example_inputs), leaf)
 
 
@@ -107,6 +109,7 @@ def find_groups(
                 explain("leaf= came too late: the model is traced", remedy="surgery.trace(..., leaf=...)")
             )
         return discover(model, strict=strict, pins=pins)
+    model = network(model)
     inputs = example_inputs_of(model, example_inputs)
     try:
         graph_module = record_or_export(model, inputs, leaf)
@@ -133,6 +136,7 @@ def verify(
     >>> bool(verify(net, find_groups(net, torch.randn(2, 4)), torch.randn(2, 4)))
     True
     """
+    model = network(model)
     return prove(model, groups, example_inputs_of(model, example_inputs), seed=seed)
 
 
@@ -155,7 +159,7 @@ def match(
         such mappings for more than two sources (one for each after the first), and for matchers that map the first
         source too (one for each). Hand it to ``matching=Given(...)`` to merge several times with one matching.
     """
-    work = Merging.prepare(_models(a, b), data, example_inputs, seed, progress, leaf, pins)
+    work = Merging.prepare(_networks(_sources(a, b)), data, example_inputs, seed, progress, leaf, pins)
     matcher = _masked(work, None, (1 / len(work.sources),) * len(work.sources), matching, _matcher(matching, data))
     with work.running():
         work.plan(matcher, ())
@@ -247,7 +251,8 @@ def merge(
     >>> list(merged.state_dict()) == list(a.state_dict())
     True
     """
-    models = _models(a, b)
+    given = _sources(a, b)
+    models = _networks(given)
     planned = plan_shares(len(models), alpha, weights)
     matcher = _matcher(matching, data)
     budget = Budget(max_flops, max_params)
@@ -278,28 +283,31 @@ def merge(
         report = replace(report, masks=work.masks.record(merged))
     remember(merged, report)
     _PASSES[merged] = way.passes
-    return merged
+    return as_given(merged, given[0])
 
 
 def passes_of(merged: nn.Module) -> tuple[Pass, ...]:
     """The normalizations that :func:`merge` ran on a model it returned: what ``"auto"`` came to."""
-    return _PASSES[merged]
+    return _PASSES[network(merged)]
 
 
-def _models(a: nn.Module | Sequence[nn.Module], b: nn.Module | None) -> list[nn.Module]:
-    given = [a] if isinstance(a, nn.Module) else list(a)
+def _sources(a: nn.Module | Sequence[nn.Module], b: nn.Module | None) -> list[nn.Module]:
+    """All that were given, as they were given."""
+    if isinstance(a, nn.Module | str | Mapping) or not isinstance(a, Iterable):
+        return [a] if b is None else [a, b]
     if b is not None:
-        if not isinstance(a, nn.Module):
-            raise OptionError(explain("b was given beside a list of models", remedy="put all models into the list"))
-        given.append(b)
-    for number, model in enumerate(given):
-        if not isinstance(model, nn.Module):
-            raise OptionError(f"source {number} is no torch.nn.Module but {type(model).__name__}")
+        raise OptionError(explain("b was given beside a list of models", remedy="put all models into the list"))
+    return [*a]
+
+
+def _networks(given: Sequence[nn.Module]) -> list[nn.Module]:
+    models = [network(model, f"source {number}") for number, model in enumerate(given)]
+    for number, model in enumerate(models):
         if not any(True for _ in model.parameters()):
             raise OptionError(f"source {number}, a {type(model).__name__}, has no parameters")
-    if len(given) < 2:
+    if len(models) < 2:
         raise OptionError(explain("a merge needs at least two models", remedy="merge(a, b) or merge([a, b, c])"))
-    return given
+    return models
 
 
 def _matcher(matching: Matchings, data: Data | None) -> Matcher:

@@ -99,7 +99,7 @@ class Batches:
         index = -1
         gpu = [self.device] if self.device is not None and self.device.type == "cuda" else []
         with torch.random.fork_rng(gpu):
-            for index, batch in enumerate(self._batches):
+            for index, batch in enumerate(_collated(self._batches)):
                 images, labels = _split(batch, index)
                 _check_images(images, self.shape, index)
                 unread.append((images.isfinite().all(), index))
@@ -144,6 +144,35 @@ def _as_batches(source: object) -> Iterable[Any]:
     if isinstance(images, Tensor) and _is_integer_vector(labels):
         return _cut(images, _class_indices(labels, len(images), 0))
     return batches
+
+
+def _collated(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; where torch cannot stack the items of a data set, that is said in words."""
+    reading = iter(batches)
+    while True:
+        try:
+            batch = next(reading)
+        except StopIteration:
+            return
+        except TypeError as error:
+            if "default_collate" not in str(error):
+                raise
+            found = str(error).rstrip().rpartition("found ")[2] or None
+            raise _error(
+                "the data set has items that are no tensors",
+                found=found,
+                remedy="give the data set a transform that makes tensors, as torchvision.transforms.ToTensor()",
+            ) from error
+        except RuntimeError as error:
+            if "stack expects each tensor to be equal size" not in str(error):
+                raise
+            cause = str(error).rstrip().rpartition("\n")[2]
+            raise _error(
+                "the data set has images of several sizes",
+                cause=cause,
+                remedy="bring them to one size, as torchvision.transforms.Resize((224, 224)) does",
+            ) from error
+        yield batch
 
 
 def _cut(*tensors: Tensor) -> list[tuple[Tensor, ...]]:

@@ -27,6 +27,7 @@ from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import IncompatibleModelsError, OptionError, explain
 from vfsurgery.sources import eval_mode
 from vfsurgery.stats.layers import BATCH_NORM, LayerStatistics, Reading
+from vfsurgery.tracing.wrappers import network
 from vfsurgery.verdict import VANISHED, Remedy, State, in_words, state_of
 
 if TYPE_CHECKING:
@@ -300,13 +301,15 @@ def diagnose(
     >>> print(found.verdict)
     Nothing vanishes: in every layer the feature norm is at least 1 times that of the reference, as at 0 (0% of ...
     """
-    networks = [model, *([sources] if isinstance(sources, nn.Module) else sources)]
+    model = network(model)
+    others = [sources] if isinstance(sources, nn.Module) else sources
+    networks = [model, *(network(each, f"source {number}") for number, each in enumerate(others))]
     if len(networks) < 2:
         raise OptionError(
             explain("there is no source to compare with", remedy="sources=[a, b], or the network before pruning")
         )
     batches = Batches(data)
-    readings = [Reading(network) for network in networks]
+    readings = [Reading(each) for each in networks]
     seen = 0
     with torch.random.fork_rng(_cuda(networks)), eval_mode(*networks):
         for images, _ in progress_bar(batches, "diagnosis", batches.length(), progress):

@@ -8,6 +8,7 @@ from torch import nn
 
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.report import MergeReport, Report
+from vfsurgery.tracing.wrappers import network
 
 _REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
 
@@ -23,7 +24,7 @@ def report_of(model: nn.Module) -> Report:
     Raises:
         OptionError: the model does not come from this library.
     """
-    report = _REPORTS.get(model)
+    report = _REPORTS.get(network(model))
     if report is None:
         raise OptionError(
             explain(

@@ -38,6 +38,7 @@ from vfsurgery.stats.collect import Site, Survey, image_dtype, survey
 from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.selection import Leaf
+from vfsurgery.tracing.wrappers import as_given, network
 
 Passes: TypeAlias = str | Pass | Sequence[str | Pass]
 
@@ -140,6 +141,8 @@ def run_passes(
         reset: 1 BatchNorm layers
     """
     steps = resolve_passes(passes)
+    given, model = model, network(model)
+    sources = [network(source, f"source {number}") for number, source in enumerate(sources)]
     check_weights([model, *sources])
     check_same_architecture([model, *sources])
     device, dtype = next(iter(canonical_state(model).values())).device, image_dtype(model)
@@ -167,7 +170,7 @@ def run_passes(
     created = tuple(context.created_biases)
     named = type(model).__name__, type(result).__name__ if not context.restructured else "GraphModule"
     remember(result, PassReport(*named, runs, context.restructured, created, len(others), seed, guards))
-    return result
+    return as_given(result, given)
 
 
 def resolve_passes(passes: Passes) -> tuple[Pass, ...]:

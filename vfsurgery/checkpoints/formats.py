@@ -7,13 +7,15 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from vfsurgery.checkpoints.files import WEIGHTS, check_name
-from vfsurgery.checkpoints.refusals import printable, refuse_code, refuse_damaged
+from vfsurgery.checkpoints.kinds import kind_of
+from vfsurgery.checkpoints.refusals import listing, printable, refuse_code, refuse_damaged
 from vfsurgery.errors import CheckpointError, did_you_mean, explain
 
 SLACK = 2**20
@@ -39,8 +41,15 @@ def check_readable(path: Path, endings: dict[str, Callable[[Path], object]]) -> 
     """
     check_name(path)
     if path.is_dir():
-        raise CheckpointError(explain(f"{path} is a folder", remedy="name the checkpoint file inside it"))
+        inside = sorted(
+            file.name for file in path.iterdir() if file.suffix in endings or file.name.endswith(".index.json")
+        )
+        remedy = f"name the checkpoint file inside it{f': {listing(inside)}' if inside else ''}"
+        raise CheckpointError(explain(f"{path} is a folder", remedy=remedy))
     if path.suffix not in endings:
+        kind = kind_of(path) if path.is_file() else None
+        if kind is not None:
+            refuse_damaged(path, *kind)
         raise CheckpointError(
             explain(f"{path} is of no known kind", remedy=did_you_mean(path.suffix or path.name, endings))
         )
@@ -58,7 +67,7 @@ def _read_safetensors(path: Path) -> object:
     try:
         return safetensors.torch.load_file(path, device="cpu")
     except Exception as error:  # dtypes that this torch does not know raise whatever the lookup raises
-        refuse_damaged(path, error)
+        _refuse(path, error)
 
 
 def _read_torch(path: Path) -> object:
@@ -68,9 +77,17 @@ def _read_torch(path: Path) -> object:
             warnings.simplefilter("ignore")  # remarks on old pickle protocols, before the refusal that follows
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # random bytes make torch's reader of old formats raise nearly anything
-        if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
-            refuse_code(path, error)
-        refuse_damaged(path, error)
+        _refuse(path, error)
+
+
+def _refuse(path: Path, error: Exception) -> NoReturn:
+    """By what the file is, where that can be told, else by what its reader says."""
+    kind = kind_of(path)
+    if kind is not None:
+        refuse_damaged(path, *kind)
+    if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
+        refuse_code(path, error)
+    refuse_damaged(path, error)
 
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -78,6 +95,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     ".pt": _read_torch,
     ".pth": _read_torch,
     ".bin": _read_torch,
+    ".ckpt": _read_torch,
+    ".tar": _read_torch,
 }
 """By ending."""
 
@@ -91,7 +110,7 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             declared = sum(entry.file_size for entry in archive.infolist())
     except Exception as error:  # zipfile meets damage with errors of many kinds
-        refuse_damaged(path, error)
+        _refuse(path, error)
     size = path.stat().st_size
     if declared > size + SLACK:
         raise CheckpointError(

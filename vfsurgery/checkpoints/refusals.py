@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,16 +20,26 @@ def printable(text: str, limit: int = 120) -> str:
     return shown if len(shown) <= limit else f"{shown[:limit]}…"
 
 
-def refuse_damaged(path: Path, error: Exception | str) -> NoReturn:
+def listing(names: Sequence[str], limit: int = 4) -> str:
+    """The first few names as they may be printed, and how many there are more.
+
+    >>> listing(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    shown = ", ".join(printable(name, 80) for name in names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+
+
+def refuse_damaged(path: Path, error: Exception | str, remedy: str = "save or copy it again") -> NoReturn:
     """Refuse a file that is not what its ending says.
 
     Raises:
         CheckpointError: Always.
     """
     cause = printable(str(error).partition("\n")[0]) or type(error).__name__
-    raise CheckpointError(
-        explain(f"{path} is damaged or no checkpoint", cause=cause, remedy="save or copy it again")
-    ) from (error if isinstance(error, Exception) else None)
+    raise CheckpointError(explain(f"{path} is damaged or no checkpoint", cause=cause, remedy=remedy)) from (
+        error if isinstance(error, Exception) else None
+    )
 
 
 def refuse_code(path: Path, error: Exception) -> NoReturn:

@@ -36,6 +36,7 @@ def diagnose_checkpoint(
     sources: tuple[Path, ...],
     model: str,
     num_classes: int | None,
+    key: str | None,
     seed: int,
     device: str,
     as_json: bool,
@@ -55,7 +56,7 @@ def diagnose_checkpoint(
     import_from_here()
     if output is not None and output.resolve() in [path.resolve() for path in (merged, *sources)]:
         raise CheckpointError(explain(f"{output} would be overwritten by the page", remedy="name another file with -o"))
-    network, *others = (load_model(path, model, num_classes, find_device(device)) for path in (merged, *sources))
+    network, *others = (load_model(path, model, num_classes, key, find_device(device)) for path in (merged, *sources))
     images = load_images(model, network, seed=seed, **data)
     if images is None:
         raise OptionError(explain("a diagnosis needs images", remedy="--data imagefolder:PATH, or --data digits"))

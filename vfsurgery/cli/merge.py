@@ -108,6 +108,7 @@ def _merged(
     *,
     model: str,
     num_classes: int | None,
+    key: str | None,
     alpha: float,
     matching: str,
     renormalize: str,
@@ -129,7 +130,7 @@ def _merged(
     if max_shard_size is not None:
         check_shard_size(max_shard_size)
     target = find_device(device)
-    source_a, source_b = (load_model(path, model, num_classes, target, ema=ema) for path in (a, b))
+    source_a, source_b = (load_model(path, model, num_classes, key, target, ema=ema) for path in (a, b))
     calibration = load_images(model, source_a, seed=seed, **data)
     example = example_input(data["input_size"], target)
     merged = merge(

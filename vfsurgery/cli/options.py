@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vfsurgery.architectures import FORMS, build_model
-from vfsurgery.checkpoints import ONNX, check_onnx, check_writable, load_into, load_state_dict
-from vfsurgery.data import digits, image_folder, loader, preprocessing
+from vfsurgery.checkpoints import ONNX, check_onnx, check_writable, load_into, read_checkpoint
+from vfsurgery.data import loader
+from vfsurgery.data.datasets import CALIBRATION, find_data, load_for, options_of, read_name
 from vfsurgery.errors import CheckpointError, OptionError, explain
 from vfsurgery.threads import threads
 
@@ -43,6 +44,7 @@ def numbers(text: str) -> tuple[float, ...]:
         ) from None
 
 
+COUNT = click.IntRange(min=1)
 QUIET = click.option("--quiet", is_flag=True, help="Show no progress bars.")
 
 
@@ -51,6 +53,7 @@ def model_options(whose: str) -> Callable[[C], C]:
     return _together(
         click.option("--model", required=True, help=f"{whose}: {FORMS}."),
         click.option("--num-classes", type=int, help="Passed on to the architecture."),
+        click.option("--key", help="Which network of a file: under which key it stands, as in ema or teacher."),
     )
 
 
@@ -77,9 +80,16 @@ def _set_threads(context: click.Context, parameter: click.Parameter, count: int 
 def data_options(command: C) -> C:
     """Options that say what the calibration data is."""
     return _together(
-        click.option("--data", help="Calibration images: imagefolder:PATH or digits. Without, weights alone are used."),
-        click.option("--limit", default=5000, show_default=True, help="Draw at most so many images."),
-        click.option("--batch-size", default=64, show_default=True, help="Images per batch."),
+        click.option(
+            "--data",
+            metavar="NAME[:PATH]",
+            help="Calibration images, those for training: imagefolder:PATH, cifar10:PATH, cifar100:PATH or digits. "
+            "Without, weights alone are used.",
+        ),
+        click.option(
+            "--limit", default=CALIBRATION, show_default=True, type=COUNT, help="Draw at most so many images."
+        ),
+        click.option("--batch-size", default=64, show_default=True, type=COUNT, help="Images per batch."),
         click.option(
             "--input-size",
             type=image_shape,
@@ -125,10 +135,17 @@ def find_device(name: str) -> torch.device:
         raise OptionError(explain(f"cannot compute on device {name!r}", cause=cause)) from error
 
 
-def load_model(path: Path, model: str, num_classes: int | None, device: torch.device, *, ema: bool = True) -> nn.Module:
-    state = load_state_dict(path, ema=ema)
+def load_model(
+    path: Path, model: str, num_classes: int | None, key: str | None, device: torch.device, *, ema: bool = True
+) -> nn.Module:
+    """The network in a file; what was chosen or left out of it is said on stderr."""
+    found = read_checkpoint(path, ema=ema, key=key)
     source = build_model(model, num_classes)
-    load_into(source, state, path)
+    notes = load_into(source, found.state, path)
+    if not click.get_current_context().params.get("quiet"):
+        for note in (found.note, *notes):
+            if note is not None:
+                click.echo(f"{path}: {note}", err=True)
     return source.to(device).eval()
 
 
@@ -158,16 +175,20 @@ def load_images(
     std: tuple[float, ...] | None,
     seed: int,
 ) -> DataLoader[Any] | None:
-    """The images that ``--data`` names, as the model expects them."""
+    """The images for calibration that ``--data`` names, as the model expects them: those that a recipe would read."""
     if data is None:
         return None
-    kind, _, folder = data.partition(":")
-    if data == "digits":
-        return loader(digits(seed=seed).calibration, batch_size=batch_size, limit=limit, seed=seed)
-    if kind != "imagefolder" or not folder:
-        raise OptionError(explain(f"unknown data {data!r}", accepted="imagefolder:PATH, digits"))
-    if input_size is not None and input_size[1] != input_size[2]:
-        raise OptionError(explain("images from a folder are square", found="x".join(map(str, input_size))))
-    size = None if input_size is None else input_size[1]
-    transform = preprocessing(spec, model, size=size, mean=mean, std=std)
-    return image_folder(folder, transform, batch_size=batch_size, limit=limit, seed=seed)
+    name, path = read_name(data)
+    known = options_of(find_data(name))
+    given: dict[str, Any] = {"path": path, "mean": mean, "std": std}
+    if refused := next((f"--{key}" for key in ("mean", "std") if given[key] is not None and key not in known), None):
+        raise OptionError(explain(f"{name} has no {refused}", remedy="its images are standardised: leave it out"))
+    if input_size is not None and "size" in known:
+        if input_size[1] != input_size[2]:
+            raise OptionError(explain("images from a folder are square", found="x".join(map(str, input_size))))
+        given["size"] = input_size[1]
+    if "calibration" in known:
+        given["calibration"] = limit
+    options = {key: value for key, value in given.items() if value is not None}
+    found = load_for(name, options, spec, lambda: model, seed).calibration
+    return loader(found, batch_size=batch_size, limit=limit, seed=seed)

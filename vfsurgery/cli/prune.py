@@ -60,6 +60,7 @@ def prune_checkpoint(
     checkpoint: Path,
     model: str,
     num_classes: int | None,
+    key: str | None,
     sparsity: float | None,
     pattern: str | None,
     method: str,
@@ -89,7 +90,7 @@ def prune_checkpoint(
     check_output(output, report_path, (checkpoint,), (WEIGHTS,))
     request = CardRequest.of((checkpoint,), output) if card else None
     target = find_device(device)
-    dense = load_model(checkpoint, model, num_classes, target)
+    dense = load_model(checkpoint, model, num_classes, key, target)
     images = load_images(model, dense, seed=seed, **data)
     choice = steps(restore)
     if choice is not None:
@@ -137,6 +138,7 @@ def renormalize_checkpoint(
     reference: Path,
     model: str,
     num_classes: int | None,
+    key: str | None,
     choice: str,
     seed: int,
     device: str,
@@ -160,7 +162,7 @@ def renormalize_checkpoint(
     request = CardRequest.of((compressed, reference), output) if card else None
     target = find_device(device)
     passes = passes_named(steps(choice))
-    network, dense = (load_model(path, model, num_classes, target) for path in (compressed, reference))
+    network, dense = (load_model(path, model, num_classes, key, target) for path in (compressed, reference))
     images = load_images(model, dense, seed=seed, **data)
     _need_images(images, "renormalize")
     repaired = renormalize(

@@ -2,8 +2,8 @@
 
 from vfsurgery.data.datasets import DATA as DATA
 from vfsurgery.data.datasets import load_data as load_data
+from vfsurgery.data.folders import Transform as Transform
 from vfsurgery.data.images import Splits as Splits
-from vfsurgery.data.images import Transform as Transform
 from vfsurgery.data.images import digits as digits
 from vfsurgery.data.images import image_folder as image_folder
 from vfsurgery.data.images import loader as loader

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from vfsurgery.data.folders import Pictures
 from vfsurgery.data.images import Splits
 from vfsurgery.errors import DataError, explain
 
@@ -112,14 +113,7 @@ def _from_torchvision(name: Name, path: Path, part: str) -> tuple[Any, list[int]
 
 
 def _from_folders(path: Path) -> tuple[Any, list[int]]:
-    from torchvision.datasets import ImageFolder
-
-    try:
-        found = ImageFolder(str(path), lambda image: np.array(image, dtype=np.uint8))
-    except FileNotFoundError as error:
-        raise DataError(
-            explain(f"no images in {path}", cause=error, remedy="lay them out as CLASS/NAME.png, a folder a class")
-        ) from error
+    found = Pictures(path, lambda image: np.array(image, dtype=np.uint8))
     pairs = [found[index] for index in range(len(found))]
     for (pixels, _), (file, _) in zip(pairs, found.samples, strict=True):
         if pixels.shape != (32, 32, 3):

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from vfsurgery.architectures import find_factory
 from vfsurgery.data.cifar import cifar
-from vfsurgery.data.images import Splits, Transform, digits, open_folder, subset
+from vfsurgery.data.folders import Pictures, Transform, parts_of
+from vfsurgery.data.images import Splits, digits, preprocessing, subset
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
 from vfsurgery.registry import Registry
 
@@ -29,6 +31,8 @@ DATA: Registry[Factory] = Registry("data set")
 
 FORMS = "a registered name, torchvision:NAME or import.path:factory"
 CALIBRATION = 5000
+OPTIONS = ("size", "path", "train", "calibration", "test", "mean", "std")
+"""Options that most data sets have; a recipe names them beside the data's name, all others below ``options``."""
 TEST_SHARE = 0.2
 """Of a data set that is not divided already."""
 
@@ -64,6 +68,29 @@ def needs(factory: Factory, option: str) -> bool:
     """Whether a function cannot be called without that keyword."""
     parameter = inspect.signature(factory).parameters.get(option)
     return parameter is not None and parameter.default is parameter.empty
+
+
+def options_of(factory: Factory) -> set[str]:
+    """Which of :data:`OPTIONS` a function takes, with those that are met before it or after it for its sake."""
+    own = {option for option in OPTIONS if takes(factory, option)}
+    own |= {"size", "mean", "std"} if takes(factory, "transform") else set()
+    return own | (set() if returns_splits(factory) else {"train", "calibration", "test"})
+
+
+def read_name(written: str) -> tuple[str, str | None]:
+    """Name and path from ``NAME`` or ``NAME:PATH``, as the command line has them.
+
+    Raises:
+        OptionError: no data set is registered by that name, or it needs a path, or takes none.
+
+    >>> read_name("imagefolder:photos/train")
+    ('imagefolder', 'photos/train')
+    """
+    name, _, path = written.partition(":")
+    accepted = [f"{known}:PATH" if needs(DATA[known], "path") else known for known in DATA]
+    if name not in DATA or (f"{name}:PATH" in accepted) != (path != ""):
+        raise OptionError(explain(f"unknown data {written!r}", remedy=did_you_mean(written, accepted)))
+    return name, path or None
 
 
 def returns_splits(factory: Factory) -> bool:
@@ -109,6 +136,27 @@ def load_data(name: str, options: Mapping[str, Any], transform: Transform | None
     return divided(found, **{option: value for option, value in options.items() if option in divides})
 
 
+def load_for(name: str, options: Mapping[str, Any], spec: str, build: Callable[[], nn.Module], seed: int = 0) -> Splits:
+    """Load data for a model: what recipes and the command line read alike.
+
+    Args:
+        name: See the module's docstring.
+        options: Keywords; ``size``, ``mean`` and ``std`` take the place of what the model's source says of pictures.
+        spec: The name of the model that the images are for.
+        build: Makes that model; it is asked where the data holds pictures.
+        seed: Decides which images are drawn.
+
+    Raises:
+        OptionError: the name or an option is unknown.
+        DataError: there are no such images, or nobody knows what the model expects of pictures.
+    """
+    given, transform = {**options, "seed": seed}, None
+    if takes(find_data(name), "transform"):
+        resolved = {option: given.pop(option, None) for option in ("size", "mean", "std")}
+        transform = preprocessing(spec, build(), **resolved)
+    return load_data(name, given, transform)
+
+
 def divided(
     dataset: Dataset[Any],
     *,
@@ -127,7 +175,7 @@ def divided(
     (8, 3, 2)
     """
     size = len(cast("Sized", dataset))
-    tested = round(TEST_SHARE * size) if test is None else test
+    tested = max(1, round(TEST_SHARE * size)) if test is None else test
     if not 0 < tested < size:
         raise DataError(explain(f"{tested} of {size} images cannot be for the test", remedy="set test= to fewer"))
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -160,7 +208,8 @@ def folder_data(
     """Images in a folder per class, below ``train`` and ``val`` (or ``test``), or divided at random.
 
     Args:
-        path: Holds ``train`` and ``val`` or ``test`` with a folder per class each, or the folders of the classes.
+        path: Holds ``train`` and ``val`` or ``test`` (see :func:`~vfsurgery.data.folders.parts_of`) with a folder per
+            class each, or the folders of the classes.
         transform: From a PIL image to what the model expects.
         seed: Decides which images are drawn.
         train: So many training images; all by default.
@@ -168,17 +217,13 @@ def folder_data(
         test: So many test images; all by default, or a fifth where the folder is not divided.
 
     Raises:
-        DataError: there is no such folder, or no image in it.
+        DataError: there is no such folder, no image in it, or a class that training has not.
     """
-    root = Path(path)
-    tested = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    if tested is None or not (root / "train").is_dir():
-        return divided(open_folder(root, transform), seed=seed, train=train, calibration=calibration, test=test)
-    parts = open_folder(root / "train", transform), open_folder(tested, transform)
-    if parts[0].classes != parts[1].classes:
-        other = sorted({*parts[0].classes} ^ {*parts[1].classes})
-        raise DataError(explain(f"{root / 'train'} and {tested} have other classes", first=", ".join(other[:4])))
-    return joined(*parts, seed, train, calibration, test)
+    trained, tested = parts_of(path)
+    images = Pictures(trained, transform)
+    if tested is None:
+        return divided(images, seed=seed, train=train, calibration=calibration, test=test)
+    return joined(images, Pictures(tested, transform, images.classes), seed, train, calibration, test)
 
 
 def torchvision_data(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from vfsurgery.data.folders import Pictures, Transform, parts_of
 from vfsurgery.errors import DataError, explain
-
-Transform = Callable[[Any], Tensor]
-"""From a PIL image to a float tensor of shape (channels, height, width)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def digits(*, seed: int = 0, size: int | None = None) -> Splits:
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)[order]
     targets = torch.tensor(labels, dtype=torch.int64)[order]
     images = (images - images[:1000].mean()) / images[:1000].std()
-    if size is not None:
+    if size not in (None, 8):
         images = functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
     parts = [TensorDataset(images[part], targets[part]) for part in (slice(1000), slice(1000, 1297), slice(1297, None))]
     return Splits(*parts)
@@ -64,7 +62,7 @@ def image_folder(
     seed: int = 0,
     workers: int = 0,
 ) -> DataLoader[Any]:
-    """Read a folder with one subfolder of images per class, as torchvision's ``ImageFolder`` does.
+    """Read a folder with one subfolder of images per class; see :class:`~vfsurgery.data.folders.Pictures` for how.
 
     Args:
         path: The folder that holds the class folders.
@@ -78,29 +76,18 @@ def image_folder(
         Batches of (images, labels), the same ones in the same order every time it is iterated.
 
     Raises:
-        DataError: The folder is missing, or holds no class folder with images.
+        DataError: The folder is missing, holds no class folder with images, or is divided into parts.
     """
-    images = open_folder(path, transform)
-    return loader(images, batch_size=batch_size, limit=limit, seed=seed, workers=workers)
-
-
-def open_folder(path: str | Path, transform: Transform) -> Any:
-    """torchvision's ``ImageFolder`` of a folder with one subfolder of images per class.
-
-    Raises:
-        DataError: The folder is missing, or holds no class folder with images.
-    """
-    from torchvision.datasets import ImageFolder
-
-    path = Path(path)
-    if not path.is_dir():
-        raise DataError(explain(f"there is no image folder {path}", folder=path.parent.resolve()))
-    try:
-        return ImageFolder(path, transform)
-    except FileNotFoundError as error:
+    train, test = parts_of(path)
+    if train != Path(path):
         raise DataError(
-            explain(f"no images in {path}", cause=error, remedy="lay them out as CLASS/NAME.jpg, a folder a class")
-        ) from error
+            explain(
+                f"{path} holds the parts {', '.join(part.name for part in (train, test) if part)}, and no classes",
+                remedy=f"name one of them, as in {train}",
+            )
+        )
+    images = Pictures(path, transform)
+    return loader(images, batch_size=batch_size, limit=limit, seed=seed, workers=workers)
 
 
 def loader(

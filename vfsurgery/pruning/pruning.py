@@ -22,6 +22,7 @@ from vfsurgery.results import remember
 from vfsurgery.sources import eval_mode, first_not_finite
 from vfsurgery.stats.collect import image_dtype
 from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.wrappers import as_given, network
 
 
 def prune(
@@ -87,6 +88,7 @@ def prune(
     [4, 4]
     """
     started = time.perf_counter()
+    given, model = model, network(model)
     pruner = _pruner(method)
     wanted = read_pattern(pattern)
     if sparsity is None and wanted is None:
@@ -108,7 +110,7 @@ def prune(
     asked = sparsity if pattern is None and sparsity is not None else str(pattern)
     _write(result, masks, values)
     _remember(result, pruner, work, asked, weights, seed, time.perf_counter() - started)
-    return result
+    return as_given(result, given)
 
 
 def prune_each(
@@ -145,6 +147,7 @@ def prune_each(
     >>> [Masks.of(sparse).sparsity for sparse in prune_each(net, [0.25, 0.5, 0.75], scope="layer")]
     [0.25, 0.5, 0.75]
     """
+    model = network(model)
     pruner = _pruner(method)
     weights = _weights(model, exclude)
     layouts = {name: Layout.of(model, name) for name in weights}

@@ -9,8 +9,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from torch import nn
 
 from vfsurgery.architectures import build_model
-from vfsurgery.data import Splits, preprocessing
-from vfsurgery.data.datasets import DATA, find_data, load_data, needs, returns_splits, takes
+from vfsurgery.data import Splits
+from vfsurgery.data.datasets import DATA, OPTIONS, find_data, load_for, needs, options_of
 from vfsurgery.errors import did_you_mean
 from vfsurgery.matching import MATCHERS
 from vfsurgery.passes import NORMALIZATIONS
@@ -46,8 +46,6 @@ Published = Annotated[dict[str, float], Frozen]
 """Accuracies (%) and ratios as printed in the paper, by the label of their row."""
 
 
-DATA_OPTIONS = ("size", "path", "train", "calibration", "test", "mean", "std")
-"""Keys of ``data`` that are options of most data sets; all others stand below ``options``."""
 SOURCES = ("source a", "source b", "ensemble")
 BARRIERS = ("barrier naive", "barrier aligned", "barrier renormalized")
 """Rows that every table has; a barrier is that of the accuracy, in percentage points."""
@@ -103,10 +101,8 @@ class Images(Section):
         if ":" in self.name and not self.name.startswith("torchvision:"):
             return self  # code is imported when it is run, not when it is read
         factory = find_data(self.name)
-        own = {option for option in DATA_OPTIONS if takes(factory, option)}
-        own |= {"size", "mean", "std"} if takes(factory, "transform") else set()
-        own |= set() if returns_splits(factory) else {"train", "calibration", "test"}
-        for option in DATA_OPTIONS:
+        own = options_of(factory)
+        for option in OPTIONS:
             if option not in own and getattr(self, option) is not None:
                 raise ValueError(f"{self.name} has no {option}; accepted: {', '.join(sorted({'name', 'seed', *own}))}")
         if needs(factory, "path") and self.path is None:
@@ -123,14 +119,8 @@ class Images(Section):
         Raises:
             DataError: there are no such images, or nobody knows what the model expects of pictures.
         """
-        factory = find_data(self.name)
-        given: dict[str, Any] = self.model_dump(include={*DATA_OPTIONS}, exclude_none=True)
-        given |= {"seed": self.seed, **self.options}
-        transform = None
-        if takes(factory, "transform"):
-            resolved = {option: given.pop(option, None) for option in ("size", "mean", "std")}
-            transform = preprocessing(spec, build(), **resolved)
-        return load_data(self.name, given, transform)
+        given: dict[str, Any] = self.model_dump(include={*OPTIONS}, exclude_none=True)
+        return load_for(self.name, {**given, **self.options}, spec, build, self.seed)
 
 
 class Training(Section):

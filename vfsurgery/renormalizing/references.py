@@ -22,13 +22,11 @@ def check_reference(compressed: nn.Module, reference: nn.Module, inplace: bool) 
     """Refuse what can be no compressed model and its reference, before anything is traced.
 
     Raises:
-        OptionError: one is no module, has no parameters, or both are the same object.
+        OptionError: one has no parameters, or both are the same object.
         InvalidWeightsError: one holds NaN or infinite values, or ``inplace`` would change the reference.
         IncompatibleModelsError: they live on different devices.
     """
     for name, model in (("the compressed model", compressed), ("the reference", reference)):
-        if not isinstance(model, nn.Module):
-            raise OptionError(f"{name} is no torch.nn.Module but {type(model).__name__}")
         if not any(True for _ in model.parameters()):
             raise OptionError(f"{name}, a {type(model).__name__}, has no parameters")
     if compressed is reference:

@@ -50,6 +50,7 @@ from vfsurgery.results import remember
 from vfsurgery.sources import Source, canonical_state, eval_mode
 from vfsurgery.stats.collect import Survey, image_dtype, survey
 from vfsurgery.tracing.copies import copied, forget_kept, fresh
+from vfsurgery.tracing.wrappers import as_given, network
 
 Choice: TypeAlias = str | Pass | Sequence[str | Pass]
 
@@ -116,6 +117,8 @@ def renormalize(
     True
     """
     passes = passes_named(renormalize)
+    given = compressed
+    compressed, reference = network(compressed, "the compressed model"), network(reference, "the reference")
     check_reference(compressed, reference, inplace)
     if data is None:
         raise DataError(explain("renormalize needs data", remedy="pass data=; one batch of 64 images does"))
@@ -125,7 +128,7 @@ def renormalize(
         context, names = work.run(passes or work.sensible())
     result = work.deliver(compressed, context, inplace)
     remember(result, work.report(compressed, reference, names, context))
-    return result
+    return as_given(result, given)
 
 
 class _Counted(Batches):

@@ -21,6 +21,7 @@ from vfsurgery.shrinking.restore import check_restoring
 from vfsurgery.shrinking.saliency import Saliency
 from vfsurgery.shrinking.work import Shrinking
 from vfsurgery.sources import eval_mode
+from vfsurgery.tracing.wrappers import network
 
 SALIENCIES, SCOPES, REMOVALS = ("magnitude", "activation"), ("group", "global"), ("drop", "fold")
 
@@ -88,6 +89,7 @@ def prune_units(
     if data is None and (saliency == "activation" or removed == "fold"):
         option = "saliency='activation'" if saliency == "activation" else "removed='fold'"
         raise DataError(explain(f"{option} needs data", remedy="pass data=, or leave the option out"))
+    model = network(model)
     work = Shrinking.prepare(model, data, example_inputs, progress)
     restoring = None if data is None and renormalize == "auto" else renormalize
     passes = normalizations(restoring, work.source.graph_module, data)

@@ -31,6 +31,7 @@ from vfsurgery.sources import canonical_state, check_same_architecture, check_we
 from vfsurgery.sparse import MaskPlan, plan_masks, refuse_hooks
 from vfsurgery.stats.collect import Survey, image_dtype
 from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.wrappers import network
 
 MASKS = ("same", "intersect", "union", "reprune")
 
@@ -295,10 +296,7 @@ def _accuracy(model: nn.Module, data: Data) -> float:
 
 def _checked(models: Sequence[nn.Module]) -> list[nn.Module]:
     """The models, if they can be averaged."""
-    given = list(models)
-    for number, model in enumerate(given):
-        if not isinstance(model, nn.Module):
-            raise OptionError(f"model {number} of the soup is no torch.nn.Module but {type(model).__name__}")
+    given = [network(model, f"model {number} of the soup") for number, model in enumerate(models)]
     if len(given) < 2:
         raise OptionError(explain("a soup needs at least two models", remedy="soup([a, b, c])"))
     refuse_hooks(given)

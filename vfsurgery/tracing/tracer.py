@@ -219,6 +219,8 @@ class ValueTracer(fx.Tracer):
             return False
         if _asks_for_training(m) and not any(True for _ in m.parameters()):
             return True
+        if isinstance(m, nn.DataParallel) and not m.device_ids:  # on the CPU it calls what it holds
+            return False
         return super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> ValueProxy:
