@@ -4,10 +4,10 @@ A choice judged on the images that matching and statistics were fitted to would 
 set spoils that test set. So calibration data is split, by the place of each image in its order and not at random:
 data that gives the same order on each pass is split alike on each, and data sorted by class keeps its shares.
 
-Where whole merges are compared, a fifth of a small set is too few to tell good ones apart: on 59 of 297 digits four ways
-agreed with the ensemble on all, 2.6 points apart in accuracy. So up to half is held out, as long as enough is left. On
-the trained digits pairs, statistics of 148 images instead of 238 cost the regression 0.1 points, but 100 instead of
-160 cost 0.3, and 50 instead of 80 cost 0.6.
+Where whole merges are compared, a fifth of a small set is too few to tell good ones apart: on 59 of 297 digits, four
+ways agreed with the ensemble on all, 2.6 points apart in accuracy. So up to half is held out, as long as enough is
+left. On the trained digits pairs, statistics of 148 images instead of 238 cost the regression 0.1 points, but 100
+instead of 160 cost 0.3, and 50 instead of 80 cost 0.6.
 """
 
 from __future__ import annotations

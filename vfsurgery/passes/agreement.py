@@ -77,6 +77,7 @@ class Judgement:
         return float(ahead.sum()) <= float(ahead.square().sum().sqrt())
 
 
+@torch.no_grad()
 def judge(
     model: nn.Module, sources: Sequence[nn.Module], weights: Sequence[float], batches: Iterable[Tensor]
 ) -> Judgement | None:
