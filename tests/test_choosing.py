@@ -42,8 +42,8 @@ def test_the_ways_that_suit_the_architecture_are_tried_and_the_best_is_kept(name
     found, report = tried(merged), surgery.report_of(merged)
     assert "; ".join(found) == expected
     kept = " + ".join([report.matching, *report.renormalize])
-    assert found[kept] == max(found.values())
-    assert f"{kept}: agrees with the ensemble on {found[kept]:.2%}" in str(report)
+    assert [trial.way for trial in report.trials if trial.kept] == [kept]
+    assert found[kept] >= max(found.values()) - 0.02
     assert report.to_dict()["trials"][0]["matching"] == "activations"
 
 
@@ -51,9 +51,9 @@ def test_what_is_kept_is_what_asking_for_it_gives_on_the_images_that_were_not_he
     models = net("chain", 1), net("chain", 2)
     chosen = surgery.report_of(merge(*models))
     x = torch.cat(DATA)
-    rest = torch.cat([x[i : i + 4] for i in range(0, len(x), 5)])
+    rest = x[::2]  # of 300 images every second one is held out
     asked = {"matching": chosen.matching, "renormalize": list(chosen.renormalize)}
-    split = [part[[i for i in range(100) if i % 5 != 4]] for part in DATA]
+    split = [part[::2] for part in DATA]
     assert torch.equal(torch.cat(split), rest)
     direct, auto = merge(*models, data=split, **asked), merge(*models)
     for key, tensor in direct.state_dict().items():
@@ -64,11 +64,15 @@ def test_what_is_kept_is_what_asking_for_it_gives_on_the_images_that_were_not_he
 def test_agreement_is_with_the_weighted_ensemble_on_held_out_images():
     models = net("chain", 1), net("chain", 2)
     merged = merge(*models, weights=(0.8, 0.2))
-    held_out = torch.cat([part[4::5] for part in DATA])
+    held_out = torch.cat(DATA)[1::2]
     with torch.no_grad():
-        ensemble = 0.8 * models[0](held_out) + 0.2 * models[1](held_out)
-        agreed = (merged(held_out).argmax(1) == ensemble.argmax(1)).double().mean()
-    assert max(tried(merged).values()) == pytest.approx(float(agreed))
+        ensemble, logits = 0.8 * models[0](held_out) + 0.2 * models[1](held_out), merged(held_out)
+        agreed = (logits.argmax(1) == ensemble.argmax(1)).double().mean()
+        crossed = torch.nn.functional.cross_entropy(logits, ensemble.softmax(1))
+    (kept,) = [trial for trial in surgery.report_of(merged).trials if trial.kept]
+    assert kept.images == len(held_out) == 150
+    assert kept.agreement == pytest.approx(float(agreed))
+    assert kept.cross_entropy == pytest.approx(float(crossed), rel=1e-5)
 
 
 def test_what_is_asked_for_is_not_varied():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from torch import fx, nn
@@ -17,7 +17,7 @@ from vfsurgery.discovery.partial import find_partly
 from vfsurgery.discovery.recording import hidden_norms, record, record_or_export
 from vfsurgery.errors import DataError, OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet
-from vfsurgery.matching import MATCHERS, Identity, Matcher, Orders
+from vfsurgery.matching import MATCHERS, Given, Identity, Matcher, Orders
 from vfsurgery.merging import ExampleInputs, Merging
 from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
 from vfsurgery.passes.contract import check_order
@@ -37,7 +37,22 @@ from vfsurgery.verification import Verification, prove
 Matchings: TypeAlias = str | Matcher
 Renormalization: TypeAlias = str | Pass | Sequence[str | Pass] | None
 
-_PASSES: weakref.WeakKeyDictionary[nn.Module, tuple[Pass, ...]] = weakref.WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Made:
+    """How :func:`merge` made a model of two: what ``"auto"`` came to, so that the same can be done with other shares.
+
+    ``alpha`` is the share of b, ``None`` where layers have shares of their own.
+    """
+
+    matching: Given
+    passes: tuple[Pass, ...]
+    preserve: int | Preserve
+    masks: str | None
+    alpha: float | None
+
+
+_MADE: weakref.WeakKeyDictionary[nn.Module, Made] = weakref.WeakKeyDictionary()
 
 
 def trace(
@@ -282,13 +297,27 @@ def merge(
     if work.masks is not None:
         report = replace(report, masks=work.masks.record(merged))
     remember(merged, report)
-    _PASSES[merged] = way.passes
+    orders = Given(tuple(dict(matching.permutations) for matching in best.matchings))
+    alone = None if work.layer_weights else shares[-1]
+    _MADE[merged] = Made(orders, way.passes, kept[0] if kept else 0, masks, alone)
     return as_given(merged, given[0])
 
 
-def passes_of(merged: nn.Module) -> tuple[Pass, ...]:
-    """The normalizations that :func:`merge` ran on a model it returned: what ``"auto"`` came to."""
-    return _PASSES[network(merged)]
+def made(merged: nn.Module) -> Made:
+    """How :func:`merge` made a model that it returned.
+
+    Raises:
+        OptionError: it did not.
+    """
+    found = _MADE.get(network(merged))
+    if found is None:
+        raise OptionError(
+            explain(
+                f"this {type(merged).__name__} was not made by merge",
+                remedy="pass the very model that merge returned, not a copy of it, nor one loaded from a file",
+            )
+        )
+    return found
 
 
 def _sources(a: nn.Module | Sequence[nn.Module], b: nn.Module | None) -> list[nn.Module]:

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeAlias, TypeGuard, TypeVar, cast
 
 import torch
@@ -117,7 +118,29 @@ def progress(iterable: Iterable[T], label: str, total: int | None = None, enable
     >>> list(progress([1, 2, 3], "counting", enabled=False))
     [1, 2, 3]
     """
-    return tqdm(iterable, desc=label, total=total, disable=not enabled, delay=1, leave=False, file=sys.stderr)
+    return tqdm(iterable, desc=_full(label), total=total, disable=not enabled, delay=1, leave=False, file=sys.stderr)
+
+
+_DOING: ContextVar[str] = ContextVar("doing", default="")
+
+
+@contextmanager
+def named(doing: str) -> Generator[None]:
+    """Have all bars say first what they are part of; an empty text changes nothing.
+
+    >>> with named("trying 3 of 6: cca + regress"):
+    ...     _full("regression of the layers")
+    'trying 3 of 6: cca + regress: regression of the layers'
+    """
+    token = _DOING.set(_full(doing) if doing else _DOING.get())
+    try:
+        yield
+    finally:
+        _DOING.reset(token)
+
+
+def _full(label: str) -> str:
+    return ": ".join(part for part in (_DOING.get(), label) if part)
 
 
 def _as_batches(source: object) -> Iterable[Any]:
@@ -289,6 +312,7 @@ def progress_line(label: str, enabled: bool = True) -> Generator[Callable[[str],
     >>> with progress_line("matching", enabled=False) as advance:
     ...     advance("group g0")
     """
+    label = _full(label)
     with tqdm(desc=label, disable=not enabled, delay=1, leave=False, file=sys.stderr, bar_format="{desc}") as line:
 
         def advance(message: str) -> None:

@@ -2,7 +2,8 @@
 
 A merged model is wanted that does what its sources do together. So every way is judged on held-out calibration
 images, without labels, by how often its largest logit is that of the sources' ensemble (their mean logits, weighted as
-the merge is). What was tried, and what came of it, is in the report.
+the merge is); where chance may have made the difference, by the cross-entropy to the ensemble's probabilities. What was
+tried, and what came of it, is in the report.
 
 Traps are left out beforehand: REPAIR after CCA takes its goals from the first source alone, since a rotated source is
 no good reference (Qu & Horvath, CPAL 2025, section 5.4); BatchNorm statistics are measured anew in every way.
@@ -12,17 +13,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from torch import fx, nn
 
+from vfsurgery.batches import named
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet
 from vfsurgery.matching import ActivationMatching, CCAMatching, Matcher, Matching, ZipMatching
 from vfsurgery.merging import Merging
 from vfsurgery.passes import Context, Pass, Preserve, Regress, Repair, Rescale
-from vfsurgery.passes.agreement import class_logits, ensemble_classes
+from vfsurgery.passes.agreement import Judgement, best_of, judge
 from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.report import Certificate, Trial
 from vfsurgery.sparse import MaskPlan
@@ -32,6 +34,7 @@ MAPPABLE = 0.5
 MOST_FLOPS = {"cpu": 2e13}
 """Floating-point operations above which the regression is not tried unasked, by device; some minutes each."""
 MOST_FLOPS_ELSEWHERE = 2e15
+WITHOUT_LOGITS = "chosen by architecture: without logits there is nothing to judge others by"
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def choose(
 ) -> tuple[Merged, tuple[Trial, ...]]:
     """Merge in every way and keep the best; a single one is not judged.
 
-    Besides the sources, two merged models are in memory at a time.
+    Besides the sources, two merged models are in memory at a time. Which one is kept: :func:`best_of`.
 
     Raises:
         SurgeryError: no way succeeds; it is the first one's error.
@@ -114,32 +117,41 @@ def choose(
     for way in ways:
         work.plan(way.matcher, way.passes, judged=len(ways) > 1)
     best: Merged | None = None
-    trials: list[Trial] = []
+    kept = -1
+    trials: dict[int, Trial] = {}
+    judgements: dict[int, Judgement] = {}
     failures: list[tuple[Way, SurgeryError]] = []
     matched: dict[str, Matched] = {}
-    for way in ways:
+    for place, way in enumerate(ways):
         started = time.perf_counter()
         try:
-            merged = _merge(work, way, shares, preserve, matched)
-            if len(ways) == 1:
-                return merged, ()
-            agreement = _agreement(work, merged.model, shares)
-            if agreement is None:
-                merged.context.notes.append(
-                    "chosen by architecture: without logits there is nothing to judge others by"
-                )
-                return merged, ()
+            with named(f"trying {place + 1} of {len(ways)}: {way}" if len(ways) > 1 else ""):
+                merged = _merge(work, way, shares, preserve, matched)
+                judgement = _judged(work, merged.model, shares) if len(ways) > 1 else None
         except SurgeryError as error:
             failures.append((way, error))
             continue
-        names = tuple(step.name for step in way.passes)
-        if best is None or agreement > max(trial.agreement for trial in trials):
-            best = merged
-        trials.append(Trial(way.matcher.name, names, agreement, time.perf_counter() - started))
+        if judgement is None:
+            if len(ways) > 1:
+                merged.context.notes.append(WITHOUT_LOGITS)
+            return merged, ()
+        judgements[place] = judgement
+        trials[place] = _trial(way, judgement, time.perf_counter() - started)
+        if best_of(judgements) == place:
+            best, kept = merged, place
     if best is None:
         raise failures[0][1]
+    chosen = best_of(judgements)
+    if kept != chosen:  # one that was let go has come to be the best after all
+        best = _merge(work, ways[chosen], shares, preserve, matched)
     best.context.notes.extend(f"failed, {way}: {str(error).splitlines()[0]}" for way, error in failures)
-    return best, tuple(trials)
+    return best, tuple(replace(trial, kept=place == chosen) for place, trial in trials.items())
+
+
+def _trial(way: Way, judgement: Judgement, seconds: float) -> Trial:
+    names = tuple(step.name for step in way.passes)
+    images = len(judgement.agreed)
+    return Trial(way.matcher.name, names, judgement.agreement, judgement.cross_entropy, images, seconds)
 
 
 def _merge(
@@ -154,14 +166,7 @@ def _merge(
     return Merged(way, model, matchings, certificates, context)
 
 
-def _agreement(work: Merging, model: nn.Module, shares: Sequence[float]) -> float | None:
-    """Share of held-out images for which a model's largest logit is the ensemble's; ``None`` without logits."""
-    agreed, count = 0.0, 0
-    for images in work.held_out_images("agreement with the ensemble"):
-        logits = class_logits(model, images)
-        classes = ensemble_classes([source.graph_module for source in work.sources], shares, images)
-        if logits is None or classes is None:
-            return None
-        same = logits.argmax(1) == classes
-        agreed, count = agreed + float(same.sum()), count + same.numel()
-    return agreed / count
+def _judged(work: Merging, model: nn.Module, shares: Sequence[float]) -> Judgement | None:
+    """How near a model comes to the ensemble on held-out images; ``None`` without logits."""
+    sources = [source.graph_module for source in work.sources]
+    return judge(model, sources, shares, work.held_out_images("agreement with the ensemble"))

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vfsurgery.api import ExampleInputs, Matchings, Renormalization, match, merge, passes_of
+from vfsurgery.api import ExampleInputs, Made, Matchings, Renormalization, made, merge
 from vfsurgery.batches import Batches, Data
 from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, explain
-from vfsurgery.matching import Given
 from vfsurgery.sources import eval_mode
 from vfsurgery.tracing.copies import copied
 
@@ -309,6 +308,7 @@ def barrier(
     matching: Matchings = "auto",
     renormalize: Renormalization = "auto",
     masks: str | None = None,
+    through: nn.Module | None = None,
     example_inputs: ExampleInputs | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -320,48 +320,66 @@ def barrier(
     instead takes the distance from the mean of the two ends, which differs where the sources do). ``b`` is matched to
     ``a`` once. At ``alpha`` 0 and 1 every curve holds the sources' own scores: nothing is merged there.
 
+    All is done as :func:`vfsurgery.merge` does it halfway, or as it has done it for the model ``through``: what
+    ``"auto"`` comes to there holds for the whole line, and the score there is that of this very model.
+
     Args:
         a: The reference.
         b: The source that is aligned to it.
         data: Labelled batches to score on.
         calibration: Images for matching and renormalization; their labels are not looked at.
         alphas: How many evenly spaced values, an odd number, or the values: rising, with 0, 0.5 and 1 among them.
-        matching: As for :func:`vfsurgery.merge`; ``"auto"`` is activations with calibration images, weights without.
-        renormalize: As for :func:`vfsurgery.merge`; ``None`` leaves the renormalized curve out, ``"auto"`` is chosen
-            once, at the midpoint.
+        matching: As for :func:`vfsurgery.merge`.
+        renormalize: As for :func:`vfsurgery.merge`; ``None`` leaves the renormalized curve out.
         masks: As for :func:`vfsurgery.merge`, for all curves.
+        through: A model that :func:`vfsurgery.merge` returned of ``a`` and ``b``, whose share of ``b`` becomes one of
+            ``alphas``. Its matching, normalizations, masks and preserved layers are then taken, and the arguments for
+            these not looked at.
         example_inputs: As for :func:`vfsurgery.merge`; ``None`` takes the first images of the data.
         seed: Of the matching.
         progress: Show a bar when it takes over a second.
 
     Raises:
-        OptionError: ``alphas`` lack an end or the midpoint.
+        OptionError: ``alphas`` lack an end or the midpoint; ``through`` was not made by a merge, or in shares by layer.
         SurgeryError: As for :func:`evaluate` and :func:`vfsurgery.merge`.
     """
     points = _alphas(alphas)
     if example_inputs is None:
         example_inputs = first_images(a, data if calibration is None else calibration)
     options: dict[str, Any] = {"example_inputs": example_inputs, "seed": seed, "progress": False}
-    found = Given(match(a, b, data=calibration, matching=matching, **options))
-    options["masks"] = masks
-    kinds: dict[str, dict[str, Any]] = {
-        "naive": {"matching": "identity", "renormalize": None},
-        "aligned": {"matching": found, "renormalize": None},
-        "renormalized": {"matching": found, "renormalize": renormalize, "data": calibration},
-    }
-    if renormalize is None:
-        del kinds["renormalized"]
-    elif renormalize == "auto":
-        kinds["renormalized"]["renormalize"] = passes_of(merge(a, b, **kinds["renormalized"], **options))
+    if through is None:
+        chosen = {"matching": matching, "renormalize": renormalize, "masks": masks}
+        through = merge(a, b, data=calibration, **chosen, **options)
+    way = made(through)
+    if way.alpha is None:
+        raise OptionError(
+            explain(
+                "the model through which the line shall go has shares by layer, and the line has one for all",
+                remedy="merge with one number as alpha=, or leave through= out",
+            )
+        )
+    points = tuple(sorted({*points, way.alpha}))
+    kinds = _kinds(way, calibration)
     ends = compare({"a": a, "b": b}, data, progress=False)
-    scores = {kind: [ends["a"]] for kind in kinds}
+    scores = {kind: {0.0: ends["a"], 1.0: ends["b"]} for kind in kinds}
+    *others, last = kinds  # the last one goes through the model
     for alpha in progress_bar(points[1:-1], "barrier", len(points) - 2, progress):
-        merged = [merge(a, b, alpha=alpha, **choice, **options) for choice in kinds.values()]
-        for kind, score in zip(kinds, _scores(merged, None, data, None, False), strict=True):
-            scores[kind].append(score)
-    curves = {kind: _curve(points, [*scores[kind], ends["b"]]) for kind in kinds}
+        wanted = others if alpha == way.alpha else kinds
+        merged = [merge(a, b, alpha=alpha, **kinds[kind], **options) for kind in wanted]
+        for kind, score in zip(wanted, _scores(merged, None, data, None, False) if merged else (), strict=True):
+            scores[kind][alpha] = score
+    scores[last][way.alpha] = evaluate(through, data, progress=False)
+    curves = {kind: _curve(points, [scores[kind][alpha] for alpha in points]) for kind in kinds}
     sources = ends["a"], ends["b"], ends[ENSEMBLE]
     return Barrier(*sources, curves["naive"], curves["aligned"], curves.get("renormalized"))
+
+
+def _kinds(way: Made, calibration: Data | None) -> dict[str, dict[str, Any]]:
+    """How the curves are merged; the last one in the same way as a model was made."""
+    naive = {"matching": "identity", "renormalize": None, "masks": way.masks}
+    aligned = {**naive, "matching": way.matching}
+    own = {**aligned, "renormalize": way.passes or None, "preserve": way.preserve, "data": calibration}
+    return {"naive": naive, "aligned": aligned, "renormalized": own} if way.passes else {"naive": naive, "aligned": own}
 
 
 def first_images(model: nn.Module, data: Data) -> Tensor:

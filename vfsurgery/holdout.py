@@ -3,6 +3,11 @@
 A choice judged on the images that matching and statistics were fitted to would be flattered, and one judged on a test
 set spoils that test set. So calibration data is split, by the place of each image in its order and not at random:
 data that gives the same order on each pass is split alike on each, and data sorted by class keeps its shares.
+
+Where whole merges are compared, a fifth of a small set is too few to tell good ones apart: on 59 of 297 digits, four
+ways agreed with the ensemble on all, 2.6 points apart in accuracy. So up to half is held out, as long as enough is
+left. On the trained digits pairs, statistics of 148 images instead of 238 cost the regression 0.1 points, but 100
+instead of 160 cost 0.3, and 50 instead of 80 cost 0.6.
 """
 
 from __future__ import annotations
@@ -16,7 +21,13 @@ from vfsurgery.batches import Batches
 from vfsurgery.errors import DataError, explain
 
 EVERY = 5
-"""One image in so many is held out."""
+"""One image in so many is held out, where there are many."""
+SHARES = (EVERY, 4, 3, 2)
+"""What else it may be where merges are compared."""
+WANTED = 200
+"""So many images are then held out where the data has them and may spare them."""
+LEFT = 140
+"""So many are left for the statistics before more than a fifth is held out."""
 
 
 class Part:
@@ -51,6 +62,22 @@ class Part:
                     remedy="pass more images",
                 )
             )
+
+
+def every_for(data: Batches) -> int:
+    """One image in how many is to be held out for merges to be compared; reads as much as decides that.
+
+    >>> [every_for(Batches(torch.zeros(count, 1, 1, 1))) for count in (100, 200, 300, 600, 1000, 5000)]
+    [5, 4, 2, 3, 5, 5]
+    """
+    seen = 0
+    for images, _ in data:
+        seen += len(images)
+        if seen >= EVERY * WANTED:
+            break
+    enough = (every for every in SHARES if seen // every >= WANTED)
+    spared = (every for every in reversed(SHARES) if seen - seen // every >= LEFT)
+    return next(enough, next(spared, EVERY))
 
 
 def split(data: Batches | None, every: int = EVERY) -> tuple[Batches, Batches]:

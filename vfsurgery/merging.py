@@ -28,7 +28,7 @@ from vfsurgery.errors import (
     explain,
 )
 from vfsurgery.groups import GroupSet, Permutation
-from vfsurgery.holdout import split
+from vfsurgery.holdout import every_for, split
 from vfsurgery.maps import Order, UnitMap, balanced, permutations_of
 from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.matching.pairwise import describe
@@ -54,7 +54,7 @@ MERGE_PARTS = (
 """What to do about a model of which only parts can be recorded."""
 
 JUDGED = 100
-"""Calibration images from which on ways to merge are compared, on one in five of them."""
+"""Calibration images from which on ways to merge are compared, on some that are held out."""
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Tensor]
 
@@ -161,7 +161,9 @@ class Merging:
             self._all_pairs |= getattr(matcher, "needs_pairs", False)
         for step in passes:
             self.units.update(step.reads(graph_module, self.groups))
-        if self.held_out is None and (judged or any(step.holds_out() for step in passes)):
+        if self.held_out is None and judged and self.data is not None:
+            self.data, self.held_out = split(self.data, every_for(self.data))
+        elif self.held_out is None and any(step.holds_out() for step in passes):
             self.data, self.held_out = split(self.data)
 
     def can_judge(self) -> bool:

@@ -11,7 +11,7 @@ import math
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,10 @@ class Summary:
             tuple(getattr(report, "created_biases", ())),
             str(report),
         )
+
+    def before_training(self, epochs: int) -> Summary:
+        """Of a network that was trained since: all but the headline is of before."""
+        return replace(self, headline=f"{self.headline}; then trained for {epochs} epochs, all that follows is of before")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ class Comparison:
     """Scores of two sources, their ensemble and their merges; printed as a table.
 
     ``merged`` is the last merge, ``report`` its report, ``diagnosis`` says what is left of the sources' features,
-    ``flips`` what it gets wrong that they got right, and ``barrier`` is the line between them, merged that way.
+    ``flips`` what it gets wrong that they got right, and ``barrier`` is the line between them, merged that way, which
+    goes through it.
     ``diagnoses`` are those of the merges that one was asked for, by label.
     """
 
@@ -99,8 +100,7 @@ def compare_merges(
         scores[label] = evaluate(merged, test, progress=progress)
         if label in diagnosed or label == labels[-1]:
             diagnoses[label] = diagnose(merged, [a, b], calibration, progress=progress)
-    last = {key: value for key, value in merges[labels[-1]].items() if key not in ("preserve", "alpha")}
-    line = barrier(a, b, test, calibration=calibration, alphas=alphas, seed=seed, progress=progress, **last)
+    line = barrier(a, b, test, calibration=calibration, alphas=alphas, through=merged, seed=seed, progress=progress)
     flipped = flips(sources, merged, test, progress=progress)
     last_diagnosis = diagnoses[labels[-1]]
     asked = {label: found for label, found in diagnoses.items() if label in diagnosed}

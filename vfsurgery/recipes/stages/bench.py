@@ -99,7 +99,8 @@ class Bench:
 
     ``origins`` has for each network those that it was made from, ``ends`` the sources as they went into the merge;
     ``sparse`` names those whose zeros training keeps.
-    ``training`` gives the file that keeps a network's training.
+    ``training`` gives the file that keeps a network's training. ``measured`` has for each row of scores the networks
+    that it was measured on: they may have changed since.
     """
 
     sections: Mapping[str, Source]
@@ -118,6 +119,7 @@ class Bench:
     summaries: dict[str, Summary] = field(default_factory=dict[str, Summary])
     metadata: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     scores: dict[str, Score] = field(default_factory=dict[str, Score])
+    measured: dict[str, list[nn.Module]] = field(default_factory=dict[str, list[nn.Module]])
     writes: list[Export | Page] = field(default_factory=list[Export | Page])
     training: Callable[[str], Path] | None = None
 
@@ -149,7 +151,7 @@ class Bench:
             for name, model in networks.items():
                 self._replace(name, model, step.kind)
         if step.kind == "evaluate":
-            self.scores = record.scores
+            self._scored(record.scores)
         self.metadata |= record.metadata
         self.summaries |= record.summaries
 
@@ -180,7 +182,11 @@ class Bench:
         """Keep the report of each network, and what its files are to say."""
         for name in step.made:
             model = self.networks[name]
-            if step.kind != "train":
+            if step.kind == "train":  # what a report has measured was measured before
+                self.reports.pop(name, None)
+                if name in self.summaries:
+                    self.summaries[name] = self.summaries[name].before_training(step.value.epochs)
+            else:
                 self.reports[name] = report_of(model)
                 self.summaries[name] = Summary.of(self.reports[name])
                 self.metadata[name] = provenance(self.reports[name], self.recipe, [*self.files.values()])
@@ -197,6 +203,23 @@ class Bench:
         self.networks = {MERGED: model}
         self.origins = {MERGED: list(self.ends.values())}
         self.sparse = {MERGED} if self.sparse else set()
+
+    def _scored(self, scores: Mapping[str, Score]) -> None:
+        """Keep the scores of the networks as they are now; a row of no network is that of the ensemble of the first."""
+        now = {**self.ends, **self.networks}
+        self.scores = dict(scores)
+        self.measured = {
+            label: [now[label]] if label in now else [*(self.ends or self.networks).values()] for label in scores
+        }
+
+    def scores_beside(self, name: str, model: nn.Module) -> dict[str, Score]:
+        """The scores to show with a network: its own, if it is the very one that was measured, and those of others."""
+        now = {id(each) for each in (*self.ends.values(), *self.networks.values(), model)}
+        return {
+            label: score
+            for label, score in self.scores.items()
+            if all(id(each) in now for each in self.measured[label]) and (label != name or self.measured[label] == [model])
+        }
 
     @property
     def _calibration(self) -> Any:
@@ -276,11 +299,12 @@ class Bench:
         data = self._part(step.value.data)
         first = self.ends or self.networks
         if len(first) > 1:
-            self.scores = compare(first, data, progress=self.progress)
+            scores = compare(first, data, progress=self.progress)
         else:
-            self.scores = {name: evaluate(model, data, progress=self.progress) for name, model in first.items()}
+            scores = {name: evaluate(model, data, progress=self.progress) for name, model in first.items()}
         for name, model in self.networks.items() if self.ends else ():
-            self.scores[name] = evaluate(model, data, progress=self.progress)
+            scores[name] = evaluate(model, data, progress=self.progress)
+        self._scored(scores)
         told = Told(values={"scores": {label: asdict(score) for label, score in self.scores.items()}})
         width = max(map(len, self.scores))
         told.lines = [f"{label:<{width}}  {score}" for label, score in self.scores.items()]
@@ -296,7 +320,7 @@ class Bench:
         for name, model in self.networks.items():
             found = diagnose(model, self.origins[name], self._calibration, progress=self.progress)
             file = file_of(step.value.page, name, self.networks)
-            self.writes.append(Page(file, found, self.reports.get(name), dict(self.scores)))
+            self.writes.append(Page(file, found, self.reports.get(name), self.scores_beside(name, model)))
             told.lines += [f"{name}: {found.verdict}"]
             told.values[name] = found.to_dict()
         return told

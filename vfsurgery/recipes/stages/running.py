@@ -60,13 +60,12 @@ class StagesFinding:
         }
 
     def described(self, data: str) -> Sequence[tuple[Network, nn.Module]]:
-        """Every network that is written, with the scores of the last evaluation."""
+        """Every network that is written, with the scores of the last evaluation, its own if it is what was measured."""
         bench = self.bench
         exports = [each for each in bench.writes if isinstance(each, Export)]
         first = next(iter(bench.sections.values()))
         statistics = "" if bench.splits is None else f"of calibration images of {data}"
-        results = {label: 100 * score.accuracy for label, score in bench.scores.items()}
-        last = bench.networks
+        beside = [bench.scores_beside(export.name, export.model) for export in exports]
         return [
             (
                 Network(
@@ -74,16 +73,14 @@ class StagesFinding:
                     written=Written((export.file,), first.model, first.options, of_timm=is_of_timm(export.model)),
                     summary=export.summary,
                     sources=described([*bench.files.values(), *bench.origins_in_words]),
-                    results=results,
-                    measured="Accuracies in percent." if results else "",
-                    accuracy=bench.scores[export.name].accuracy
-                    if export.name in bench.scores and export.model is last.get(export.name)
-                    else None,
+                    results={label: 100 * score.accuracy for label, score in scores.items()},
+                    measured="Accuracies in percent." if scores else "",
+                    accuracy=scores[export.name].accuracy if export.name in scores else None,
                     statistics=statistics,
                 ),
                 export.model,
             )
-            for export in exports
+            for export, scores in zip(exports, beside, strict=True)
         ]
 
     def write(self, base: Path, recipe: str) -> None:

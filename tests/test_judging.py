@@ -1,0 +1,145 @@
+"""How ``"auto"`` judges what it tried: by agreement with the ensemble, near-ties by cross-entropy to it."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_nets import images, net
+from torch import Tensor, nn
+
+import vfsurgery as surgery
+from vfsurgery import choosing
+from vfsurgery.batches import Batches, Data
+from vfsurgery.data import digits
+from vfsurgery.demo import TinyConvNet, TinyResNet
+from vfsurgery.holdout import every_for
+from vfsurgery.passes.agreement import Judgement, best_of, judge
+from vfsurgery.training import from_seed, train
+
+POINTS = 0.005
+
+
+def judged(crossed: float, *misses: int, count: int = 100) -> Judgement:
+    """One that agrees on all images but those, and is as sure everywhere."""
+    hits = torch.ones(count, dtype=torch.float64)
+    hits[list(misses)] = 0
+    return Judgement(hits, torch.full((count,), crossed, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("judgements", "expected"),
+    [
+        ([judged(0.0827, count=59), judged(0.0288, count=59), judged(0.0454, count=59)], 1),  # all agree everywhere
+        ([judged(0.5, 7), judged(0.6)], 0),  # one image is chance
+        ([judged(0.5, 7, 8), judged(0.6)], 1),  # two of two are not
+        ([judged(0.5, *range(10)), judged(0.6, *range(50, 58))], 0),  # two of 18 are
+        ([judged(0.1, *range(50)), judged(2.0, *range(10))], 1),  # being sure of what is wrong helps nothing
+        ([judged(0.3, 1), judged(0.3, 2)], 0),  # of equals the first
+        ([judged(math.nan, 1), judged(0.3, 1)], 1),
+        ([judged(math.nan, 1)], 0),
+    ],
+)
+def test_agreement_decides_unless_chance_may_have_made_the_difference(judgements, expected):
+    assert best_of(dict(enumerate(judgements))) == expected
+
+
+class Fixed(nn.Module):
+    """Answers with the logits that it is given as images."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+@pytest.mark.parametrize("shape", [(40, 3), (40, 3, 2, 5)])
+def test_both_numbers_are_means_over_images_and_places_to_the_weighted_ensemble(shape):
+    batches = [part.contiguous() for part in torch.randn(*shape, dtype=torch.float64).split(16)]
+    found = judge(Fixed(-0.5), [Fixed(1.0), Fixed(3.0)], (0.75, 0.25), batches)
+    logits, ensemble = -0.5 * torch.cat(batches), 1.5 * torch.cat(batches)
+    expected = nn.functional.cross_entropy(logits, ensemble.softmax(1))
+    assert found is not None
+    assert found.agreed.shape == (40,)
+    assert found.cross_entropy == pytest.approx(float(expected))
+    assert found.agreement == pytest.approx(float((logits.argmax(1) == ensemble.argmax(1)).double().mean()))
+
+
+def test_classes_that_all_rule_out_do_not_spoil_the_cross_entropy():
+    masked = torch.tensor([[1.0, -math.inf, 0.0], [0.5, -math.inf, 0.0]], dtype=torch.float64)
+    found = judge(Fixed(), [Fixed()], (1.0,), [masked])
+    assert found is not None and 0 < found.cross_entropy < 1
+    broken = judge(Fixed(math.nan), [Fixed()], (1.0,), [masked])
+    assert broken is not None and broken.cross_entropy == math.inf
+
+
+def test_small_data_spares_more_images_but_never_too_many():
+    for count in range(100, 1200, 7):
+        every = every_for(Batches(torch.zeros(count, 1, 1, 1)))
+        held_out = count // every
+        assert every == 5 or held_out >= 200 or count - held_out >= 140
+
+
+def test_a_way_that_was_let_go_and_proves_best_is_merged_again(monkeypatch):
+    """b falls behind a by cross-entropy; c leaves a behind by agreement, and b is as good as c and surer."""
+    a, b, c = judged(0.1, *range(10)), judged(0.2, *range(20, 27)), judged(0.3, *range(30, 35))
+    assert [best_of(dict(enumerate(seen))) for seen in ([a], [a, b], [a, b, c])] == [0, 0, 1]
+    verdicts = iter([a, b, c])
+    monkeypatch.setattr(choosing, "_judged", lambda work, model, shares: next(verdicts))
+    models = net("chain", 1), net("chain", 2)
+    data = [part.contiguous() for part in images(300).split(100)]
+    options = {"data": data, "matching": "identity", "progress": False}
+    found = surgery.merge(*models, **options)
+    report = surgery.report_of(found)
+    assert [trial.kept for trial in report.trials] == [False, True, False]
+    assert report.renormalize == report.trials[1].renormalize == ("repair",)
+    held_in = {**options, "data": [part[::2] for part in data]}
+    expected = surgery.merge(*models, renormalize="repair", **held_in)
+    for key, tensor in expected.state_dict().items():
+        assert torch.allclose(tensor, found.state_dict()[key], rtol=1e-4, atol=1e-5), key
+
+
+def best_and_chosen(
+    a: nn.Module, b: nn.Module, calibration: Data, test: Data, monkeypatch: pytest.MonkeyPatch
+) -> tuple[float, float]:
+    """The test accuracy of the best of all that ``"auto"`` tries, and of what it keeps."""
+    tried: list[float] = []
+    original: Callable[..., Judgement | None] = choosing._judged
+
+    def recording(work: object, model: nn.Module, shares: object) -> Judgement | None:
+        tried.append(surgery.evaluate(model, test, progress=False).accuracy)
+        return original(work, model, shares)
+
+    monkeypatch.setattr(choosing, "_judged", recording)
+    merged = surgery.merge(a, b, data=calibration, progress=False)
+    assert len(tried) >= 2
+    return max(tried), surgery.evaluate(merged, test, progress=False).accuracy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "seeds", "options"),
+    [(TinyConvNet, (1, 2), {"epochs": 15, "lr": 0.03}), (TinyResNet, (0, 1), {"epochs": 12, "lr": 0.1})],
+)
+def test_the_choice_is_hardly_ever_behind_the_best_way_on_the_pairs_of_the_demo(build, seeds, options, monkeypatch):
+    splits = digits(seed=0)
+    a, b = (train(from_seed(build, seed), splits.train, seed=seed, progress=False, **options) for seed in seeds)
+    best, chosen = best_and_chosen(a, b, splits.calibration, splits.test, monkeypatch)
+    assert chosen >= best - POINTS
+
+
+@pytest.mark.pairs
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vgg11_half", "tv_resnet18"])
+def test_the_choice_is_hardly_ever_behind_the_best_way_on_trained_pairs(name, shared: Path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "docs" / "benchmarks")
+    pairs = importlib.import_module("pairs")
+    given = pairs.load_images(shared, pairs.ROOT / "out" / "cache", calibration=1000, test=2000)
+    best, chosen = best_and_chosen(*pairs.load_pair(shared, name), given.calibration, given.test, monkeypatch)
+    assert chosen >= best - POINTS
