@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 import vfsurgery as surgery
 from vfsurgery.errors import DataError, OptionError
-from vfsurgery.passes.regress import Regress, _patches, _Solution
-from vfsurgery.stats.correlation import Centred, CrossMoments
+from vfsurgery.passes.regress import Regress, _Solution
 from vfsurgery.stats.lockstep import Lockstep, live_bytes
-from vfsurgery.tracing.ops import OpReader
+from vfsurgery.stats.patches import Geometry, PatchMoments, PatchSums
 from vfsurgery.verification import relative_error
 
 DATA = [part.contiguous() for part in images(600).split(100)]
@@ -141,43 +140,101 @@ def test_one_image_is_too_few_and_a_model_without_layers_has_nothing_to_fit():
         surgery.merge(Scale(), Scale(), data=DATA, matching="identity", renormalize="regress", progress=False)
 
 
-def test_the_solution_is_that_of_ridge_regression_on_centred_samples():
+def moments_of(x: Tensor, z: Tensor) -> PatchMoments:
+    """Moments of inputs and goals, ``(samples, columns)`` and ``(samples, units)``."""
+    sums = PatchSums(Geometry(), [((len(x), x.shape[1], 1), (len(z), z.shape[1], 1))])
+    sums.add(x[:, :, None], z.T[:, None], ((0, 1),))
+    return sums.moments()
+
+
+def linear_samples(columns: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, what a linear layer makes of them, and other weights to start from."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 6, generator=generator, dtype=torch.float64) + 2
-    z = x @ torch.randn(6, 3, generator=generator, dtype=torch.float64) + 1
-    both = Centred.of(torch.cat([x, z], 1), None, 1)
-    moments = CrossMoments.of(both, both)
-    start = torch.randn(3, 6, generator=generator, dtype=torch.float64)
-    weight, bias, ridge = _Solution(moments, moments, 6).solve(start, None, [1e-9, 10.0])
-    assert ridge == 1e-9
+    x = torch.randn(400, columns, generator=generator, dtype=torch.float64) + 2
+    z = x @ torch.randn(columns, 3, generator=generator, dtype=torch.float64) + 1
+    return x, z, torch.randn(3, columns, generator=generator, dtype=torch.float64)
+
+
+def test_the_solution_is_that_of_ridge_regression_on_centred_samples():
+    x, z, start = linear_samples()
+    moments = moments_of(x, z)
+    weight, bias, place = _Solution(moments, moments).solve(start, None, [1e-9, 10.0])
+    assert place == 0
     assert torch.allclose(x @ weight.T + bias, z, atol=1e-6)
-    held, shift, _ = _Solution(moments, moments, 6).solve(start, None, [1e6])
+    held, shift, _ = _Solution(moments, moments).solve(start, None, [1e6])
     assert not torch.allclose(x @ held.T + shift, z, atol=0.1)
     direction = held / held.norm(dim=1, keepdim=True)
     assert torch.allclose(direction, start / start.norm(dim=1, keepdim=True), atol=1e-3)
 
 
+@pytest.mark.parametrize("ridge", [0.01, 1.0])
+def test_the_solution_meets_the_normal_equations(ridge):
+    x, z, start = linear_samples()
+    moments = moments_of(x, z)
+    weight, bias, _ = _Solution(moments, moments).solve(start, None, [ridge])
+    spread = (z - z.mean(0)).std(0, correction=0)
+    x = x - x.mean(0)
+    start = start * (spread / (x @ start.T).std(0, correction=0))[:, None]
+    unit = x.square().mean()
+    covariance = x.T @ x / len(x)
+    expected = torch.linalg.solve(
+        covariance + ridge * unit * torch.eye(6, dtype=x.dtype),
+        ((z - z.mean(0)).T @ x / len(x) + ridge * unit * start).T,
+    ).T
+    assert torch.allclose(weight, expected, rtol=1e-8)
+    assert torch.allclose(bias, z.mean(0) - expected @ (linear_samples()[0].mean(0)), rtol=1e-8)
+
+
+@pytest.mark.parametrize("first", range(6))
+def test_the_best_ridge_is_found_from_wherever_the_search_starts(first):
+    x, z, start = linear_samples(60)
+    generator = torch.Generator().manual_seed(1)
+    z = z + 20 * torch.randn(z.shape, generator=generator, dtype=z.dtype)
+    ridges = [1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0]
+    parts = moments_of(x[:100], z[:100]), moments_of(x[100:], z[100:])
+    _, _, place = _Solution(*parts).solve(start, None, ridges, first)
+    residual = x[100:] - x[100:].mean(0), z[100:] - z[100:].mean(0)
+    errors = []
+    for ridge in ridges:
+        weight, _, _ = _Solution(*parts).solve(start, None, [ridge])
+        errors.append(float((((residual[0] @ weight.T - residual[1]) / z[:100].std(0, correction=0)) ** 2).sum()))
+    assert place == errors.index(min(errors)) and 0 < place < 5
+
+
+def test_inputs_that_never_vary_keep_their_weights_and_cost_no_accuracy():
+    x, z, start = linear_samples()
+    constant = torch.cat([x, torch.full((400, 2), 7.0, dtype=x.dtype)], 1)
+    wider = torch.cat([start, torch.ones(3, 2, dtype=x.dtype)], 1)
+    moments, more = moments_of(x, z), moments_of(constant, z)
+    ridges = [0.04]
+    weight, bias, _ = _Solution(moments, moments).solve(start, None, ridges)
+    found, shift, _ = _Solution(more, more).solve(wider, None, [ridges[0] * 8 / 6])  # its unit is the mean variance
+    assert torch.allclose(found[:, :6], weight)
+    assert torch.allclose(constant @ found.T + shift, x @ weight.T + bias)
+    assert torch.allclose(found[:, 6:] / found[:, 6:7], torch.ones(3, 2, dtype=x.dtype))
+
+
 @pytest.mark.parametrize(
-    "conv",
+    "layer",
     [
         nn.Conv2d(3, 4, 3, padding=1),
         nn.Conv2d(3, 4, (3, 2), stride=(2, 1), dilation=(1, 2)),
-        nn.Conv2d(3, 4, 3, padding="same", dilation=2),
         nn.Conv2d(3, 4, 3, padding=2, padding_mode="reflect"),
-        nn.Conv2d(3, 4, 2, padding="valid"),
+        nn.Linear(12, 4),
     ],
     ids=str,
 )
-def test_patches_times_the_weight_are_what_the_convolution_computes(conv):
-    model = nn.Sequential(conv, nn.ReLU()).eval()
-    x = images(2)
-    (op, _) = OpReader(surgery.trace(model, x))
-    expected = outputs(conv, x)
-    places = torch.arange(expected[0, 0].numel())[::3]
-    found = _patches(x, op, places) @ conv.weight.detach().flatten(1).T + conv.bias.detach()
-    rows = expected.flatten(2)[:, :, places].permute(0, 2, 1).flatten(0, 1)
-    assert torch.allclose(found, rows, atol=1e-5)
-    assert not torch.allclose(found[1:], rows[:-1], atol=1e-5)
+@pytest.mark.parametrize("least", [20_000, 300])
+def test_a_layer_is_fitted_to_what_it_computes_whichever_outputs_are_looked_at(layer, least, monkeypatch):
+    """A goal that the layer can meet is met: inputs and goals are read in the same places."""
+    monkeypatch.setattr("vfsurgery.passes.regress.LEAST_SAMPLES", least)
+    monkeypatch.setattr("vfsurgery.passes.regress.IMAGES_AT_A_PLACE", 10)
+    sources = [lively(nn.Sequential(copy.deepcopy(layer)), seed) for seed in (1, 2)]
+    merged = surgery.merge(*sources, data=DATA, matching="identity", renormalize=Regress(ridge=1e-7), progress=False)
+    x = images(8, seed=4)
+    goal = (outputs(sources[0], x) + outputs(sources[1], x)) / 2
+    assert torch.allclose(outputs(merged, x), goal, atol=1e-3)
+    assert not torch.allclose(outputs(sources[0], x), goal, atol=1e-3)
 
 
 def test_a_graph_in_lockstep_computes_what_the_model_does_and_forgets_what_is_done():

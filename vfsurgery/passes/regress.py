@@ -18,14 +18,12 @@ BatchNorm layers are recalibrated on the way, on the merged model's exact statis
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from vfsurgery.batches import progress
 from vfsurgery.errors import DataError, OptionError, explain
@@ -36,9 +34,9 @@ from vfsurgery.passes.fold import fold_affine, tensor_of
 from vfsurgery.passes.producers import CONV, LINEAR, Producer, find_producers
 from vfsurgery.passes.recalibrate import batch_norm_nodes, set_running
 from vfsurgery.passes.renormalize import Affine, Repair, unit_ratio
-from vfsurgery.stats.correlation import Centred, CrossMoments
 from vfsurgery.stats.lockstep import Lockstep, live_bytes
 from vfsurgery.stats.moments import Moments, add_batch, weighted_goal
+from vfsurgery.stats.patches import Box, Geometry, PatchMoments, PatchSums
 from vfsurgery.threads import threads
 from vfsurgery.tracing.ops import Op, OpReader
 
@@ -47,6 +45,12 @@ HELD_OUT = 5
 """Every which batch is held out to choose the ridge."""
 SAMPLES, LEAST_SAMPLES = 10, 20_000
 """Samples per column of a layer's matrix that are looked at, and how many at least, where there are as many."""
+TRIED = 3
+"""Ridges that are tried for a layer, about."""
+IMAGES_AT_A_PLACE = 128
+"""Images that are looked at in the same place, where only a part of a layer's outputs is looked at."""
+CONSTANT = 1e-12
+"""Variance, relative to the squared mean, up to which an input is constant: what rounding leaves."""
 GIB = 2**30
 
 
@@ -105,7 +109,9 @@ class Regress(Pass):
                 shape = ops[producer.node].output.shape
                 positions = torch.Size(shape).numel() // (shape[0] * producer.units)
                 samples = min(self.images * positions, _wanted(columns) + self.images)
-                total += 2.0 * samples * (columns + producer.units) ** 2 + len(RIDGES) * columns**3 / 3
+                shifted = 1 if ops[producer.node].key in LINEAR else Geometry.of(ops[producer.node]).kernel[0]
+                total += 2.0 * samples * columns * (columns / shifted + producer.units)
+                total += TRIED * columns**2 * (columns / 3 + 4 * producer.units)
         return total
 
     def _batches(self, graph_module: fx.GraphModule, context: Context) -> list[Tensor]:
@@ -134,6 +140,7 @@ class _Fit:
         self.sources = [Lockstep(source.graph_module, batches) for source in context.sources]
         self.candidates = RIDGES if ridge is None else (ridge,)
         self.ridges: list[float] = []
+        self._place = len(self.candidates) // 2
         self.generator = torch.Generator().manual_seed(0)  # of the positions that are looked at
 
     def reset(self, name: str, norm: nn.modules.batchnorm._BatchNorm) -> None:
@@ -165,40 +172,68 @@ class _Fit:
         node = self.merged.run_before(producer.node)
         targets = [source.run_through(producer.node) for source in self.sources]
         weight = tensor_of(self.graph_module, producer.weight)
-        columns, shares = weight[0].numel(), self.context.weights_of(producer.weight)
-        statistics: dict[bool, CrossMoments] = {}  # of the batches held out, and of those fitted on
-        goals: dict[int, Moments] = {}
-        count = sum(len(images) for images in self.merged.batches)
-        for number, inputs in enumerate(self.merged.of(cast(fx.Node, node.args[0]))):
-            outputs = [values.values[number][target] for values, target in zip(self.sources, targets, strict=True)]
-            places = self._places(outputs[0], producer.dim, _wanted(columns) // count + 1)
-            rows = [
-                self._aligned(_units(value, producer.dim, places), producer, source)
-                for source, value in enumerate(outputs)
-            ]
-            for source, value in enumerate(rows):
-                add_batch(goals, source, Moments.of(value, dim=1))
-            mean = torch.stack([w * z for w, z in zip(shares, rows, strict=True)]).sum(0)
-            x = _patches(inputs, op, places) if op.key not in LINEAR else _units(inputs, -1, places)
-            held_out = number % HELD_OUT == HELD_OUT - 1 or number == len(self.merged.batches) - 1
-            both = Centred.of(torch.cat([x, mean], 1), None, 1)
-            add_batch(statistics, held_out, CrossMoments.of(both, both))
-        solution = _Solution(statistics[False], statistics[True], columns)
-        goal = None if producer.is_output else weighted_goal([*goals.values()], shares)
-        found, shift, ridge = solution.solve(weight.flatten(1), goal, self.candidates)
-        self.ridges.append(ridge)
+        shares = self.context.weights_of(producer.weight)
+        fitted, held_out, goals = self._gather(producer, op, cast(fx.Node, node.args[0]), targets)
+        solution = _Solution(fitted.moments(), held_out.moments())
+        goal = None if producer.is_output else weighted_goal(goals, shares)
+        found, shift, place = solution.solve(weight.flatten(1), goal, self.candidates, self._place)
+        self.ridges.append(self.candidates[place])
+        self._place = place
         weight.copy_(found.view_as(weight))
         self._set_bias(producer, shift)
 
-    def _aligned(self, rows: Tensor, producer: Producer, source: int) -> Tensor:
-        """A source's output, ``(samples, units)``, in the units of the merged model."""
-        orders = self.context.permutations[source]
-        return map_units(rows.T, producer.weight, producer.rows, self.context.groups, orders).T
+    def _gather(
+        self, producer: Producer, op: Op, origin: fx.Node, targets: Sequence[fx.Node]
+    ) -> tuple[PatchSums, PatchSums, list[Moments]]:
+        """What the layer reads and should put out, on the batches fitted on and those held out, and its sources'."""
+        geometry = Geometry() if op.key in LINEAR else Geometry.of(op)
+        spatial = len(geometry.kernel)
+        shares, weight = self.context.weights_of(producer.weight), tensor_of(self.graph_module, producer.weight)
+        inputs = [_channels_first(value, op) for value in self.merged.of(origin)]
+        outputs = [
+            [_units_first(value, producer.dim, spatial) for value in source.of(target)]
+            for source, target in zip(self.sources, targets, strict=True)
+        ]
+        shapes = [(value.shape, (0, 0, *made.shape[2:])) for value, made in zip(inputs, outputs[0], strict=True)]
+        fitted, held_out = PatchSums(geometry, shapes), PatchSums(geometry, shapes)
+        goals: dict[int, Moments] = {}
+        per_image = _wanted(weight[0].numel()) // sum(map(len, inputs)) + 1
+        for number, value in enumerate(inputs):
+            last = number == len(inputs) - 1
+            sums = held_out if number % HELD_OUT == HELD_OUT - 1 or last else fitted
+            for part, box in self._boxes(len(value), outputs[0][number].shape[2:], per_image):
+                mean = None
+                for source, share in enumerate(shares):
+                    aligned = self._aligned(_boxed(outputs[source][number][:, part], box), producer, source)
+                    add_batch(goals, source, Moments.of(aligned))
+                    mean = share * aligned if mean is None else mean.add_(aligned, alpha=share)
+                assert mean is not None
+                sums.add(value[part], mean, box)
+        return fitted, held_out, [*goals.values()]
 
-    def _places(self, value: Tensor, dim: int, per_image: int) -> Tensor:
-        """Random positions of a layer's output, flattened over all dims but those of images and units."""
-        positions = value[0].numel() // value.shape[dim]
-        return torch.randperm(positions, generator=self.generator)[:per_image].to(value.device)
+    def _aligned(self, units: Tensor, producer: Producer, source: int) -> Tensor:
+        """A source's output, ``(units, ...)`` float, in the units of the merged model."""
+        orders = self.context.permutations[source]
+        mapped = map_units(units, producer.weight, producer.rows, self.context.groups, orders)
+        return mapped.to(torch.promote_types(mapped.dtype, torch.float32))
+
+    def _boxes(self, images: int, positions: Sequence[int], per_image: int) -> Iterator[tuple[slice, Box]]:
+        """Which outputs of which images are looked at: all, or as many as are wanted at random places.
+
+        They extend along the first dim first, where neighbours share most of the work.
+        """
+        sizes: list[int] = []
+        left = per_image
+        for size in positions:
+            sizes.append(min(size, left))
+            left = -(-left // sizes[-1])
+        together = images if sizes == [*positions] else IMAGES_AT_A_PLACE
+        for start in range(0, images, together):
+            firsts = (
+                int(torch.randint(whole - size + 1, (), generator=self.generator))
+                for whole, size in zip(positions, sizes, strict=True)
+            )
+            yield slice(start, start + together), tuple(zip(firsts, sizes, strict=True))
 
     def _set_bias(self, producer: Producer, shift: Tensor) -> None:
         if producer.bias is not None:
@@ -212,44 +247,98 @@ class _Fit:
 
 @dataclass
 class _Solution:
-    """Ridge regression from the moments of inputs and goals together, the first ``columns`` of them inputs."""
+    """Ridge regression from the moments of what a layer reads and of its goals, on batches fitted on and held out."""
 
-    fitted: CrossMoments
-    held_out: CrossMoments
-    columns: int
+    fitted: PatchMoments
+    held_out: PatchMoments
 
     def solve(
-        self, average: Tensor, goal: tuple[Tensor, Tensor] | None, ridges: Sequence[float]
-    ) -> tuple[Tensor, Tensor, float]:
-        """Weight ``(units, columns)``, bias ``(units,)`` and the ridge that does best on the held-out batches."""
-        n = self.columns
-        covariance, held_out = (moments.products / moments.a.count for moments in (self.fitted, self.held_out))
-        c, cross = covariance[:n, :n], covariance[n:, :n]
-        spread = covariance.diagonal()[n:].sqrt()
+        self, average: Tensor, goal: tuple[Tensor, Tensor] | None, ridges: Sequence[float], first: int = 0
+    ) -> tuple[Tensor, Tensor, int]:
+        """Weight ``(units, columns)``, bias ``(units,)`` and which ridge does best on the held-out batches.
+
+        The search starts at ``ridges[first]``.
+        """
+        fitted, held_out, columns = self._varying()
+        spread = fitted.goal_variance.clamp_min(0).sqrt()
         goal_std = spread if goal is None else goal[1]
-        scale = unit_ratio(goal_std, spread)[:, None]
-        start = average.double()
-        start = start * unit_ratio(goal_std, ((start @ c) * start).sum(1).clamp_min(0).sqrt())[:, None]
-        missing = scale * cross - start @ c
-        unit = c.diagonal().mean()
-        eye = torch.eye(n, dtype=c.dtype, device=c.device)
-        best, lowest, chosen = start, float("inf"), ridges[0]
-        for ridge in ridges:
-            with threads(1):
-                factor, failed = torch.linalg.cholesky_ex(c + ridge * unit * eye)
-                if bool(failed):
-                    continue
-                found = start + torch.cholesky_solve(missing.T, factor).T
-            error = ((found @ held_out[:n, :n] - 2 * scale * held_out[n:, :n]) * found).sum(1)
-            error = float((error / goal_std.square().clamp_min(torch.finfo(torch.float64).tiny)).sum())
-            if error < lowest:
-                best, lowest, chosen = found, error, ridge
-        joint = self.fitted.merge(self.held_out)
+        whole = average.double()
+        whole = whole * unit_ratio(goal_std, _variance(whole[:, columns], fitted).sqrt())[:, None]
+        ridge_unit = fitted.covariance.diagonal().sum() / average.shape[1]
+        search = _Search(fitted, held_out, whole[:, columns], unit_ratio(goal_std, spread)[:, None], goal_std)
+        whole[:, columns], chosen = search.best([ridge * ridge_unit for ridge in ridges], first)
+        count = self.fitted.count + self.held_out.count
+        share = self.held_out.count / count
         if goal is not None:
-            everything = joint.products[:n, :n] / joint.a.count
-            best = best * unit_ratio(goal_std, ((best @ everything) * best).sum(1).clamp_min(0).sqrt())[:, None]
-        mean = joint.a.mean[n:] if goal is None else goal[0]
-        return best, mean - best @ joint.a.mean[:n], chosen
+            apart = (whole[:, columns] @ (held_out.mean - fitted.mean)).square()
+            within = (_variance(whole[:, columns], part) for part in (fitted, held_out))
+            variance = (
+                sum(of * x for of, x in zip((1 - share, share), within, strict=True)) + share * (1 - share) * apart
+            )
+            whole = whole * unit_ratio(goal_std, variance.sqrt())[:, None]
+        mean, goal_mean = (
+            torch.lerp(a, b, share)
+            for a, b in ((self.fitted.mean, self.held_out.mean), (self.fitted.goal_mean, self.held_out.goal_mean))
+        )
+        wanted = goal_mean if goal is None else goal[0]
+        return whole, wanted - whole[:, self.fitted.columns] @ mean, chosen
+
+    def _varying(self) -> tuple[PatchMoments, PatchMoments, Tensor]:
+        """Without the inputs that are constant, whose weights no regression moves, and the columns that are left."""
+        moments = self.fitted, self.held_out
+        varies = torch.stack([m.covariance.diagonal() > CONSTANT * m.mean.square() for m in moments]).any(0)
+        if not bool(varies.all()):
+            moments = self.fitted.take(varies), self.held_out.take(varies)
+        return *moments, moments[0].columns
+
+
+@dataclass
+class _Search:
+    """The ridge with the lowest error on the held-out batches, up and down from a first guess until it rises.
+
+    ``start`` are the weights that the ridge pulls to, ``(units, inputs)``; ``scale`` brings the goals to ``goal_std``.
+    """
+
+    fitted: PatchMoments
+    held_out: PatchMoments
+    start: Tensor
+    scale: Tensor
+    goal_std: Tensor
+
+    def best(self, ridges: Sequence[Tensor], first: int) -> tuple[Tensor, int]:
+        """The weights under the best ridge, and which one that is; ``start`` if none can be solved for."""
+        missing = (self.scale * self.fitted.cross - self.start @ self.fitted.covariance).T
+        errors: dict[int, float] = {}
+        best, chosen, places = self.start, 0, [first]
+        while places:
+            for place in places:
+                found = self._solved(missing, ridges[place])
+                errors[place] = float("inf") if found is None else self._error(found)
+                if found is not None and errors[place] == min(errors.values()):
+                    best, chosen = found, place
+            if all(error == float("inf") for error in errors.values()):  # a larger one may do
+                places = [place for place in range(len(ridges)) if place not in errors]
+            else:
+                beside = (chosen - 1, chosen + 1)
+                places = [place for place in beside if 0 <= place < len(ridges) and place not in errors]
+        return best, chosen
+
+    def _solved(self, missing: Tensor, ridge: Tensor) -> Tensor | None:
+        matrix = self.fitted.covariance.clone()
+        matrix.diagonal().add_(ridge)
+        with threads(1):
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            return None if bool(failed) else self.start + torch.cholesky_solve(missing, factor).T
+
+    def _error(self, found: Tensor) -> float:
+        """Squared deviation from the goals, each unit's in units of its own variance, but for a constant."""
+        error = ((found @ self.held_out.covariance - 2 * self.scale * self.held_out.cross) * found).sum(1)
+        return float((error / self.goal_std.square().clamp_min(torch.finfo(torch.float64).tiny)).sum())
+
+
+def _variance(weight: Tensor, moments: PatchMoments) -> Tensor:
+    """Of what weights make of inputs, ``(units,)``."""
+    return ((weight @ moments.covariance) * weight).sum(1).clamp_min(0)
 
 
 def _wanted(columns: int) -> int:
@@ -269,43 +358,19 @@ def _moments(batches: Iterator[Tensor], dim: int) -> Moments:
     return first
 
 
-def _units(value: Tensor, dim: int, places: Tensor) -> Tensor:
-    """A layer's output at some places, ``(images * places, units)`` float."""
-    dim = dim % value.ndim
-    rows = value.movedim(dim, -1).flatten(1, -2) if value.ndim > 2 else value[:, None]
-    rows = rows[:, places].flatten(0, 1)
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def _patches(value: Tensor, op: Op, places: Tensor) -> Tensor:
-    """What a convolution sees at some places of its output, ``(images * places, channels * kernel)`` float."""
-    weight = op.param("weight", 1)
-    assert weight is not None
-    kernel, spatial = weight.shape[2:], len(weight.shape) - 2
-    stride, dilation = (_per_dim(op.argument(*option), spatial) for option in (("stride", 3, 1), ("dilation", 5, 1)))
-    value = _padded(value, op, kernel, dilation)
-    for place in range(spatial):
-        reach = dilation[place] * (kernel[place] - 1) + 1
-        value = value.unfold(2 + place, reach, stride[place])[..., :: dilation[place]]
-    shape = value.shape[2 : 2 + spatial]  # value: (images, channels, positions..., kernel...)
-    picked = torch.unravel_index(places, shape)
-    patches = value[(slice(None), slice(None), *picked)].movedim(2, 1)  # (images, places, channels, kernel...)
-    return patches.flatten(2).flatten(0, 1).to(torch.promote_types(value.dtype, torch.float32))
-
-
-def _padded(value: Tensor, op: Op, kernel: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    padding: Any = op.argument("padding", 4, 0)
-    if padding == "valid":
+def _channels_first(value: Tensor, op: Op) -> Tensor:
+    """A layer's input, ``(images, channels, spatial...)``; a linear layer's places lie along one dim."""
+    if op.key not in LINEAR:
         return value
-    if padding == "same":
-        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        amounts = [(total // 2, total - total // 2) for total in totals]
-    else:
-        amounts = [(amount, amount) for amount in _per_dim(padding, len(kernel))]
-    mode = op.argument("padding_mode", 99, "zeros")
-    flat = list(itertools.chain.from_iterable(reversed(amounts)))
-    return functional.pad(value, flat, mode="constant" if mode == "zeros" else mode) if any(flat) else value
+    return value.movedim(-1, 1).flatten(2) if value.ndim > 2 else value[:, :, None]
 
 
-def _per_dim(given: Any, dims: int) -> tuple[int, ...]:
-    return tuple(given) * (dims if len(given) == 1 else 1) if isinstance(given, tuple | list) else (given,) * dims
+def _units_first(value: Tensor, dim: int, spatial: int) -> Tensor:
+    """A layer's output, ``(units, images, spatial...)``, a linear layer's places along one dim."""
+    value = value.movedim(dim, 0)
+    return value if value.ndim == 2 + spatial else value.flatten(2) if value.ndim > 2 else value[:, :, None]
+
+
+def _boxed(value: Tensor, box: Box) -> Tensor:
+    """What lies in a box, ``(units, first dim, images, other dims)``."""
+    return value[(slice(None), slice(None), *(slice(first, first + size) for first, size in box))].movedim(2, 1)
