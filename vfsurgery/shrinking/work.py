@@ -119,7 +119,8 @@ class Shrinking:
         with self.clock("rehearsal"):
             rehearsal = Rehearsal(self.source.model, self.source.graph_module, self.inputs)
             works, failed = largest_working(
-                teams.leaders(name for name in first if name not in self.whole), lambda names: rehearsal.failure(cut(names))
+                teams.leaders(name for name in first if name not in self.whole),
+                lambda names: rehearsal.failure(cut(names)),
             )
             others = dict.fromkeys(other for name in failed for other in instead.get(name, ()))
             also, _ = largest_working(

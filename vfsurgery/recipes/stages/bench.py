@@ -218,7 +218,8 @@ class Bench:
         return {
             label: score
             for label, score in self.scores.items()
-            if all(id(each) in now for each in self.measured[label]) and (label != name or self.measured[label] == [model])
+            if all(id(each) in now for each in self.measured[label])
+            and (label != name or self.measured[label] == [model])
         }
 
     @property
