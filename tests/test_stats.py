@@ -11,9 +11,10 @@ from tiny_nets import groups_of, images, net
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery.stats.collect import Observer, Site, group_sites, image_dtype, survey
+from vfsurgery.stats.collect import Observer, Site, group_sites, survey
 from vfsurgery.stats.correlation import Centred, CrossMoments
 from vfsurgery.stats.moments import Moments, weighted_goal
+from vfsurgery.stats.precision import image_dtype
 
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 """Error of means and variances relative to the largest one; half precision is computed in float32."""

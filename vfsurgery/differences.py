@@ -16,6 +16,7 @@ from vfsurgery.excerpts import describe_call
 from vfsurgery.report import Report
 from vfsurgery.sources import canonical_state
 from vfsurgery.tracing.examples import example_inputs_of
+from vfsurgery.tracing.precision import as_real
 
 Sign: TypeAlias = Literal["+", "-", "~"]
 COLOURS = {"+": "\033[32m", "-": "\033[31m", "~": "\033[33m"}
@@ -159,7 +160,7 @@ def _describe(tensor: Tensor) -> str:
 
 def _share(before: Tensor, after: Tensor) -> float:
     """Norm of the change over the norm of what was, in percent; infinite if that was zero."""
-    old, new = before.double(), after.to(before.device).double()
+    old, new = (as_real(tensor).double() for tensor in (before, after.to(before.device)))
     return float(100 * (new - old).norm() / old.norm())
 
 

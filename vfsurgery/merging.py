@@ -41,7 +41,8 @@ from vfsurgery.report import Certificate, GroupMatch, MergeReport, Preserved, Tr
 from vfsurgery.shares import SharePlan
 from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode, write_into
 from vfsurgery.sparse import MaskPlan, refuse_hooks
-from vfsurgery.stats.collect import Site, Survey, group_sites, image_dtype, survey
+from vfsurgery.stats.collect import Site, Survey, group_sites, survey
+from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
@@ -99,10 +100,10 @@ class Merging:
         """Check, trace and group the sources."""
         started = time.perf_counter()
         refuse_hooks(models)
-        device, dtype = common_device(models), image_dtype(models[0])
+        device = common_device(models)
         check_same_architecture(models)
         check_weights(models)
-        batches = None if data is None else Batches(data, device=device, dtype=dtype)
+        batches = None if data is None else batches_for(models[0], data, device)
         inputs = example_from(models[0], batches, given)
         if batches is not None and len(inputs) > 1:
             raise DataError(

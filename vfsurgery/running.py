@@ -34,7 +34,8 @@ from vfsurgery.sources import (
     eval_mode,
     write_into,
 )
-from vfsurgery.stats.collect import Site, Survey, image_dtype, survey
+from vfsurgery.stats.collect import Site, Survey, survey
+from vfsurgery.stats.precision import batches_for, image_dtype
 from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.selection import Leaf
@@ -145,8 +146,9 @@ def run_passes(
     sources = [network(source, f"source {number}") for number, source in enumerate(sources)]
     check_weights([model, *sources])
     check_same_architecture([model, *sources])
-    device, dtype = next(iter(canonical_state(model).values())).device, image_dtype(model)
-    batches = None if data is None else Batches(data, device=device, dtype=dtype)
+    device = next(iter(canonical_state(model).values())).device
+    batches = None if data is None else batches_for(model, data, device)
+    dtype = image_dtype(model) if batches is None else batches.dtype
     if example_inputs is None and batches is not None:
         example_inputs = next(iter(batches))[0][:2]
     inputs = tuple(

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, explain
 from vfsurgery.tracing.copies import copied, forget_kept, plain_tensors
 from vfsurgery.tracing.ops import canonical_parameters
+from vfsurgery.tracing.precision import as_real, is_inexact
 from vfsurgery.tracing.tracer import put_over
 from vfsurgery.tracing.values import VALUE
 
@@ -112,7 +113,7 @@ def check_finite(name: str, state: dict[str, Tensor]) -> None:
 
 def first_not_finite(state: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or infinite values, or ``None``."""
-    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()}
+    floats = {name: as_real(tensor) for name, tensor in state.items() if is_inexact(tensor) and tensor.numel()}
     # NaN spreads into both ends of the range, so no mask of a tensor's size is needed
     finite = {name: torch.isfinite(torch.stack(torch.aminmax(tensor))).all() for name, tensor in floats.items()}
     if not finite or bool(torch.stack([*finite.values()]).all()):  # a single wait for the device

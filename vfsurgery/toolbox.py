@@ -17,8 +17,9 @@ from vfsurgery.excerpts import note_node
 from vfsurgery.groups import GroupSet, PermutationGroup
 from vfsurgery.passes.producers import find_producers
 from vfsurgery.sources import eval_mode
-from vfsurgery.stats.collect import Observer, Site, Watch, image_dtype
+from vfsurgery.stats.collect import Observer, Site, Watch
 from vfsurgery.stats.moments import Moments, add_batch
+from vfsurgery.stats.precision import image_dtype
 from vfsurgery.tracing.ops import canonical_key, canonical_parameters, module_path
 from vfsurgery.tracing.shapes import renew_values
 from vfsurgery.tracing.values import VALUE, TensorValue

@@ -22,7 +22,7 @@ from vfsurgery.report import Certificate
 from vfsurgery.sources import Source, canonical_state, eval_mode
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.copies import copied, fresh
-from vfsurgery.tracing.precision import Precise, in_precision, is_inexact, raised, real
+from vfsurgery.tracing.precision import Precise, as_real, in_precision, is_inexact, raised, real
 
 TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative output error by the precision computed in; half precision is checked in float32."""
@@ -263,7 +263,7 @@ def _prove(
 
 
 def _off_in_its_last_place(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if not tensor.is_floating_point():
+    if not is_inexact(tensor):
         return tensor
     signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.float64).to(tensor) * 2 - 1
     return tensor * (1 + LAST_PLACE * signs)
@@ -306,11 +306,12 @@ def randomize(model: nn.Module, generator: torch.Generator) -> None:
     values but for a factor: the small ones of transformers, whose attention would hardly depend on queries and keys,
     come to be as large as torch draws them by default.
     """
-    for tensor in canonical_state(model).values():
-        if not tensor.is_floating_point() or not tensor.numel():
+    for value in canonical_state(model).values():
+        if not is_inexact(value) or not value.numel():
             continue
+        tensor = as_real(value)
         noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-        if tensor.ndim <= 1:
+        if value.ndim <= 1:
             positive = bool((tensor > 0).all())  # scales and variances
             tensor.copy_(0.5 + noise if positive else noise - 0.5)
         elif bool((tensor == tensor.flatten()[0]).all()) or float(tensor.abs().max()) < FAINT:

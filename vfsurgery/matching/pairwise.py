@@ -13,6 +13,7 @@ from vfsurgery.matching.base import Gain
 from vfsurgery.matching.schemes import units_in_order
 from vfsurgery.matching.similarity import is_matrix, member_rows
 from vfsurgery.stats.correlation import CrossMoments, mean_correlation
+from vfsurgery.tracing.precision import as_real
 
 Crossed = Mapping[tuple[int, int], Mapping[str, Sequence[CrossMoments]]]
 """For pairs of sources ``i < j`` and each group the cross moments of its units, one for each place they are read at."""
@@ -123,7 +124,9 @@ def pairwise_similarity(
     for name in groups.by_parameter:
         if is_matrix(states[0][name]):
             pairs = zip(states, orders, strict=True)
-            rows = torch.stack([permute_tensor(name, state[name], groups, own).flatten() for state, own in pairs])
+            rows = torch.stack(
+                [as_real(permute_tensor(name, state[name], groups, own)).flatten() for state, own in pairs]
+            )
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             products += (rows @ rows.T).to(products)
     norms = products.diagonal().clamp_min(0).sqrt()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vfsurgery.groups import GroupSet, Member, Permutation, PermutationGroup, gather_index, permute_tensor
 from vfsurgery.stats.correlation import unit_rows
+from vfsurgery.tracing.precision import as_real, is_inexact
 
 States = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 
@@ -141,7 +142,7 @@ class Similarity:
 
 def is_matrix(tensor: Tensor) -> bool:
     """Whether a parameter counts for weight matching: numbers in two and more dims."""
-    return tensor.is_floating_point() and tensor.ndim > 1
+    return is_inexact(tensor) and tensor.ndim > 1
 
 
 def columns(order: Permutation, like: Tensor) -> Tensor:
@@ -150,7 +151,11 @@ def columns(order: Permutation, like: Tensor) -> Tensor:
 
 
 def member_rows(tensor: Tensor, member: Member) -> Tensor:
-    """The member's units as rows of a matrix, float32 or better, without a copy where they lie so already."""
+    """The member's units as rows of a matrix, float32 or better, without a copy where they lie so already.
+
+    Of complex numbers both parts stand there: the product of two such rows is the real part of their inner product.
+    """
+    tensor = as_real(tensor)
     whole = member.size == tensor.shape[member.dim] and not member.indices
     if whole and member.dim == 0 and tensor.dtype.itemsize >= 4:
         return tensor.reshape(member.size, -1)

@@ -36,6 +36,7 @@ from vfsurgery.matching.nested import BlockAssignment, Family, families, joined,
 from vfsurgery.matching.pairwise import gains_of_all, mean_state
 from vfsurgery.matching.schemes import DEFAULT, MAX_ROUNDS, Scheme, align, check_scheme
 from vfsurgery.matching.similarity import Similarity, States, is_matrix, member_rows
+from vfsurgery.tracing.precision import as_real
 
 MAX_SWEEPS, TOLERANCE = 100, 3e-3
 ROUNDS = 5
@@ -275,7 +276,8 @@ class FamilyProblem:
             total += self._flat[group.name].under(found[group.name])
         for name in dict.fromkeys(member.parameter for _, member in self._known_joint(orders)):
             moved = permute_tensor(name, self._b[name], self.groups, {**orders, **found})
-            total += float(torch.linalg.vecdot(self._a[name].flatten().float(), moved.flatten().float()))
+            both = (as_real(tensor).flatten().float() for tensor in (self._a[name], moved))
+            total += float(torch.linalg.vecdot(*both))
         return total
 
     def solve(

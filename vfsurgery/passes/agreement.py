@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vfsurgery.stats.collect import image_dtype
+from vfsurgery.stats.precision import image_dtype
 
 K = TypeVar("K", bound=Hashable)
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from vfsurgery.stats.collect import Observer, Site, image_dtype, moments_watch
+from vfsurgery.stats.collect import Observer, Site, moments_watch
 from vfsurgery.stats.moments import Moments
+from vfsurgery.stats.precision import image_dtype
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from vfsurgery.errors import CertificateError, DataError, OptionError, explain
 from vfsurgery.excerpts import Runner, describe_node
 from vfsurgery.sources import canonical_state, eval_mode
-from vfsurgery.stats.collect import image_dtype
+from vfsurgery.stats.precision import image_dtype
+from vfsurgery.tracing.precision import is_inexact, raised
 from vfsurgery.verification import TOLERANCE, outputs_of, relative_error
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def check_preserved(name: str, before: Behaviour, graph_module: fx.GraphModule, 
 
 
 def _floats(behaviour: Behaviour) -> tuple[Tensor, ...]:
-    return tuple(x.double() if x.dtype.itemsize < 8 else x for x in behaviour.outputs)
+    return tuple(raised(x, torch.float64) for x in behaviour.outputs)
 
 
 def _first_difference(
@@ -227,7 +228,7 @@ def _rounding(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> float
     generator = torch.Generator().manual_seed(0)
 
     def moved(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
+        if not is_inexact(tensor):
             return tensor
         signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.float64).to(tensor) * 2 - 1
         return tensor + tensor * signs * torch.finfo(tensor.dtype).eps
@@ -235,4 +236,4 @@ def _rounding(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> float
     with _repeatable(inputs):
         expected = outputs_of(graph_module, state, inputs)
         found = outputs_of(graph_module, {name: moved(tensor) for name, tensor in state.items()}, inputs)
-    return relative_error(tuple(x.double() for x in found), tuple(x.double() for x in expected))
+    return relative_error(*(tuple(raised(x, torch.float64) for x in outputs) for outputs in (found, expected)))

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from vfsurgery.passes.base import Context
 from vfsurgery.passes.producers import Producer
-from vfsurgery.stats.collect import image_dtype
 from vfsurgery.stats.correlation import Centred
 from vfsurgery.stats.moments import Moments, add_batch, row_squares
+from vfsurgery.stats.precision import image_dtype
 from vfsurgery.stats.prefix import Prefix
 
 

@@ -21,7 +21,7 @@ from vfsurgery.maps import Order, UnitMap, map_units, permutations_of
 from vfsurgery.stats.collect import Site
 from vfsurgery.tracing.dataflow import reached_by_input
 from vfsurgery.tracing.ops import Op, OpReader
-from vfsurgery.tracing.values import PRESERVED
+from vfsurgery.tracing.values import PRESERVED, VALUE
 
 LINEAR = (nn.Linear, "linear")
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d, "conv1d", "conv2d", "conv3d")
@@ -97,6 +97,8 @@ def find_producers(graph_module: fx.GraphModule, groups: GroupSet) -> list[Produ
         grouped = any(member.dim == rows for _, member in groups.by_parameter.get(weight, ()))
         dim = _unit_dim(op, tensor.ndim)
         if op.output.shape[dim] != tensor.shape[rows]:  # transposed and grouped: rows are not the output units
+            continue
+        if op.node.meta[VALUE].dtype.is_complex:  # its units have no one standard deviation
             continue
         found.append(
             Producer(

@@ -20,7 +20,7 @@ from vfsurgery.pruning.schedule import Schedule, by_pattern, by_sparsity, check_
 from vfsurgery.pruning.selection import select
 from vfsurgery.results import remember
 from vfsurgery.sources import eval_mode, first_not_finite
-from vfsurgery.stats.collect import image_dtype
+from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.wrappers import as_given, network
 
@@ -310,7 +310,7 @@ def _check(
 def _batches(model: nn.Module, data: Data | None) -> Batches | None:
     if data is None:
         return None
-    return Batches(data, device=next(model.parameters()).device, dtype=image_dtype(model))
+    return batches_for(model, data, next(model.parameters()).device)
 
 
 def _check_alive(masks: Masks, work: Pruning, allow_empty: bool) -> None:

@@ -10,7 +10,7 @@ from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError, TraceError, explain
 from vfsurgery.renormalizing.pairing import Pairing, Unpaired
 from vfsurgery.sources import Source, canonical_state, check_finite
-from vfsurgery.stats.collect import image_dtype
+from vfsurgery.stats.precision import image_dtype
 from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.values import VALUE
 

@@ -48,8 +48,10 @@ from vfsurgery.renormalizing.references import check_outputs, check_pairing, che
 from vfsurgery.renormalizing.report import LayerPair, RenormalizeReport
 from vfsurgery.results import remember
 from vfsurgery.sources import Source, canonical_state, eval_mode
-from vfsurgery.stats.collect import Survey, image_dtype, survey
+from vfsurgery.stats.collect import Survey, survey
+from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.copies import copied, forget_kept, fresh
+from vfsurgery.tracing.precision import is_inexact
 from vfsurgery.tracing.wrappers import as_given, network
 
 Choice: TypeAlias = str | Pass | Sequence[str | Pass]
@@ -172,7 +174,7 @@ class _Work:
         """Trace both networks and pair their layers."""
         started = time.perf_counter()
         plain = plain_copy(compressed)
-        batches = _Counted(data, device=device_of(compressed), dtype=image_dtype(plain.model))
+        batches = batches_for(plain.model, data, device_of(compressed), _Counted)
         inputs = example_from(plain.model, batches, given)
         plain = replace(plain, model=fresh(plain.model, inputs))
         graph_module = _trace(plain.model, inputs, given)
@@ -344,7 +346,7 @@ def _writable(pairing: Pairing, plain: PlainCopy) -> tuple[Pairing, list[Unpaire
 def _check_result(model: nn.Module, before: Masks) -> None:
     """Refuse a weight that has lost its zero pattern, which rounding to zero can bring about, or has overflowed."""
     for name, tensor in canonical_state(model).items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if is_inexact(tensor) and not bool(tensor.isfinite().all()):
             fact, entries = "has become infinite", ~tensor.isfinite()
         elif name in before and not torch.equal(tensor != 0, before[name]):
             fact, entries = "has lost its zero pattern", (tensor != 0) != before[name]

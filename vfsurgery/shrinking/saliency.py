@@ -14,6 +14,7 @@ from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
 from vfsurgery.stats.collect import Site, group_sites, survey
 from vfsurgery.stats.moments import row_squares
+from vfsurgery.tracing.precision import as_real
 
 Saliency: TypeAlias = Callable[[PermutationGroup, Mapping[str, Tensor]], Tensor]
 """From a group and all parameters and buffers by name to a number per unit, ``(group.units,)``; small ones go first."""
@@ -84,7 +85,7 @@ def _written(group: PermutationGroup, groups: GroupSet, state: Mapping[str, Tens
 
 def _per_unit(weight: Tensor, member: Member, group: PermutationGroup, groups: GroupSet) -> np.ndarray:
     """Sums of squares of what lies at a member's places, ``(units,)``."""
-    places = member.positions()
+    places, weight = member.positions(), as_real(weight)
     if member.block_dim < 0:
         squares = row_squares(weight.float().movedim(member.dim, 0).unsqueeze(-1).flatten(1))
         return _fold_blocks(squares.cpu().numpy()[places].sum(1), group)

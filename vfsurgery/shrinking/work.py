@@ -31,8 +31,8 @@ from vfsurgery.shrinking.restore import restore
 from vfsurgery.shrinking.saliency import Saliency, activities, by_user, magnitudes
 from vfsurgery.shrinking.teams import Teams
 from vfsurgery.sources import Source, check_weights
-from vfsurgery.stats.collect import image_dtype
 from vfsurgery.stats.correlation import CrossMoments
+from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.precision import Precise, in_precision, raised, raised_dtype
@@ -66,7 +66,7 @@ class Shrinking:
             stored_weight(model, name)  # refuses what hooks compute
         check_weights([model])
         device = next(model.parameters()).device
-        batches = None if data is None else Batches(data, device=device, dtype=image_dtype(model))
+        batches = None if data is None else batches_for(model, data, device)
         inputs = example_inputs_of(model, given) if given is not None or batches is None else _first_two(batches)
         try:
             model = fresh(model, inputs)

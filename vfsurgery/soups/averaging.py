@@ -29,8 +29,10 @@ from vfsurgery.results import remember
 from vfsurgery.shares import shares_of
 from vfsurgery.sources import canonical_state, check_same_architecture, check_weights, eval_mode
 from vfsurgery.sparse import MaskPlan, plan_masks, refuse_hooks
-from vfsurgery.stats.collect import Survey, image_dtype
+from vfsurgery.stats.collect import Survey
+from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.precision import is_inexact
 from vfsurgery.tracing.wrappers import network
 
 MASKS = ("same", "intersect", "union", "reprune")
@@ -203,7 +205,7 @@ class Pot:
                     )
                 )
             graph_module = record(poured, (first_images(poured, images),))
-            batches = Batches(images, device=device_of(poured), dtype=image_dtype(poured))
+            batches = batches_for(poured, images, device_of(poured))
         return Pot(poured, canonical_state(poured), plan, graph_module, batches, progress, norms)
 
     def add(self, state: Mapping[str, Tensor], share: float) -> None:
@@ -235,7 +237,7 @@ class Pot:
 
     def _mean_with(self, name: str, tensor: Tensor, share: float) -> Tensor:
         """The mean with one more member, in float32 or better; equal members have exactly their value as mean."""
-        if not tensor.is_floating_point():
+        if not is_inexact(tensor):
             return self.mean.get(name, tensor)  # integers are not numbers to average: the first member's are kept
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         return torch.lerp(self.mean[name], wide, share / (self.share + share)) if self.members else wide

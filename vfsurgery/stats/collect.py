@@ -18,6 +18,7 @@ from vfsurgery.excerpts import Runner
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
 from vfsurgery.stats.correlation import Centred, CrossMoments
 from vfsurgery.stats.moments import Moments, add_batch
+from vfsurgery.stats.precision import image_dtype
 from vfsurgery.tracing.dataflow import reached_by_input
 from vfsurgery.tracing.ops import Key, canonical_key
 from vfsurgery.tracing.values import VALUE
@@ -172,11 +173,6 @@ def _correlate(
     return see
 
 
-def image_dtype(module: torch.nn.Module) -> torch.dtype:
-    """The dtype of a module's first floating-point parameter: what its images should be."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-
-
 NONLINEAR = "relu relu6 leakyrelu rrelu elu selu celu gelu silu mish tanh hardswish hardtanh softplus prelu"
 """Activations that cut off or bend, by name without underscores; gates (sigmoids) are not among them."""
 
@@ -194,11 +190,12 @@ def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.de
     compared only once the units inside are paired.
 
     Only what the input reaches is read: values made of parameters alone are no activations, and show units of other
-    groups where activations have samples. A group that lies on nothing else has no site.
+    groups where activations have samples; complex values have no one standard deviation. A group that lies on nothing
+    else has no site.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
     modules = dict(graph_module.named_modules())
-    reached = reached_by_input(graph_module.graph)
+    reached = {name for name in reached_by_input(graph_module.graph) if _is_real(nodes[name])}
     sites: dict[str, tuple[Site, ...]] = {}
     for group in groups:
         members = _read_at(_candidates(group, groups, reached), nodes, modules)
@@ -219,6 +216,10 @@ def _candidates(group: PermutationGroup, groups: GroupSet, reached: Collection[s
         return [m for m in values if m.blocks > 1 and not any(_mixed_with(m, other) for other in others)]
     hidden = {member.parameter for member in inside}
     return [m for m in values if m.parameter not in hidden]
+
+
+def _is_real(node: fx.Node) -> bool:
+    return not getattr(node.meta.get(VALUE), "dtype", torch.float32).is_complex
 
 
 def _mixed_with(member: Member, other: Member) -> bool:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vfsurgery.errors import DataError, explain
-from vfsurgery.stats.collect import image_dtype
 from vfsurgery.stats.moments import Moments
+from vfsurgery.stats.precision import image_dtype
 from vfsurgery.tracing.ops import canonical_key, canonical_parameters
 
 BATCH_NORM = "batch norm"

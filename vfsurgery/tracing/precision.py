@@ -23,7 +23,7 @@ CASTS: dict[Any, torch.dtype] = {
     Tensor.bfloat16: torch.bfloat16,
     Tensor.float: torch.float32,
     Tensor.chalf: torch.complex32,
-    Tensor.cfloat: torch.complex64,
+    Tensor.cfloat: torch.complex64,  # type: ignore[attr-defined]
 }
 """Methods that cast, by name of the precision."""
 
@@ -38,6 +38,15 @@ COMPLEX = {
 def is_inexact(tensor: Tensor) -> bool:
     """Whether a tensor holds rounded numbers, real or complex."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Real and imaginary parts along a dim of their own at the end, sharing memory; a real tensor itself.
+
+    >>> as_real(torch.tensor([1 + 2j])), as_real(torch.tensor([3.0]))
+    (tensor([[1., 2.]]), tensor([3.]))
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def real(dtype: torch.dtype) -> torch.dtype:
@@ -71,10 +80,8 @@ def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     model._apply(lambda tensor: raised(tensor, dtype))
     for plain in list(plain_tensors(model)):
         contents = contents_of(plain.container.items)
-        put(
-            plain.container.items,
-            [(key, _raised(value, dtype) if key == plain.key else value) for key, value in contents],
-        )
+        higher = [(key, _raised(value, dtype) if key == plain.key else value) for key, value in contents]
+        put(plain.container.items, higher)
     return model
 
 
