@@ -22,11 +22,11 @@ from vfsurgery.merging import ExampleInputs, Merging
 from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
 from vfsurgery.passes.contract import check_order
 from vfsurgery.passes.producers import is_norm
-from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.passes.renormalize import Repair
 from vfsurgery.results import remember
 from vfsurgery.shares import Alpha, Weights, plan_shares
 from vfsurgery.sparse import plan_masks
+from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.ops import OpReader

@@ -25,9 +25,9 @@ from vfsurgery.matching import ActivationMatching, CCAMatching, Matcher, Matchin
 from vfsurgery.merging import Merging
 from vfsurgery.passes import Context, Pass, Preserve, Regress, Repair, Rescale
 from vfsurgery.passes.agreement import Judgement, best_of, judge
-from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.report import Certificate, Trial
 from vfsurgery.sparse import MaskPlan
+from vfsurgery.stats.batch_norms import batch_norm_nodes
 
 MAPPABLE = 0.5
 """Share of the units that must allow maps for matchers of maps to be tried."""
