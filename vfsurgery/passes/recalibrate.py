@@ -15,6 +15,7 @@ from typing import ClassVar
 from torch import fx
 
 from vfsurgery.errors import OptionError, explain
+from vfsurgery.groups import GroupSet
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.producers import has_prefixes
 from vfsurgery.stats.batch_norms import OnBatches, batch_norm_nodes, calls_of, set_running
@@ -26,6 +27,10 @@ class Reset(Pass):
 
     name: ClassVar[str] = "reset"
     needs_data: ClassVar[bool] = True
+
+    def applies(self, graph_module: fx.GraphModule, groups: GroupSet) -> bool:
+        """Whether there are BatchNorm layers with running statistics."""
+        return bool(batch_norm_nodes(graph_module))
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> fx.GraphModule:
         """One pass over the calibration data.

@@ -102,6 +102,11 @@ class Regress(Pass):
         )
         return graph_module
 
+    def applies(self, graph_module: fx.GraphModule, groups: GroupSet) -> bool:
+        """Whether there are layers to fit."""
+        ops = {op.node.name: op for op in OpReader(graph_module)}
+        return any(_is_dense(ops[p.node]) and not p.inside for p in find_producers(graph_module, groups))
+
     def flops(self, graph_module: fx.GraphModule, groups: GroupSet) -> float:
         """About how many floating-point operations the fits take, runs of the networks not counted."""
         ops = {op.node.name: op for op in OpReader(graph_module)}

@@ -102,7 +102,12 @@ class Renormalize(Pass):
             return graph_module
         if not targets:
             raise OptionError(
-                explain(f"{self.name} found no layer to correct", remedy="use renormalize='reset' or renormalize=None")
+                explain(
+                    f"{self.name} found no layer to correct",
+                    because="each layer makes the output, computes its weight or uses it in several places, or is read "
+                    "by a BatchNorm alone",
+                    remedy="use renormalize='auto', which leaves out what does not apply, or renormalize=None",
+                )
             )
         if self.reference is not None and self.reference >= len(context.sources):
             raise OptionError(
@@ -119,6 +124,10 @@ class Renormalize(Pass):
                 insert_affine(graph_module, target.node, affine)
         context.notes.append(f"{self.name}: {len(targets)} layers")
         return graph_module
+
+    def applies(self, graph_module: fx.GraphModule, groups: GroupSet) -> bool:
+        """Whether there are layers to correct."""
+        return bool(self.targets(graph_module, groups))
 
     def targets(self, graph_module: fx.GraphModule, groups: GroupSet) -> list[Producer]:
         """The layers to correct, in graph order."""
