@@ -26,9 +26,10 @@ from vfsurgery.passes import (
     Reset,
     Reshift,
 )
+from vfsurgery.passes.affine import Affine, insert_affine
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.producers import find_producers
-from vfsurgery.passes.renormalize import Affine, Renormalize, insert_affine
+from vfsurgery.passes.renormalize import Renormalize
 from vfsurgery.sources import Source, canonical_state
 from vfsurgery.stats.collect import Site, survey
 from vfsurgery.stats.moments import Moments

@@ -19,14 +19,13 @@ from vfsurgery.errors import DataError, OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.matching import MATCHERS, Given, Identity, Matcher, Orders
 from vfsurgery.merging import ExampleInputs, Merging
-from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
+from vfsurgery.passes import NORMALIZATIONS, CalibrateBiases, Pass, Preserve, Repair, Rescale, Reset
 from vfsurgery.passes.contract import check_order
 from vfsurgery.passes.producers import is_norm
-from vfsurgery.passes.recalibrate import batch_norm_nodes
-from vfsurgery.passes.renormalize import Repair
 from vfsurgery.results import remember
 from vfsurgery.shares import Alpha, Weights, plan_shares
 from vfsurgery.sparse import plan_masks
+from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.ops import OpReader
@@ -281,7 +280,7 @@ def merge(
         )
     work = Merging.prepare(models, data, example_inputs, seed, progress, leaf, pins)
     graph_module = work.sources[0].graph_module
-    passes = normalizations(renormalize, graph_module, data)
+    passes = normalizations(renormalize, graph_module, work.groups, data)
     shares = work.share(planned)
     matcher = _masked(work, masks, shares, matching, matcher, passes)
     ways = [Way(matcher, passes)]
@@ -293,6 +292,8 @@ def merge(
         best, trials = choose(work, ways, shares, kept and kept[0])
         merged = work.finish(best.model, best.context, inplace, preserved=kept is not None)
     way, preserved = best.way, kept and kept[1]
+    if renormalize == "auto" and data is not None and not way.passes:
+        best.context.notes.append("nothing is renormalized: no layer takes a scale and a shift, or keeps statistics")
     report = work.report(way.matcher, best.matchings, way.passes, best.certificates, best.context, preserved, trials)
     if work.masks is not None:
         report = replace(report, masks=work.masks.record(merged))
@@ -369,11 +370,14 @@ def _masked(
     return Identity()
 
 
-def normalizations(choice: Renormalization, graph_module: fx.GraphModule, data: Data | None) -> tuple[Pass, ...]:
+def normalizations(
+    choice: Renormalization, graph_module: fx.GraphModule, groups: GroupSet, data: Data | None
+) -> tuple[Pass, ...]:
     if choice is None:
         return ()
     if choice == "auto":
-        choice = _default_normalization(graph_module, data is not None)
+        step = _default_normalization(graph_module, data is not None)
+        choice = () if step is None or not step.applies(graph_module, groups) else step
     steps: Iterable[str | Pass] = [choice] if isinstance(choice, str) or not isinstance(choice, Sequence) else choice
     passes = tuple(NORMALIZATIONS[step]() if isinstance(step, str) else step for step in steps)
     hidden = hidden_norms(graph_module)
@@ -398,16 +402,16 @@ def normalizations(choice: Renormalization, graph_module: fx.GraphModule, data: 
     return passes
 
 
-def _default_normalization(graph_module: fx.GraphModule, has_data: bool) -> tuple[str | Pass, ...]:
-    """What ``"auto"`` stands for; the table of docs/merge.md.
+def _default_normalization(graph_module: fx.GraphModule, has_data: bool) -> Pass | None:
+    """What ``"auto"`` stands for where it applies; the table of docs/merge.md.
 
     Under LayerNorm and GroupNorm the output layer is repaired too: docs/benchmarks/transformers.py gains by it in every
     row, up to ten points.
     """
     if hidden_norms(graph_module):
-        return ()
+        return None
     if batch_norm_nodes(graph_module):
-        return ("reset",) if has_data else ()
+        return Reset() if has_data else None
     if any(is_norm(op) for op in OpReader(graph_module)):
-        return (Repair(include_output=True),) if has_data else ()
-    return ("rescale",) if has_data else ("bias-calibration",)
+        return Repair(include_output=True) if has_data else None
+    return Rescale() if has_data else CalibrateBiases()

@@ -19,15 +19,16 @@ from typing import TypeAlias
 from torch import fx, nn
 
 from vfsurgery.batches import named
+from vfsurgery.discovery.recording import hidden_norms
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet
 from vfsurgery.matching import ActivationMatching, CCAMatching, Matcher, Matching, ZipMatching
 from vfsurgery.merging import Merging
 from vfsurgery.passes import Context, Pass, Preserve, Regress, Repair, Rescale
 from vfsurgery.passes.agreement import Judgement, best_of, judge
-from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.report import Certificate, Trial
 from vfsurgery.sparse import MaskPlan
+from vfsurgery.stats.batch_norms import batch_norm_nodes
 
 MAPPABLE = 0.5
 """Share of the units that must allow maps for matchers of maps to be tried."""
@@ -87,13 +88,14 @@ def sensible(
     if is_rescaled and not fixed:
         found.append(Way(first, (Repair(),)))
     regress = Regress()
+    regresses = not fixed and not hidden_norms(graph_module) and regress.applies(graph_module, groups)
     affordable = MOST_FLOPS.get(next(graph_module.parameters()).device.type, MOST_FLOPS_ELSEWHERE)
-    regresses = bool(default) and not fixed and regress.flops(graph_module, groups) <= affordable
+    regresses = regresses and regress.flops(graph_module, groups) <= affordable
     if regresses:
         found.append(Way(first, (regress,)))
     units = sum(group.units for group in groups)
     if matcher is None and units and sum(group.units for group in groups if group.mappable) >= MAPPABLE * units:
-        if fixed or has_batch_norm:
+        if fixed or has_batch_norm or not default:
             found += [Way(CCAMatching(), default), Way(ZipMatching(), default)]
         elif is_rescaled:
             found += [Way(CCAMatching(), (Repair(reference=0),)), Way(ZipMatching(), default)]

@@ -16,8 +16,8 @@ from torch import Tensor, fx
 from vfsurgery.groups import GroupSet
 from vfsurgery.maps import Order, UnitMap, map_tensor
 from vfsurgery.passes.base import Context, Pass
-from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.sources import canonical_state
+from vfsurgery.stats.batch_norms import batch_norm_nodes
 
 
 @dataclass(frozen=True, kw_only=True)

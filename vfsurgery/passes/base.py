@@ -59,6 +59,10 @@ class Pass:
         """Where the step needs the moments of every source, by name; they come with the one pass over the data."""
         return {}
 
+    def applies(self, graph_module: fx.GraphModule, groups: GroupSet) -> bool:
+        """Whether the step finds anything to do in a network; ``renormalize="auto"`` chooses none that does not."""
+        return True
+
     def holds_out(self) -> bool:
         """Whether the step makes a choice on images that no statistic may see; every fifth one is then held out."""
         return False

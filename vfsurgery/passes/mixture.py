@@ -29,7 +29,7 @@ class Mixture:
         self.types: dict[str, torch.dtype] = {}
         self._parts: dict[str, _Part] = {}
         self._runs = [
-            Prefix(source.graph_module, {target.node: self._watcher(target, number, context) for target in targets})
+            Prefix(source.graph_module, {target.site.key: self._watcher(target, number, context) for target in targets})
             for number, source in enumerate(context.sources)
         ]
 

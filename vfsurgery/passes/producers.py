@@ -5,6 +5,9 @@ layer with an affine part as ``w' = s w``, ``b' = s b + t``. A layer whose weigh
 nor is one whose output goes into a BatchNorm and nowhere else: that norm undoes any scale and shift. Layers of
 preserved prefixes are none: they keep the scale and shift of their source. Neither are layers that only parameters go
 through, to make a weight or a table of positions: they have no activations.
+
+A norm whose module goes on after it, with an activation as timm's do, is one too: its units are read and corrected
+inside the module, in front of what follows. It is none where its weight and bias do more than that.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.groups import GroupSet, gather_index
 from vfsurgery.maps import Order, UnitMap, map_units, permutations_of
+from vfsurgery.stats.batch_norms import is_batch_norm
 from vfsurgery.stats.collect import Site
+from vfsurgery.stats.own_outputs import Extent, own_extent
 from vfsurgery.tracing.dataflow import reached_by_input
 from vfsurgery.tracing.ops import Op, OpReader
 from vfsurgery.tracing.values import PRESERVED, VALUE
@@ -32,6 +37,8 @@ TRANSPOSED = (
 NORM = (nn.LayerNorm, nn.GroupNorm)
 FUNCTIONAL_NORM = ("layer_norm", "group_norm")
 """As subclasses of the modules call them: timm's norm layers are traced through."""
+EXTENT = "vfsurgery_own_extent"
+"""Key of a node's ``meta``."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class Producer:
     """A node with the names of the parameters that set the scale and shift of its output units.
 
     ``rows`` is the dim of ``weight`` that its output units lie on, ``dim`` that of the node's value. ``depth`` counts
-    the weight layers on the longest path from the input up to and including this one.
+    the weight layers on the longest path from the input up to and including this one. ``inside`` if its units are read
+    inside its module, before what follows there.
     """
 
     node: str
@@ -53,11 +61,12 @@ class Producer:
     is_norm: bool
     feeds_norm: bool
     is_output: bool
+    inside: bool = False
 
     @property
     def site(self) -> Site:
         """Where its units are read."""
-        return Site(self.node, self.dim)
+        return Site(self.node, self.dim, inside=self.inside)
 
     def order(self, groups: GroupSet, orders: Mapping[str, Order]) -> Tensor | None:
         """The order that a source's output units are brought into by permutations; ``None`` if they stay."""
@@ -100,6 +109,9 @@ def find_producers(graph_module: fx.GraphModule, groups: GroupSet) -> list[Produ
             continue
         if op.node.meta[VALUE].dtype.is_complex:  # its units have no one standard deviation
             continue
+        extent = _extent(op)
+        if extent is None:
+            continue
         found.append(
             Producer(
                 node=op.node.name,
@@ -113,6 +125,7 @@ def find_producers(graph_module: fx.GraphModule, groups: GroupSet) -> list[Produ
                 is_norm=is_norm(op),
                 feeds_norm=_feeds_batch_norm(op.node, graph_module),
                 is_output=not grouped,
+                inside=extent == "inside",
             )
         )
     return found
@@ -121,11 +134,6 @@ def find_producers(graph_module: fx.GraphModule, groups: GroupSet) -> list[Produ
 def has_prefixes(graph_module: fx.GraphModule) -> bool:
     """Whether prefixes of the sources were preserved; if all layers were, nothing is left to correct."""
     return any(PRESERVED in node.meta for node in graph_module.graph.nodes)
-
-
-def is_batch_norm(module: nn.Module | None) -> bool:
-    """Whether a module normalizes over the batch and keeps running statistics."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def is_norm(op: Op) -> bool:
@@ -164,6 +172,15 @@ def in_stages(graph_module: fx.GraphModule, producers: Sequence[Producer]) -> li
 def is_layer(op: Op) -> bool:
     """Whether an op is a convolution or a linear layer."""
     return op.key in (*LINEAR, *CONV, *TRANSPOSED)
+
+
+def _extent(op: Op) -> Extent | None:
+    """See :func:`own_extent`; kept with the node, since copies of a trace ask again and again."""
+    if op.module is None:
+        return "whole"
+    if EXTENT not in op.node.meta:
+        op.node.meta[EXTENT] = own_extent(op.module, op.input.shape)
+    return op.node.meta[EXTENT]
 
 
 def _weight(op: Op) -> str | None:

@@ -12,8 +12,9 @@ knowledge fusion by merging weights of language models", 2023, Eq. 2) on aligned
 al., 2023) and with the inputs that the merged model really has. No labels are needed, nothing is trained: one linear
 solve per layer. The ridge, in units of the mean variance of ``x``, is chosen for each layer on held-out batches.
 
-BatchNorm layers are recalibrated on the way, on the merged model's exact statistics. Layers that are no dense matrix
-(depthwise and grouped convolutions, scales of other norms) get REPAIR's two numbers per unit instead.
+BatchNorm layers are recalibrated on the way, on the merged model's exact statistics; one that is called several times
+when its first call comes, by looking ahead as far as the last, with the layers in between as they are then. Layers that
+are no dense matrix (depthwise and grouped convolutions, scales of other norms) get REPAIR's two numbers per unit.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from vfsurgery.batches import progress
 from vfsurgery.errors import DataError, OptionError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.maps import map_units
+from vfsurgery.passes.affine import Affine, fold_affine, tensor_of
 from vfsurgery.passes.base import Context, Pass
-from vfsurgery.passes.fold import fold_affine, tensor_of
 from vfsurgery.passes.producers import CONV, LINEAR, Producer, find_producers
-from vfsurgery.passes.recalibrate import batch_norm_nodes, set_running
-from vfsurgery.passes.renormalize import Affine, Repair, unit_ratio
+from vfsurgery.passes.renormalize import Repair, unit_ratio
+from vfsurgery.stats.batch_norms import BatchNorm, OnBatches, batch_norm_nodes, calls_of, set_running
 from vfsurgery.stats.lockstep import Lockstep, live_bytes
 from vfsurgery.stats.moments import Moments, add_batch, weighted_goal
 from vfsurgery.stats.patches import Box, Geometry, PatchMoments, PatchSums
@@ -81,14 +82,16 @@ class Regress(Pass):
         producers = {producer.node: producer for producer in find_producers(graph_module, context.groups)}
         norms = batch_norm_nodes(graph_module)
         ops = {op.node.name: op for op in OpReader(graph_module)}
-        steps = [node.name for node in graph_module.graph.nodes if node.name in producers or node.name in norms]
+        layers = {calls[0]: (norm, calls) for norm, calls in calls_of(norms).items()}
+        producers = {name: p for name, p in producers.items() if name not in norms and not p.inside}
+        steps = [node.name for node in graph_module.graph.nodes if node.name in producers or node.name in layers]
         dense = {name for name in producers if _is_dense(ops[name])}
         if not dense:
             raise OptionError(explain("regress found no layer to fit", remedy="use renormalize='repair' or 'reset'"))
         fit = _Fit(graph_module, context, batches, self.ridge)
         for name in progress(steps, "regression of the layers", len(steps), context.progress):
-            if name in norms:
-                fit.reset(name, norms[name])
+            if name in layers:
+                fit.reset(*layers[name])
             elif name in dense:
                 fit.solve(producers[name], ops[name])
             elif not producers[name].feeds_norm:
@@ -98,6 +101,11 @@ class Regress(Pass):
             f"regress: {len(dense)} layers on {used} images; ridge {min(fit.ridges):.2g} to {max(fit.ridges):.2g}"
         )
         return graph_module
+
+    def applies(self, graph_module: fx.GraphModule, groups: GroupSet) -> bool:
+        """Whether there are layers to fit."""
+        ops = {op.node.name: op for op in OpReader(graph_module)}
+        return any(_is_dense(ops[p.node]) and not p.inside for p in find_producers(graph_module, groups))
 
     def flops(self, graph_module: fx.GraphModule, groups: GroupSet) -> float:
         """About how many floating-point operations the fits take, runs of the networks not counted."""
@@ -143,10 +151,19 @@ class _Fit:
         self._place = len(self.candidates) // 2
         self.generator = torch.Generator().manual_seed(0)  # of the positions that are looked at
 
-    def reset(self, name: str, norm: nn.modules.batchnorm._BatchNorm) -> None:
-        """Set a BatchNorm's running statistics to those of its input."""
-        node = self.merged.run_before(name)
-        set_running(norm, _moments(self.merged.of(cast(fx.Node, node.args[0])), 1))
+    def reset(self, norm: BatchNorm, calls: Sequence[str]) -> None:
+        """Set a BatchNorm's running statistics to those of what its calls are given; the first one comes next."""
+        node = self.merged.run_before(calls[0])
+        if len(calls) == 1:
+            set_running(norm, [_moments(self.merged.of(node.all_input_nodes[0]), 1)])
+        else:
+            names = [each.name for each in self.graph_module.graph.nodes]
+            ahead = names[names.index(calls[0]) : names.index(calls[-1]) + 1]
+            norms = batch_norm_nodes(self.graph_module)
+            look = OnBatches(self.graph_module, {name: norms[name] for name in ahead if name in norms})
+            for images in self.merged.batches:
+                look.run(images)
+            set_running(norm, [look.moments[call] for call in calls])
 
     def repair(self, producer: Producer) -> None:
         """Bring a layer's output units to the sources' mean and standard deviation."""

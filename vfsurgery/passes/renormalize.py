@@ -11,7 +11,8 @@ not variances):
 One pass over the data suffices for all layers: each batch flows on normalized by its own statistics, as in a BatchNorm
 in training, while exact moments over all batches accumulate. ``sequential`` spends a pass per layer instead and is
 exact. The correction is inserted as an affine node after the layer; :class:`~vfsurgery.passes.fold.Fold` then moves it
-into the weights.
+into the weights. Where more follows inside the layer's module (a norm with an activation built in), statistics are read
+before that, and the correction goes into the weights at once.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups import GroupSet
+from vfsurgery.passes.affine import Affine, absorb, insert_affine
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.beside import Beside
 from vfsurgery.passes.mixture import Mixture
@@ -39,27 +41,6 @@ CONSTANT = 1e-4
 
 Goal: TypeAlias = tuple[Tensor, Tensor]
 """What the units of one layer should have: means and standard deviations, ``(units,)`` float64."""
-
-
-class Affine(nn.Module):
-    """``scale * x + shift`` per unit along ``dim``; what renormalization inserts and folding removes."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, scale: Tensor, shift: Tensor, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-        self.register_buffer("scale", scale)
-        self.register_buffer("shift", shift)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale and shift; shape and dtype of ``x`` are kept."""
-        shape = [1] * x.ndim
-        shape[self.dim] = -1
-        wide = torch.promote_types(x.dtype, torch.float32)  # scales are float64: they would make all of x so
-        scaled = x * self.scale.to(wide).view(shape)
-        return scaled.add_(self.shift.to(wide).view(shape)).to(x.dtype)  # a second large tensor costs as much again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +89,7 @@ class Renormalize(Pass):
         raise TypeError(f"{type(self).__name__} does not say how to find statistics")
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> fx.GraphModule:
-        """Measure the merged model against the sources and insert one affine node per target.
+        """Measure the merged model against the sources and correct every target.
 
         Raises:
             OptionError: there is nothing to correct, or ``reference`` is not the number of a source.
@@ -121,7 +102,12 @@ class Renormalize(Pass):
             return graph_module
         if not targets:
             raise OptionError(
-                explain(f"{self.name} found no layer to correct", remedy="use renormalize='reset' or renormalize=None")
+                explain(
+                    f"{self.name} found no layer to correct",
+                    because="each layer makes the output, computes its weight or uses it in several places, or is read "
+                    "by a BatchNorm alone",
+                    remedy="use renormalize='auto', which leaves out what does not apply, or renormalize=None",
+                )
             )
         if self.reference is not None and self.reference >= len(context.sources):
             raise OptionError(
@@ -131,9 +117,17 @@ class Renormalize(Pass):
                 )
             )
         for target, moments, goal in self.statistics(graph_module, context, targets):
-            insert_affine(graph_module, target.node, Affine(*self.correct(moments, *goal), target.dim))
+            affine = Affine(*self.correct(moments, *goal), target.dim)
+            if target.inside:
+                absorb(graph_module, target, affine, context)
+            else:
+                insert_affine(graph_module, target.node, affine)
         context.notes.append(f"{self.name}: {len(targets)} layers")
         return graph_module
+
+    def applies(self, graph_module: fx.GraphModule, groups: GroupSet) -> bool:
+        """Whether there are layers to correct."""
+        return bool(self.targets(graph_module, groups))
 
     def targets(self, graph_module: fx.GraphModule, groups: GroupSet) -> list[Producer]:
         """The layers to correct, in graph order."""
@@ -223,7 +217,7 @@ class Measured(Renormalize):
 
             return correct_batch
 
-        observer = Prefix(graph_module, {target.node: watcher(target) for target in stage})
+        observer = Prefix(graph_module, {target.site.key: watcher(target) for target in stage})
         for images in context.images(f"{self.name} of the merged model"):
             current = goals(images)
             observer.run(images)
@@ -300,16 +294,3 @@ def _aligned(targets: Sequence[Producer], context: Context, label: str) -> list[
             [m if order is None else m.take(order.to(m.mean.device)) for m, order in zip(each, orders, strict=True)]
         )
     return result
-
-
-def insert_affine(graph_module: fx.GraphModule, node_name: str, affine: Affine) -> None:
-    """Put an affine node after a node; all its users read the affine node instead."""
-    node = next(node for node in graph_module.graph.nodes if node.name == node_name)
-    path = f"{node_name}_affine"
-    while hasattr(graph_module, path):
-        path += "_"
-    graph_module.add_submodule(path, affine)
-    with graph_module.graph.inserting_after(node):
-        inserted = graph_module.graph.call_module(path, (node,))
-    inserted.meta = dict(node.meta)
-    node.replace_all_uses_with(inserted, delete_user_cb=lambda user: user is not inserted)

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.passes.cut import Cut
 from vfsurgery.passes.prefixes import Aligned, put_tensor, widened
-from vfsurgery.passes.producers import is_batch_norm
 from vfsurgery.rules.pointwise import ACTIVATIONS, DROPOUTS
+from vfsurgery.stats.batch_norms import is_batch_norm
 from vfsurgery.tracing.ops import canonical_key, canonical_parameters
 from vfsurgery.tracing.values import PRESERVED, VALUE, TensorValue
 

@@ -17,7 +17,7 @@ in nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -26,7 +26,7 @@ from torch import Tensor, fx
 
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.groups import GroupSet
-from vfsurgery.passes.fold import tensor_of
+from vfsurgery.passes.affine import tensor_of
 from vfsurgery.passes.producers import CONV, LINEAR, TRANSPOSED, Producer, find_producers, is_layer, is_norm
 from vfsurgery.stats.collect import Site
 from vfsurgery.tracing.ops import Op, OpReader
@@ -101,7 +101,7 @@ class Pair:
     @property
     def site(self) -> Site:
         """Where the partner's units are read."""
-        return Site(self.partner.end.node, self.partner.end.dim, None if self.kept is None else self.kept.unsqueeze(1))
+        return replace(self.partner.end.site, places=None if self.kept is None else self.kept.unsqueeze(1))
 
 
 @dataclass(frozen=True)

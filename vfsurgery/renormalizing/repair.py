@@ -40,7 +40,6 @@ from vfsurgery.merging import ExampleInputs, example_from, version_of
 from vfsurgery.passes import Context, Fold, Pass, Pipeline, Repair, Rescale, Reset, Reshift
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.beside import Beside
-from vfsurgery.passes.recalibrate import batch_norm_nodes
 from vfsurgery.passes.renormalize import Measured
 from vfsurgery.pruning import Masks
 from vfsurgery.renormalizing.pairing import Keep, Pair, Pairing, Unpaired, find_others, find_stages, pair_stages
@@ -48,6 +47,7 @@ from vfsurgery.renormalizing.references import check_outputs, check_pairing, che
 from vfsurgery.renormalizing.report import LayerPair, RenormalizeReport
 from vfsurgery.results import remember
 from vfsurgery.sources import Source, canonical_state, eval_mode
+from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.stats.collect import Survey, survey
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.copies import copied, forget_kept, fresh

@@ -92,7 +92,7 @@ def prune_units(
     model = network(model)
     work = Shrinking.prepare(model, data, example_inputs, progress)
     restoring = None if data is None and renormalize == "auto" else renormalize
-    passes = normalizations(restoring, work.source.graph_module, data)
+    passes = normalizations(restoring, work.source.graph_module, work.groups, data)
     check_restoring(passes)
     devices = [work.source.device] if work.source.device.type == "cuda" else []
     quota = Quota(fraction, scope, floor, multiple_of)

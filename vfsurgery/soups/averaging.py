@@ -23,12 +23,12 @@ from vfsurgery.groups import GroupSet
 from vfsurgery.merging import common_device
 from vfsurgery.passes import Context, KeepZeros, Reset
 from vfsurgery.passes.mask import Choice, Support, check_zeros
-from vfsurgery.passes.producers import is_batch_norm
 from vfsurgery.report import MergedMasks, Report
 from vfsurgery.results import remember
 from vfsurgery.shares import shares_of
 from vfsurgery.sources import canonical_state, check_same_architecture, check_weights, eval_mode
 from vfsurgery.sparse import MaskPlan, plan_masks, refuse_hooks
+from vfsurgery.stats.batch_norms import is_batch_norm
 from vfsurgery.stats.collect import Survey
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.copies import copied

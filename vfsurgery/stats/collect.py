@@ -18,19 +18,32 @@ from vfsurgery.excerpts import Runner
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
 from vfsurgery.stats.correlation import Centred, CrossMoments
 from vfsurgery.stats.moments import Moments, add_batch
+from vfsurgery.stats.own_outputs import OwnCall
 from vfsurgery.stats.precision import image_dtype
 from vfsurgery.tracing.dataflow import reached_by_input
 from vfsurgery.tracing.ops import Key, canonical_key
 from vfsurgery.tracing.values import VALUE
 
+INSIDE = ".inside"
+"""Ends the key of what is read inside a node's module; names of nodes have no dots."""
+
 
 @dataclass(frozen=True)
 class Site:
-    """Where units are read: the value of a node, along ``dim``, at ``places`` (all indices in order if ``None``)."""
+    """Where units are read: the value of a node, along ``dim``, at ``places`` (all indices in order if ``None``).
+
+    ``inside`` if they are read inside the node's module, before what follows the call with its own weight.
+    """
 
     node: str
     dim: int
     places: Tensor | None = None
+    inside: bool = False
+
+    @property
+    def key(self) -> str:
+        """What callbacks for it are found by."""
+        return f"{self.node}{INSIDE}" if self.inside else self.node
 
     @staticmethod
     def of(member: Member, length: int, device: torch.device) -> Site:
@@ -41,7 +54,7 @@ class Site:
 
 
 class Observer(Runner):
-    """Runs a graph module and shows chosen nodes' values to a callback as they appear."""
+    """Runs a graph module and shows chosen nodes' values to a callback as they appear; see :attr:`Site.key`."""
 
     def __init__(self, graph_module: fx.GraphModule, watch: Mapping[str, Callable[[Tensor], Tensor | None]]) -> None:
         super().__init__(graph_module)
@@ -49,7 +62,12 @@ class Observer(Runner):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; a watcher that returns a tensor replaces the node's value by it."""
-        value = super().run_node(n)
+        inside = self.watch.get(f"{n.name}{INSIDE}")
+        if inside is None:
+            value = super().run_node(n)
+        else:
+            with OwnCall(self.fetch_attr(str(n.target)), inside):
+                value = super().run_node(n)
         watcher = self.watch.get(n.name)
         if watcher is not None:
             replacement = watcher(value)
@@ -111,7 +129,7 @@ def survey(
             partners = {i: crossed[i, j] for i, j in chosen if j == number}
             last = not any(i == number < j for i, j in chosen)
             for reading, site in readings.items():
-                watch.add(site.node, _correlate(reading, site, number, kept, partners, last))
+                watch.add(site.key, _correlate(reading, site, number, kept, partners, last))
             Observer(source, watch).run(images.to(image_dtype(source)))
         seen += len(images)
     by_pair = {
@@ -122,25 +140,25 @@ def survey(
 
 
 class Watch(dict[str, Callable[[Tensor], "Tensor | None"]]):
-    """Callbacks by node name; several may look at one node."""
+    """Callbacks by key of the site; several may look at one."""
 
-    def add(self, node: str, callback: Callable[[Tensor], None]) -> None:
-        """Have ``callback`` see the node's value after those that were added before."""
-        earlier = self.get(node)
+    def add(self, key: str, callback: Callable[[Tensor], None]) -> None:
+        """Have ``callback`` see the value there after those that were added before."""
+        earlier = self.get(key)
 
         def both(value: Tensor) -> None:
             if earlier is not None:
                 earlier(value)
             callback(value)
 
-        self[node] = both
+        self[key] = both
 
 
 def moments_watch(units: Mapping[str, Site], totals: dict[str, Moments]) -> Watch:
     """Callbacks that add the moments of units to ``totals`` under their names."""
     watch = Watch()
     for name, site in units.items():
-        watch.add(site.node, _take_moments(name, site, totals))
+        watch.add(site.key, _take_moments(name, site, totals))
     return watch
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from vfsurgery.stats.collect import Observer
+from vfsurgery.stats.collect import INSIDE, Observer
 
 
 class Prefix(Observer):
@@ -19,7 +19,8 @@ class Prefix(Observer):
     def __init__(self, graph_module: fx.GraphModule, watch: Mapping[str, Callable[[Tensor], Tensor | None]]) -> None:
         super().__init__(graph_module, watch)
         nodes = list(graph_module.graph.nodes)
-        last = max((place for place, node in enumerate(nodes) if node.name in watch), default=-1)
+        watched = {key.removesuffix(INSIDE) for key in watch}
+        last = max((place for place, node in enumerate(nodes) if node.name in watched), default=-1)
         self._later = nodes[last + 1 :]
 
     def run(self, *args: Any, **options: Any) -> None:

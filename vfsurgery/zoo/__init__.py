@@ -1,5 +1,9 @@
 """The survey of all models of torchvision and timm: what is traced, grouped and proven."""
 
+from vfsurgery.zoo.matrix import Cell as Cell
+from vfsurgery.zoo.matrix import merge_pair as merge_pair
+from vfsurgery.zoo.matrix import merge_zoo as merge_zoo
+from vfsurgery.zoo.matrix import read_cells as read_cells
 from vfsurgery.zoo.survey import Survey as Survey
 from vfsurgery.zoo.survey import model_names as model_names
 from vfsurgery.zoo.survey import page as page

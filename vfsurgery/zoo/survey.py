@@ -11,19 +11,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import fnmatch
-import multiprocessing
-import os
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.partial import find_partly
@@ -31,6 +24,8 @@ from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.verification import Verification, prove
+from vfsurgery.zoo.matrix import Cell, matrix_section
+from vfsurgery.zoo.processes import GIB, MEMORY, in_processes
 from vfsurgery.zoo.twins import (
     BYTES,
     Subject,
@@ -44,10 +39,6 @@ from vfsurgery.zoo.twins import (
 )
 
 SOURCES = ("timm", "torchvision")
-PRELOADED = ["torch", "timm", "torchvision.models", "vfsurgery.zoo"]
-GIB = 2**30
-MEMORY = 8.0
-"""GiB that the process of one model may allocate."""
 CONTROLS = 3
 """Groups that are broken on purpose in the proof of one model."""
 DRAWINGS = 8
@@ -226,14 +217,13 @@ def survey_zoo(
     known = {survey.model: survey for survey in read_table(table)} if table.exists() else {}
     columns = [field.name for field in dataclasses.fields(Survey)]
     table.parent.mkdir(parents=True, exist_ok=True)
-    with table.open("a", newline="") as file, ThreadPoolExecutor(jobs) as pool:
+    with table.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if not table.stat().st_size:
             writer.writeheader()
         missing = [name for name in names if name not in known]
-        running = [pool.submit(_in_process, name, memory, limit) for name in missing]
-        for future in as_completed(running):
-            survey = future.result()
+        for name, found in in_processes(survey_model, missing, memory, limit, jobs):
+            survey = Survey(name, failure=found) if isinstance(found, str) else found
             known[survey.model] = survey
             writer.writerow(dataclasses.asdict(survey))
             file.flush()
@@ -247,45 +237,8 @@ def read_table(path: Path) -> list[Survey]:
         return [Survey.of_row(row) for row in csv.DictReader(file)]
 
 
-def _in_process(name: str, memory: float, limit: float) -> Survey:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(name, memory, sender), daemon=True)
-    process.start()
-    sender.close()  # so that a crash is seen as the end of the pipe
-    try:
-        if not receiver.poll(limit):
-            return Survey(name, failure=f"took longer than {limit:.0f} s")
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        return Survey(name, failure=f"its process crashed ({process.exitcode})")
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
-
-
-def _work(name: str, memory: float, sender: Connection) -> None:
-    """In the model's own process: survey it under a memory limit and send the result, or why there is none."""
-    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * GIB), resource.RLIM_INFINITY))
-    torch.set_num_threads(1)
-    with open(os.devnull, "w") as silence:  # libraries print and warn while they build models
-        os.dup2(silence.fileno(), 1)
-        os.dup2(silence.fileno(), 2)
-    try:
-        survey = survey_model(name, memory)
-    except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        if isinstance(error, MemoryError) or "allocate memory" in text:
-            text = f"needs more than its {memory:g} GiB of memory"
-        survey = Survey(name, failure=text[:300])
-    sender.send(survey)
-
-
-def page(surveys: Iterable[Survey]) -> str:
-    """A Markdown page: totals on top, then what failed and why, then one line per model."""
+def page(surveys: Iterable[Survey], cells: Sequence[Cell] = ()) -> str:
+    """A Markdown page: totals on top, merges if there are any, then what failed and why, then one line per model."""
     rows = list(surveys)
     good = [row for row in rows if row.verified]
     lines = [
@@ -301,6 +254,8 @@ def page(surveys: Iterable[Survey]) -> str:
         "|---|---|---|---|---|---|",
         *_totals(rows),
     ]
+    if cells:
+        lines += ["", *matrix_section(cells)]
     failed = [row for row in rows if not row.verified]
     if failed:
         lines += ["", "## Not verified", "", "| model | why |", "|---|---|"]

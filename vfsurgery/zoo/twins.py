@@ -87,13 +87,13 @@ class DeferredDraws(TorchFunctionMode):
             parameter.uniform_(-bound, bound)
 
 
-def build_quickly(spec: str, *, most: float = math.inf, **options: Any) -> nn.Module:
+def build_quickly(spec: str, *, most: float = math.inf, seed: int = 0, **options: Any) -> nn.Module:
     """Build a model in eval mode with cheap random weights.
 
     Raises:
         TooLargeError: the model holds more than ``most`` numbers.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     mode = DeferredDraws(most)
     with mode:
         model = build_model(spec, **options)
@@ -136,7 +136,7 @@ def subjects(spec: str, model: nn.Module, groups: GroupSet) -> Iterator[Subject]
     sides = _sides_below(own)
     for side in sides:
         inputs = image_inputs(model, side, batch)
-        if _runs(model, inputs):
+        if runs(model, inputs):
             yield Subject(f"{side}x{side} images", model, groups, inputs)
             break
     else:
@@ -161,7 +161,8 @@ def _sides_below(inputs: tuple[Tensor, ...]) -> list[int]:
     return [side for side in SIDES if side < min(inputs[0].shape[-2:])]
 
 
-def _runs(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+def runs(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether a model takes such inputs."""
     try:
         with torch.no_grad():
             model(*inputs)
@@ -187,7 +188,7 @@ def _twin(spec: str, name: str, sides: Sequence[int | None], batch: int, **optio
         return None
     for side in sides:
         inputs = image_inputs(model, side, batch)
-        if _runs(model, inputs):
+        if runs(model, inputs):
             return Subject(name, model, discover(record_or_export(model, inputs)), inputs)
     return None
 

@@ -1,0 +1,128 @@
+"""BatchNorm layers on the statistics of the batch at hand, and what becomes of the statistics of all batches.
+
+A layer is never switched to training for that. Its running statistics are exchanged for those of what it is given and
+it runs in eval mode: so it computes what it would in training, whatever its class adds (an activation, casts), updates
+nothing, and ``nn.SyncBatchNorm`` asks for no process group.
+
+A layer that a forward calls several times (a head shared by all levels of a pyramid, a step that is repeated) has one
+set of running statistics for all its calls. They are what training leaves behind: torch updates them call by call, so
+every call counts once, however many positions it sees, a later one more than an earlier one by what the momentum
+forgets; and the variance is that within the calls, without the distance of their means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from vfsurgery.errors import DataError, explain
+from vfsurgery.stats.moments import Moments, add_batch
+from vfsurgery.stats.prefix import Prefix
+from vfsurgery.tracing.values import PRESERVED
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class OnBatches(Prefix):
+    """Runs a graph with BatchNorm layers on the statistics of each batch, and gathers what they are given.
+
+    Args:
+        graph_module: A graph in eval mode.
+        norms: The layers, by the name of their node; others keep their running statistics.
+
+    Nodes behind the last of them are not run. ``moments`` has for every node those of its input, over all batches.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, norms: Mapping[str, BatchNorm]) -> None:
+        super().__init__(graph_module, dict.fromkeys(norms, _look_on))
+        self.norms = norms
+        self.moments: dict[str, Moments] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; a BatchNorm with the statistics of its input."""
+        norm = self.norms.get(n.name)
+        if norm is None:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        value: Tensor = next(iter((*args, *kwargs.values())))
+        batch = Moments.of(value, dim=1)
+        if batch.count < 2:
+            raise DataError(
+                explain(
+                    "a batch is too small for BatchNorm statistics: it has one value per channel",
+                    layer=str(n.target),
+                    input=tuple(value.shape),
+                    remedy="use larger batches, and drop a last batch of one image",
+                )
+            )
+        add_batch(self.moments, n.name, batch)
+        with statistics_exchanged(norm, batch.mean, batch.var):
+            return super().run_node(n)
+
+
+def _look_on(value: Tensor) -> None:
+    """Leave a node's value as it is."""
+
+
+@contextmanager
+def statistics_exchanged(norm: BatchNorm, mean: Tensor, var: Tensor) -> Generator[None]:
+    """Other running statistics for a while; the layer's own buffers come back untouched."""
+    own = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    try:
+        norm.running_mean, norm.running_var = mean.to(own[0]), var.to(own[1])
+        yield
+    finally:
+        norm.running_mean, norm.running_var = own
+
+
+def set_running(norm: BatchNorm, calls: Sequence[Moments]) -> None:
+    """Write what training leaves in a layer's running statistics whose calls, in order, see inputs of such moments.
+
+    With momentum ``m``, call ``k`` of ``K`` weighs ``(1 - m)^(K - k)``; without one (``momentum=None``, the cumulative
+    average that ``torch.optim.swa_utils.update_bn`` takes) all calls weigh the same.
+
+    >>> norm, layer = nn.BatchNorm1d(1, momentum=None), nn.BatchNorm1d(1, momentum=None)
+    >>> first, second = torch.randn(50, 1), 3 + torch.randn(20, 1)
+    >>> set_running(norm, [Moments.of(first, dim=1), Moments.of(second, dim=1)])
+    >>> _ = layer(first), layer(second)
+    >>> torch.allclose(norm.running_mean, layer.running_mean), torch.allclose(norm.running_var, layer.running_var)
+    (True, True)
+    """
+    momentum = norm.momentum or 0.0
+    shares = [(1 - momentum) ** (len(calls) - 1 - place) for place in range(len(calls))]
+    means = torch.stack([share * call.mean for share, call in zip(shares, calls, strict=True)])
+    spreads = [call.squares / max(call.count - 1, 1) for call in calls]
+    variances = torch.stack([share * spread for share, spread in zip(shares, spreads, strict=True)])
+    cast(Tensor, norm.running_mean).copy_(means.sum(0) / sum(shares))
+    cast(Tensor, norm.running_var).copy_(variances.sum(0) / sum(shares))
+
+
+def is_batch_norm(module: nn.Module | None) -> bool:
+    """Whether a module normalizes over the batch and keeps running statistics."""
+    return isinstance(module, BatchNorm)
+
+
+def batch_norm_nodes(graph_module: fx.GraphModule) -> dict[str, BatchNorm]:
+    """The BatchNorm layers that keep running statistics, by the names of their nodes, in graph order.
+
+    Those of preserved prefixes keep the statistics of their source and are left out.
+    """
+    found: dict[str, BatchNorm] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and PRESERVED not in node.meta:
+            module = graph_module.get_submodule(str(node.target))
+            if is_batch_norm(module) and cast(BatchNorm, module).running_var is not None:
+                found[node.name] = cast(BatchNorm, module)
+    return found
+
+
+def calls_of(norms: Mapping[str, BatchNorm]) -> dict[BatchNorm, list[str]]:
+    """Every layer once, with the names of all nodes that call it, in graph order."""
+    calls: dict[BatchNorm, list[str]] = {}
+    for name, norm in norms.items():
+        calls.setdefault(norm, []).append(name)
+    return calls
