@@ -67,7 +67,7 @@ def test_the_first_line_of_the_text_is_there(shown, kind):
 def test_merges_show_certificate_trials_matches_and_groups(shown):
     report = shown["merge"]
     text = " ".join(Reader(report._repr_html_()).text)
-    assert f"✓ {report.certificates[0]}" in text
+    assert f"{report.certificates[0].mark} {report.certificates[0]}" in text
     assert report.trials
     assert all(trial.way in text and f"{trial.agreement:.2%}" in text for trial in report.trials)
     assert all(match.label in text for match in report.matches)
@@ -76,7 +76,7 @@ def test_merges_show_certificate_trials_matches_and_groups(shown):
 
 def test_a_certificate_that_fails_looks_so(shown):
     report = shown["merge"]
-    failed = dataclasses.replace(report.certificates[0], error=1.0)
+    failed = dataclasses.replace(report.certificates[0], error=1.0, mapped=0)
     text = dataclasses.replace(report, certificates=(failed,))._repr_html_()
     assert f"✗ {failed}" in " ".join(Reader(text).text)
 

@@ -15,6 +15,7 @@ from vfsurgery.diagnosis import diagnose as diagnose
 from vfsurgery.differences import Difference as Difference
 from vfsurgery.differences import diff as diff
 from vfsurgery.errors import SurgeryError as SurgeryError
+from vfsurgery.errors import SurgeryWarning as SurgeryWarning
 from vfsurgery.evaluation import barrier as barrier
 from vfsurgery.evaluation import evaluate as evaluate
 from vfsurgery.flip_rates import Flips as Flips
@@ -33,6 +34,7 @@ from vfsurgery.matching import Matcher as Matcher
 from vfsurgery.matching import WeightMatching as WeightMatching
 from vfsurgery.matching import ZipMatching as ZipMatching
 from vfsurgery.passes import ClosedFormRepair as ClosedFormRepair
+from vfsurgery.passes import ClosedFormReset as ClosedFormReset
 from vfsurgery.passes import Context as Context
 from vfsurgery.passes import Pass as Pass
 from vfsurgery.passes import Preserve as Preserve

@@ -15,11 +15,11 @@ from vfsurgery.choosing import Way, choose, sensible
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.partial import find_partly
 from vfsurgery.discovery.recording import hidden_norms, record, record_or_export
-from vfsurgery.errors import DataError, OptionError, TraceError, explain
+from vfsurgery.errors import DataError, OptionError, TraceError, explain, warn
 from vfsurgery.groups import GroupSet
 from vfsurgery.matching import MATCHERS, Given, Identity, Matcher, Orders
 from vfsurgery.merging import ExampleInputs, Merging
-from vfsurgery.passes import NORMALIZATIONS, CalibrateBiases, Pass, Preserve, Repair, Rescale, Reset
+from vfsurgery.passes import NORMALIZATIONS, CalibrateBiases, ClosedFormReset, Pass, Preserve, Repair, Rescale, Reset
 from vfsurgery.passes.contract import check_order
 from vfsurgery.passes.producers import is_norm
 from vfsurgery.results import remember
@@ -222,11 +222,11 @@ def merge(
         matching: ``"activations"`` (correlation of activations on ``data``), ``"zipit"``, ``"cca"`` (maps of units, on
             ``data``), ``"weights"`` (no data), ``"identity"`` (no reordering), a matcher, or ``"auto"``: with data
             those that suit the model are tried, without it is weights.
-        renormalize: ``"reset"``, ``"repair"``, ``"closed-form-repair"``, ``"rescale"``, ``"reshift"``,
-            ``"bias-calibration"``, ``"bias-removal"``, ``"regress"``, a pass such as ``Repair(sequential=True)``, a
-            list of those run in order, ``None``, or ``"auto"``: with data those that suit the architecture are tried,
-            and what agrees most often with the sources' ensemble on held-out images is kept; docs/renormalization.md
-            has the table.
+        renormalize: ``"reset"``, ``"repair"``, ``"closed-form-repair"``, ``"rescale"``, ``"reshift"``, ``"regress"``,
+            ``"bias-calibration"``, ``"bias-removal"``, ``"closed-form-reset"``, a pass such as
+            ``Repair(sequential=True)``, a list of those run in order, ``None``, or ``"auto"``: with data those that
+            suit the architecture are tried, and what agrees best with the sources' ensemble on held-out images is kept;
+            docs/merge.md has the table. Without data, BatchNorm layers lose much, and a ``SurgeryWarning`` says so.
         preserve: What to keep of each source, side by side, before the merged rest: a number of first weight layers on
             the longest path, or the name of a module (as in ``"layer2"``) or node up to whose output all is kept. 1 is
             plain merging, all layers are the ensemble of logits. A ``Preserve`` pass says the form too. See
@@ -281,6 +281,8 @@ def merge(
     work = Merging.prepare(models, data, example_inputs, seed, progress, leaf, pins)
     graph_module = work.sources[0].graph_module
     passes = normalizations(renormalize, graph_module, work.groups, data)
+    if renormalize == "auto" and data is None and sum(planned.used) > 1:
+        _warn_of_norms(graph_module)
     shares = work.share(planned)
     matcher = _masked(work, masks, shares, matching, matcher, passes)
     ways = [Way(matcher, passes)]
@@ -402,6 +404,16 @@ def normalizations(
     return passes
 
 
+def _warn_of_norms(graph_module: fx.GraphModule) -> None:
+    """Say what a merge without data makes of BatchNorm."""
+    norms = len({*batch_norm_nodes(graph_module).values()})
+    if norms:
+        warn(
+            f"a merge of networks with BatchNorm ({norms} layers) loses most of its accuracy without data: statistics "
+            "can only be guessed from the weights; pass data=, some hundred training images, labels are not looked at"
+        )
+
+
 def _default_normalization(graph_module: fx.GraphModule, has_data: bool) -> Pass | None:
     """What ``"auto"`` stands for where it applies; the table of docs/merge.md.
 
@@ -411,7 +423,7 @@ def _default_normalization(graph_module: fx.GraphModule, has_data: bool) -> Pass
     if hidden_norms(graph_module):
         return None
     if batch_norm_nodes(graph_module):
-        return Reset() if has_data else None
+        return Reset() if has_data else ClosedFormReset()
     if any(is_norm(op) for op in OpReader(graph_module)):
         return Repair(include_output=True) if has_data else None
     return Rescale() if has_data else CalibrateBiases()

@@ -7,11 +7,17 @@ shapes, group) and, last, the remedy. :func:`explain` lays those lines out, so t
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
 class SurgeryError(Exception):
     """Base of all errors that vfsurgery raises on purpose."""
+
+
+class SurgeryWarning(UserWarning):
+    """What was asked for was done, and is probably not what is wanted."""
 
 
 class TraceError(SurgeryError):
@@ -85,3 +91,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     accepted = f"accepted: {', '.join(known)}" if known else "nothing is accepted here"
     return f"did you mean {close[0]!r}? {accepted}" if close else accepted
+
+
+def warn(message: str) -> None:
+    """Warn with a :class:`SurgeryWarning` at the line of the user's code, which lies outside of this library.
+
+    >>> with warnings.catch_warnings(record=True) as seen:
+    ...     warnings.simplefilter("always")
+    ...     warn("this loses accuracy; pass data=")
+    >>> seen[0].category.__name__, str(seen[0].message)
+    ('SurgeryWarning', 'this loses accuracy; pass data=')
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__', '')}.".startswith(f"{__package__}."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, SurgeryWarning, stacklevel=level)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypeAlias
 
@@ -201,7 +201,7 @@ class Merging:
             return matcher.match(Problem(self.groups, states, correlations, self.seed, advance, joint))
 
     def certify(self, matchings: Sequence[Matching]) -> tuple[tuple[Certificate, ...], tuple[str, ...]]:
-        """Prove that each source computes the same after its reordering; say what maps of units do to it."""
+        """Prove that each source computes the same after its reordering; measure what maps of units do to it."""
         with self.clock("certificate"):
             self._target = self.sources[0].clone()  # the result's tensors serve as scratch until the average is written
             scratch = self._target.state
@@ -209,23 +209,16 @@ class Merging:
             notes: list[str] = []
             for number, matching in enumerate(self._of_all_sources(matchings)):
                 source, orders = self.sources[number], permutations_of(matching.permutations)
-                if number:
-                    certificates.append(certify(number, source, self.groups, orders, self.inputs, scratch))
-                notes += self._drift(number, matching.permutations)
+                mapped = _mapped(matching.permutations)
+                if not number and not mapped:
+                    continue  # the reference, as it is
+                certificate = certify(number, source, self.groups, orders, self.inputs, scratch)
+                if mapped:
+                    error = drift(source, self.groups, matching.permutations, self.inputs)
+                    certificate = replace(certificate, mapped=mapped, drift=error)
+                certificates.append(certificate)
             notes += self._pairwise(matchings)
             return tuple(certificates), tuple(notes)
-
-    def _drift(self, number: int, orders: Mapping[str, Order]) -> list[str]:
-        """For the report: how far maps of units take a source from what it computes."""
-        moved = [order for order in orders.values() if isinstance(order, UnitMap) and order.moved]
-        if not moved:
-            return []
-        error = drift(self.sources[number], self.groups, orders, self.inputs)
-        changed = f"differs from its own by {error:.1%} of the largest" if error < float("inf") else "is not finite"
-        return [
-            f"source {number}: {len(moved)} groups are mapped by matrices, which do not preserve its function; "
-            f"mapped, its output {changed}"
-        ]
 
     def _pairwise(self, matchings: Sequence[Matching]) -> list[str]:
         """For the report: how similar more than two sources are to each other, which no comparison with a says."""
@@ -333,6 +326,11 @@ class Merging:
             preserved=preserved,
             trials=trials,
         )
+
+
+def _mapped(orders: Mapping[str, Order]) -> int:
+    """How many groups are mapped by matrices that are no identity."""
+    return sum(isinstance(order, UnitMap) and bool(order.moved) for order in orders.values())
 
 
 def example_from(model: nn.Module, batches: Batches | None, given: ExampleInputs | None) -> tuple[Tensor, ...]:

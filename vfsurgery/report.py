@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,22 +21,53 @@ class Certificate:
     """How far an aligned source's outputs are from its own: proof that the permutations preserve its function.
 
     ``error`` is the largest absolute difference over the largest absolute output; ``tolerance`` the bound for
-    ``dtype``, the precision that was computed in.
+    ``dtype``, the precision that was computed in. Where ``mapped`` groups were mapped by matrices, which need not
+    preserve the function, the error is that of the permutations alone, and ``drift`` that of all together: what has
+    drifted is not certified.
+
+    >>> print(Certificate(1, 0.0, 1e-4, "float32"))
+    aligned source 1 == source 1: holds, relative error 0.0e+00 (tolerance 1e-04, float32)
+    >>> print(Certificate(1, 0.0, 1e-4, "float32", mapped=3, drift=0.47))
+    source 1: not certified: 3 groups are mapped by matrices, which do not preserve its function; mapped, its output
+    differs from its own by 47.0% of the largest
     """
 
     source: int
     error: float
     tolerance: float
     dtype: str
+    mapped: int = 0
+    drift: float = 0.0
+
+    @property
+    def drifted(self) -> bool:
+        """Whether maps of units have changed the source."""
+        return bool(self.mapped) and not self.drift <= self.tolerance
 
     def __bool__(self) -> bool:
-        return self.error <= self.tolerance
+        return self.error <= self.tolerance and not self.drifted
+
+    @property
+    def mark(self) -> str:
+        """A tick where it holds, a cross where it fails, a dash where it says nothing."""
+        return "✓" if self else "–" if self.drifted else "✗"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the verdict; a drift that is not finite is ``None``."""
+        drift = self.drift if math.isfinite(self.drift) else None
+        return {**dataclasses.asdict(self), "drift": drift, "holds": bool(self)}
 
     def __str__(self) -> str:
+        if self.drifted:
+            changed = f"differs from its own by {self.drift:.1%} of the largest"
+            return (
+                f"source {self.source}: not certified: {self.mapped} groups are mapped by matrices, which do not "
+                f"preserve its function; mapped, its output {changed if math.isfinite(self.drift) else 'is not finite'}"
+            )
         verdict = "holds" if self else "FAILS"
         return (
             f"aligned source {self.source} == source {self.source}: {verdict}, "
-            f"relative error {self.error:.1e} (tolerance {self.tolerance:.0e}, {self.dtype})"
+            f"relative error {max(self.error, self.drift):.1e} (tolerance {self.tolerance:.0e}, {self.dtype})"
         )
 
 
@@ -200,7 +232,8 @@ class MergeReport(Report):
         plain["pinned"] = [dataclasses.asdict(pin) for pin in self.groups.pinned]
         plain["unknown_ops"] = list(self.groups.unknown_ops)
         plain["coverage"] = self.groups.coverage
-        for name in ("matches", "certificates", "trials"):
+        plain["certificates"] = [certificate.to_dict() for certificate in self.certificates]
+        for name in ("matches", "trials"):
             plain[name] = [dataclasses.asdict(entry) for entry in getattr(self, name)]
         for name in ("preserved", "masks"):
             value = getattr(self, name)
@@ -222,7 +255,7 @@ class MergeReport(Report):
         ]
         return (
             paragraph(f"Matching {self.matching}; renormalization {steps}; seed {self.seed}."),
-            paragraphs(f"{'✓' if certificate else '✗'} {certificate}" for certificate in self.certificates),
+            paragraphs(f"{certificate.mark} {certificate}" for certificate in self.certificates),
             paragraphs(part for part in (self.preserved, self.masks, *self.notes) if part is not None),
             table(["tried", "agrees with the ensemble", "cross-entropy to it", "seconds", ""], trials),
             folded(

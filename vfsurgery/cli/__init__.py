@@ -3,34 +3,67 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
 
 import click
 
 from vfsurgery.cli.diagnose import diagnose_checkpoint
 from vfsurgery.cli.groups import groups
 from vfsurgery.cli.merge import merge_checkpoints
-from vfsurgery.cli.options import EPILOG
+from vfsurgery.cli.options import EPILOG, is_quiet
 from vfsurgery.cli.prune import prune_checkpoint, renormalize_checkpoint
 from vfsurgery.cli.push import push
 from vfsurgery.cli.replay import replay
 from vfsurgery.cli.run import check_recipe, plan_recipe, recipe_schema, run
 from vfsurgery.cli.zoo import survey_zoo
-from vfsurgery.errors import ExampleInputError, OptionError, SurgeryError
+from vfsurgery.errors import ExampleInputError, OptionError, SurgeryError, SurgeryWarning
 
 
 class Commands(click.Group):
-    """Prints the library's own errors as one message without traceback."""
+    """Prints the library's own errors and warnings as one message without traceback."""
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command; exit with 2 for wrong options or recipes, with 1 for any other of our errors."""
         try:
-            return super().invoke(ctx)
+            with _warnings_in_a_line():
+                return super().invoke(ctx)
         except SurgeryError as error:
             if os.environ.get("VFSURGERY_TRACEBACK") == "1":
                 raise
             hint = "\n  option  --input-size, as in 3x224x224" if isinstance(error, ExampleInputError) else ""
             click.echo(f"error: {error}{hint}", err=True)
             ctx.exit(2 if isinstance(error, OptionError) else 1)
+
+
+@contextmanager
+def _warnings_in_a_line() -> Generator[None]:
+    """Print our own warnings as one line on stderr, in words of the command line; not under ``--quiet``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SurgeryWarning)
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if not issubclass(category, SurgeryWarning):
+                return usual(message, category, *place)
+            if not is_quiet():
+                click.echo(f"warning: {_in_options(str(message))}", err=True)
+
+        warnings.showwarning = show
+        yield
+
+
+def _in_options(message: str) -> str:
+    """A message whose remedies are written for Python, with the options of commands.
+
+    >>> _in_options("pass data=, some images, or renormalize=None")
+    'pass --data, some images, or --renormalize none'
+    """
+    message = re.sub(r"\b([a-z_]+)=None", r"\1=none", message)
+    return re.sub(r"(?<![-\w])([a-z_]+)=(\w*)", lambda m: f"--{m[1].replace('_', '-')} {m[2]}".rstrip(), message)
 
 
 @click.group("vfsurgery", cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,7 +77,8 @@ def main() -> None:
     See what a recipe would do, without doing it:
       vfsurgery plan recipes/stages.yaml
     Merge two checkpoints of one architecture:
-      vfsurgery merge a.safetensors b.pt --model timm:resnet18 -o ab.safetensors
+      vfsurgery merge a.safetensors b.pt --model timm:resnet18 \\
+          --data imagefolder:photos -o ab.safetensors
     Prune a checkpoint and give its units their statistics back:
       vfsurgery prune a.pt --model timm:resnet18 --sparsity 0.8 \\
           --data imagefolder:photos --renormalize auto -o p.safetensors

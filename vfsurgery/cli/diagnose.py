@@ -9,7 +9,6 @@ import click
 
 from vfsurgery.cli.options import (
     EPILOG,
-    QUIET,
     compute_options,
     data_options,
     find_device,
@@ -29,7 +28,7 @@ from vfsurgery.errors import CheckpointError, OptionError, explain
 @data_options
 @compute_options("Decides which images are drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@QUIET
+@click.option("--quiet", is_flag=True, help="Print nothing but the result and errors.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write one self-contained HTML page.")
 def diagnose_checkpoint(
     merged: Path,
@@ -64,4 +63,5 @@ def diagnose_checkpoint(
     click.echo(found.to_json() if as_json else str(found))
     if output is not None:
         found.page(output)
-        click.echo(f"\nwritten to {output}", err=as_json)
+        if not quiet:
+            click.echo(f"\nwritten to {output}", err=as_json)

@@ -23,6 +23,7 @@ from vfsurgery.cli.options import (
     load_images,
     load_model,
     model_options,
+    say,
     steps,
 )
 from vfsurgery.cli.records import Record
@@ -47,7 +48,7 @@ from vfsurgery.tracing.examples import example_inputs_of
     default="auto",
     show_default=True,
     help="auto, none, or steps in order with commas between: reset, repair, regress, closed-form-repair, rescale, "
-    "reshift, bias-calibration, bias-removal.",
+    "reshift, bias-calibration, bias-removal, closed-form-reset.",
 )
 @click.option("--preserve", metavar="N|NAME", help="Keep the first N layers, or all up to a module, of each source.")
 @click.option("--max-flops", type=float, metavar="X", help="Keep as many as cost X times the FLOPs of one source.")
@@ -71,20 +72,23 @@ def merge_checkpoints(**options: Any) -> None:
 
     \b
     Examples:
-      vfsurgery merge a.safetensors b.pt --model timm:resnet18 -o ab.safetensors
+      vfsurgery merge a.safetensors b.pt --model timm:resnet18 \\
+          --data imagefolder:photos/train -o ab.safetensors
       vfsurgery merge a.pt b.pt --model torchvision:vgg11_bn --num-classes 10 \\
           --data imagefolder:photos/train --limit 5000 -o ab.safetensors
       vfsurgery merge a.pt b.pt --model mynets:small --input-size 3x32x32 \\
-          -o ab.safetensors
-      vfsurgery merge a.pt b.pt --model timm:resnet18 --preserve layer2 -o ab.pt2
-      vfsurgery merge a.pt b.pt --model timm:resnet18 -o ab.onnx
+          --data imagefolder:photos/train -o ab.safetensors
+      vfsurgery merge a.pt b.pt --model timm:resnet18 --preserve layer2 \\
+          --data imagefolder:photos/train -o ab.pt2
       vfsurgery merge a.pt b.pt --model timm:resnet18 \\
-          --card -o ab/model.safetensors
+          --data imagefolder:photos/train -o ab.onnx
+      vfsurgery merge a.pt b.pt --model timm:resnet18 \\
+          --data imagefolder:photos/train --card -o ab/model.safetensors
     """
     report, written = merge_files(**options)
-    click.echo(f"{report}\n\nwritten to {', '.join(map(str, written[:-1]))} and {written[-1]}")
+    say(f"{report}\n\nwritten to {', '.join(map(str, written[:-1]))} and {written[-1]}")
     if options["card"]:
-        click.echo(f"card in {written[-1].with_name(CARD)}")
+        say(f"card in {written[-1].with_name(CARD)}")
 
 
 def merge_files(

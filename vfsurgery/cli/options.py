@@ -45,7 +45,19 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 COUNT = click.IntRange(min=1)
-QUIET = click.option("--quiet", is_flag=True, help="Show no progress bars.")
+QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+
+
+def is_quiet() -> bool:
+    """Whether the command that runs was given ``--quiet``."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.params.get("quiet"))
+
+
+def say(text: str) -> None:
+    """Print what a command has done, unless it was asked to be quiet."""
+    if not is_quiet():
+        click.echo(text)
 
 
 def model_options(whose: str) -> Callable[[C], C]:

@@ -23,6 +23,7 @@ from vfsurgery.cli.options import (
     load_images,
     load_model,
     model_options,
+    say,
     steps,
 )
 from vfsurgery.errors import OptionError, explain
@@ -109,13 +110,13 @@ def prune_checkpoint(
         seed=seed,
         progress=not quiet,
     )
-    click.echo(str(report_of(pruned)))
+    say(str(report_of(pruned)))
     if choice is not None:
         example = example_input(data["input_size"], target)
         pruned = renormalize(
             pruned, reference=dense, data=images, renormalize=choice, example_inputs=example, progress=not quiet
         )
-        click.echo(str(report_of(pruned)))
+        say(str(report_of(pruned)))
     _write(pruned, output, report_path, {"model": model, "dense": checkpoint.name})
     if request is not None:
         request.write(pruned, output, (output,), {"model": model, "num_classes": num_classes, **data})
@@ -173,7 +174,7 @@ def renormalize_checkpoint(
         example_inputs=example_input(data["input_size"], target),
         progress=not quiet,
     )
-    click.echo(str(report_of(repaired)))
+    say(str(report_of(repaired)))
     _write(repaired, output, report_path, {"model": model, "reference": reference.name})
     if request is not None:
         request.write(repaired, output, (output,), {"model": model, "num_classes": num_classes, **data})
@@ -189,4 +190,4 @@ def _need_images(images: Data | None, what: str) -> None:
 def _write(model: nn.Module, output: Path, report: Path, metadata: dict[str, str]) -> None:
     save_state_dict(model.state_dict(), output, metadata)
     write_text(report, report_of(model).to_json() + "\n")
-    click.echo(f"\nwritten to {output} and {report}")
+    say(f"\nwritten to {output} and {report}")

@@ -9,7 +9,7 @@ import click
 
 from vfsurgery.checkpoints import INDEX, FileRecord, file_hash
 from vfsurgery.cli.merge import merge_checkpoints, merge_files
-from vfsurgery.cli.options import EPILOG
+from vfsurgery.cli.options import EPILOG, QUIET, say
 from vfsurgery.cli.records import Record
 from vfsurgery.errors import CheckpointError, explain
 from vfsurgery.threads import threads
@@ -21,7 +21,7 @@ from vfsurgery.threads import threads
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder to keep the new files in.  [default: none]"
 )
-@click.option("--quiet", is_flag=True, help="Show no progress bars.")
+@QUIET
 def replay(report: Path, sources: tuple[Path, ...], output: Path | None, quiet: bool) -> None:
     """Merge again as REPORT says, which "vfsurgery merge" wrote, and compare the hashes of the files.
 
@@ -43,7 +43,7 @@ def replay(report: Path, sources: tuple[Path, ...], output: Path | None, quiet: 
         with merge_checkpoints.make_context("merge", arguments) as context:
             _, written = merge_files(**context.params)
         _compare(record.output, written[:-1], report)
-    click.echo(f"the same: {', '.join(map(str, record.output))}{f', written into {output}' if output else ''}")
+    say(f"the same: {', '.join(map(str, record.output))}{f', written into {output}' if output else ''}")
 
 
 def _checked(records: tuple[FileRecord, ...], given: tuple[Path, ...], report: Path) -> tuple[Path, ...]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from vfsurgery.cli.options import EPILOG, QUIET, import_from_here
+from vfsurgery.cli.options import EPILOG, QUIET, import_from_here, say
 from vfsurgery.recipes.planning import plan
 from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.recipes.text import read_change
@@ -69,7 +69,7 @@ def run(ctx: click.Context, output: Path | None, resume: bool, quiet: bool, **op
       vfsurgery run recipes/paper/vgg16_cifar10_matching.yaml --reduced
     """
     done = read_recipe(**options).run(output, progress=not quiet, resume=resume)
-    click.echo(str(done))
+    say(str(done))
     if failures := done.failures:
         click.echo("error: not as expected:\n" + "\n".join(f"  {failure}" for failure in failures), err=True)
         ctx.exit(1)

@@ -88,9 +88,8 @@ class Summary:
 
     def before_training(self, epochs: int) -> Summary:
         """Of a network that was trained since: all but the headline is of before."""
-        return replace(
-            self, headline=f"{self.headline}; then trained for {epochs} epochs, all that follows is of before"
-        )
+        since = f"then trained for {epochs} epochs, all that follows is of before"
+        return replace(self, headline=f"{self.headline}; {since}")
 
 
 @dataclass(frozen=True, kw_only=True)

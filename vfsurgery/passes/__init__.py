@@ -6,6 +6,7 @@ from vfsurgery.passes.base import Pass as Pass
 from vfsurgery.passes.base import Pipeline as Pipeline
 from vfsurgery.passes.calibrate_biases import CalibrateBiases as CalibrateBiases
 from vfsurgery.passes.closed_form import ClosedFormRepair as ClosedFormRepair
+from vfsurgery.passes.closed_form_reset import ClosedFormReset as ClosedFormReset
 from vfsurgery.passes.fold import Fold as Fold
 from vfsurgery.passes.mask import KeepZeros as KeepZeros
 from vfsurgery.passes.mask import Mask as Mask
@@ -26,5 +27,5 @@ from vfsurgery.passes.renormalize import Reshift as Reshift
 
 for _step in (Average, Preserve, Fold, Reset, Repair, ClosedFormRepair, Rescale, Reshift):
     register_pass(_step)
-for _step in (CalibrateBiases, RemoveBiases, Regress):
+for _step in (CalibrateBiases, RemoveBiases, Regress, ClosedFormReset):
     register_pass(_step)

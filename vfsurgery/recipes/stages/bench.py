@@ -214,12 +214,12 @@ class Bench:
 
     def scores_beside(self, name: str, model: nn.Module) -> dict[str, Score]:
         """The scores to show with a network: its own, if it is the very one that was measured, and those of others."""
-        now = {id(each) for each in (*self.ends.values(), *self.networks.values(), model)}
+        now = [*self.ends.values(), *self.networks.values()]
+        allowed = {label: [model] if label == name else now for label in self.scores}
         return {
             label: score
             for label, score in self.scores.items()
-            if all(id(each) in now for each in self.measured[label])
-            and (label != name or self.measured[label] == [model])
+            if all(each in allowed[label] for each in self.measured[label])
         }
 
     @property

@@ -1,0 +1,225 @@
+"""Whatever is written, drawn or said of a file is measured on that file."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import vfsurgery as surgery
+from vfsurgery.checkpoints import load_into, load_state_dict
+from vfsurgery.data import digits
+from vfsurgery.demo import TinyConvNet, TinyResNet
+from vfsurgery.errors import OptionError
+from vfsurgery.recipes.experiments import PairFinding
+from vfsurgery.recipes.recipe import Recipe, RecipeRun
+from vfsurgery.training import from_seed
+
+IMAGES = torch.randn(150, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+LABELS = torch.randint(10, (150,), generator=torch.Generator().manual_seed(2))
+
+LAST = {
+    "chosen": "{label: last, matching: auto, renormalize: auto}",
+    "preserved": "{label: last, matching: activations, renormalize: reset, preserve: 2}",
+    "nearer to a": "{label: last, matching: weights, renormalize: reset, alpha: 0.15}",
+    "not renormalized": "{label: last, matching: weights, renormalize: null}",
+}
+"""The last merge of a pair, whose files are written."""
+
+
+def pair(last: str) -> str:
+    return f"""
+name: small
+data: {{name: digits, seed: 0}}
+threads: 1
+pairs:
+  - name: pair
+    model: vfsurgery.demo:TinyResNet
+    options: {{width: 4}}
+    seeds: [0, 1]
+    training: {{epochs: 3, lr: 0.1}}
+    alphas: 3
+    merges:
+      - {{matching: weights, renormalize: reset}}
+      - {last}
+"""
+
+
+def accuracy_of(path: Path, model: nn.Module) -> float:
+    """In percent, of the file, read anew and evaluated on the recipe's test images."""
+    load_into(model, load_state_dict(path), path)
+    return 100 * surgery.evaluate(model, digits(seed=0).test, progress=False).accuracy
+
+
+def from_page(page: str, row: str) -> float:
+    found = re.search(rf'<tr><td class="text">{row}</td><td[^>]*>([\d.]+)%</td>', page)
+    assert found is not None
+    return float(found[1])
+
+
+def from_card(card: str, row: str) -> float:
+    found = re.search(rf"^\| {row} \| ([\d.]+) \|", card, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+@pytest.mark.parametrize("kind", LAST)
+def test_page_card_plot_and_report_of_a_pair_have_the_figure_of_the_file(kind, tmp_path):
+    run = Recipe.from_yaml(pair(LAST[kind])).run(tmp_path, progress=False)
+    assert isinstance(run.findings[0], PairFinding)
+    network = from_seed(lambda: TinyResNet(width=4), 0).eval() if kind != "preserved" else run.findings[0].model
+    expected = accuracy_of(tmp_path / "pair.safetensors", network)
+    plain = json.loads((tmp_path / "report.json").read_text())["pairs"][0]
+    assert 100 * plain["scores"]["last"]["accuracy"] == pytest.approx(expected)
+    card = (tmp_path / "README.md").read_text()
+    assert from_card(card, "last") == pytest.approx(expected, abs=0.005)
+    front = re.search(r"value: ([\d.]+)", card)
+    assert front is not None and 100 * float(front[1]) == pytest.approx(expected)
+    page = (tmp_path / "pair.html").read_text()
+    assert from_page(page, "last") == pytest.approx(expected, abs=0.005)
+    drawn = list(plain["barrier"]["curves"].values())[-1]
+    share = plain["report"]["weights"][1]
+    assert 100 * drawn["accuracy"][drawn["alphas"].index(share)] == pytest.approx(expected)
+    wrong = 100 * sum(rates["new_wrong"] for rates in plain["flips"]["rates"]) / 1000
+    assert 100 - wrong == pytest.approx(expected)
+
+
+def test_the_choice_of_a_pair_is_one_and_not_two(tmp_path, monkeypatch):
+    """The plot goes by the matching and the steps that the file came to, not by a second choice."""
+    from vfsurgery import evaluation
+
+    asked: list[object] = []
+    original = evaluation.merge
+
+    def recording(*models: nn.Module, **options: object) -> nn.Module:
+        asked.append((options["matching"], options["renormalize"]))
+        return original(*models, **options)
+
+    monkeypatch.setattr(evaluation, "merge", recording)
+    Recipe.from_yaml(pair(LAST["chosen"])).run(tmp_path, progress=False)
+    assert asked and all("auto" not in choice for choice in asked)
+
+
+def lines(merged: nn.Module, **options: object) -> surgery.Barrier:
+    a, b = (from_seed(TinyConvNet, seed).eval() for seed in (1, 2))
+    return surgery.barrier(a, b, (IMAGES, LABELS), alphas=3, through=merged, progress=False, **options)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.3, 0.0])
+def test_a_line_goes_through_the_model_it_is_drawn_for(alpha):
+    a, b = (from_seed(TinyConvNet, seed).eval() for seed in (1, 2))
+    merged = surgery.merge(a, b, data=IMAGES, matching="activations", renormalize="repair", alpha=alpha, progress=False)
+    own = surgery.evaluate(merged, (IMAGES, LABELS), progress=False)
+    found = lines(merged, calibration=IMAGES).renormalized
+    assert found is not None
+    place = found.alphas.index(alpha)
+    assert (found.accuracy[place], found.loss[place]) == (own.accuracy, own.loss)
+    with torch.no_grad():
+        next(merged.parameters()).mul_(-1)  # the point is measured on the very model, not on one made like it
+    changed = lines(merged, calibration=IMAGES).renormalized
+    assert changed is not None and changed.loss[place] != own.loss
+
+
+def test_a_line_without_calibration_is_matched_as_the_model_was():
+    a, b = (from_seed(TinyConvNet, seed).eval() for seed in (1, 2))
+    merged = surgery.merge(a, b, data=IMAGES, matching="zipit", renormalize=None, progress=False)
+    found = lines(merged)
+    assert list(found.curves) == ["naive", "aligned"]
+    assert found.aligned.loss[1] == surgery.evaluate(merged, (IMAGES, LABELS), progress=False).loss
+
+
+def test_no_line_goes_through_models_of_other_origin():
+    with pytest.raises(OptionError, match=r"was not made by merge\n  remedy  pass the very model that merge returned"):
+        lines(TinyConvNet())
+    a, b = (from_seed(TinyConvNet, seed).eval() for seed in (1, 2))
+    layered = surgery.merge(a, b, example_inputs=IMAGES[:2], alpha=[0.2, 0.8], progress=False)
+    with pytest.raises(OptionError, match="has shares by layer, and the line has one for all"):
+        lines(layered)
+
+
+STAGES = """
+name: staged
+data: {{name: digits, seed: 0}}
+threads: 1
+sources:
+  - {{name: a, model: "vfsurgery.demo:TinyConvNet", options: {{width: 4}}, seed: 1}}
+  - {{name: b, model: "vfsurgery.demo:TinyConvNet", options: {{width: 4}}, seed: 2}}
+stages:
+  - {{train: {{epochs: 4}}}}
+  - {{match: weights}}
+  - merge
+  - {{renormalize: [bias-calibration]}}
+{stages}
+"""
+
+
+def staged(stages: str, folder: Path) -> RecipeRun:
+    return Recipe.from_yaml(STAGES.format(stages=stages)).run(folder, progress=False)
+
+
+def test_scores_of_a_network_that_was_changed_since_are_not_shown_beside_it(tmp_path):
+    staged(
+        "  - evaluate\n  - {export: before.safetensors}\n  - {apply: [{bias-removal: {layers: 3}}]}\n"
+        "  - {diagnose: {page: after.html}}\n  - {export: after.safetensors}",
+        tmp_path,
+    )
+    assert ">merged</td>" not in (tmp_path / "after.html").read_text()
+    before, after = (tmp_path / "README.md").read_text().split("## after.safetensors")
+    own = accuracy_of(tmp_path / "before.safetensors", TinyConvNet(width=4))
+    assert from_card(before, "merged") == pytest.approx(own, abs=0.005)
+    assert "| a |" in after and "| merged |" not in after
+
+
+def test_the_scores_of_the_last_evaluation_are_not_those_of_a_file_from_before(tmp_path):
+    staged(
+        "  - {export: before.safetensors}\n  - {apply: [{bias-removal: {layers: 3}}]}\n  - evaluate\n"
+        "  - {diagnose: {page: after.html}}\n  - {export: after.safetensors}",
+        tmp_path,
+    )
+    own = accuracy_of(tmp_path / "after.safetensors", TinyConvNet(width=4))
+    assert from_page((tmp_path / "after.html").read_text(), "merged") == pytest.approx(own, abs=0.005)
+    before, after = (tmp_path / "README.md").read_text().split("## after.safetensors")
+    assert from_card(after, "merged") == pytest.approx(own, abs=0.005)
+    assert "| a |" in before and "| merged |" not in before
+
+
+def test_a_report_of_before_a_training_is_not_shown_as_of_the_trained_network(tmp_path):
+    staged("  - {train: {epochs: 2}}\n  - evaluate\n  - {diagnose: {page: after.html}}\n  - export", tmp_path)
+    own = accuracy_of(next(tmp_path.glob("*.safetensors")), TinyConvNet(width=4))
+    page = (tmp_path / "after.html").read_text()
+    assert from_page(page, "merged") == pytest.approx(own, abs=0.005)
+    assert "merged by matching" not in page
+    assert "then trained for 2 epochs, all that follows is of before" in (tmp_path / "README.md").read_text()
+
+
+SWEEP = """
+name: swept
+data: {name: digits, seed: 0}
+threads: 1
+sweeps:
+  - name: sweep
+    model: vfsurgery.demo:TinyConvNet
+    options: {width: 4}
+    training: {epochs: 4}
+    sparsities: [0.5, 0.8]
+    methods: [{method: magnitude}, {method: magnitude, scope: layer}]
+"""
+
+
+def test_page_card_and_report_of_a_sweep_have_the_figure_of_the_file(tmp_path):
+    Recipe.from_yaml(SWEEP).run(tmp_path, progress=False)
+    own = accuracy_of(tmp_path / "sweep.safetensors", TinyConvNet(width=4))
+    plain = json.loads((tmp_path / "report.json").read_text())["sweeps"][0]
+    example = plain["example"]
+    cell = next(c for c in plain["curves"][example["method"]] if c["sparsity"] == example["sparsity"])
+    assert 100 * cell["renormalized"]["accuracy"] == pytest.approx(own)
+    row = f"{example['method']} {100 * example['sparsity']:g}% renormalized"
+    assert from_page((tmp_path / "sweep.html").read_text(), row) == pytest.approx(own, abs=0.005)
+    card = (tmp_path / "README.md").read_text()
+    assert from_card(card, row) == pytest.approx(own, abs=0.005)
+    front = re.search(r"value: ([\d.]+)", card)
+    assert front is not None and 100 * float(front[1]) == pytest.approx(own)

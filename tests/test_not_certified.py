@@ -1,0 +1,98 @@
+"""What maps of units change is not certified, wherever a certificate is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+from tiny_nets import groups_of, images, net, planted
+from torch import nn
+
+import vfsurgery as surgery
+from vfsurgery.checkpoints import provenance
+from vfsurgery.hub.cards import Card, Network, Summary
+from vfsurgery.hub.loading import Written
+from vfsurgery.report import Certificate, MergeReport
+from vfsurgery.results import merge_report_of
+
+DATA = [images(200)]
+
+
+def merged(matching: str, **options: object) -> tuple[nn.Module, MergeReport]:
+    models = net("chain", 1).double(), net("chain", 2).double()
+    data = [part.double() for part in DATA]
+    found = surgery.merge(*models, data=data, matching=matching, renormalize="repair", progress=False, **options)
+    return found, merge_report_of(found)
+
+
+@pytest.mark.parametrize(("matching", "sources"), [("cca", [1]), ("zipit", [0, 1])])
+def test_no_source_that_was_mapped_holds(matching, sources):
+    _, report = merged(matching)
+    assert [certificate.source for certificate in report.certificates] == sources
+    for certificate in report.certificates:
+        assert not certificate
+        assert certificate.mapped == 4 and certificate.drift > 0.01
+        assert f"source {certificate.source}: not certified: 4 groups are mapped" in str(certificate)
+        assert f"{certificate.drift:.1%} of the largest" in str(certificate)
+
+
+def test_text_html_page_card_json_and_header_say_it(tmp_path):
+    found, report = merged("cca")
+    models = net("chain", 1).double(), net("chain", 2).double()
+    page = surgery.diagnose(found, models, [part.double() for part in DATA], progress=False).page(
+        tmp_path / "page.html", report=report
+    )
+    (tmp_path / "chain.safetensors").write_bytes(b"")
+    network = Network(name="chain", written=Written(("chain.safetensors",), "mine:chain"), summary=Summary.of(report))
+    card = Card(title="chain", summary="One.", networks=[network]).write(tmp_path)
+    texts = {
+        "text": str(report),
+        "notebook": report._repr_html_(),
+        "page": page.read_text(),
+        "card": card.read_text(),
+    }
+    drift = f"{report.certificates[0].drift:.1%} of the largest"
+    for where, text in texts.items():
+        assert "not certified: 4 groups are mapped by matrices" in text, where
+        assert drift in text, where
+        assert "holds, relative error" not in text, where
+    for where in ("notebook", "page"):
+        assert re.search(r"–(</span>)? source 1: not certified", texts[where]), where
+    (plain,) = json.loads(report.to_json())["certificates"]
+    assert plain["holds"] is False and plain["mapped"] == 4
+    assert plain["drift"] == pytest.approx(report.certificates[0].drift)
+    assert json.loads(provenance(report, "recipe")["certificate"])[0]["holds"] is False
+
+
+def test_permutations_are_certified_as_ever():
+    a = net("chain").double()
+    found = surgery.merge(
+        a, planted(a, groups_of(a)), data=[part.double() for part in DATA], matching="activations", progress=False
+    )
+    report = merge_report_of(found)
+    assert all(report.certificates) and len(report.certificates) == 1
+    assert "== source 1: holds, relative error" in str(report) and "not certified" not in str(report)
+    assert json.loads(report.to_json())["certificates"][0]["holds"] is True
+
+
+@pytest.mark.parametrize(
+    ("certificate", "mark", "words"),
+    [
+        (Certificate(1, 1e-7, 1e-4, "float32"), "✓", "holds"),
+        (Certificate(1, 1.0, 1e-4, "float32"), "✗", "FAILS"),
+        (Certificate(1, 0.0, 1e-4, "float32", mapped=2, drift=0.1), "–", "not certified"),
+        (Certificate(1, 0.0, 1e-4, "float32", mapped=2, drift=1e-6), "✓", "holds, relative error 1.0e-06"),
+        (Certificate(1, 0.0, 1e-4, "float32", mapped=2, drift=math.inf), "–", "mapped, its output is not finite"),
+    ],
+)
+def test_the_verdict_follows_from_what_was_measured(certificate, mark, words):
+    assert (certificate.mark, bool(certificate)) == (mark, mark == "✓")
+    assert words in str(certificate)
+    assert json.loads(json.dumps(certificate.to_dict()))["holds"] is (mark == "✓")
+
+
+def test_a_report_without_the_newer_fields_is_as_before():
+    assert dataclasses.asdict(Certificate(1, 0.0, 1e-4, "float32"))["mapped"] == 0
