@@ -80,7 +80,11 @@ CASES: dict[str, Case] = {
     "cdist to prototypes": (dense(lambda m, x: torch.cdist(x, m.p), 5, p=parameter(5, 8)), (VECTOR,), [5, 8]),
     "vecdot": (both(lambda m, a, b: torch.linalg.vecdot(a, b)), (VECTOR,), [8]),
     "inner": (dense(lambda m, x: torch.inner(x, m.p), 5, p=parameter(5, 8)), (VECTOR,), [5, 8]),
-    "outer": (both(lambda m, a, b: m.o(torch.outer(a[0], b[1]).tanh()).sum(0), 7, o=nn.Linear(7, 3)), (VECTOR,), [7, 8]),
+    "outer": (
+        both(lambda m, a, b: m.o(torch.outer(a[0], b[1]).tanh()).sum(0), 7, o=nn.Linear(7, 3)),
+        (VECTOR,),
+        [7, 8],
+    ),
     "tensordot": (dense(lambda m, x: torch.tensordot(x, m.w, ([2], [1])), 5, w=parameter(5, 8)), (TOKENS,), [5, 8]),
     "tensordot by number": (dense(lambda m, x: torch.tensordot(x, m.w, 1), 5, w=parameter(8, 5)), (TOKENS,), [5, 8]),
     "multi_dot": (
