@@ -400,8 +400,8 @@ MUST_PIN: dict[str, Pinning] = {
     "numbers as units": (
         lambda: dense(then(lambda x: F.one_hot(x.argmax(-1), 8).to(x))),
         VECTOR,
-        "argmax",
-        True,
+        "positions differ in argmax",
+        False,
     ),
     "reshape across units": (
         lambda: dense(then(lambda x: x.view(-1, 4, 6).mean(1)), out=8, width=6),

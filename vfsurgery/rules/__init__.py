@@ -2,6 +2,7 @@
 
 from vfsurgery.rules import attention as attention
 from vfsurgery.rules import combine as combine
+from vfsurgery.rules import contraction as contraction
 from vfsurgery.rules import conv as conv
 from vfsurgery.rules import linear as linear
 from vfsurgery.rules import movement as movement

@@ -1,15 +1,12 @@
-"""Contractions of two activations, and attention, which is built from them.
+"""Attention: the units inside a head (``d_qk`` of queries and keys, ``d_v`` of values) form groups of their own.
 
-Of ``y[..., m, n] = sum_k a[..., m, k] b[..., k, n]`` the contracted index may be reordered when both operands follow,
-the others pass through. Attention follows from that: the units inside a head (``d_qk`` of queries and keys, ``d_v`` of
-values) form groups of their own, whole heads another one, and positions are the tokens of the operands.
+Whole heads are another one, and positions are the tokens of the operands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 from torch import nn
@@ -28,58 +25,9 @@ from vfsurgery.groups.axes import (
     reads,
     tie,
 )
+from vfsurgery.rules.contraction import align
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
-
-
-@rule("matmul", "bmm", "mm", "mv", "dot")
-def matrix_product(op: Op) -> Iterator[Constraint]:
-    """``y[..., m, n] = sum_k a[..., m, k] b[..., k, n]``; a vector on either side has only the contracted dim."""
-    yield from _matrix_product(op.inputs[-2], op.inputs[-1], op.output)
-
-
-@rule("baddbmm", "addmm", "addbmm")
-def added_matrix_product(op: Op) -> Iterator[Constraint]:
-    """A matrix product and a summand that broadcasts against it."""
-    yield from _broadcast(op.input, op.output)
-    if op.key != "addbmm":  # which sums over the batch too: what is not said here is pinned
-        yield from _matrix_product(op.inputs[1], op.inputs[2], op.output)
-
-
-def _matrix_product(a: TensorRef, b: TensorRef, y: TensorRef) -> Iterator[Constraint]:
-    yield tie(a.axis(-1), b.axis(-2 if b.ndim > 1 else -1))
-    rows, columns = a.ndim > 1, b.ndim > 1
-    if rows:
-        yield tie(a.axis(-2), y.axis(-2 if columns else -1))
-    if columns:
-        yield tie(b.axis(-1), y.axis(-1))
-    kept = y.axes()[: y.ndim - rows - columns]
-    for operand in (a, b):
-        yield from _align(operand.axes()[:-2], kept)
-
-
-@rule("einsum")
-def einsum(op: Op) -> Iterator[Constraint]:
-    """Dims with the same letter are the same units; dims under an ellipsis broadcast against each other.
-
-    A letter that one operand has twice picks a diagonal: both dims are the same units too.
-    """
-    equation = str(op.args[0]).replace(" ", "")
-    left, arrow, right = equation.partition("->")
-    tensors = [*op.inputs, op.output]
-    if not arrow:
-        letters = left.replace(",", "").replace(".", "")
-        right = ("..." if "..." in left else "") + "".join(sorted(x for x in set(letters) if letters.count(x) == 1))
-    seen: dict[str, AxisRef] = {}
-    for term, tensor in zip([*left.split(","), right], tensors, strict=True):
-        before, _, after = term.partition("...")
-        named = [*zip(before, tensor.axes(), strict=False)]
-        named += [*zip(reversed(after), reversed(tensor.axes()), strict=False)]
-        covered = tensor.axes()[len(before) : tensor.ndim - len(after)] if "..." in term else ()
-        named += [(f"...{place}", axis) for place, axis in enumerate(reversed(covered))]
-        for letter, axis in named:
-            if axis.size > 1:
-                yield tie(seen.setdefault(letter, axis), axis)
 
 
 @rule("scaled_dot_product_attention")
@@ -93,16 +41,18 @@ def attention(op: Op) -> Iterator[Constraint]:
     yield tie(v.axis(-1), y.axis(-1))
     yield tie(k.axis(-2), v.axis(-2))
     yield tie(q.axis(-2), y.axis(-2))
-    yield from _align(q.axes()[:-2], y.axes()[:-2])
+    yield from align(q.axes()[:-2], y.axes()[:-2])
     for operand in (k, v):
         mine, theirs = operand.axes()[:-2], y.axes()[:-2]
         if op.argument("enable_gqa", 99, False) and mine[-1].size != theirs[-1].size:
             copies = Fresh("query heads per key head", theirs[-1].size // mine[-1].size)
             yield tie(theirs[-1], Product((mine[-1], copies)))
             mine, theirs = mine[:-1], theirs[:-1]
-        yield from _align(mine, theirs)
+        yield from align(mine, theirs)
+    if op.argument("is_causal", 5, False):
+        yield from (pin(x.axis(-2), "a causal mask") for x in (q, k))
     if mask is not None:
-        yield from _align(mask.axes(), (*y.axes()[:-2], q.axis(-2), k.axis(-2)))
+        yield from align(mask.axes(), (*y.axes()[:-2], q.axis(-2), k.axis(-2)))
 
 
 @rule(nn.MultiheadAttention)
@@ -121,7 +71,7 @@ def multihead_attention(op: Op) -> Iterator[Constraint]:
 @rule("multi_head_attention_forward")
 def functional_multihead_attention(op: Op) -> Iterator[Constraint]:
     """As the module, weights given as arguments; tokens come first."""
-    arguments = dict(zip(_FUNCTION, op.args, strict=False)) | op.kwargs
+    arguments = dict(zip(_FUNCTION.split(), op.args, strict=False)) | op.kwargs
     weights = {name.replace("out_proj_", "out_proj."): x for name, x in arguments.items() if isinstance(x, TensorRef)}
     zero, heads = bool(arguments["add_zero_attn"]), int(arguments["num_heads"])
     if not any(name.startswith("static") for name in weights):
@@ -131,11 +81,9 @@ def functional_multihead_attention(op: Op) -> Iterator[Constraint]:
 _QKV = ("query", "key", "value")
 _FORWARD = (*_QKV, "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
 _FUNCTION = (
-    *_QKV,
-    *("embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn"),
-    *("dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask", "need_weights", "attn_mask"),
-    *("use_separate_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k", "static_v"),
-    *("average_attn_weights", "is_causal"),
+    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
+    "out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask use_separate_proj_weight "
+    "q_proj_weight k_proj_weight v_proj_weight static_k static_v average_attn_weights is_causal"
 )
 """The arguments of ``F.multi_head_attention_forward``, in order."""
 
@@ -220,14 +168,3 @@ class _Attention:
                 expected.append(batch)
             for axis, expression in zip(reversed(weights.axes()), expected, strict=True):
                 yield tie(axis, expression)
-
-
-def _broadcast(operand: TensorRef, result: TensorRef) -> Iterator[Constraint]:
-    yield from _align(operand.axes(), result.axes())
-
-
-def _align(mine: tuple[AxisRef, ...], theirs: tuple[AxisRef, ...]) -> Iterator[Constraint]:
-    """Tie dims from the last one backwards, as broadcasting pairs them."""
-    for left, right in zip_longest(reversed(mine), reversed(theirs)):
-        if left is not None and right is not None and left.size == right.size:
-            yield tie(left, right)

@@ -126,16 +126,19 @@ def _pass_through(source: TensorRef, index: tuple[Any, ...], result: TensorRef, 
 
 
 @rule("index_select", "gather", "take_along_dim", "index_add", "index_copy", "scatter", "scatter_add")
-@rule("cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "fft", "ifft", "rfft", "irfft")
-@rule("fft2", "ifft2", "rfft2", "irfft2", "fft_rfft2", "fft_irfft2", "fft_fft2", "fft_ifft2", "fft_rfft", "fft_irfft")
+@rule("cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "diff", "select", "fft", "ifft", "rfft", "irfft")
+@rule("fft2", "ifft2", "rfft2", "irfft2", "fft_rfft2", "fft_irfft2", "fft_fft2", "fft_ifft2")
+@rule("fft_rfft", "fft_irfft", "fft_fft", "fft_ifft")
 def along_dims(op: Op) -> Iterator[Constraint]:
     """What these ops compute depends on the order along their own dims, which are pinned; others pass through."""
     place: int = 1
     default: Any = None
     if op.key == "topk":
         place, default = 2, -1
-    elif op.key == "roll":
+    elif op.key in ("roll", "take_along_dim"):
         place = 2
+    elif op.key == "diff":
+        place, default = 2, -1
     elif op.key in ("sort", "argsort"):
         default = -1
     elif "fft" in str(op.key):
@@ -145,6 +148,10 @@ def along_dims(op: Op) -> Iterator[Constraint]:
         return
     dims = given if isinstance(given, tuple | list) else (given, *(op.args[2:] if op.key == "flip" else ()))
     own = {dim % op.input.ndim for dim in dims}
+    if op.key == "select":  # which removes its dim
+        kept = [axis for axis in op.input.axes() if axis.dim not in own]
+        yield from (tie(axis, result) for axis, result in zip(kept, op.output.axes(), strict=True))
+        return
     others = [tensor for tensor in (*op.inputs[1:], *op.outputs) if tensor.ndim == op.input.ndim]
     for axis in op.input.axes():
         if axis.dim not in own:
@@ -159,6 +166,15 @@ def embedding(op: Op) -> Iterator[Constraint]:
     yield tie(table.axis(1), op.output.axis(-1))
     for axis in indices.axes():
         yield tie(axis, op.output.axis(axis.dim))
+
+
+@rule(nn.EmbeddingBag, "embedding_bag")
+def embedding_bag(op: Op) -> Iterator[Constraint]:
+    """Rows are picked by number, summed, averaged or compared, so they are pinned; the width passes through."""
+    table = op.parameters["weight"] if op.module is not None else op.inputs[1]
+    yield tie(table.axis(1), op.output.axis(-1))
+    if op.input.ndim == 2:
+        yield tie(op.input.axis(0), op.output.axis(0))
 
 
 @rule("triu", "tril")
@@ -213,12 +229,26 @@ def fold(op: Op) -> Iterator[Constraint]:
 
 
 @rule(
-    "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "zero", "fill"
-)
+    "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "zero",
+    "fill", "rand_like", "randn_like",
+)  # fmt: skip
 def filled(op: Op) -> Iterator[Constraint]:
-    """The same number everywhere: any order is the right one, and of a tensor given only the shape counts."""
+    """The same number everywhere, or one drawn for each place: any order is the right one; only the shape counts."""
     for tensor in (*op.inputs, *op.outputs):
         yield from map(indifferent, tensor.axes())
+
+
+@rule("diagonal", "diag_embed")
+def diagonal(op: Op) -> Iterator[Constraint]:
+    """Two dims in the same order become one, put last, or the other way round; other dims pass through in order."""
+    wide, narrow = (op.input, op.output) if op.key == "diagonal" else (op.output, op.input)
+    first = 0 if op.key == "diagonal" else -2
+    pair = {op.argument(f"dim{n + 1}", n + 2, first + n) % wide.ndim for n in range(2)}
+    if op.argument("offset", 1, 0) or len({wide.shape[dim] for dim in pair}) > 1:
+        return
+    yield from (tie(wide.axis(dim), narrow.axis(-1)) for dim in pair)
+    kept = [axis for axis in wide.axes() if axis.dim not in pair]
+    yield from (tie(axis, other) for axis, other in zip(kept, narrow.axes(), strict=False))
 
 
 @rule("complex", "view_as_real", "view_as_complex", "real", "imag", "polar")

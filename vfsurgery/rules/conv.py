@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from vfsurgery.groups.axes import Constraint, Fresh, Product, TensorRef, tie
+from vfsurgery.groups.axes import Concat, Constraint, Fresh, Product, TensorRef, pin, tie
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 
@@ -34,6 +34,30 @@ def convolution(op: Op) -> Iterator[Constraint]:
 def transposed_convolution(op: Op) -> Iterator[Constraint]:
     """Weight ``(G * i, o, kernel...)``: the roles of its first two dims are exchanged."""
     yield from _convolution(op, groups=op.argument("groups", 6, 1), rows=1)
+
+
+@rule("torchvision::deform_conv2d")
+def deformable_convolution(op: Op) -> Iterator[Constraint]:
+    """Each kernel offset reads somewhere else, the same for all channels of an offset group.
+
+    The channels of offsets and of the mask are offset groups times places of the kernel, and stay where they are; so do
+    offset groups, inside which input channels are free. For the rest see convolutions.
+    """
+    offset, mask, bias, groups, parts = op.args[2], op.args[3], op.args[4], op.args[11], op.args[12]
+    weight = op.args[1]
+    x, y = op.input.axis(1), op.output.axis(1)
+    for tensor in (op.input, offset, mask):
+        yield tie(tensor.axis(0), op.output.axis(0))
+    if groups > 1 and parts > 1:  # both cut the channels, each in its own way
+        yield pin(x, "groups of channels with offsets of their own")
+    elif parts > 1:
+        yield tie(x, Concat(tuple(Fresh(f"offset group {part}", x.size // parts) for part in range(parts))))
+    if groups == 1:
+        yield tie(weight.axis(0), y)
+        yield tie(weight.axis(1), x)
+    else:
+        yield from _grouped(op, weight, groups, rows=0)
+    yield tie(bias.axis(0), y)
 
 
 def _convolution(op: Op, groups: int, rows: int) -> Iterator[Constraint]:

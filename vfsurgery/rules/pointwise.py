@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from vfsurgery.groups.axes import Constraint, Fixed, Product, mixes, tie, tie_all
+from vfsurgery.groups.axes import Constraint, Fixed, Product, indifferent, mixes, tie, tie_all
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 
@@ -26,12 +26,14 @@ UNARY = (
     "sqrt rsqrt square reciprocal sin cos erf sign round floor ceil clamp clamp_min clamp_max dropout "
     "dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout nan_to_num logical_not tan atan "
     "asin acos sinh cosh log2 log10 exp2 erfc positive isnan isinf isfinite invert not bitwise_not bernoulli "
-    "long int short bool bfloat16"
+    "long int short bool bfloat16 sinc special_expit expit logit erfinv frac trunc sgn signbit asinh acosh atanh "
+    "lgamma digamma absolute negative clip _threshold"
 )
 BINARY = (
     "add sub mul div pow rsub rmul radd maximum minimum where lerp addcmul addcdiv eq ne lt le gt ge "
     "logical_and logical_or logical_xor masked_fill fmod remainder mod floordiv true_divide floor_divide atan2 "
-    "copysign and or xor bitwise_and bitwise_or bitwise_xor max min"
+    "copysign and or xor bitwise_and bitwise_or bitwise_xor max min logaddexp logaddexp2 hypot xlogy special_xlogy "
+    "heaviside float_power multiply subtract divide"
 )
 
 
@@ -39,18 +41,26 @@ BINARY = (
 def pointwise(op: Op) -> Iterator[Constraint]:
     """``y = f(x, z, ...)`` element by element: every operand's dims are the result's.
 
-    ``max`` and ``min`` of a single tensor reduce it: where the result has no dims, nothing is tied and all is pinned,
-    and along a dim the places come too, which depend on the order: that dim is pinned.
+    ``max`` and ``min`` of a single tensor reduce it.
     """
     if op.key in ("max", "min") and len(op.inputs) == 1:
-        yield from _extremum(op)
+        yield from selection(op)
         return
     for operand in op.inputs:
         yield from tie_all(operand, op.output)
 
 
-def _extremum(op: Op) -> Iterator[Constraint]:
-    reduced = op.argument("dim", 1)
+@rule("argmax", "argmin", "median", "nanmedian", "mode", "kthvalue")
+def selection(op: Op) -> Iterator[Constraint]:
+    """One value along a dim, which does not depend on the order, and its place, which does.
+
+    So where a place is used the dim is pinned. Other dims pass through.
+    """
+    places = op.key in ("argmax", "argmin") or op.is_read(1)
+    reduced = op.argument("dim", 2 if op.key == "kthvalue" else 1, -1 if op.key in ("mode", "kthvalue") else None)
+    if not places:
+        gone = op.input.axes() if reduced is None else (op.input.axis(reduced),)
+        yield from map(indifferent, gone)
     if not isinstance(reduced, int):
         return
     kept = [axis for axis in op.input.axes() if axis.dim != reduced % op.input.ndim]
@@ -61,10 +71,11 @@ def _extremum(op: Op) -> Iterator[Constraint]:
 
 
 @rule(nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, "softmax", "log_softmax", "normalize")
+@rule("gumbel_softmax")
 def equivariant(op: Op) -> Iterator[Constraint]:
     """Softmax and vector normalization divide by a sum over one dim: reordering that dim reorders the result."""
     yield from tie_all(op.input, op.output)
-    place, default = (2, 1) if op.key == "normalize" else (1, None)
+    place, default = {"normalize": (2, 1), "gumbel_softmax": (4, -1)}.get(str(op.key), (1, None))
     dim = op.argument("dim", place, default)
     if dim is None:  # it depends on the number of dims which one that is: any of them
         yield from map(mixes, op.input.axes())

@@ -17,12 +17,15 @@ MODULES = (
     nn.AdaptiveMaxPool3d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad1d, nn.ZeroPad2d,
     nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d,
     nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d,
-    nn.CircularPad2d, nn.CircularPad3d,
+    nn.CircularPad2d, nn.CircularPad3d, nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d,
 )  # fmt: skip
 FUNCTIONS = (
     F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
     "adaptive_avg_pool2d", "adaptive_avg_pool3d", "interpolate", "lp_pool1d", "lp_pool2d", "upsample",
+    "max_unpool1d", "max_unpool2d", "max_unpool3d", "max_pool1d_with_indices", "max_pool2d_with_indices",
+    "max_pool3d_with_indices", "adaptive_max_pool1d_with_indices", "adaptive_max_pool2d_with_indices",
+    "adaptive_max_pool3d_with_indices",
 )  # fmt: skip
 
 
@@ -32,7 +35,9 @@ def pooling(op: Op) -> Iterator[Constraint]:
     digits = [int(letter) for letter in op.name if letter in "123" and f"{letter}d" in op.name.lower()]
     positions = digits[-1] if digits else op.input.ndim - 2
     for dim in range(op.input.ndim - positions):
-        yield tie(op.input.axis(dim), op.output.axis(dim))
+        for tensor in (*op.inputs[1:], *op.outputs):  # the places of maxima, too
+            if tensor.ndim == op.input.ndim:
+                yield tie(op.input.axis(dim), tensor.axis(dim))
 
 
 @rule("pad")
@@ -48,6 +53,12 @@ def pad(op: Op) -> Iterator[Constraint]:
         elif constant and before >= 0 and after >= 0:
             parts = (Fixed(before, "padding"), op.input.axis(dim), Fixed(after, "padding"))
             yield tie(op.output.axis(dim), Concat(tuple(part for part in parts if part.size)))
+
+
+@rule("affine_grid")
+def affine_grid(op: Op) -> Iterator[Constraint]:
+    """A grid of positions for each image."""
+    yield tie(op.input.axis(0), op.output.axis(0))
 
 
 @rule("mean", "sum", "amax", "amin", "std", "var", "logsumexp", "prod", "norm", "all", "any", "nanmean", "nansum")

@@ -158,6 +158,10 @@ def _fit_embedding(embedding: Any, kept: _Kept) -> None:
     embedding.num_embeddings, embedding.embedding_dim = embedding.weight.shape
 
 
+def _fit_bilinear(bilinear: Any, kept: _Kept) -> None:
+    bilinear.out_features, bilinear.in1_features, bilinear.in2_features = bilinear.weight.shape
+
+
 def _fit_prelu(prelu: Any, kept: _Kept) -> None:
     prelu.num_parameters = prelu.weight.shape[0]
 
@@ -192,6 +196,7 @@ def _fit_by_attribute(module: Any, kept: _Kept) -> None:
 FITS: dict[Any, Fit] = {
     nn.modules.conv._ConvNd: _fit_convolution,
     nn.Linear: _fit_linear,
+    nn.Bilinear: _fit_bilinear,
     nn.modules.batchnorm._NormBase: _fit_channel_norm,
     nn.GroupNorm: _fit_group_norm,
     (nn.LayerNorm, nn.RMSNorm): _fit_last_dims,

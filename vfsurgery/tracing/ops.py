@@ -33,6 +33,8 @@ RESHAPES, PERMUTES = frozenset(_RESHAPES.split()), frozenset(_PERMUTES.split())
 SHAPE_QUERIES = frozenset(_SHAPE_QUERIES.split())
 TORCH_NAMESPACES = ("aten", "prims", "_operator")
 ALIASES = {"dim": "axis"}  # torch takes numpy's names too
+NAMED = {"values": 0, "indices": 1}
+"""Names of two results, as of ``x.max(1).values``."""
 
 
 def canonical_key(target: Any) -> Key:
@@ -123,6 +125,12 @@ class Op:
         """Name of the node whose value the first tensor is; of one tensor of several, the node that picks it."""
         return self.node.all_input_nodes[0].name
 
+    def is_read(self, item: int) -> bool:
+        """Whether anything may look at that one of several tensors that the node computes."""
+        if len(self.outputs) <= item:
+            return False
+        return any(_picked(user) is None or (user.users and _picked(user) == item) for user in self.node.users)
+
     def argument(self, name: str, position: int, default: Any = None) -> Any:
         """An argument of a function or method call by name or position, or the module's attribute of that name."""
         if self.module is not None:
@@ -182,7 +190,7 @@ class OpReader:
             kind = "constant" if name is None else "parameter"
             return TensorRef(kind, name or str(node.target), tuple(tensor.shape))
         if self._is_alias(node):
-            return self._resolve(node.args[0])[self._resolve(node.args[1])]
+            return self._resolve(node.args[0])[self._resolve(_picked(node))]
         value = node.meta.get(VALUE)
         if isinstance(value, TensorValue):
             return TensorRef("node", node.name, value.shape)
@@ -218,7 +226,7 @@ class OpReader:
         )
 
     def _is_alias(self, node: fx.Node) -> bool:
-        return node.target is operator.getitem and isinstance(self._resolve(node.args[0]), tuple | list | dict)
+        return _picked(node) is not None and isinstance(self._resolve(node.args[0]), tuple | list | dict)
 
     def _has_tensor_input(self, node: fx.Node) -> bool:
         return any(True for _ in _tensors(self._resolve((node.args, dict(node.kwargs)))))
@@ -318,6 +326,13 @@ def module_path(node: fx.Node) -> str:
     """Path of the module whose forward made the node; empty at the top."""
     stack = node.meta.get("nn_module_stack") or {}
     return next(reversed(stack), "") if stack else ""
+
+
+def _picked(node: fx.Node) -> Any:
+    """The place, or the name, of what a node picks from a value of several; ``None`` if it does not look like that."""
+    if node.target is getattr:
+        return NAMED.get(str(node.args[1]))
+    return node.args[1] if node.target is operator.getitem else None
 
 
 def _dim_order(key: str, ndim: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
