@@ -170,7 +170,7 @@ def test_float32_maps_with_a_large_mean_lose_nothing():
 
 def test_a_product_that_is_given_to_a_wrong_block_is_noticed(monkeypatch):
     broken = (
-        lambda *given: (found := _steps(*given)).__class__(
+        lambda *given: (found := _steps(*given)).__class__(  # noqa: E731
             found.rows,
             tuple(
                 (start, stop, partner, taps[:1] if len(taps) > 1 else taps)

@@ -132,9 +132,11 @@ _QKV = ("query", "key", "value")
 _FORWARD = (*_QKV, "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
 _FUNCTION = (
     *_QKV,
-    *["embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn", "dropout_p"],
-    *["out_proj_weight", "out_proj_bias", "training", "key_padding_mask", "need_weights", "attn_mask", "use_separate_proj_weight"],
-    *["q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k", "static_v", "average_attn_weights", "is_causal"],
+    *("embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p").split(),
+    *(
+        "out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask use_separate_proj_weight"
+    ).split(),
+    *("q_proj_weight k_proj_weight v_proj_weight static_k static_v average_attn_weights is_causal").split(),
 )
 """The arguments of ``F.multi_head_attention_forward``, in order."""
 
