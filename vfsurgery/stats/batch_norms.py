@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -101,7 +101,7 @@ def set_running(norm: BatchNorm, calls: Sequence[Moments]) -> None:
     cast(Tensor, norm.running_var).copy_(variances.sum(0) / sum(shares))
 
 
-def is_batch_norm(module: nn.Module | None) -> bool:
+def is_batch_norm(module: nn.Module | None) -> TypeGuard[BatchNorm]:
     """Whether a module normalizes over the batch and keeps running statistics."""
     return isinstance(module, BatchNorm)
 
@@ -115,8 +115,8 @@ def batch_norm_nodes(graph_module: fx.GraphModule) -> dict[str, BatchNorm]:
     for node in graph_module.graph.nodes:
         if node.op == "call_module" and PRESERVED not in node.meta:
             module = graph_module.get_submodule(str(node.target))
-            if is_batch_norm(module) and cast(BatchNorm, module).running_var is not None:
-                found[node.name] = cast(BatchNorm, module)
+            if is_batch_norm(module) and module.running_var is not None:
+                found[node.name] = module
     return found
 
 
