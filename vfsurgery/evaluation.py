@@ -20,6 +20,7 @@ from vfsurgery.batches import Batches, Data
 from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, explain
 from vfsurgery.sources import eval_mode
+from vfsurgery.stats.precision import accepted_dtype, batches_for
 from vfsurgery.tracing.copies import copied
 
 ENSEMBLE = "ensemble"
@@ -179,15 +180,10 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return next(floating, torch.get_default_dtype())
-
-
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Run the model in its own dtype and return float logits, shape ``(N, classes)``."""
     try:
-        output: object = model(images.to(_dtype_of(model)))
+        output: object = model(images.to(accepted_dtype(model, images[:1])))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -384,7 +380,7 @@ def _kinds(way: Made, calibration: Data | None) -> dict[str, dict[str, Any]]:
 
 def first_images(model: nn.Module, data: Data) -> Tensor:
     """Two images on the model's device and in its dtype, to trace it with."""
-    images, _ = next(iter(Batches(data, device=device_of(model), dtype=_dtype_of(model))))
+    images, _ = next(iter(batches_for(model, data, device_of(model))))
     return images[:2]
 
 

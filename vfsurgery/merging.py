@@ -43,7 +43,7 @@ from vfsurgery.sources import Source, check_same_architecture, check_same_graph,
 from vfsurgery.sparse import MaskPlan, refuse_hooks
 from vfsurgery.stats.collect import Site, Survey, group_sites, survey
 from vfsurgery.stats.precision import batches_for
-from vfsurgery.tracing.copies import fresh
+from vfsurgery.tracing.copies import forget_kept, fresh
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.selection import Leaf, listed
@@ -282,6 +282,7 @@ class Merging:
             assert isinstance(merged, fx.GraphModule)
             paths = (path for path, _ in reference.named_modules())
             return standalone(merged, dict(zip(paths, self.modes, strict=True)), self.sources[0].model(*self.inputs))
+        forget_kept(merged, self.sources[0].model)
         for module, training in zip(merged.modules(), self.modes, strict=True):
             module.training = training
         return merged

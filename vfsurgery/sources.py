@@ -125,7 +125,7 @@ def check_same_architecture(models: Sequence[nn.Module]) -> None:
     """Refuse models that do not have the same parameters.
 
     Raises:
-        IncompatibleModelsError: names the first parameter that differs, and both shapes.
+        IncompatibleModelsError: names the first parameter that differs, and both shapes or dtypes.
     """
     first = canonical_state(models[0])
     for number, model in enumerate(models[1:], start=1):
@@ -140,6 +140,16 @@ def check_same_architecture(models: Sequence[nn.Module]) -> None:
                         parameter=name,
                         shapes=f"{shapes[0]}, {shapes[1]}",
                         remedy=_remedy(first, other, name),
+                    )
+                )
+            if first[name].dtype != other[name].dtype:
+                dtypes = [str(state[name].dtype).removeprefix("torch.") for state in (first, other)]
+                raise IncompatibleModelsError(
+                    explain(
+                        f"sources 0 and {number} have different precisions",
+                        parameter=name,
+                        dtypes=", ".join(dtypes),
+                        remedy="bring both to one: b.to(torch.float32), or the dtype that the result shall have",
                     )
                 )
 
@@ -184,16 +194,47 @@ def _check_constants(first: Source, other: Source, number: int) -> None:
     for name, mine in constants[0].items():
         theirs = constants[1].get(name)
         if theirs is None or not same_values(mine, theirs):
-            where = _place(first, name, mine)
-            raise IncompatibleModelsError(
-                explain(
-                    f"sources 0 and {number} compute with different constants, which no checkpoint holds",
-                    constant=where,
-                    **{"source 0": described(mine), f"source {number}": described(theirs)},
-                    remedy=f"give both the same values, as in b.{where} = a.{where}, if the difference means nothing; "
-                    "what was learned or drawn at random belongs into a parameter or a persistent buffer",
-                )
-            )
+            raise _different_constants(number, _place(first, name, mine), mine, theirs)
+
+
+def _different_constants(
+    number: int, where: str, mine: Tensor | None, theirs: Tensor | None
+) -> IncompatibleModelsError:
+    return IncompatibleModelsError(
+        explain(
+            f"sources 0 and {number} compute with different constants, which no checkpoint holds",
+            constant=where,
+            **{"source 0": described(mine), f"source {number}": described(theirs)},
+            remedy=f"give both the same values, as in b.{where} = a.{where}, if the difference means nothing; what was "
+            "drawn at random and trained with belongs to its network, and such networks cannot be merged",
+        )
+    )
+
+
+def check_unsaved(models: Sequence[nn.Module]) -> None:
+    """Refuse models that hold different tensors which no checkpoint has, whether their forwards read them or not.
+
+    For models that are averaged without a trace.
+
+    Raises:
+        IncompatibleModelsError: names the first that differs.
+    """
+    unsaved = [unsaved_tensors(model) for model in models]
+    for number, other in enumerate(unsaved[1:], start=1):
+        for name in [*unsaved[0], *other]:
+            mine, theirs = unsaved[0].get(name), other.get(name)
+            if mine is None or theirs is None or not same_values(mine, theirs):
+                raise _different_constants(number, name, mine, theirs)
+
+
+def unsaved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are not persistent, and plain tensors, by path."""
+    known = canonical_parameters(model)
+    held = [
+        *model.named_buffers(),
+        *((plain.path, tensor) for plain in plain_tensors(model) for tensor in plain.tensors),
+    ]
+    return {name: tensor for name, tensor in held if id(tensor) not in known}
 
 
 def _constants(source: Source) -> dict[str, Tensor]:
@@ -207,15 +248,14 @@ def _constants(source: Source) -> dict[str, Tensor]:
                 found[str(node.target)] = value
         if node.op == "call_module":
             module = source.graph_module.get_submodule(str(node.target))
-            inside = {**dict(module.named_buffers()), **{p.path: p.tensors[0] for p in plain_tensors(module)}}
-            inside = {name: tensor for name, tensor in inside.items() if id(tensor) not in known}
-            found |= {f"{node.target}.{name}": tensor for name, tensor in inside.items()}
+            inside = unsaved_tensors(module)
+            found |= {f"{node.target}.{name}": value for name, value in inside.items() if id(value) not in known}
     return found
 
 
 def _place(source: Source, name: str, constant: Tensor) -> str:
     """Where the user's model has a constant of the trace."""
-    unsaved = dict(source.model.named_buffers()) | {p.path: p.tensors[0] for p in plain_tensors(source.model)}
+    unsaved = unsaved_tensors(source.model)
     return name if name in unsaved else next((p for p, value in unsaved.items() if same_values(value, constant)), name)
 
 

@@ -26,12 +26,13 @@ from vfsurgery.passes.mask import Choice, Support, check_zeros
 from vfsurgery.report import MergedMasks, Report
 from vfsurgery.results import remember
 from vfsurgery.shares import shares_of
-from vfsurgery.sources import canonical_state, check_same_architecture, check_weights, eval_mode
+from vfsurgery.sources import canonical_state, check_same_architecture, check_unsaved, check_weights, eval_mode
 from vfsurgery.sparse import MaskPlan, plan_masks, refuse_hooks
 from vfsurgery.stats.batch_norms import is_batch_norm
 from vfsurgery.stats.collect import Survey
 from vfsurgery.stats.precision import batches_for
-from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.borrowed import borrowed
+from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.precision import is_inexact
 from vfsurgery.tracing.wrappers import network
 
@@ -146,12 +147,13 @@ def soup(
     >>> surgery.report_of(mixed).masks.result
     0.5
     """
-    started, given = time.perf_counter(), _checked(models)
+    images = data if calibration is None else calibration
+    started, given = time.perf_counter(), _checked(models, images)
     if greedy:
         _refuse_greedy(data, weights)
     shares = shares_of(len(given), 0.5, weights)
     plan = _plan(given, mask, shares)
-    pot = Pot.of(given[0], plan, data if calibration is None else calibration, recalibrate, progress)
+    pot = Pot.of(given[0], plan, images, recalibrate, progress)
     states = [canonical_state(model) for model in given]
     with torch.no_grad():
         found = (
@@ -193,7 +195,7 @@ class Pot:
             DataError: there are BatchNorm layers to recalibrate and no images.
             TraceError: such a model cannot be recorded.
         """
-        poured = copied(model)
+        poured = copied(model if images is None else fresh(model, (first_images(model, images),)))
         norms = tuple(norm for norm in poured.modules() if recalibrate and _keeps_statistics(norm))
         graph_module, batches = None, None
         if norms:
@@ -289,14 +291,15 @@ def _greedy(
 
 def _accuracy(model: nn.Module, data: Data) -> float:
     try:
-        return evaluate(model, data, progress=False).accuracy
+        with borrowed(model, {}):  # what a forward keeps would be stale once other weights are poured in
+            return evaluate(model, data, progress=False).accuracy
     except DataError as error:
         if "labels" not in str(error):
             raise
         raise DataError(f"{error}\n  or greedy=False, which averages all models and needs no labels") from error
 
 
-def _checked(models: Sequence[nn.Module]) -> list[nn.Module]:
+def _checked(models: Sequence[nn.Module], images: Data | None) -> list[nn.Module]:
     """The models, if they can be averaged."""
     given = [network(model, f"model {number} of the soup") for number, model in enumerate(models)]
     if len(given) < 2:
@@ -305,6 +308,8 @@ def _checked(models: Sequence[nn.Module]) -> list[nn.Module]:
     common_device(given)
     check_same_architecture(given)
     check_weights(given)
+    inputs = () if images is None else (first_images(given[0], images),)
+    check_unsaved([fresh(model, inputs) for model in given])
     return given
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.errors import ExampleInputError, explain
+from vfsurgery.tracing.precision import is_inexact, real
 
 BATCH = 2
 """Images in an example: more than one, so that a batch dim is not mistaken for a broadcast one."""
@@ -50,9 +51,10 @@ def example_inputs_of(model: nn.Module, given: Tensor | Iterable[Tensor] | None 
 
 
 def random_images(shape: tuple[int, ...], model: nn.Module, seed: int = 0) -> Tensor:
-    """Standard normal images on the model's device and in its dtype, from a generator of their own."""
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(first.device, first.dtype)
+    """Standard normal images on the model's device and in its highest precision, from a generator of their own."""
+    inexact = [p for p in model.parameters() if is_inexact(p)] or [torch.empty(0)]
+    dtype = max((real(p.dtype) for p in inexact), key=lambda dtype: dtype.itemsize)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(inexact[0].device, dtype)
 
 
 def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
