@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,15 @@ from tiny_nets import images, net
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery import choosing
+from vfsurgery import batches, choosing
 from vfsurgery.batches import Batches, Data
 from vfsurgery.data import digits
 from vfsurgery.demo import TinyConvNet, TinyResNet
 from vfsurgery.holdout import every_for
+from vfsurgery.hub.cards import Card, Network, Summary
+from vfsurgery.hub.loading import Written
 from vfsurgery.passes.agreement import Judgement, best_of, judge
+from vfsurgery.results import merge_report_of
 from vfsurgery.training import from_seed, train
 
 POINTS = 0.005
@@ -143,3 +147,45 @@ def test_the_choice_is_hardly_ever_behind_the_best_way_on_trained_pairs(name, sh
     given = pairs.load_images(shared, pairs.ROOT / "out" / "cache", calibration=1000, test=2000)
     best, chosen = best_and_chosen(*pairs.load_pair(shared, name), given.calibration, given.test, monkeypatch)
     assert chosen >= best - POINTS
+
+
+def test_both_numbers_stand_in_text_notebook_page_card_and_json(tmp_path):
+    a, b = net("chain", 1), net("chain", 2)
+    merged = surgery.merge(a, b, data=images(150), matching="identity", progress=False)
+    report = merge_report_of(merged)
+    page = surgery.diagnose(merged, [a, b], images(20), progress=False).page(tmp_path / "p.html", report=report)
+    (tmp_path / "chain.safetensors").write_bytes(b"")
+    network = Network(name="chain", written=Written(("chain.safetensors",), "mine:chain"), summary=Summary.of(report))
+    card = Card(title="chain", summary="One.", networks=[network]).write(tmp_path).read_text()
+    visible = {
+        "text": str(report),
+        "notebook": report._repr_html_().partition("the whole report")[0],
+        "page": page.read_text().partition("The whole report")[0],
+        "card": card.partition("The whole report")[0],
+    }
+    assert len(report.trials) == 3
+    for trial, plain in zip(report.trials, json.loads(report.to_json())["trials"], strict=True):
+        assert plain["agreement"] == trial.agreement and plain["cross_entropy"] == trial.cross_entropy
+        assert plain["kept"] is trial.kept
+        for where, text in visible.items():
+            assert f"{trial.agreement:.2%}" in text and f"{trial.cross_entropy:.4f}" in text, where
+    assert [text.count("kept") for text in visible.values()] == [1, 1, 1, 1]
+
+
+def test_bars_name_the_way_that_is_tried(monkeypatch):
+    shown: list[str] = []
+
+    class Bar(batches.tqdm):
+        def __init__(self, *arguments: object, **options: object) -> None:
+            shown.append(str(options["desc"]))
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(batches, "tqdm", Bar)
+    surgery.merge(net("chain", 1), net("chain", 2), data=images(150), progress=False)
+    assert "trying 6 of 6: cca + regress: regression of the layers" in shown
+    assert "trying 4 of 6: cca + repair: matching" in shown
+    assert "trying 2 of 6: activations + repair: agreement with the ensemble" in shown
+    shown.clear()
+    surgery.merge(net("chain", 1), net("chain", 2), data=images(150), matching="identity", renormalize="repair",
+                  progress=False)  # fmt: skip
+    assert shown and not any("trying" in label for label in shown)

@@ -70,7 +70,11 @@ def test_text_html_page_card_json_and_header_say_it(tmp_path):
 def test_permutations_are_certified_as_ever():
     a = net("chain").double()
     found = surgery.merge(
-        a, planted(a, groups_of(a)), data=[part.double() for part in DATA], matching="activations", progress=False
+        a,
+        planted(a, groups_of(net("chain"))),
+        data=[part.double() for part in DATA],
+        matching="activations",
+        progress=False,
     )
     report = merge_report_of(found)
     assert all(report.certificates) and len(report.certificates) == 1

@@ -147,6 +147,12 @@ class Trial:
         """As in ``activations + reset``."""
         return " + ".join([self.matching, *self.renormalize])
 
+    @property
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """A row of a table: the way, agreement, cross-entropy, seconds, and whether it was kept."""
+        numbers = f"{self.agreement:.2%}", f"{self.cross_entropy:.4f}", f"{self.seconds:.1f}"
+        return (self.way, *numbers, "kept" if self.kept else "")
+
     def __str__(self) -> str:
         agreement = f"agrees with the ensemble on {self.agreement:.2%} of {self.images} held-out images"
         kept = ", kept" if self.kept else ""
@@ -249,15 +255,14 @@ class MergeReport(Report):
             for source, *others in (dataclasses.astuple(match) for match in self.matches)
         ]
         headers = ["source", "group", "first written by", "units", "similarity before", "after", "moved"]
-        trials = [
-            (trial.way, f"{trial.agreement:.2%}", trial.cross_entropy, trial.seconds, "kept" if trial.kept else "")
-            for trial in self.trials
-        ]
         return (
             paragraph(f"Matching {self.matching}; renormalization {steps}; seed {self.seed}."),
             paragraphs(f"{certificate.mark} {certificate}" for certificate in self.certificates),
             paragraphs(part for part in (self.preserved, self.masks, *self.notes) if part is not None),
-            table(["tried", "agrees with the ensemble", "cross-entropy to it", "seconds", ""], trials),
+            table(
+                ["tried", "agrees with the ensemble", "cross-entropy to it", "seconds", ""],
+                [trial.cells for trial in self.trials],
+            ),
             folded(
                 "what matching did",
                 table(headers, matches),
@@ -317,7 +322,6 @@ def trial_table(trials: Sequence[Trial]) -> list[str]:
         f"  tried; agreement with the ensemble, and cross-entropy to it, on {trials[0].images} held-out images",
         f"    {'':<{width}}  {'agreement':>9}  {'cross-entropy':>13}  {'seconds':>7}",
     ]
-    for trial in trials:
-        numbers = f"{trial.agreement:>9.2%}  {trial.cross_entropy:>13.4f}  {trial.seconds:>7.1f}"
-        lines.append(f"    {trial.way:<{width}}  {numbers}{'  kept' if trial.kept else ''}")
+    for way, agreement, cross_entropy, seconds, kept in (trial.cells for trial in trials):
+        lines.append(f"    {way:<{width}}  {agreement:>9}  {cross_entropy:>13}  {seconds:>7}  {kept}".rstrip())
     return lines

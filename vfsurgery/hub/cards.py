@@ -64,6 +64,7 @@ class Summary:
         certificates: In words.
         biases: Names of biases that the architecture lacks.
         text: The whole report.
+        tried: Rows of a table of ways to merge, :attr:`~vfsurgery.report.Trial.cells`.
     """
 
     kind: str | None = None
@@ -72,6 +73,7 @@ class Summary:
     certificates: Sequence[str] = ()
     biases: Sequence[str] = ()
     text: str = ""
+    tried: Sequence[tuple[str, ...]] = ()
 
     @staticmethod
     def of(report: Report) -> Summary:
@@ -84,6 +86,7 @@ class Summary:
             tuple(str(certificate) for certificate in certificates if certificate is not None),
             tuple(getattr(report, "created_biases", ())),
             str(report),
+            tuple(trial.cells for trial in getattr(report, "trials", ())),
         )
 
     def before_training(self, epochs: int) -> Summary:
