@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -266,7 +266,7 @@ def _take_modes(graph_module: fx.GraphModule, model: nn.Module) -> None:
             module.training = nearest_mode(modes, path)
 
 
-def nearest_mode(modes: dict[str, bool], path: str) -> bool:
+def nearest_mode(modes: Mapping[str, bool], path: str) -> bool:
     """The mode of a module, or of the innermost one around it that is known.
 
     >>> nearest_mode({"": True, "a": False}, "a.b.c"), nearest_mode({"": True, "a": False}, "d")
