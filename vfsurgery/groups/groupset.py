@@ -167,8 +167,8 @@ class GroupSet:
     """The permutation groups of one architecture, the axes that may not move, and the ops that had no rule.
 
     Iterate over it for its groups, index it by a group's name, print it for a readable table. ``in_training`` says
-    whether training computes another graph than eval mode, for which the groups hold too; ``None`` if nobody has looked.
-    ``notes`` are for people.
+    whether training computes another graph than eval mode, for which the groups hold too; ``None`` if nobody has
+    looked. ``notes`` are for people.
     """
 
     groups: tuple[PermutationGroup, ...]
