@@ -41,6 +41,8 @@ DROPOUTS: dict[Callable[..., Any], type[nn.Module]] = {
 }
 RATE, ON, IN_PLACE = ("p", 1), ("training", 2), ("inplace", 3)
 """Arguments of functional dropout, by name and place."""
+TRAINING = "training "
+"""How guards begin that tell of training."""
 LISTED = 6
 """How many names a guard lists."""
 
@@ -74,7 +76,7 @@ def trace_module(
             training = _record_training(twin, example_inputs, leaves)
         except TraceError as error:
             meta[NOT_FOLLOWED] = " ".join(str(error).splitlines()[0].split())
-            guards.append(f"training is not followed: {meta[NOT_FOLLOWED]}")
+            guards.append(f"{TRAINING}is not followed: {meta[NOT_FOLLOWED]}")
     if training is not None:
         partners = _partners(recording, training)
         if len(partners) < max(len(recording.graph.nodes), len(training.graph.nodes)):
@@ -101,6 +103,15 @@ def in_training(graph_module: fx.GraphModule) -> fx.GraphModule | None:
 def not_followed(graph_module: fx.GraphModule) -> str:
     """Why it is not known what a traced model computes in training; empty if it is."""
     return graph_module.meta.get(NOT_FOLLOWED, "")
+
+
+def limits(graph_module: fx.GraphModule) -> list[str]:
+    """The guards that say what a traced model does in training and its graph does not.
+
+    >>> limits(trace_module(nn.Linear(2, 2), (torch.zeros(1, 2),)))
+    []
+    """
+    return [guard for guard in graph_module.meta.get("guards", ()) if guard.startswith(TRAINING)]
 
 
 def asks_for_mode(model: nn.Module) -> bool:
@@ -208,7 +219,7 @@ def _difference(graph: fx.Graph, training: fx.Graph, partners: dict[fx.Node, fx.
     places = [_outermost([_place(node) for node in nodes]) for nodes in only]
     named = [", ".join(found[:LISTED]) + (", …" if len(found) > LISTED else "") for found in places]
     said = [f"{mode} alone: {names}" for mode, names in zip(("eval", "training"), named, strict=True) if names]
-    return f"training computes something else than this graph of eval mode ({'; '.join(said) or 'other outputs'})"
+    return f"{TRAINING}computes something else than this graph of eval mode ({'; '.join(said) or 'other outputs'})"
 
 
 def _outermost(paths: list[str]) -> list[str]:
