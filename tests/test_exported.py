@@ -18,7 +18,7 @@ from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import hidden_norms
 from vfsurgery.errors import OptionError, TraceError
 from vfsurgery.tracing.exported import EXPORTED, export_module
-from vfsurgery.tracing.tracer import trace_module
+from vfsurgery.tracing.modes import trace_module
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     **{name: (build, 12) for name, build in NETS.items()},

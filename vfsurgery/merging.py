@@ -46,6 +46,7 @@ from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.copies import forget_kept, fresh
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
+from vfsurgery.tracing.modes import limits
 from vfsurgery.tracing.selection import Leaf, listed
 from vfsurgery.verification import certify, drift
 
@@ -317,7 +318,9 @@ class Merging:
             created_biases=tuple(context.created_biases),
             notes=(
                 *self.notes,
+                *self.groups.notes,
                 *context.notes,
+                *(limits(self.sources[0].graph_module) if context.restructured or preserved else ()),
                 *([f"statistics of {self._survey.images} images"] if self._survey else []),
             ),
             guards=self.sources[0].graph_module.meta["guards"],

@@ -21,7 +21,8 @@ class Certificate:
     """How far an aligned source's outputs are from its own: proof that the permutations preserve its function.
 
     ``error`` is the largest absolute difference over the largest absolute output; ``tolerance`` the bound for
-    ``dtype``, the precision that was computed in. Where ``mapped`` groups were mapped by matrices, which need not
+    ``dtype``, the precision that was computed in. ``training`` says whether training computes another graph than eval
+    mode, and was compared, too. Where ``mapped`` groups were mapped by matrices, which need not
     preserve the function, the error is that of the permutations alone, and ``drift`` that of all together: what has
     drifted is not certified.
 
@@ -38,6 +39,7 @@ class Certificate:
     dtype: str
     mapped: int = 0
     drift: float = 0.0
+    training: bool = False
 
     @property
     def drifted(self) -> bool:
@@ -64,7 +66,7 @@ class Certificate:
                 f"source {self.source}: not certified: {self.mapped} groups are mapped by matrices, which do not "
                 f"preserve its function; mapped, its output {changed if math.isfinite(self.drift) else 'is not finite'}"
             )
-        verdict = "holds" if self else "FAILS"
+        verdict = ("holds, in training too" if self.training else "holds") if self else "FAILS"
         return (
             f"aligned source {self.source} == source {self.source}: {verdict}, "
             f"relative error {max(self.error, self.drift):.1e} (tolerance {self.tolerance:.0e}, {self.dtype})"

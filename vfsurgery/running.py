@@ -38,6 +38,7 @@ from vfsurgery.stats.collect import Site, Survey, survey
 from vfsurgery.stats.precision import batches_for, image_dtype
 from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.examples import example_inputs_of
+from vfsurgery.tracing.modes import TRAINING
 from vfsurgery.tracing.selection import Leaf
 from vfsurgery.tracing.wrappers import as_given, network
 
@@ -88,6 +89,7 @@ class PassReport(Report):
         lines += [f"  created {bias}" for bias in self.created_biases]
         if self.restructured:
             lines.append("  the graph is another one: the result is an fx.GraphModule")
+            lines += [f"  {guard}" for guard in self.guards if guard.startswith(TRAINING)]
         return "\n".join(lines)
 
 

@@ -6,13 +6,15 @@ import contextlib
 import operator
 import re
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, explain
 from vfsurgery.tracing.copies import copied, forget_kept, plain_tensors
+from vfsurgery.tracing.mode import FOLLOWS_MODE, in_eval_mode
+from vfsurgery.tracing.modes import in_training, not_followed
 from vfsurgery.tracing.ops import canonical_parameters
 from vfsurgery.tracing.precision import as_real, is_inexact
 from vfsurgery.tracing.tracer import put_over
@@ -164,28 +166,47 @@ def _remedy(first: dict[str, Tensor], other: dict[str, Tensor], name: str) -> st
 def check_same_graph(sources: Sequence[Source]) -> None:
     """Refuse models whose forwards differ although their parameters agree (another stride, another activation).
 
+    Rates of dropout may differ.
+
     Raises:
         IncompatibleModelsError: names the first node that differs.
     """
-    first = sources[0].graph_module
     for number, source in enumerate(sources[1:], start=1):
-        nodes = (list(first.graph.nodes), list(source.graph_module.graph.nodes))
-        pairs = zip(*nodes, strict=False)
-        differing = next((pair for pair in pairs if _step(pair[0], first) != _step(pair[1], source.graph_module)), None)
-        if differing is None and len(nodes[0]) == len(nodes[1]):
-            _check_constants(sources[0], source, number)
-            continue
-        steps = ("end of the graph",) * 2
-        if differing is not None:
-            steps = (_step(differing[0], first), _step(differing[1], source.graph_module))
-        raise IncompatibleModelsError(
-            explain(
-                f"sources 0 and {number} have equal parameter shapes but compute different things",
-                node=differing[0].name if differing else len(min(nodes, key=len)),
-                **{"source 0": steps[0], f"source {number}": steps[1]},
-                remedy="build all sources with the same constructor arguments",
+        _compare(sources[0], source, number, "")
+        training = in_training(sources[0].graph_module), in_training(source.graph_module)
+        if training[0] is not None and training[1] is not None:
+            mine, theirs = replace(sources[0], graph_module=training[0]), replace(source, graph_module=training[1])
+            _compare(mine, theirs, number, " in training")
+        elif training != (None, None) and not any(not_followed(each.graph_module) for each in (sources[0], source)):
+            raise IncompatibleModelsError(
+                explain(
+                    f"sources 0 and {number} compute different things in training",
+                    because=f"source {number if training[1] is None else 0} computes there what it does in eval mode",
+                    remedy="build all sources with the same constructor arguments",
+                )
             )
+
+
+def _compare(first: Source, other: Source, number: int, mode: str) -> None:
+    """Refuse a difference between the graphs of the first source and another one, or between their constants."""
+    graphs = first.graph_module, other.graph_module
+    nodes = [[node for node in each.graph.nodes if FOLLOWS_MODE not in node.meta] for each in graphs]
+    pairs = zip(*nodes, strict=False)
+    differing = next((pair for pair in pairs if _step(pair[0], graphs[0]) != _step(pair[1], graphs[1])), None)
+    if differing is None and len(nodes[0]) == len(nodes[1]):
+        _check_constants(first, other, number)
+        return
+    steps = ("end of the graph",) * 2
+    if differing is not None:
+        steps = (_step(differing[0], graphs[0]), _step(differing[1], graphs[1]))
+    raise IncompatibleModelsError(
+        explain(
+            f"sources 0 and {number} have equal parameter shapes but compute different things{mode}",
+            node=differing[0].name if differing else len(min(nodes, key=len)),
+            **{"source 0": steps[0], f"source {number}": steps[1]},
+            remedy="build all sources with the same constructor arguments",
         )
+    )
 
 
 def _check_constants(first: Source, other: Source, number: int) -> None:
@@ -281,8 +302,9 @@ def described(tensor: Tensor | None) -> str:
 
 
 def _step(node: fx.Node, graph_module: fx.GraphModule) -> str:
-    """What a node computes, in words: its target, its arguments, and the settings of its module."""
-    described = f"{node.op} {getattr(node.target, '__name__', node.target)} {node.args} {node.kwargs}"
+    """What a node computes in eval mode, in words: its target, its arguments, and the settings of its module."""
+    args, kwargs = in_eval_mode((node.args, node.kwargs))
+    described = f"{node.op} {getattr(node.target, '__name__', node.target)} {args} {kwargs}"
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
         return f"{described} {TRAINING_ONLY.sub('', repr(module))}"  # with all modules inside

@@ -211,7 +211,9 @@ def _combined(model: nn.Module, parts: dict[str, GroupSet], reason: str, pinned:
     groups: list[PermutationGroup] = []
     axes: list[PinnedAxis] = []
     unknown: list[str] = []
+    notes: list[str] = []
     for part, found in parts.items():
+        notes += [f"{part}: {note}" for note in found.notes]
         numbers = {group.name: f"g{len(groups) + place}" for place, group in enumerate(found)} | {"": ""}
         for group in found:
             members = tuple(replace(member, parameter=name[f"{part}.{member.parameter}"]) for member in group.members)
@@ -231,4 +233,4 @@ def _combined(model: nn.Module, parts: dict[str, GroupSet], reason: str, pinned:
     sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
     grouped = {member.parameter for group in groups for member in group.members}
     covered = sum(size for key, size in sizes.items() if key in grouped)
-    return GroupSet(tuple(groups), tuple(axes), tuple(unknown), sum(sizes.values()), covered)
+    return GroupSet(tuple(groups), tuple(axes), tuple(unknown), sum(sizes.values()), covered, False, tuple(notes))

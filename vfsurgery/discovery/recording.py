@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 from vfsurgery.errors import TraceError
 from vfsurgery.rules import ruled_modules
 from vfsurgery.tracing.exported import export_module, first_line, is_exported
+from vfsurgery.tracing.modes import trace_module
 from vfsurgery.tracing.ops import OpReader
 from vfsurgery.tracing.selection import Leaf, leaf_paths, listed
-from vfsurgery.tracing.tracer import trace_module
 
 
 def record(model: nn.Module, inputs: tuple[Tensor, ...], leaf: Leaf | Sequence[Leaf] = ()) -> fx.GraphModule:

@@ -7,11 +7,14 @@
    Its connected components that reach no pin and hold parameters are the permutation groups.
 4. :mod:`vfsurgery.discovery.nesting` says which of them lie inside the units of others.
 
+Where training computes another graph than eval mode, the ops of both are read: a group holds in both modes.
+
 Dims that hold no units, such as a kernel's height and width, are not listed among the pinned axes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections import defaultdict
@@ -23,7 +26,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from vfsurgery.discovery.nesting import Nesting, Outer
 from vfsurgery.discovery.roles import Roles
@@ -50,30 +53,35 @@ from vfsurgery.groups.axes import (
 from vfsurgery.groups.layouts import Atom, Layout, Layouts, Run, concat, product
 from vfsurgery.rules import rule_for
 from vfsurgery.tracing.dataflow import reached_by_input
+from vfsurgery.tracing.modes import in_training, not_followed
 from vfsurgery.tracing.ops import Op, OpReader
 from vfsurgery.tracing.selection import NO_PINS, Pinned, chosen_pins
 from vfsurgery.tracing.values import VALUE, TensorValue
 
 NO_UNITS = "holds no units"
 INPUT, OUTPUT, UNUSED = "network input", "network output", "not used in the forward"
+ONLY_IN_TRAINING = "not used in eval mode, and training is not followed"
 CONSTANT = "constant tensor"
 UNREAD = "made in a way that is not understood"
 BY_USER = "pinned by the user ({})"
 
 
-def discover(graph_module: fx.GraphModule, *, strict: bool = False, pins: str | Sequence[str] = ()) -> GroupSet:
+def discover(
+    graph_module: fx.GraphModule, *, strict: bool = False, pins: str | Sequence[str] = (), training: bool = False
+) -> GroupSet:
     """Find the permutation groups of a traced model.
 
     Args:
         graph_module: What :func:`vfsurgery.trace` returns.
         strict: Raise at the first op without a coupling rule instead of pinning what it touches.
         pins: Module paths, parameter names or patterns of them whose axes must not move.
+        training: List activations of the graph of training, too, if there is another one.
 
     Raises:
         UnknownOpError: under ``strict``; names the op, its node and module, and the remedy.
         OptionError: an entry of ``pins`` matches nothing.
     """
-    return Discovery(graph_module, strict=strict, pins=chosen_pins(graph_module, pins)).group_set()
+    return Discovery(graph_module, strict=strict, pins=chosen_pins(graph_module, pins)).group_set(training)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +112,19 @@ class Discovery:
         self._axes: dict[AxisRef | LocalAxis, Layout] = {}
         self._ties: list[tuple[str, tuple[AxisRef | LocalAxis, ...]]] = []
         self._mixes: list[tuple[str, tuple[AxisRef | LocalAxis, ...]]] = []
-        self.roles.reached = reached_by_input(self.graph_module.graph)
-        reader = OpReader(self.graph_module)
-        known = {node.name for node in self.graph_module.graph.nodes if node.op == "placeholder"}
+        self._unknown_at: dict[tuple[str, str], fx.Graph] = {}
+        self._picked: dict[TensorRef, list[str]] = defaultdict(list)
+        other = in_training(self.graph_module)
+        self._graphs = [self.graph_module] if other is None else [self.graph_module, other]
+        for graph_module in self._graphs:
+            self.roles.reached |= reached_by_input(graph_module.graph)
+            self._read(graph_module)
+        self._pin_chosen_parameters()
+
+    def _read(self, graph_module: fx.GraphModule) -> None:
+        """Take in what the ops of one graph say, and pin what goes in and comes out."""
+        reader = OpReader(graph_module)
+        known = {node.name for node in graph_module.graph.nodes if node.op == "placeholder"}
         for op in reader:
             for tensor in op.inputs:
                 if tensor.kind == "node" and tensor.name not in known:  # no op that was read has made it
@@ -114,9 +132,7 @@ class Discovery:
             known.update(tensor.name for tensor in op.outputs)
             self._apply(op)
             self._pin_inside(op)
-        self._pin_chosen_parameters()
-        self._picked: dict[TensorRef, list[str]] = defaultdict(list)
-        for node in self.graph_module.graph.nodes:
+        for node in graph_module.graph.nodes:
             if node.op == "call_function" and isinstance(node.meta.get(VALUE), TensorValue):
                 for tensor in reader.tensors_of(node):
                     self._picked[tensor].append(node.name)
@@ -153,7 +169,9 @@ class Discovery:
             return
         if self.strict:
             raise UnknownOpError(_unknown_op(op))
-        self.unknown_ops.append(str(op))
+        self._unknown_at.setdefault((op.name, op.path), op.node.graph)
+        if self._unknown_at[op.name, op.path] is op.node.graph:  # in training it is the same op
+            self.unknown_ops.append(str(op))
         for tensor in (*op.inputs, *op.outputs, *op.parameters.values()):
             self._pin_all(tensor, f"no coupling rule for {op.name} ({op.path or op.node.name})")
 
@@ -213,10 +231,16 @@ class Discovery:
         """Whether an axis of a constant tensor has different values; equal ones (a blur filter's) may be reordered."""
         if axis.tensor.kind != "constant":
             return False
-        tensor = operator.attrgetter(axis.tensor.name)(self.graph_module)
+        tensor = next(self._constants(axis.tensor.name))
         if tensor.is_meta or not tensor.numel():
             return True
         return not bool((tensor == tensor.narrow(axis.dim, 0, 1)).all())
+
+    def _constants(self, name: str) -> Iterator[Tensor]:
+        """The constant of that name, in each graph that has it."""
+        for graph_module in self._graphs:
+            with contextlib.suppress(AttributeError):
+                yield operator.attrgetter(name)(graph_module)
 
     def _pin_rest(self, tensor: TensorRef, seen: set[AxisRef | Fresh], reason: str) -> None:
         for axis in tensor.axes():
@@ -245,8 +269,12 @@ class Discovery:
         layout = self._axes[axis] = self.layouts.resolve(self._axes[axis])
         return list(dict.fromkeys(atom for run in layout for atom in run.atoms if atom.size > 1))
 
-    def group_set(self) -> GroupSet:
-        """The components of the coupling graph that hold parameters and reach no pin."""
+    def group_set(self, training: bool = False) -> GroupSet:
+        """The components of the coupling graph that hold parameters and reach no pin.
+
+        Activations are those of eval mode's graph; under ``training`` those of training's graph are listed after them.
+        """
+        self._nodes = self._places(self._graphs if training else self._graphs[:1])
         graph = self.coupling_graph()
         nesting = Nesting(self._axes, self._ties, self._mixes)
         components: dict[int, list[AxisRef]] = {}
@@ -269,17 +297,34 @@ class Discovery:
             )
             for serial, group in found
         )
-        return GroupSet(groups, tuple(self._pinned()), tuple(self.unknown_ops), *self._coverage(groups))
+        return GroupSet(
+            groups,
+            tuple(self._pinned()),
+            tuple(self.unknown_ops),
+            *self._coverage(groups),
+            in_training=len(self._graphs) > 1,
+            notes=tuple(self._notes()),
+        )
 
     @cached_property
     def _entries(self) -> dict[str, int]:
         """The place of every parameter and buffer in the state dict."""
         return {name: number for number, name in enumerate(self.graph_module.state_dict())}
 
-    @cached_property
-    def _nodes(self) -> dict[str, int]:
-        """The place of every node in the graph."""
-        return {node.name: number for number, node in enumerate(self.graph_module.graph.nodes)}
+    @staticmethod
+    def _places(graphs: Sequence[fx.GraphModule]) -> dict[str, int]:
+        """The place of every node of some graphs, one graph after the other."""
+        nodes = (node for graph_module in graphs for node in graph_module.graph.nodes)
+        return {node.name: number for number, node in enumerate(nodes)}
+
+    def _notes(self) -> Iterator[str]:
+        """What groups do not say: that training is not followed, and what only training may use."""
+        reason = not_followed(self.graph_module)
+        if reason:
+            unused = ", ".join(pin.parameter for pin in self._pinned() if pin.reason == ONLY_IN_TRAINING)
+            yield f"the groups hold in eval mode: training is not followed ({reason})"
+            if unused:
+                yield f"used only in training, if at all, and not followed: {unused}"
 
     def _size(self, axis: AxisRef, serial: int) -> int:
         return next(atom.size for atom in self._atoms(axis) if atom.serial == serial)
@@ -291,7 +336,8 @@ class Discovery:
         members = [member for axis in axes for member in self._members(axis, serial, outer, nesting)]
         kinds = {name: axis.tensor.kind for axis in axes for name in self._names(axis.tensor)}
         own = sorted((m for m in members if kinds[m.parameter] == "parameter"), key=lambda m: _place(m, self._entries))
-        values = sorted((m for m in members if kinds[m.parameter] == "node"), key=lambda m: _place(m, self._nodes))
+        shown = (m for m in members if kinds[m.parameter] == "node" and m.parameter in self._nodes)
+        values = sorted(shown, key=lambda m: _place(m, self._nodes))
         size = own[0].size
         blocks = self._size(next(iter(nesting.axes_of(outer.serial))), outer.serial) if outer and outer.separate else 1
         return serial, PermutationGroup("", size, tuple(own), tuple(values), blocks=blocks)
@@ -322,7 +368,8 @@ class Discovery:
                 for axis in used[name].axes():
                     yield from self._pins_of(axis)
             elif tensor.ndim and aliases[id(tensor)] == name:
-                yield PinnedAxis(name, 0, tensor.shape[0], UNUSED)
+                reason = ONLY_IN_TRAINING if not_followed(self.graph_module) else UNUSED
+                yield PinnedAxis(name, 0, tensor.shape[0], reason)
 
     def _pins_of(self, axis: AxisRef) -> Iterator[PinnedAxis]:
         counts: dict[str, int] = {}

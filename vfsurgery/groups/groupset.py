@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfsurgery.fragments import LONG, Html, escaped, folded, fragment, paragraph, table
+from vfsurgery.fragments import LONG, Html, escaped, folded, fragment, paragraph, paragraphs, table
 
 UNKNOWN_OP_REMEDY = "register a rule with @surgery.rule, see docs/write_a_rule.md; leaf= and pins= are other ways out"
 """What to do about an op without a coupling rule."""
@@ -166,7 +166,9 @@ class PinnedAxis:
 class GroupSet:
     """The permutation groups of one architecture, the axes that may not move, and the ops that had no rule.
 
-    Iterate over it for its groups, index it by a group's name, print it for a readable table.
+    Iterate over it for its groups, index it by a group's name, print it for a readable table. ``in_training`` says
+    whether training computes another graph than eval mode, for which the groups hold too; ``None`` if nobody has
+    looked. ``notes`` are for people.
     """
 
     groups: tuple[PermutationGroup, ...]
@@ -174,6 +176,8 @@ class GroupSet:
     unknown_ops: tuple[str, ...] = ()
     parameter_count: int = field(default=0, compare=False)
     grouped_count: int = field(default=0, compare=False)
+    in_training: bool | None = field(default=None, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __iter__(self) -> Iterator[PermutationGroup]:
         return iter(self.groups)
@@ -226,7 +230,7 @@ class GroupSet:
             lines.append("ops without a coupling rule (all that they touch is pinned):")
             lines.extend(f"    {op}" for op in self.unknown_ops)
             lines.append(f"    {UNKNOWN_OP_REMEDY}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
     def _repr_html_(self) -> str:
         """For notebooks: the first line of the text, and what is below it to unfold."""
@@ -251,7 +255,7 @@ class GroupSet:
         if self.unknown_ops:
             ops = table(["ops without a coupling rule: all that they touch is pinned"], zip(self.unknown_ops))
             parts.append(folded(f"{len(self.unknown_ops)} ops without a rule", ops, paragraph(UNKNOWN_OP_REMEDY)))
-        return tuple(parts)
+        return (*parts, paragraphs(self.notes))
 
 
 def _listed(group: PermutationGroup) -> Html:

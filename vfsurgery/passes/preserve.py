@@ -24,6 +24,7 @@ from vfsurgery.passes.cut import Cut, JoinedLayer, find_cut
 from vfsurgery.passes.prefixes import Aligned, Branches, Prefixes, put_tensor
 from vfsurgery.passes.stacking import Stacked, unstackable
 from vfsurgery.tracing.exported import is_exported
+from vfsurgery.tracing.modes import nearest_mode
 from vfsurgery.tracing.values import PRESERVED, VALUE, TensorValue
 
 Form: TypeAlias = Literal["auto", "grouped", "branches"]
@@ -212,5 +213,6 @@ def standalone(graph_module: fx.GraphModule, modes: Mapping[str, bool], expected
             graph.erase_node(node)
     network = fx.GraphModule(graph_module, graph, type(graph_module).__name__)
     for path, module in network.named_modules():
-        module.training = modes.get(path, modes.get(path.partition(".")[2], modes[""]))
+        top, _, inner = path.partition(".")
+        module.training = nearest_mode(modes, path if top in modes else inner)  # or below a source's container
     return network

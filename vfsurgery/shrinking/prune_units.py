@@ -123,7 +123,7 @@ def prune_units(
         certificate=certificate,
         not_folded=work.not_folded(cut) if removed == "fold" else (),
         created_biases=tuple(restored.created_biases) if restored else (),
-        notes=tuple(restored.notes) if restored else (),
+        notes=(*work.groups.notes, *(restored.notes if restored else ())),
         seconds=tuple(work.seconds),
     )
     remember(smaller, report)

@@ -9,7 +9,7 @@ place) the outputs differ, and the cut is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,11 +22,12 @@ from vfsurgery.discovery.roles import READS
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.rehearsal import reason_of
 from vfsurgery.shrinking.resize import with_tensors
-from vfsurgery.sources import eval_mode
+from vfsurgery.tracing.borrowed import borrowed
+from vfsurgery.tracing.modes import in_training, not_followed
 from vfsurgery.tracing.ops import Op, OpReader
 from vfsurgery.tracing.tracer import put_over
 from vfsurgery.tracing.transformers import one_by_one
-from vfsurgery.verification import TOLERANCE, relative_error, tensors_of
+from vfsurgery.verification import TOLERANCE, relative_error, several, tensors_of, without_chance
 
 LAST_DIMS = (nn.LayerNorm, nn.RMSNorm)
 RUNS = (nn.GroupNorm,)
@@ -41,6 +42,8 @@ class CutCertificate:
     ``dtype``, the precision that was computed in. ``effect`` is how far silencing the units takes the outputs of the
     original: where that is no more than the tolerance, nothing can be seen, and ``random_weights`` made the proof.
     ``norms`` are norm layers whose statistics are now of the kept units alone. ``failure`` is what a forward raised.
+    ``training`` says whether training computes another graph than eval mode, and was compared, too: its forward and
+    backward run.
     """
 
     error: float
@@ -50,12 +53,13 @@ class CutCertificate:
     random_weights: bool = False
     norms: tuple[str, ...] = ()
     failure: str = ""
+    training: bool = False
 
     def __bool__(self) -> bool:
         return self.error <= self.tolerance
 
     def __str__(self) -> str:
-        verdict = "holds" if self else "FAILS"
+        verdict = ("holds, in training too" if self.training else "holds") if self else "FAILS"
         verdict += " (shown on random weights)" if self.random_weights else ""
         return (
             f"smaller model == original with the removed units silent: {verdict}, "
@@ -82,20 +86,64 @@ def certify_cut(
         inputs: What both are run on.
     """
     silent = with_tensors(model, {name: _unread(cut, name, tensor) for name, tensor in state.items()})
-    reference = Silenced(put_over(silent, graph_module), cut)
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    name, norms = str(dtype).removeprefix("torch."), tuple(reference.norms.values())
-    with eval_mode(model, smaller, silent, reference.module), one_by_one():  # as the trace goes
+    name, errors, effects, norms = str(dtype).removeprefix("torch."), list[float](), list[float](), list[str]()
+    graphs = {False: graph_module, True: in_training(graph_module)}
+    for training, graph in graphs.items():
+        if graph is None:
+            if training and not_followed(graph_module) and (failure := _cannot_train(model, smaller, inputs)):
+                return CutCertificate(float("inf"), TOLERANCE[dtype], name, failure=failure)
+            continue
+        reference = Silenced(put_over(silent, graph), cut)
+        given = several(inputs) if training else inputs
         try:
-            found = tensors_of(smaller(*inputs))
+            found = run_in(smaller, given, training)
+            if training:
+                _run_backward(smaller, given)
         except Exception as error:  # whatever a forward may raise when sizes do not fit
-            return CutCertificate(float("inf"), TOLERANCE[dtype], name, failure=reason_of(error, smaller))
-        expected, whole = tensors_of(reference.run(*inputs)), tensors_of(model(*inputs))
-    error = float("inf")
-    if [x.shape for x in found] == [x.shape for x in expected] and all(bool(x.isfinite().all()) for x in found):
-        error = relative_error(tuple(found), tuple(expected))
-    effect = relative_error(tuple(expected), tuple(whole))
-    return CutCertificate(error, TOLERANCE[dtype], name, effect, norms=norms)
+            failure = ("in training: " if training else "") + reason_of(error, smaller)
+            return CutCertificate(float("inf"), TOLERANCE[dtype], name, failure=failure, training=training)
+        expected = run_in(reference.module, given, training, reference.run)
+        whole = run_in(model, given, training)
+        errors.append(float("inf"))
+        if [x.shape for x in found] == [x.shape for x in expected] and all(bool(x.isfinite().all()) for x in found):
+            errors[-1] = relative_error(tuple(found), tuple(expected))
+        effects.append(relative_error(tuple(expected), tuple(whole)))
+        norms += reference.norms.values()
+    return CutCertificate(
+        max(errors), TOLERANCE[dtype], name, max(effects), norms=tuple(dict.fromkeys(norms)), training=len(errors) > 1
+    )
+
+
+def run_in(
+    model: nn.Module, inputs: tuple[Tensor, ...], training: bool, forward: Callable[..., Any] | None = None
+) -> list[Tensor]:
+    """What a model, or a forward that runs its modules, returns in one of the modes, as the trace goes; no buffer changes."""
+    with borrowed(model, {}), torch.no_grad(), one_by_one(), without_chance(training):
+        model.train(training)
+        return tensors_of((forward or model)(*inputs))
+
+
+def _cannot_train(model: nn.Module, smaller: nn.Module, inputs: tuple[Tensor, ...]) -> str:
+    """What a smaller model raises in training where the original trains on these inputs."""
+    try:
+        _run_backward(model, several(inputs))
+    except Exception:  # it needs targets, say
+        return ""
+    try:
+        _run_backward(smaller, several(inputs))
+    except Exception as error:  # whatever a forward may raise when sizes do not fit
+        return "in training: " + reason_of(error, smaller)
+    return ""
+
+
+def _run_backward(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """A step of training without the step: forward, and backward through all outputs."""
+    with borrowed(model, {}), torch.enable_grad(), without_chance():
+        model.train()
+        outputs = [x for x in tensors_of(model(*inputs)) if x.requires_grad]
+        if outputs:
+            torch.stack([x.sum() for x in outputs]).sum().backward()
 
 
 def _unread(cut: Cut, name: str, tensor: Tensor) -> Tensor:

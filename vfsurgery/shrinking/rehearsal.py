@@ -7,7 +7,7 @@ groups can be cut is found by trying all of them together, and where that fails 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,21 +20,24 @@ from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.resize import Resizer
 from vfsurgery.sources import canonical_state, eval_mode
 from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.modes import in_training
 from vfsurgery.tracing.transformers import one_by_one
-from vfsurgery.verification import tensors_of
+from vfsurgery.verification import several, tensors_of, without_chance
 
 
 class Rehearsal:
     """Runs smaller versions of a model without weights and says what goes wrong.
 
     On the meta device, or, where a forward makes tensors elsewhere, on fake tensors, which takes several times as long.
+    In training, too, where that is another graph.
     """
 
     def __init__(self, model: nn.Module, graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+        given = {False: tuple(inputs)} if in_training(graph_module) is None else {False: inputs, True: several(inputs)}
         try:
-            self._prepare(model, inputs, contextlib.nullcontext(), torch.device("meta"))
+            self._prepare(model, given, contextlib.nullcontext(), torch.device("meta"))
         except (RuntimeError, NotImplementedError):
-            self._prepare(model, inputs, FakeTensorMode(allow_non_fake_inputs=True), None)
+            self._prepare(model, given, FakeTensorMode(allow_non_fake_inputs=True), None)
         self._resizer = Resizer.of(self._hollow, graph_module)
         self._state = canonical_state(self._hollow)
 
@@ -50,7 +53,11 @@ class Rehearsal:
         return None if shapes == self._expected else f"outputs would be {shapes} and not {self._expected}"
 
     def _prepare(
-        self, model: nn.Module, inputs: Sequence[Tensor], mode: AbstractContextManager[Any], device: torch.device | None
+        self,
+        model: nn.Module,
+        given: Mapping[bool, Sequence[Tensor]],
+        mode: AbstractContextManager[Any],
+        device: torch.device | None,
     ) -> None:
         self._mode = mode
         memo: dict[int, Any] = {}
@@ -58,13 +65,20 @@ class Rehearsal:
             for tensor in [*model.parameters(), *model.buffers()]:
                 hollow = torch.empty_like(tensor, device=device)
                 memo[id(tensor)] = nn.Parameter(hollow, False) if isinstance(tensor, nn.Parameter) else hollow
-            self._inputs = [torch.empty_like(tensor, device=device) for tensor in inputs]
+            self._inputs = {
+                training: [torch.empty_like(tensor, device=device) for tensor in inputs]
+                for training, inputs in given.items()
+            }
         self._hollow = copied(model, memo).eval()
         self._expected = self._run(self._hollow)
 
     def _run(self, model: nn.Module) -> list[tuple[int, ...]]:
-        with eval_mode(model), self._mode, one_by_one():
-            return [tuple(tensor.shape) for tensor in tensors_of(model(*self._inputs))]
+        shapes: list[tuple[int, ...]] = []
+        for training, inputs in self._inputs.items():
+            with eval_mode(model), self._mode, one_by_one(), without_chance(training):
+                model.train(training)
+                shapes += [tuple(tensor.shape) for tensor in tensors_of(model(*inputs))]
+        return shapes
 
 
 def largest_working(

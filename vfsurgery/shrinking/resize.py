@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from vfsurgery.errors import SurgeryError, explain
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.modes import in_training
 from vfsurgery.tracing.ops import OpReader, canonical_parameters
 
 
@@ -54,7 +55,8 @@ class Resizer:
     @staticmethod
     def of(model: nn.Module, graph_module: fx.GraphModule) -> Resizer:
         """Read a traced model."""
-        calls = [op for op in OpReader(graph_module) if op.module is not None and op.inputs]
+        graphs = [graph for graph in (in_training(graph_module), graph_module) if graph is not None]
+        calls = [op for graph in graphs for op in OpReader(graph) if op.module is not None and op.inputs]
         inputs = {op.path: (op.input_name, op.input.shape) for op in calls}
         return Resizer(model, canonical_parameters(model), inputs)
 

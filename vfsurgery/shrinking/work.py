@@ -44,10 +44,15 @@ TOO_SMALL = "too few units to lose one"
 
 @dataclass
 class Shrinking:
-    """One structured pruning in progress. ``whole`` says of groups why they stay as they are."""
+    """One structured pruning in progress.
+
+    ``in_both`` are the same groups, with their places in the graph of training too. ``whole`` says of groups why
+    they stay as they are.
+    """
 
     source: Source
     groups: GroupSet
+    in_both: GroupSet
     inputs: tuple[Tensor, ...]
     data: Batches | None
     progress: bool
@@ -73,7 +78,9 @@ class Shrinking:
             graph_module = record(model, inputs)
         except TraceError as error:
             raise TraceError(f"units can be removed only from what fx can record\n{error}") from error
-        work = Shrinking(Source.of(model, graph_module), discover(graph_module), inputs, batches, progress)
+        groups = discover(graph_module)
+        in_both = discover(graph_module, training=True) if groups.in_training else groups
+        work = Shrinking(Source.of(model, graph_module), groups, in_both, inputs, batches, progress)
         work.seconds.append(("trace and groups", time.perf_counter() - started))
         return work
 
@@ -114,7 +121,7 @@ class Shrinking:
 
         def cut(leaders: Sequence[str]) -> Cut:
             chosen = [self.groups[name] for name in teams.members(leaders)]
-            return Cut(self.groups, quota.masks(chosen, self._scores, teams.of))
+            return Cut(self.in_both, quota.masks(chosen, self._scores, teams.of))
 
         with self.clock("rehearsal"):
             rehearsal = Rehearsal(self.source.model, self.source.graph_module, self.inputs)
@@ -165,7 +172,9 @@ class Shrinking:
         if not passes or self.data is None or not cut.kept:
             return None
         with self.clock("renormalization"):
-            return restore(self.source, cut, smaller, passes, self.inputs, self.data, self.progress)
+            return restore(
+                self.source, Cut(self.groups, cut.kept), smaller, passes, self.inputs, self.data, self.progress
+            )
 
     def not_folded(self, cut: Cut) -> tuple[str, ...]:
         """Groups whose removed units are dropped, by some of their readers at least."""
@@ -183,6 +192,9 @@ class Shrinking:
             source, inputs = _in_dtype(source, inputs, dtype)
         with Precise(dtype):
             certificate = self._compare(source, inputs, cut)
+        if not certificate and certificate.training and not certificate.failure:  # BatchNorm multiplies rounding there
+            with Precise(torch.float64):
+                certificate = self._compare(*_in_dtype(source, inputs, torch.float64), cut)
         if not certificate or certificate.effect > certificate.tolerance or not cut.kept:
             return certificate
         lively, inputs = _in_dtype(source, inputs, torch.float64)

@@ -30,6 +30,7 @@ from torch.fx.node import map_arg
 
 from vfsurgery.errors import TraceError, explain
 from vfsurgery.tracing.copies import copied, fresh
+from vfsurgery.tracing.modes import NOT_FOLLOWED, asks_for_mode
 from vfsurgery.tracing.tracer import put_over_model
 from vfsurgery.tracing.values import VALUE, TensorValue
 
@@ -65,6 +66,8 @@ def export_module(model: nn.Module, example_inputs: tuple[Tensor, ...], reason: 
     graph_module = put_over_model(model, exported, graph)
     graph_module.meta[EXPORTED] = reason
     graph_module.meta["guards"] = ("recorded by torch.export: every size but that of the batch is the example's",)
+    if asks_for_mode(model):
+        graph_module.meta[NOT_FOLLOWED] = "it is recorded through torch.export, in eval mode alone"
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module

@@ -11,10 +11,10 @@ Three decisions keep the graph faithful to the model:
   changed; the graph is then put back over the model's own modules and parameters;
 - modules of ``torch.nn``, every BatchNorm subclass, and parameter-free modules whose forward asks for ``self.training``
   (stochastic depth) stay single nodes, so ``train()`` and ``eval()`` keep their meaning;
-- a call of functional dropout becomes a dropout module for the same reason;
 - the transformer modules of ``torch.nn`` are traced through, the way that they go in training: attention, norms and
   linear layers are nodes. In eval mode they compute the same in one fused call, but for padded positions, where a
-  ``nn.TransformerEncoder`` may give zeros (:mod:`vfsurgery.tracing.transformers`).
+  ``nn.TransformerEncoder`` may give zeros (:mod:`vfsurgery.tracing.transformers`);
+- what the forward does in training is recorded too where it asks which mode it is in (:mod:`vfsurgery.tracing.modes`).
 
 Functions that ``torch.fx.wrap`` marks, because plain symbolic tracing stops inside them, are traced through, except
 those that have a coupling rule of their own.
@@ -29,10 +29,10 @@ import operator
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import _symbolic_trace
@@ -40,46 +40,59 @@ from torch.fx.proxy import Attribute
 from torch.utils._pytree import tree_map, tree_map_only
 
 from vfsurgery.errors import TraceError, explain
-from vfsurgery.tracing.copies import copied, fresh
+from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.mode import reads_of_mode
 from vfsurgery.tracing.transformers import TRANSFORMERS, one_by_one
 from vfsurgery.tracing.values import KEPT_WHOLE, RETURNS_INPUT, VALUE, abstract
 
-FUNCTIONAL_DROPOUT: dict[Callable[..., Any], type[nn.Module]] = {
-    F.dropout: nn.Dropout,
-    F.dropout1d: nn.Dropout1d,
-    F.dropout2d: nn.Dropout2d,
-    F.dropout3d: nn.Dropout3d,
-    F.alpha_dropout: nn.AlphaDropout,
-    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
-}
 FACTORIES = "arange empty eye full linspace ones rand randint randn randperm tensor tril_indices triu_indices zeros"
 """Functions that make tensors from sizes: torch's argument parser takes no proxies for numbers, so they are wrapped."""
-STATIC_ATTRIBUTES = frozenset({"ndim", "is_cuda", "is_sparse", "is_quantized", "is_nested", "requires_grad", "layout"})
+STATIC_ATTRIBUTES = frozenset({"is_cuda", "is_sparse", "is_quantized", "is_nested", "requires_grad", "layout"})
 
 
-def trace_module(
-    model: nn.Module, example_inputs: tuple[Tensor, ...], leaves: frozenset[str] = frozenset()
-) -> fx.GraphModule:
-    """Trace ``model``; the graph module shares the model's submodules, parameters and buffers.
+@dataclass(frozen=True)
+class Recording:
+    """A forward as it was recorded in one mode.
+
+    ``skeleton`` is what it ran on, with what the trace made on it; ``guards`` say what the example decided; ``asks``
+    whether the forward looked at ``training`` outside of modules that stay single nodes.
+    """
+
+    graph: fx.Graph
+    skeleton: nn.Module
+    guards: tuple[str, ...]
+    asks: bool
+
+
+def record_forward(
+    model: nn.Module,
+    example_inputs: tuple[Tensor, ...],
+    leaves: frozenset[str] = frozenset(),
+    *,
+    training: bool = False,
+) -> Recording:
+    """Record the forward of ``model`` in eval mode, or in training.
 
     Args:
         model: Any module whose forward takes tensors. It is not run, copied or changed.
         example_inputs: One tensor per positional argument; only shapes and dtypes matter.
         leaves: Paths of modules to keep as single nodes. One that cannot run on shapes alone runs once, as a copy, on
             zeros.
-
-    Returns:
-        A graph module with the model's ``state_dict`` keys and training mode. Each node's ``meta["vfsurgery"]`` holds
-        its abstract value; ``graph_module.meta["guards"]`` lists what the example run decided.
+        training: In which mode.
 
     Raises:
         TraceError: the forward cannot be recorded; says at which module.
     """
     tracer = ValueTracer(example_inputs, leaves, model)
-    skeleton = tracer.skeleton(fresh(model, example_inputs))
+    skeleton = tracer.skeleton(model, training)
     rng = torch.get_rng_state()
     try:
-        with tracer.recording_factories(), _unwrapped_functions(), one_by_one(tracer.guards):
+        with (
+            tracer.recording_factories(),
+            _unwrapped_functions(),
+            one_by_one(tracer.guards),
+            reads_of_mode(tracer.is_computing) as asked,
+        ):
             graph = tracer.trace(skeleton)
     except Exception as error:
         raise TraceError(
@@ -93,12 +106,7 @@ def trace_module(
         ) from error
     finally:
         torch.set_rng_state(rng)
-    graph_module = put_over_model(model, skeleton, graph)
-    _replace_functional_dropout(graph_module)
-    graph_module.meta["guards"] = tuple(tracer.guards)
-    graph_module.graph.lint()
-    graph_module.recompile()
-    return graph_module
+    return Recording(graph, skeleton, tuple(dict.fromkeys(tracer.guards)), bool(asked))
 
 
 class ValueProxy(fx.Proxy):
@@ -109,8 +117,11 @@ class ValueProxy(fx.Proxy):
         self.value: Any = None
 
     def _decide(self, convert: Callable[[Any], Any]) -> Any:
-        answer = convert(self.value)
-        cast(ValueTracer, self.tracer).guards.append(f"{convert.__name__}({self.node}) == {answer!r}")
+        return self._decided(f"{convert.__name__}({self.node})", convert(self.value))
+
+    def _decided(self, question: str, answer: Any) -> Any:
+        """An answer that is fixed in the graph from now on."""
+        cast(ValueTracer, self.tracer).guards.append(f"{question} == {answer!r}")
         return answer
 
     def __bool__(self) -> bool:
@@ -126,16 +137,16 @@ class ValueProxy(fx.Proxy):
         return self._decide(operator.index)
 
     def __len__(self) -> int:
-        return len(self.value)
+        return self._decide(len) if isinstance(self.value, Tensor) else len(self.value)
 
     def __contains__(self, item: object) -> bool:
-        return item in self.value
+        return self._decided(f"{item!r} in {self.node}", _values(item) in self.value)
 
     def __hash__(self) -> int:
         return id(self)
 
     def __iter__(self) -> Iterator[ValueProxy]:
-        return iter([operator.getitem(cast(Any, self), index) for index in range(len(self.value))])
+        return iter([operator.getitem(cast(Any, self), index) for index in range(len(self))])
 
     def __setitem__(self, index: Any, item: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, item), {})
@@ -144,7 +155,9 @@ class ValueProxy(fx.Proxy):
         if name == "value":  # while being constructed
             raise AttributeError(name)
         concrete = getattr(self.value, name)
-        if name in STATIC_ATTRIBUTES or isinstance(self.value, torch.device):
+        if name in STATIC_ATTRIBUTES:
+            return self._decided(f"{self.node}.{name}", concrete)
+        if name == "ndim" or isinstance(self.value, torch.device):  # the graph is for inputs of this many dims anyway
             return concrete
         if callable(concrete):
             return Attribute(self, name)
@@ -176,18 +189,28 @@ class ValueTracer(fx.Tracer):
         self.current_path = ""
         self._computing = False
 
-    def skeleton(self, model: nn.Module) -> nn.Module:
-        """A copy in eval mode whose parameters and floating-point buffers are fake: it takes no memory.
+    def is_computing(self) -> bool:
+        """Whether a node's value is being computed, and not the forward recorded."""
+        return self._computing
 
-        Integer buffers stay real, since forwards index and branch with them.
+    def skeleton(self, model: nn.Module, training: bool = False) -> nn.Module:
+        """A copy in eval mode, or in training, whose parameters and floating-point buffers are fake: without memory.
+
+        Integer buffers stay real, since forwards index and branch with them. Modules without parameters that ask for
+        the mode (stochastic depth) stay in eval mode: as single nodes they know it themselves.
         """
         memo: dict[int, Any] = {}
         for parameter in model.parameters():
             fake = self.mode.from_tensor(parameter.detach())
             memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for buffer in model.buffers():
-            memo[id(buffer)] = self.mode.from_tensor(buffer) if buffer.is_floating_point() else buffer
-        return copied(model, memo).eval()
+            real = buffer.clone() if training else buffer  # which training may count up
+            memo[id(buffer)] = self.mode.from_tensor(buffer) if buffer.is_floating_point() else real
+        skeleton = copied(model, memo).train(training)
+        for module in skeleton.modules():
+            if module is not skeleton and _knows_its_mode(module):
+                module.eval()
+        return skeleton
 
     @contextmanager
     def recording_factories(self) -> Generator[None]:
@@ -217,7 +240,7 @@ class ValueTracer(fx.Tracer):
             return True
         if isinstance(m, TRANSFORMERS):
             return False
-        if _asks_for_training(m) and not any(True for _ in m.parameters()):
+        if _knows_its_mode(m):
             return True
         if isinstance(m, nn.DataParallel) and not m.device_ids:  # on the CPU it calls what it holds
             return False
@@ -337,7 +360,7 @@ def _forward_line() -> str:
     ``fx`` can record whole stacks, at a hundred times the price.
     """
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not trace_module.__code__:
+    while frame is not None and frame.f_code is not record_forward.__code__:
         if not frame.f_globals.get("__name__", "").startswith(("torch.", "vfsurgery.tracing")):
             name, line = frame.f_code.co_filename, frame.f_lineno
             code = linecache.getline(name, line, frame.f_globals).strip()
@@ -369,9 +392,11 @@ def _holds_proxy(arguments: Any) -> bool:
     return type(arguments) in (ValueProxy, Attribute)
 
 
-def _asks_for_training(module: nn.Module) -> bool:
+def _knows_its_mode(module: nn.Module) -> bool:
+    """Whether a module without parameters, that is not one of torch's, asks for ``self.training``."""
     code = getattr(type(module).forward, "__code__", None)
-    return code is not None and "training" in code.co_names
+    asks = code is not None and "training" in code.co_names
+    return asks and not type(module).__module__.startswith("torch.nn") and not any(True for _ in module.parameters())
 
 
 def put_over(model: nn.Module, graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -388,7 +413,7 @@ def put_over(model: nn.Module, graph_module: fx.GraphModule) -> fx.GraphModule:
 def put_over_model(model: nn.Module, fallback: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """Put the graph over the model's own modules, parameters and buffers, and keep those that it does not use.
 
-    What only the trace has (tensor constants, dropout modules made from functional dropout) comes from ``fallback``.
+    What only the trace has (tensor constants, modules that follow the mode) comes from ``fallback``.
     """
     members: dict[str, Any] = {}
     for node in graph.nodes:
@@ -424,19 +449,3 @@ def _mirror(module: nn.Module, model: nn.Module) -> None:
             mine.training = child.training
         module._modules[name] = mine if type(mine) is nn.Module else child
     module._modules.update(extra)
-
-
-def _replace_functional_dropout(graph_module: fx.GraphModule) -> None:
-    """Functional dropout has its ``training`` flag baked into the graph; a module has not."""
-    for node in list(graph_module.graph.nodes):
-        module_type = FUNCTIONAL_DROPOUT.get(node.target) if node.op == "call_function" else None
-        if module_type is None:
-            continue
-        rate = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-        path = f"{node.name}_module"
-        graph_module.add_submodule(path, module_type(p=rate))
-        with graph_module.graph.inserting_before(node):
-            replacement = graph_module.graph.call_module(path, (node.args[0],))
-        replacement.meta = dict(node.meta)
-        node.replace_all_uses_with(replacement)
-        graph_module.graph.erase_node(node)

@@ -127,7 +127,7 @@ def _prove(subject: Subject) -> Verification:
     """A proof; with weights drawn anew where rounding has grown so much that the first ones decide nothing."""
     proof = None
     for seed in range(DRAWINGS):
-        proof = prove(subject.model, subject.groups, subject.inputs, seed=seed, each=False, controls=CONTROLS)
+        proof = prove(subject.model, subject.groups, subject.inputs, seed=seed, controls=CONTROLS)
         if not proof.undecided:
             break
     assert proof is not None

@@ -1,0 +1,81 @@
+"""Training without chance: dropout off and random draws the same for all units, so that two runs can be compared."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DRAWS = frozenset(
+    {"bernoulli", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal", "normal_"}
+    | {"rand", "rand_like", "randn", "randn_like", "uniform", "uniform_"}
+)
+"""Ops of aten whose result is drawn, number by number."""
+
+
+class Certain(TorchDispatchMode):
+    """Gives every number of a random draw the largest one drawn, which no order of units can tell from another.
+
+    So a mask of dropout is all ones. Dropout inside of fused ops is turned off.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op of aten."""
+        name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        for place, argument in enumerate(func._schema.arguments):
+            off = {"dropout_p": 0.0} if argument.name == "dropout_p" else {}
+            off |= {"training": False} if argument.name == "training" and name.startswith("rrelu") else {}
+            if off and place < len(args):
+                args = (*args[:place], off[argument.name], *args[place + 1 :])
+            elif off and argument.name in kwargs:
+                kwargs = {**kwargs, **off}
+        result = func(*args, **kwargs)
+        if name in DRAWS and isinstance(result, Tensor) and result.numel():
+            result.fill_(result.max())
+        return result
+
+
+@contextmanager
+def without_chance(training: bool = True) -> Generator[None]:
+    """Take out what training leaves to chance; random states are afterwards what they were. Or do nothing.
+
+    >>> with without_chance():
+    ...     torch.nn.functional.dropout(torch.ones(4), 0.5)
+    tensor([2., 2., 2., 2.])
+    """
+    if not training:
+        yield
+        return
+    state = random.getstate()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices), Certain():
+            random.seed(0)
+            torch.manual_seed(0)
+            yield
+    finally:
+        random.setstate(state)
+
+
+def several(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Inputs for training: of a single image, that image and another one, since BatchNorm wants several.
+
+    >>> several([torch.ones(1, 3), torch.ones(1, 2)])[0].shape, several([torch.ones(4, 3)])[0].shape
+    (torch.Size([2, 3]), torch.Size([4, 3]))
+    """
+    if not all(x.ndim and len(x) == 1 for x in inputs):
+        return tuple(inputs)
+    generator = torch.Generator().manual_seed(0)
+
+    def other(x: Tensor) -> Tensor:
+        order = torch.randperm(x.numel(), generator=generator).to(x.device)
+        return x.flatten()[order].view_as(x)
+
+    return tuple(torch.cat([x, other(x)]) for x in inputs)
