@@ -14,6 +14,7 @@ from vfsurgery.errors import InvalidWeightsError, OptionError
 from vfsurgery.groups import GroupSet, Permutation, permute_tensor, random_permutations
 from vfsurgery.matching import MATCHERS, ActivationMatching, Given, Identity, Matching, Problem, WeightMatching
 from vfsurgery.matching.assignment import assign
+from vfsurgery.matching.pairwise import pairwise_similarity
 from vfsurgery.matching.similarity import Similarity
 from vfsurgery.sources import canonical_state
 from vfsurgery.stats.correlation import Centred, CrossMoments
@@ -130,7 +131,7 @@ def test_the_seed_decides_the_order_of_visits() -> None:
         visits.append([])
         groups = groups_of(a)
         states = [canonical_state(model) for model in (a, b)]
-        WeightMatching(max_sweeps=2).match(Problem(groups, states, no_data, seed, visits[-1].append))  # type: ignore[arg-type]
+        WeightMatching(max_sweeps=2, starts=0).match(Problem(groups, states, no_data, seed, visits[-1].append))  # type: ignore[arg-type]
     count = len(groups)
     assert all(len(visit) == len(set(visit)) == 2 * count for visit in visits)
     assert visits[0][:count] == visits[1][:count] == visits[2][:count]  # the first sweep follows the model
@@ -287,3 +288,31 @@ def test_a_group_is_matched_on_the_mean_correlation_of_its_readings(strong: int)
     (found,) = ActivationMatching().match(Problem(groups, states, lambda: [{"g0": tuple(readings)}]))
     assert found.permutations["g0"].order == (1, 0)
     assert 0.4 < found.gains[0].after < 0.6  # the strong reading gives 1, the weak one about nothing
+
+
+class Stuck(nn.Module):
+    """Units that two layers read, one of which nobody reads: none of its units says which is which, at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.unread = nn.Linear(8, 8), nn.Linear(4, 4)
+        self.two, self.three, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        read, _ = self.one(x).chunk(2, -1)
+        self.unread(read)
+        return self.head(self.three(self.two(read)))
+
+
+def test_networks_of_few_units_are_recovered_from_several_starts() -> None:
+    recovered = {0: 0, 12: 0}
+    for seed in range(20):
+        torch.manual_seed(seed)
+        a = Stuck()
+        groups = surgery.find_groups(a, torch.randn(2, 8))
+        orders = random_permutations(groups, torch.Generator().manual_seed(seed))
+        states = [canonical_state(model) for model in (a, permuted(a, groups, orders))]
+        for starts in recovered:
+            found = WeightMatching(starts=starts).match(Problem(groups, states, no_data))[0].permutations  # type: ignore[arg-type]
+            recovered[starts] += pairwise_similarity(groups, states, [{}, found]) > 1 - 1e-6
+    assert recovered[12] == 20 > recovered[0]

@@ -13,7 +13,7 @@ round again: on two ResNet-50 this saves a fifth of the time against wholly rand
 
 Only parameters of two and more dims count. Biases, norm parameters and running statistics have few numbers per unit
 but large ones, and lead astray: they cost the trained ResNet-18 pair of docs/benchmarks/pairs.py three to five points.
-Networks of a few units are matched from several starts.
+Networks of a few units are matched from several starts, since few numbers decide in them.
 
 Two things make it fast without changing the answer. ``A`` is kept, and when other groups have moved only the columns
 that changed are put right: a product over the moved units instead of all of them. And a group is solved again only if
@@ -49,8 +49,7 @@ from vfsurgery.tracing.precision import as_real
 
 MAX_SWEEPS, TOLERANCE = 100, 3e-3
 FEW_UNITS, STARTS = 128, 12
-"""Networks of so few units are matched from some random orders too, and the most similar result counts: in them a few
-numbers decide, and the descent may end in orders that no single group can improve."""
+"""Networks of so few units are matched from so many random orders, too."""
 EQUAL = 1e-6
 """Similarities (cosines) that differ by less are equal."""
 ROUNDS = 5
@@ -64,6 +63,9 @@ class WeightMatching:
 
     ``tolerance`` is the smallest relative gain of a group's similarity that counts as an improvement; the descent ends
     when no group can improve by more, or after ``max_sweeps``.
+
+    Two networks of at most 128 units are matched from as many random orders as ``starts`` says, too, and the most
+    similar result counts: where a few numbers decide, a descent may end in orders that no single group can improve.
 
     ``scheme`` says whom each of more than two sources is matched to: ``"reference"`` the first one, ``"sequential"``
     the aligned one before it, ``"iterative"`` the mean of all other aligned ones, again and again until none moves or
@@ -81,6 +83,7 @@ class WeightMatching:
     tolerance: float = TOLERANCE
     scheme: Scheme = DEFAULT
     max_rounds: int = MAX_ROUNDS
+    starts: int = STARTS
     name: str = field(default="weights", init=False)
     needs_data: bool = field(default=False, init=False)
 
@@ -95,9 +98,12 @@ class WeightMatching:
         """
         sources = range(len(problem.states))
         if self.scheme == "reference" or len(sources) == 2:
-            return [match_rest(problem, source, {}, self.max_sweeps, self.tolerance) for source in sources[1:]]
+            return [
+                match_rest(problem, source, {}, self.max_sweeps, self.tolerance, self.starts) for source in sources[1:]
+            ]
         known = [{} for _ in sources]
-        return match_rest_of_all(problem, known, self.scheme, self.max_rounds, self.max_sweeps, self.tolerance)[1:]
+        options = (self.max_rounds, self.max_sweeps, self.tolerance, self.starts)
+        return match_rest_of_all(problem, known, self.scheme, *options)[1:]
 
 
 def match_rest(
@@ -106,6 +112,7 @@ def match_rest(
     known: Mapping[str, Permutation],
     max_sweeps: int = MAX_SWEEPS,
     tolerance: float = TOLERANCE,
+    starts: int = STARTS,
 ) -> Matching:
     """Match one source to the first by their weights, the orders of some groups being known and kept.
 
@@ -115,18 +122,29 @@ def match_rest(
         known: Orders by group name.
         max_sweeps: As in :class:`WeightMatching`.
         tolerance: As in :class:`WeightMatching`.
+        starts: As in :class:`WeightMatching`.
 
     Returns:
         Orders of all groups, the known ones among them; gains of those that were found.
     """
-    groups, states = problem.groups, (problem.states[0], problem.states[source])
+    states = (problem.states[0], problem.states[source])
+    return _descend(problem, states, known, max_sweeps, tolerance, starts)
+
+
+def _descend(
+    problem: Problem, states: States, known: Permutations, max_sweeps: int, tolerance: float, starts: int
+) -> Matching:
+    """The most similar of what descents from several starts come to; of one where there are many units."""
+    groups, generator = problem.groups, problem.generator()
 
     def descend(start: Permutations | None) -> tuple[float, Matching]:
         matching = _Descent(groups, states, tolerance, known, start).run(problem, max_sweeps)
         return pairwise_similarity(groups, states, [{}, permutations_of(matching.permutations)]), matching
 
-    best, generator = descend(None), problem.generator()
-    for _ in range(STARTS if sum(group.units for group in groups) <= FEW_UNITS else 0):
+    if sum(group.units for group in groups) > FEW_UNITS:
+        return _Descent(groups, states, tolerance, known).run(problem, max_sweeps)
+    best = descend(None)
+    for _ in range(starts):
         if best[0] >= 1 - EQUAL:
             break
         other = descend({**random_permutations(groups, generator), **known})
@@ -141,6 +159,7 @@ def match_rest_of_all(
     max_rounds: int = MAX_ROUNDS,
     max_sweeps: int = MAX_SWEEPS,
     tolerance: float = TOLERANCE,
+    starts: int = STARTS,
 ) -> list[Matching]:
     """Match all sources by their weights, the orders of some groups being known and kept; as :func:`match_rest`.
 
@@ -151,6 +170,7 @@ def match_rest_of_all(
         max_rounds: As in :class:`WeightMatching`.
         max_sweeps: As in :class:`WeightMatching`.
         tolerance: As in :class:`WeightMatching`.
+        starts: As in :class:`WeightMatching`, for sources that have no order yet.
 
     Returns:
         One for every source, the first one included, which keeps its order.
@@ -159,8 +179,12 @@ def match_rest_of_all(
 
     def fit(source: int, others: Sequence[int], found: Sequence[Permutations]) -> Permutations:
         mean = mean_state(groups, [states[other] for other in others], [found[other] for other in others])
-        descent = _Descent(groups, (mean, states[source]), tolerance, known[source], found[source])
-        return permutations_of(descent.run(problem, max_sweeps).permutations)
+        if not found[source]:
+            matching = _descend(problem, (mean, states[source]), known[source], max_sweeps, tolerance, starts)
+        else:
+            descent = _Descent(groups, (mean, states[source]), tolerance, known[source], found[source])
+            matching = descent.run(problem, max_sweeps)
+        return permutations_of(matching.permutations)
 
     found = align(scheme, groups, len(states), fit, problem.generator(), max_rounds)
     gains = gains_of_all(groups, states, known, found)
