@@ -61,6 +61,7 @@ def cost_of(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> Cost:
         model: Any network. It is not changed.
         inputs: One tensor per argument of its forward, of any batch size; only shapes and dtypes matter.
 
+    >>> import torch
     >>> print(cost_of(nn.Linear(4, 2), torch.zeros(8, 4)))
     16 flops, 10 parameters
     """

@@ -161,7 +161,7 @@ class _Attention:
         for weights in self.op.outputs[1:]:
             if not weights.shape or 0 in weights.shape:  # the fused kernel has none to give
                 continue
-            expected = [columns, queries]
+            expected: list[Expression] = [columns, queries]
             if not self.arguments.get("average_attn_weights", True):
                 expected.append(heads)
             if batch is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import networkx as nx
 from torch import nn
 
 from vfsurgery.groups import GroupSet, PermutationGroup
@@ -28,7 +27,7 @@ class Teams:
     def find(model: nn.Module, groups: GroupSet) -> Teams:
         """The teams of a model."""
         names = canonical_parameters(model)
-        graph: nx.Graph[str] = nx.Graph()
+        teams: list[set[str]] = []
         stuck: dict[str, str] = {}
         for path, module in model.named_modules():
             if not isinstance(module, nn.RNNBase):
@@ -37,12 +36,13 @@ class Teams:
                 weights = [w for name, w in module.named_parameters(recurse=False) if name.startswith(prefix)]
                 written = [_written(groups, names[id(w)], getattr(module, size)) for w in weights]
                 found = [group.name for group in written if group is not None]
-                nx.add_path(graph, found)
+                overlapping = [team for team in teams if not team.isdisjoint(found)]
+                teams = [team for team in teams if team not in overlapping] + [set(found).union(*overlapping)]
                 if len(found) < len(written):
                     stuck |= dict.fromkeys(found, ONE_SIZE.format(path, size))
-        teams = [tuple(sorted(team, key=_number)) for team in nx.connected_components(graph)]
-        own = Teams({name: team for team in teams for name in team}, {})
-        return Teams(own.of, own.shared(stuck))
+        order = [group.name for group in groups]
+        of = {name: tuple(sorted(team, key=order.index)) for team in teams for name in team}
+        return Teams(of, Teams(of, {}).shared(stuck))
 
     def leaders(self, names: Iterable[str]) -> list[str]:
         """Of each team that is named the first, and the groups that are in none."""
@@ -65,7 +65,3 @@ def _written(groups: GroupSet, parameter: str, size: int) -> PermutationGroup | 
     """The one group of that many units along the first dim of a parameter."""
     found = [group for group, member in groups.by_parameter.get(parameter, ()) if member.dim == 0]
     return found[0] if len(found) == 1 and found[0].units == size else None
-
-
-def _number(name: str) -> int:
-    return int(name.removeprefix("g"))
