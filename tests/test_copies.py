@@ -148,7 +148,7 @@ def test_what_was_kept_is_not_traced(name, how):
 
 
 @pytest.mark.parametrize("how", RUNS)
-@pytest.mark.parametrize("name", KEEPERS)
+@pytest.mark.parametrize("name", ["InAttribute", "InDict"])
 def test_other_surgeries_leave_no_stale_table(name, how):
     def on(ran: bool) -> list[nn.Module]:
         a, b = (lively(KEEPERS[name], seed) for seed in range(2))
@@ -245,10 +245,9 @@ def test_what_was_computed_before_the_forward_is_named():
         surgery.merge(Once(), Once(), example_inputs=X.float())
 
 
-@pytest.mark.parametrize("name", ["levit_128s", "efficientformer_l1", "tiny_vit_5m_224"])
-def test_networks_of_timm_that_keep_tables_of_biases(name):
+def test_networks_of_timm_that_keep_tables_of_biases():
     timm = pytest.importorskip("timm")
-    models = [timm.create_model(name, num_classes=3).eval() for _ in range(2)]
+    models = [timm.create_model("levit_128s", depth=(1, 1, 1), num_classes=3).eval() for _ in range(2)]
     x = torch.randn(1, 3, 224, 224)
     options: dict[str, Any] = {"example_inputs": x, "matching": "identity", "renormalize": None, "progress": False}
     expected = surgery.merge(*models, **options)

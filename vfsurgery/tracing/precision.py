@@ -103,6 +103,10 @@ class Precise(TorchFunctionMode):
             return args[0].to(raised_dtype(CASTS[func], self.dtype))
         if func is Tensor.type and len(args) > 1:
             args = (args[0], _named(args[1]), *args[2:])
+        if func in (Tensor.to, Tensor.type_as):  # a tensor may say the dtype
+            others, kwargs = args[1:], kwargs or {}
+            args = (args[0], *(_raised(x, self.dtype) for x in others))
+            kwargs = {name: _raised(x, self.dtype) for name, x in kwargs.items()}
         args = tuple(self._raise(x) for x in args)
         kwargs = {name: self._raise(x) for name, x in (kwargs or {}).items()}
         with _without_autocast():
