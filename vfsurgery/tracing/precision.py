@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from vfsurgery.tracing.borrowed import contents_of, put
 from vfsurgery.tracing.copies import plain_tensors
+
+Model = TypeVar("Model", bound=nn.Module)
 
 CASTS: dict[Any, torch.dtype] = {
     Tensor.half: torch.float16,
@@ -75,7 +77,7 @@ def raised(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(raised_dtype(tensor.dtype, dtype))
 
 
-def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def in_precision(model: Model, dtype: torch.dtype) -> Model:
     """The model itself, with all that it holds in at least a precision; complex and plain tensors too."""
     model._apply(lambda tensor: raised(tensor, dtype))
     for plain in list(plain_tensors(model)):
