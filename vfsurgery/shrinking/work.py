@@ -227,7 +227,8 @@ def _in_dtype(source: Source, inputs: tuple[Tensor, ...], dtype: torch.dtype) ->
     """A copy of a source, and inputs for it, in another precision."""
     model = in_precision(copied(source.model), dtype)
     cast = tuple(raised(x, dtype) for x in inputs)
-    return Source.of(model, put_over(model, source.graph_module)), cast
+    graph_module = in_precision(put_over(model, source.graph_module), dtype)  # it has constants of its own
+    return Source.of(model, graph_module), cast
 
 
 def _first_two(batches: Batches) -> tuple[Tensor, ...]:

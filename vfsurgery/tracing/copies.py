@@ -206,7 +206,7 @@ def fresh(model: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
 def forget_kept(model: nn.Module, other: nn.Module) -> None:
     """Drop from a model, whose weights have changed, what its forward has kept and a fresh twin of it does not have."""
     constants = {plain.path for plain in plain_tensors(other)}
-    places = {container.path: container for container in containers_of(other)}
+    places = {each.path: each for each in containers_of(other) if each.owner is not None or not each.named}
     for plain in list(plain_tensors(model)):
         if plain.tensors and plain.path not in constants:
             like = places.get(plain.container.path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from vfsurgery.tracing.borrowed import contents_of, put
 from vfsurgery.tracing.copies import plain_tensors
+
+Model = TypeVar("Model", bound=nn.Module)
 
 CASTS: dict[Any, torch.dtype] = {
     Tensor.half: torch.float16,
@@ -75,7 +77,7 @@ def raised(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(raised_dtype(tensor.dtype, dtype))
 
 
-def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def in_precision(model: Model, dtype: torch.dtype) -> Model:
     """The model itself, with all that it holds in at least a precision; complex and plain tensors too."""
     model._apply(lambda tensor: raised(tensor, dtype))
     for plain in list(plain_tensors(model)):
@@ -103,6 +105,10 @@ class Precise(TorchFunctionMode):
             return args[0].to(raised_dtype(CASTS[func], self.dtype))
         if func is Tensor.type and len(args) > 1:
             args = (args[0], _named(args[1]), *args[2:])
+        if func in (Tensor.to, Tensor.type_as):  # a tensor may say the dtype
+            others, kwargs = args[1:], kwargs or {}
+            args = (args[0], *(_raised(x, self.dtype) for x in others))
+            kwargs = {name: _raised(x, self.dtype) for name, x in kwargs.items()}
         args = tuple(self._raise(x) for x in args)
         kwargs = {name: self._raise(x) for name, x in (kwargs or {}).items()}
         with _without_autocast():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.sources import canonical_state, eval_mode
+from vfsurgery.sources import canonical_state
+from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.precision import as_real, is_inexact
 
 FAINT = 1e-3
@@ -43,6 +46,7 @@ def keep_signals_alive(model: nn.Module, inputs: tuple[Tensor, ...], generator: 
     deep group would hide below the tolerance; or it grows, and rounding with it. Each layer is set when its turn comes,
     on what the layers before it, set already, make of the inputs.
     """
+    found: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def set_statistics(norm: nn.modules.batchnorm._BatchNorm, args: tuple[Tensor, ...]) -> None:
         x = args[0]
@@ -54,12 +58,17 @@ def keep_signals_alive(model: nn.Module, inputs: tuple[Tensor, ...], generator: 
         assert norm.running_mean is not None and norm.running_var is not None
         norm.running_mean.copy_(mean + 0.2 * (noise[0] - 0.5) * var.sqrt())
         norm.running_var.copy_(var * (0.9 + 0.2 * noise[1]))
+        found[norm] = norm.running_mean.clone(), norm.running_var.clone()
 
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None]
     hooks = [norm.register_forward_pre_hook(set_statistics) for norm in norms]
     try:
-        with eval_mode(model):
-            model(*inputs)
+        with borrowed(model, {}):  # what a forward keeps would be stale when weights are permuted
+            model.eval()
+            model(*(x.clone() for x in inputs))
     finally:
         for hook in hooks:
             hook.remove()
+    for norm, (mean, var) in found.items():
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
