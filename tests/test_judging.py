@@ -95,7 +95,7 @@ def test_a_way_that_was_let_go_and_proves_best_is_merged_again(monkeypatch):
     a, b, c = judged(0.1, *range(10)), judged(0.2, *range(20, 27)), judged(0.3, *range(30, 35))
     assert [best_of(dict(enumerate(seen))) for seen in ([a], [a, b], [a, b, c])] == [0, 0, 1]
     verdicts = iter([a, b, c])
-    monkeypatch.setattr(choosing, "_judged", lambda work, model, shares: next(verdicts))
+    monkeypatch.setattr(choosing, "judge", lambda *arguments: next(verdicts))
     models = net("chain", 1), net("chain", 2)
     data = [part.contiguous() for part in images(300).split(100)]
     options = {"data": data, "matching": "identity", "progress": False}
@@ -114,13 +114,13 @@ def best_and_chosen(
 ) -> tuple[float, float]:
     """The test accuracy of the best of all that ``"auto"`` tries, and of what it keeps."""
     tried: list[float] = []
-    original: Callable[..., Judgement | None] = choosing._judged
+    original: Callable[..., Judgement | None] = choosing.judge
 
-    def recording(work: object, model: nn.Module, shares: object) -> Judgement | None:
+    def recording(model: nn.Module, *arguments: object) -> Judgement | None:
         tried.append(surgery.evaluate(model, test, progress=False).accuracy)
-        return original(work, model, shares)
+        return original(model, *arguments)
 
-    monkeypatch.setattr(choosing, "_judged", recording)
+    monkeypatch.setattr(choosing, "judge", recording)
     merged = surgery.merge(a, b, data=calibration, progress=False)
     assert len(tried) >= 2
     return max(tried), surgery.evaluate(merged, test, progress=False).accuracy

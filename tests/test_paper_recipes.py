@@ -51,7 +51,7 @@ reduced:
 def run(folder: Path, text: str, *options: object):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tiny.yaml").write_text(text)
-    arguments = ["run", folder / "tiny.yaml", "-o", folder / "results", "--quiet", *options]
+    arguments = ["run", folder / "tiny.yaml", "-o", folder / "results", *options]
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 

@@ -54,7 +54,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_replay_makes_the_same_files(pair, tmp_path, name, options):
     done("merge", *pair, *DEMO, *options, "-o", tmp_path / name)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    result = done("replay", tmp_path / "ab.report.json", "--quiet", "-o", tmp_path / "again")
+    result = done("replay", tmp_path / "ab.report.json", "-o", tmp_path / "again")
     assert result.output.startswith("the same: ab")
     assert {path: path.read_bytes() for path in before} == before
     for path in before:

@@ -314,7 +314,7 @@ def checkpoints(tmp_path):
 
 
 def test_the_command_line_knows_masks(checkpoints, tmp_path):
-    options = ["--model", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8", "--quiet"]
+    options = ["--model", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8"]
     call = ["merge", *map(str, checkpoints), *options, "-o", str(tmp_path / "ab.safetensors")]
     refused = CliRunner().invoke(main, call)
     assert refused.exit_code != 0 and "the sources have different masks" in refused.stderr

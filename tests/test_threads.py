@@ -81,7 +81,7 @@ def test_a_replay_on_another_machine_makes_the_same_file(merged, tmp_path):
     with threads(2):
         merged()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "vfsurgery", "replay", "ab.report.json", "--quiet"]
+    command = [sys.executable, "-m", "vfsurgery", "replay", "ab.report.json"]
 
     def replay() -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)

@@ -194,3 +194,23 @@ def test_it_brings_much_back_of_a_trained_pair():
     plain = surgery.merge(a, b, example_inputs=torch.randn(2, 1, 8, 8), renormalize=None, progress=False)
     scores = [surgery.evaluate(model, splits.test, progress=False).accuracy for model in (plain, default)]
     assert scores[0] < 0.6 and scores[1] > 0.75
+
+
+class ByKeyword(nn.Module):
+    """A norm layer that is given its input by name, and one behind a layer whose weight is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.second, self.last = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.norm(input=self.first(x)).relu())).mean((2, 3))
+
+
+def test_odd_networks_are_no_reason_to_fail():
+    a, b = (from_seed(ByKeyword, seed).bfloat16().eval() for seed in (1, 2))
+    inputs = torch.randn(2, 3, 5, 5).bfloat16()
+    merged = blind(a, b, renormalize="closed-form-reset", matching="identity", example_inputs=inputs)
+    assert any("closed-form-reset: " in note for note in surgery.report_of(merged).notes)
+    assert all(bool(tensor.isfinite().all()) for tensor in merged.state_dict().values())

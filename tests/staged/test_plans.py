@@ -95,6 +95,6 @@ def test_the_command_line(tmp_path):
     wrong = vfsurgery("check", "small.yaml", "--set", "stages.merge.alpha=2")
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: small.yaml:10: alpha must lie in [0, 1] but is 2")
     assert not (tmp_path / "out").exists()
-    done = vfsurgery("run", "small.yaml", "--dtype", "float64", "--quiet", "--set", "stages.train.epochs=1")
+    done = vfsurgery("run", "small.yaml", "--dtype", "float64", "--set", "stages.train.epochs=1")
     assert "match + merge + renormalize" in done.stdout, done.stderr
     assert load_state_dict(tmp_path / "out/small/small.safetensors")["fc.bias"].dtype == torch.float64

@@ -56,8 +56,8 @@ class ClosedFormReset(Pass):
         ratios: dict[BatchNorm, list[Tensor]] = {}  # a layer that is called several times has one for each call
         nodes = {node.name: node for node in graph_module.graph.nodes}
         for name, norm in norms.items():
-            producer = producers.get(cast(fx.Node, nodes[name].args[0]).name)
-            if producer is not None and not producer.is_norm and producer.dim == 1:
+            producer = producers.get(nodes[name].all_input_nodes[0].name)
+            if producer is not None and not producer.is_norm and producer.dim == 1 and producer.weight in state:
                 ratios.setdefault(norm, []).append(_shrinkage(producer, state[producer.weight], context))
         for norm, found in ratios.items():
             variance = cast(Tensor, norm.running_var)
@@ -78,4 +78,5 @@ def _shrinkage(producer: Producer, merged: Tensor, context: Context) -> Tensor:
 
 
 def _squares(weight: Tensor, rows: int) -> Tensor:
+    weight = weight.abs() if weight.is_complex() else weight
     return torch.linalg.vector_norm(weight.movedim(rows, 0).flatten(1), dim=1, dtype=torch.float64).square()
