@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vfsurgery.checkpoints.refusals import listing, printable
-from vfsurgery.errors import CheckpointError, explain
+from vfsurgery.errors import CheckpointError, IncompatibleModelsError, explain
+from vfsurgery.sources import differing_heads
 
 COUNTERS = ".num_batches_tracked"
 """Ending of entries that checkpoints of torch before 0.4.1 and of other libraries lack: nothing that is computed in
@@ -66,7 +67,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -
             explain(
                 f"{path} holds {len(fitting)} networks that fit {type(model).__name__}",
                 below=names,
-                remedy=f"say which: load_state_dict(..., key={next(iter(fitting)).rstrip('.')!r})",
+                remedy=f"say which one, as in key={next(iter(fitting)).rstrip('.')!r}",
             )
         )
     ((prefix, inside),) = fitting.items()
@@ -74,6 +75,25 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -
     model.load_state_dict({key: inside.get(key, own[key]) for key in own}, strict=True)
     left_out = [] if prefix.startswith("+") else [key for key in state if not _is_used(key, prefix, own)]
     return tuple(_notes(prefix, left_out, kept))
+
+
+def check_same_classes(states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse checkpoints that are to become one network and were trained on different classes.
+
+    To be asked when one of them has not fitted: no number of classes fits all of them, which a message on one cannot
+    know.
+
+    Args:
+        states: What the checkpoints hold, by their names.
+
+    Raises:
+        IncompatibleModelsError: names two of them, the layer and both numbers.
+    """
+    (first, own), *others = states.items()
+    for name, state in others:
+        remedy = differing_heads(own, state)
+        if remedy is not None:
+            raise IncompatibleModelsError(explain(f"{first} and {name} are not the same architecture", remedy=remedy))
 
 
 def _unwrapped_inside(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -197,4 +217,4 @@ def _class_count_hint(own: Mapping[str, Tensor], state: Mapping[str, Tensor], di
     if len(lengths) != 1:
         return None
     classes = lengths.pop()[1]
-    return f"only the class count differs: build the model with num_classes={classes} (--num-classes {classes})"
+    return f"only the class count differs: build the model with num_classes={classes}"

@@ -21,7 +21,7 @@ from vfsurgery.cli.options import (
     find_device,
     import_from_here,
     load_images,
-    load_model,
+    load_models,
     model_options,
     say,
     steps,
@@ -134,7 +134,7 @@ def _merged(
     if max_shard_size is not None:
         check_shard_size(max_shard_size)
     target = find_device(device)
-    source_a, source_b = (load_model(path, model, num_classes, key, target, ema=ema) for path in (a, b))
+    source_a, source_b = load_models((a, b), model, num_classes, key, target, ema=ema)
     calibration = load_images(model, source_a, seed=seed, **data)
     example = example_input(data["input_size"], target)
     merged = merge(
