@@ -358,7 +358,7 @@ def test_wrong_options_of_prune_are_explained_and_nothing_is_written(pair, tmp_p
     ("options", "message"),
     [
         ([], "renormalize needs images remedy --data imagefolder:PATH"),
-        (["--data", "digits", "--renormalize", "none"], "renormalize=None leaves nothing to do"),
+        (["--data", "digits", "--renormalize", "none"], "--renormalize none leaves nothing to do"),
         (["--data", "digits", "--renormalize", "repiar"], "did you mean 'repair'?"),
     ],
 )

@@ -151,19 +151,20 @@ def _remedy(first: dict[str, Tensor], other: dict[str, Tensor], name: str) -> st
 def differing_heads(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str | None:
     """What to say of two networks that are the same but for the number of outputs of one layer, else ``None``.
 
-    >>> differing_heads({"fc.weight": torch.ones(10, 4)}, {"fc.weight": torch.ones(7, 4)})[:65]
-    'only fc differs, with 10 and 7 outputs: trained on other classes, '
+    >>> differing_heads({"fc.weight": torch.ones(10, 4)}, {"fc.weight": torch.ones(7, 4)})[:56]
+    'only fc differs, with 10 and 7 outputs: trained on other'
     """
     differing = [key for key in first if key in other and first[key].shape != other[key].shape]
     layers = {key.rpartition(".")[0] for key in differing}
     shapes = [(first[key].shape, other[key].shape) for key in differing]
-    counts = {(mine[:1], theirs[:1]) for mine, theirs in shapes if mine[1:] == theirs[1:]}
-    if first.keys() != other.keys() or len(layers) != 1 or len(counts) != 1 or any(a[1:] != b[1:] for a, b in shapes):
+    lengths = {(mine[:1], theirs[:1]) for mine, theirs in shapes}
+    same_inputs = all(mine[1:] == theirs[1:] for mine, theirs in shapes)
+    if first.keys() != other.keys() or len(layers) != 1 or len(lengths) != 1 or not same_inputs:
         return None
-    (layer,), ((mine, theirs),) = layers, counts
+    (layer,), ((mine, theirs),) = layers, lengths
     return (
-        f"only {layer} differs, with {mine[0]} and {theirs[0]} outputs: trained on other classes, the sources have no "
-        f"common head that could be averaged; give both a new {layer} of one size, merge them, and train it anew"
+        f"only {layer} differs, with {mine[0]} and {theirs[0]} outputs: trained on other numbers of classes, the "
+        f"sources have no head in common; give both a new {layer} of one size, merge, and train it anew"
     )
 
 

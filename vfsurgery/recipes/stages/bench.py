@@ -155,6 +155,7 @@ class Bench:
 
     def restore(self, step: Step, networks: Mapping[str, nn.Module], record: Record) -> None:
         """Take over what an earlier run of a step gave."""
+        self.notes = []  # they are among the lines of the first step
         if step.kind == "merge":
             self._merged(networks[MERGED])
         elif step.changes_networks:
