@@ -47,8 +47,8 @@ def evaluate(model: nn.Module, data: Data, *, device: torch.device | str | None 
     """Score one classifier on labelled data, in evaluation mode.
 
     Args:
-        model: Returns logits of shape ``(N, classes)``, or a mapping, tuple or dataclass that has them first or under the
-            name ``logits``, as :func:`~vfsurgery.merge` judges.
+        model: Returns logits of shape ``(N, classes)``, or a mapping, tuple or dataclass that has them first or
+            under the name ``logits``, as :func:`~vfsurgery.merge` judges.
         data: Batches ``(images, labels)``; see :mod:`vfsurgery.batches`.
         device: Where to compute; ``None`` means where the model is. A model elsewhere is copied, not moved.
         progress: Show a bar when it takes over a second.

@@ -97,6 +97,8 @@ def merge_files(
     """What the command does with its options: returns the report, and the files written, the report's last."""
     record = Record.of((a, b), options)
     request = CardRequest.of((a, b), output) if card else None
+    if len({source.sha256 for source in record.sources}) < len(record.sources) and not quiet:
+        click.echo(f"warning: {a} and {b} are the same file, and their merge is what they hold", err=True)
     merged, inputs = _merged(a, b, output, quiet=quiet, **options)
     report = merge_report_of(merged)
     written = record.write(merged, inputs, output, _beside(output))

@@ -165,7 +165,7 @@ def load_models(
     ema: bool = True,
 ) -> list[nn.Module]:
     """The networks in several files; what was chosen or left out of a file is said on stderr."""
-    quiet = click.get_current_context().params.get("quiet")
+    quiet = is_quiet()
     networks: list[nn.Module] = []
     for path in paths:
         found = read_checkpoint(path, ema=ema, key=key)

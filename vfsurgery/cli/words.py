@@ -54,7 +54,7 @@ def _rendered(message: str, renderers: Mapping[str, Callable[[str | None], str]]
         return message
     names = "|".join(sorted(renderers, key=len, reverse=True))
     return re.sub(
-        rf"(?<![\w.'\"-])(?P<name>{names})=(?!=){VALUE}",
+        rf"(?<![\w.'\"-])(?P<name>{names})=(?![=\[({{]){VALUE}",
         lambda found: renderers[found["name"]](found["value"]),
         message,
     )
