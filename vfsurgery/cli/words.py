@@ -52,12 +52,14 @@ def in_options(message: str, command: click.Command) -> str:
 def _rendered(message: str, renderers: Mapping[str, Callable[[str | None], str]]) -> str:
     if not renderers:
         return message
+
+    def render(found: re.Match[str]) -> str:
+        before = message[: found.start()]
+        in_a_call = re.search(r"\w\([^()]*$", before) is not None  # which is Python, and stays so
+        return found[0] if in_a_call else renderers[found["name"]](found["value"])
+
     names = "|".join(sorted(renderers, key=len, reverse=True))
-    return re.sub(
-        rf"(?<![\w.'\"-])(?P<name>{names})=(?![=\[({{]){VALUE}",
-        lambda found: renderers[found["name"]](found["value"]),
-        message,
-    )
+    return re.sub(rf"(?<![\w.'\"-])(?P<name>{names})=(?![=\[({{]){VALUE}", render, message)
 
 
 def _option(option: click.Option) -> Callable[[str | None], str]:

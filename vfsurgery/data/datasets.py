@@ -152,7 +152,8 @@ def load_for(name: str, options: Mapping[str, Any], spec: str, build: Callable[[
         OptionError: the name or an option is unknown.
         DataError: there are no such images, or nobody knows what the model expects of pictures.
     """
-    given, transform = {**options, "seed": seed}, None
+    given: dict[str, Any] = {**options, "seed": seed}
+    transform = None
     if takes(find_data(name), "transform"):
         resolved = {option: given.pop(option, None) for option in ("size", "mean", "std")}
         transform = preprocessing(spec, build(), **resolved)

@@ -161,8 +161,8 @@ def _plan_stages(recipe: Recipe) -> RecipePlan:
             if source.checkpoint is not None:
                 _check_file(Path(source.checkpoint), sketch.model)
     except CheckpointError:
-        named = [source for source in recipe.sources if source.checkpoint is not None]
-        check_same_classes({str(source.checkpoint): source.weights() for source in named})
+        loaded = [source for source in recipe.sources if source.checkpoint is not None]
+        check_same_classes({str(source.checkpoint): source.weights() for source in loaded})
         raise
     if any(step.kind == "merge" for step in recipe.steps):
         check_same_architecture([sketch.model for sketch in sketches])
