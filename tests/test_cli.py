@@ -282,7 +282,7 @@ def test_model_without_known_input_size(pair, tmp_path):
     result = call("merge", *pair, *DEMO[:2], "-o", tmp_path / "m.safetensors")
     assert result.exit_code == 1
     assert "TinyConvNet does not say what input it takes" in result.stderr
-    assert "\n  option  --input-size, as in 3x224x224" in result.stderr
+    assert "remedy  pass --input-size 3x224x224, or of the shape that it takes; or --data" in result.stderr
 
 
 def test_traceback_on_demand(pair, monkeypatch):
@@ -358,7 +358,7 @@ def test_wrong_options_of_prune_are_explained_and_nothing_is_written(pair, tmp_p
     ("options", "message"),
     [
         ([], "renormalize needs images remedy --data imagefolder:PATH"),
-        (["--data", "digits", "--renormalize", "none"], "renormalize=None leaves nothing to do"),
+        (["--data", "digits", "--renormalize", "none"], "--renormalize none leaves nothing to do"),
         (["--data", "digits", "--renormalize", "repiar"], "did you mean 'repair'?"),
     ],
 )

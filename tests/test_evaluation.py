@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,26 @@ class Wrapped(nn.Module):
 
 
 Outputs = namedtuple("Outputs", "aux_logits logits")
+
+
+@dataclass
+class Result:
+    """As libraries of language models return it."""
+
+    loss: None
+    logits: Tensor
+    states: Tensor
+
+
 WRAPS: dict[str, Callable[[Tensor], object]] = {
     "tuple": lambda logits: (logits, None),
     "list": lambda logits: [logits, -logits],
     "named tuple": lambda logits: Outputs(-logits, logits),
+    "mapping": lambda logits: {"logits": logits},
+    "mapping with others before": lambda logits: {"features": -logits[:, :1], "logits": logits},
+    "mapping of another name": lambda logits: {"out": logits, "aux": -logits},
+    "data class": lambda logits: Result(None, logits, -logits),
+    "nested": lambda logits: ({"scores": [logits]}, -logits),
 }
 
 

@@ -37,7 +37,7 @@ ONLY_IN = {
     ],
     "click": [
         *(f"cli/{name}.py" for name in ("__init__", "cards", "diagnose", "groups", "merge", "options")),
-        *(f"cli/{name}.py" for name in ("prune", "push", "replay", "run", "zoo")),
+        *(f"cli/{name}.py" for name in ("prune", "push", "replay", "run", "words", "zoo")),
     ],
     "tqdm": ["batches.py"],
     "matplotlib": ["figures.py"],

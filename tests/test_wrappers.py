@@ -128,7 +128,7 @@ def test_what_is_no_network_is_refused_with_the_way_to_one(tmp_path):
     with pytest.raises(OptionError, match="at least two models"):
         surgery.merge(net)
     for surgeon in (surgery.find_groups, surgery.trace, surgery.prune_units):
-        with pytest.raises(OptionError, match="the model is no torch.nn.Module but str"):
+        with pytest.raises(OptionError, match=r"the model is no torch\.nn\.Module but str"):
             surgeon("a.pt", 0.5)
 
 

@@ -398,7 +398,10 @@ def normalizations(
             raise OptionError(explain(f"renormalize holds no pass but {step!r}", accepted=f"None, {accepted}"))
         if step.needs_data and data is None:
             raise DataError(
-                explain(f"renormalize={step.name!r} needs data", remedy="pass data=, or renormalize='auto' or None")
+                explain(
+                    f"renormalize={step.name!r} needs data",
+                    remedy="pass data=, or renormalize='auto', or renormalize=None",
+                )
             )
     check_order(passes)
     return passes

@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -46,10 +47,24 @@ def build_model(spec: str, num_classes: int | None = None, *, pretrained: bool =
     if not (source and separator and name):
         raise OptionError(explain(f"{spec!r} does not name a model", remedy=f"write {FORMS}"))
     options: dict[str, Any] = others if num_classes is None else {"num_classes": num_classes, **others}
-    model = _builder(source, pretrained)(name, options)
+    try:
+        model = _builder(source, pretrained)(name, options)
+    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+        if not options or isinstance(error, OptionError):
+            raise
+        raise _wrong_options(spec, options, error) from error
     if not isinstance(model, nn.Module):
         raise OptionError(explain(f"{spec} returns a {type(model).__name__}, not a torch.nn.Module"))
     return model
+
+
+def _wrong_options(spec: str, options: Mapping[str, Any], error: Exception) -> OptionError:
+    """Constructors raise nearly anything on options that they do not know, or values that they cannot take."""
+    cause = str(error).strip().partition("\n")[0] or type(error).__name__
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", cause)
+    remedy = f"{spec} has no option {unknown[1]!r}: leave it out, or mend its spelling" if unknown else None
+    return OptionError(explain(f"{spec} cannot be built with the options {given}", cause=cause, remedy=remedy))
 
 
 def _builder(source: str, pretrained: bool) -> Callable[[str, dict[str, Any]], object]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from vfsurgery.api import ExampleInputs, Made, Matchings, Renormalization, made,
 from vfsurgery.batches import Batches, Data
 from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, explain
+from vfsurgery.passes.agreement import judged
 from vfsurgery.sources import eval_mode
 from vfsurgery.stats.precision import accepted_dtype, batches_for
 from vfsurgery.tracing.copies import copied
@@ -47,7 +48,8 @@ def evaluate(model: nn.Module, data: Data, *, device: torch.device | str | None 
     """Score one classifier on labelled data, in evaluation mode.
 
     Args:
-        model: Returns logits of shape ``(N, classes)``, or a tuple or named tuple that has them first.
+        model: Returns logits of shape ``(N, classes)``, or a mapping, tuple or dataclass that has them first or
+            under the name ``logits``, as :func:`~vfsurgery.merge` judges.
         data: Batches ``(images, labels)``; see :mod:`vfsurgery.batches`.
         device: Where to compute; ``None`` means where the model is. A model elsewhere is copied, not moved.
         progress: Show a bar when it takes over a second.
@@ -190,10 +192,9 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
         raise DataError(
             explain("the model cannot take these images", images=tuple(images.shape), cause=str(error).split("\n")[0])
         ) from error
-    first = cast("Sequence[object]", output)[0] if isinstance(output, tuple | list) and output else output
-    logits = getattr(output, "logits", first)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+    logits = judged(output)
+    if logits is None or logits.ndim != 2 or len(logits) != len(images):
+        found = f"shape {tuple(logits.shape)}" if logits is not None else type(output).__name__
         raise OptionError(
             explain(f"{type(model).__name__} does not return logits", found=found, expected=f"({len(images)}, classes)")
         )

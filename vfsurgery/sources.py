@@ -157,10 +157,27 @@ def check_same_architecture(models: Sequence[nn.Module]) -> None:
 
 
 def _remedy(first: dict[str, Tensor], other: dict[str, Tensor], name: str) -> str:
-    differing = {key for key in first if key in other and first[key].shape != other[key].shape}
-    if first.keys() == other.keys() and len({key.rpartition(".")[0] for key in differing}) == 1:
-        return f"only {name.rpartition('.')[0]} differs: were the sources trained for different numbers of classes?"
-    return "only networks of one architecture can be merged unit by unit"
+    return differing_heads(first, other) or "only networks of one architecture can be merged unit by unit"
+
+
+def differing_heads(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str | None:
+    """What to say of two networks that are the same but for the number of outputs of one layer, else ``None``.
+
+    >>> differing_heads({"fc.weight": torch.ones(10, 4)}, {"fc.weight": torch.ones(7, 4)})[:56]
+    'only fc differs, with 10 and 7 outputs: trained on other'
+    """
+    differing = [key for key in first if key in other and first[key].shape != other[key].shape]
+    layers = {key.rpartition(".")[0] for key in differing}
+    shapes = [(first[key].shape, other[key].shape) for key in differing]
+    lengths = {(mine[:1], theirs[:1]) for mine, theirs in shapes}
+    same_inputs = all(mine[1:] == theirs[1:] for mine, theirs in shapes)
+    if first.keys() != other.keys() or len(layers) != 1 or len(lengths) != 1 or not same_inputs:
+        return None
+    (layer,), ((mine, theirs),) = layers, lengths
+    return (
+        f"only {layer} differs, with {mine[0]} and {theirs[0]} outputs: trained on other numbers of classes, the "
+        f"sources have no head in common; give both a new {layer} of one size, merge, and train it anew"
+    )
 
 
 def check_same_graph(sources: Sequence[Source]) -> None:

@@ -8,6 +8,8 @@ from vfsurgery.checkpoints.files import atomic as atomic
 from vfsurgery.checkpoints.files import check_writable as check_writable
 from vfsurgery.checkpoints.files import file_hash as file_hash
 from vfsurgery.checkpoints.files import write_text as write_text
+from vfsurgery.checkpoints.fitting import check_fit as check_fit
+from vfsurgery.checkpoints.fitting import check_same_classes as check_same_classes
 from vfsurgery.checkpoints.fitting import load_into as load_into
 from vfsurgery.checkpoints.programs import check_onnx as check_onnx
 from vfsurgery.checkpoints.programs import save_onnx as save_onnx

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vfsurgery.checkpoints.refusals import listing, printable
-from vfsurgery.errors import CheckpointError, explain
+from vfsurgery.errors import CheckpointError, IncompatibleModelsError, explain
+from vfsurgery.sources import differing_heads
 
 COUNTERS = ".num_batches_tracked"
 """Ending of entries that checkpoints of torch before 0.4.1 and of other libraries lack: nothing that is computed in
@@ -54,26 +55,62 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -
     """
     own = model.state_dict()
     state = _unwrapped_inside(own, state)
-    found = {prefix: _below(state, prefix) for prefix in _prefixes(own, state)}
-    fitting = {prefix: inside for prefix, inside in found.items() if not _differing(own, inside)}
-    if "" in fitting:
-        fitting = {"": fitting[""]}
-    if not fitting:
-        raise _refusal(model, own, state, path)
-    if len(fitting) > 1:
-        names = listing([prefix.rstrip(".") for prefix in fitting])
-        raise CheckpointError(
-            explain(
-                f"{path} holds {len(fitting)} networks that fit {type(model).__name__}",
-                below=names,
-                remedy=f"say which: load_state_dict(..., key={next(iter(fitting)).rstrip('.')!r})",
-            )
-        )
-    ((prefix, inside),) = fitting.items()
+    prefix, inside = _fitting(model, own, state, path)
     kept = [key for key in own if key not in inside]
     model.load_state_dict({key: inside.get(key, own[key]) for key in own}, strict=True)
     left_out = [] if prefix.startswith("+") else [key for key in state if not _is_used(key, prefix, own)]
     return tuple(_notes(prefix, left_out, kept))
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse what :func:`load_into` would refuse; the model may be one of shapes alone, on the meta device.
+
+    Raises:
+        CheckpointError: as for :func:`load_into`.
+    """
+    own = model.state_dict()
+    _fitting(model, own, _unwrapped_inside(own, state), path)
+
+
+def _fitting(
+    model: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path
+) -> tuple[str, dict[str, Tensor]]:
+    """The leading name below which all entries of the model are found, and what stands there."""
+    found = {prefix: _below(state, prefix) for prefix in _prefixes(own, state)}
+    fitting = {prefix: inside for prefix, inside in found.items() if not _differing(own, inside)}
+    if "" in fitting:
+        return "", fitting[""]
+    if not fitting:
+        raise _refusal(model, own, state, path)
+    if len(fitting) > 1:
+        names = [prefix.rstrip(".") for prefix in fitting]
+        raise CheckpointError(
+            explain(
+                f"{path} holds {len(fitting)} networks that fit {type(model).__name__}",
+                below=listing(names),
+                remedy=f"say which one, as in key={names[0]!r}",
+            )
+        )
+    return next(iter(fitting.items()))
+
+
+def check_same_classes(states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse checkpoints that are to become one network and were trained on different classes.
+
+    To be asked when one of them has not fitted: no number of classes fits all of them, which a message on one cannot
+    know.
+
+    Args:
+        states: What the checkpoints hold, by their names.
+
+    Raises:
+        IncompatibleModelsError: names two of them, the layer and both numbers.
+    """
+    (first, own), *others = states.items()
+    for name, state in others:
+        remedy = differing_heads(own, state)
+        if remedy is not None:
+            raise IncompatibleModelsError(explain(f"{first} and {name} are not the same architecture", remedy=remedy))
 
 
 def _unwrapped_inside(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -197,4 +234,4 @@ def _class_count_hint(own: Mapping[str, Tensor], state: Mapping[str, Tensor], di
     if len(lengths) != 1:
         return None
     classes = lengths.pop()[1]
-    return f"only the class count differs: build the model with num_classes={classes} (--num-classes {classes})"
+    return f"only the class count differs: build the model with num_classes={classes}"

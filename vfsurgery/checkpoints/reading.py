@@ -103,7 +103,7 @@ def _chosen(content: object, path: Path, ema: bool, key: str | None) -> Checkpoi
     known = [steps for steps in parts if _rank(steps) is not None]
     if not known and len(parts) > 1:
         names = listing([_dotted(steps) for steps in parts])
-        remedy = f"say which: load_state_dict(..., key={_dotted(next(iter(parts)))!r})"
+        remedy = f"say which one, as in key={_dotted(next(iter(parts)))!r}"
         raise CheckpointError(explain(f"{path} holds {len(parts)} networks", under=names, remedy=remedy))
     return _checkpoint(min(known or parts, key=lambda steps: _rank(steps) or ()), parts)
 
@@ -180,7 +180,7 @@ def _without_counter(state: StateDict) -> StateDict:
 def _refuse_none(content: object, path: Path, ema: bool) -> NoReturn:
     if not ema and any(True for _ in _parts(content)):
         raise CheckpointError(
-            explain(f"{path} holds the moving average of weights alone", remedy="take that: load_state_dict(ema=True)")
+            explain(f"{path} holds the moving average of weights alone", remedy="take that: ema=True")
         )
     raise CheckpointError(
         explain(

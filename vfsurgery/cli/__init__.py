@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -19,8 +18,9 @@ from vfsurgery.cli.prune import prune_checkpoint, renormalize_checkpoint
 from vfsurgery.cli.push import push
 from vfsurgery.cli.replay import replay
 from vfsurgery.cli.run import check_recipe, plan_recipe, recipe_schema, run
+from vfsurgery.cli.words import in_options
 from vfsurgery.cli.zoo import survey_zoo
-from vfsurgery.errors import ExampleInputError, OptionError, SurgeryError, SurgeryWarning
+from vfsurgery.errors import OptionError, SurgeryError, SurgeryWarning
 
 
 class Commands(click.Group):
@@ -34,8 +34,8 @@ class Commands(click.Group):
         except SurgeryError as error:
             if os.environ.get("VFSURGERY_TRACEBACK") == "1":
                 raise
-            hint = "\n  option  --input-size, as in 3x224x224" if isinstance(error, ExampleInputError) else ""
-            click.echo(f"error: {error}{hint}", err=True)
+            called = self.get_command(ctx, ctx.invoked_subcommand or "")
+            click.echo(f"error: {error if called is None else in_options(str(error), called)}", err=True)
             ctx.exit(2 if isinstance(error, OptionError) else 1)
 
 
@@ -50,20 +50,10 @@ def _warnings_in_a_line() -> Generator[None]:
             if not issubclass(category, SurgeryWarning):
                 return usual(message, category, *place)
             if not is_quiet():
-                click.echo(f"warning: {_in_options(str(message))}", err=True)
+                click.echo(f"warning: {in_options(str(message), click.get_current_context().command)}", err=True)
 
         warnings.showwarning = show
         yield
-
-
-def _in_options(message: str) -> str:
-    """A message whose remedies are written for Python, with the options of commands.
-
-    >>> _in_options("pass data=, some images, or renormalize=None")
-    'pass --data, some images, or --renormalize none'
-    """
-    message = re.sub(r"\b([a-z_]+)=None", r"\1=none", message)
-    return re.sub(r"(?<![-\w])([a-z_]+)=(\w*)", lambda m: f"--{m[1].replace('_', '-')} {m[2]}".rstrip(), message)
 
 
 @click.group("vfsurgery", cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,7 +14,7 @@ from vfsurgery.cli.options import (
     find_device,
     import_from_here,
     load_images,
-    load_model,
+    load_models,
     model_options,
 )
 from vfsurgery.diagnosis import diagnose
@@ -55,7 +55,7 @@ def diagnose_checkpoint(
     import_from_here()
     if output is not None and output.resolve() in [path.resolve() for path in (merged, *sources)]:
         raise CheckpointError(explain(f"{output} would be overwritten by the page", remedy="name another file with -o"))
-    network, *others = (load_model(path, model, num_classes, key, find_device(device)) for path in (merged, *sources))
+    network, *others = load_models((merged, *sources), model, num_classes, key, find_device(device))
     images = load_images(model, network, seed=seed, **data)
     if images is None:
         raise OptionError(explain("a diagnosis needs images", remedy="--data imagefolder:PATH, or --data digits"))

@@ -21,7 +21,7 @@ from vfsurgery.cli.options import (
     find_device,
     import_from_here,
     load_images,
-    load_model,
+    load_models,
     model_options,
     say,
     steps,
@@ -97,6 +97,8 @@ def merge_files(
     """What the command does with its options: returns the report, and the files written, the report's last."""
     record = Record.of((a, b), options)
     request = CardRequest.of((a, b), output) if card else None
+    if len({source.sha256 for source in record.sources}) < len(record.sources) and not quiet:
+        click.echo(f"warning: {a} and {b} are the same file, and their merge is what they hold", err=True)
     merged, inputs = _merged(a, b, output, quiet=quiet, **options)
     report = merge_report_of(merged)
     written = record.write(merged, inputs, output, _beside(output))
@@ -134,7 +136,7 @@ def _merged(
     if max_shard_size is not None:
         check_shard_size(max_shard_size)
     target = find_device(device)
-    source_a, source_b = (load_model(path, model, num_classes, key, target, ema=ema) for path in (a, b))
+    source_a, source_b = load_models((a, b), model, num_classes, key, target, ema=ema)
     calibration = load_images(model, source_a, seed=seed, **data)
     example = example_input(data["input_size"], target)
     merged = merge(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vfsurgery.architectures import FORMS, build_model
-from vfsurgery.checkpoints import ONNX, check_onnx, check_writable, load_into, read_checkpoint
+from vfsurgery.checkpoints import (
+    ONNX,
+    check_onnx,
+    check_same_classes,
+    check_writable,
+    load_into,
+    load_state_dict,
+    read_checkpoint,
+)
 from vfsurgery.data import loader
 from vfsurgery.data.datasets import CALIBRATION, find_data, load_for, options_of, read_name
 from vfsurgery.errors import CheckpointError, OptionError, explain
@@ -147,18 +155,30 @@ def find_device(name: str) -> torch.device:
         raise OptionError(explain(f"cannot compute on device {name!r}", cause=cause)) from error
 
 
-def load_model(
-    path: Path, model: str, num_classes: int | None, key: str | None, device: torch.device, *, ema: bool = True
-) -> nn.Module:
-    """The network in a file; what was chosen or left out of it is said on stderr."""
-    found = read_checkpoint(path, ema=ema, key=key)
-    source = build_model(model, num_classes)
-    notes = load_into(source, found.state, path)
-    if not click.get_current_context().params.get("quiet"):
-        for note in (found.note, *notes):
-            if note is not None:
-                click.echo(f"{path}: {note}", err=True)
-    return source.to(device).eval()
+def load_models(
+    paths: Sequence[Path],
+    model: str,
+    num_classes: int | None,
+    key: str | None,
+    device: torch.device,
+    *,
+    ema: bool = True,
+) -> list[nn.Module]:
+    """The networks in several files; what was chosen or left out of a file is said on stderr."""
+    quiet = is_quiet()
+    networks: list[nn.Module] = []
+    for path in paths:
+        found = read_checkpoint(path, ema=ema, key=key)
+        network = build_model(model, num_classes)
+        try:
+            notes = load_into(network, found.state, path)
+        except CheckpointError:
+            check_same_classes({str(each): load_state_dict(each, ema=ema, key=key) for each in paths})
+            raise
+        for note in filter(None, () if quiet else (found.note, *notes)):
+            click.echo(f"{path}: {note}", err=True)
+        networks.append(network.to(device).eval())
+    return networks
 
 
 def example_input(shape: tuple[int, int, int] | None, device: torch.device | None = None) -> Tensor | None:

@@ -21,7 +21,7 @@ from vfsurgery.cli.options import (
     find_device,
     import_from_here,
     load_images,
-    load_model,
+    load_models,
     model_options,
     say,
     steps,
@@ -91,7 +91,7 @@ def prune_checkpoint(
     check_output(output, report_path, (checkpoint,), (WEIGHTS,))
     request = CardRequest.of((checkpoint,), output) if card else None
     target = find_device(device)
-    dense = load_model(checkpoint, model, num_classes, key, target)
+    (dense,) = load_models((checkpoint,), model, num_classes, key, target)
     images = load_images(model, dense, seed=seed, **data)
     choice = steps(restore)
     if choice is not None:
@@ -163,7 +163,7 @@ def renormalize_checkpoint(
     request = CardRequest.of((compressed, reference), output) if card else None
     target = find_device(device)
     passes = passes_named(steps(choice))
-    network, dense = (load_model(path, model, num_classes, key, target) for path in (compressed, reference))
+    network, dense = load_models((compressed, reference), model, num_classes, key, target)
     images = load_images(model, dense, seed=seed, **data)
     _need_images(images, "renormalize")
     repaired = renormalize(

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from vfsurgery.cli.options import EPILOG, QUIET, import_from_here, say
-from vfsurgery.recipes.planning import plan
+from vfsurgery.recipes.planning import check, plan
 from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.recipes.text import read_change
 
@@ -95,13 +95,14 @@ def plan_recipe(as_json: bool, **options: Any) -> None:
 @click.command("check", epilog=EPILOG)
 @recipe_options
 def check_recipe(recipe: Path, **options: Any) -> None:
-    """Check RECIPE: keys and values, that its models can be built and traced, and that its checkpoints fit.
+    """Check RECIPE: keys and values, that its models can be built and traced, that its checkpoints fit, and that its
+    data is there.
 
     \b
     Example:
       vfsurgery check recipes/stages.yaml
     """
-    found = plan(read_recipe(recipe, **options))
+    found = check(read_recipe(recipe, **options))
     click.echo(f"{recipe} can run: {len(found.steps)} steps on {len(found.networks)} architectures")
 
 

@@ -89,7 +89,9 @@ def read_name(written: str) -> tuple[str, str | None]:
     name, _, path = written.partition(":")
     accepted = [f"{known}:PATH" if needs(DATA[known], "path") else known for known in DATA]
     if name not in DATA or (f"{name}:PATH" in accepted) != (path != ""):
-        raise OptionError(explain(f"unknown data {written!r}", remedy=did_you_mean(written, accepted)))
+        folder = Path(written).is_dir()
+        remedy = f"imagefolder:{written}, for the images in that folder" if folder else did_you_mean(written, accepted)
+        raise OptionError(explain(f"unknown data {written!r}", remedy=remedy))
     return name, path or None
 
 
@@ -150,7 +152,8 @@ def load_for(name: str, options: Mapping[str, Any], spec: str, build: Callable[[
         OptionError: the name or an option is unknown.
         DataError: there are no such images, or nobody knows what the model expects of pictures.
     """
-    given, transform = {**options, "seed": seed}, None
+    given: dict[str, Any] = {**options, "seed": seed}
+    transform = None
     if takes(find_data(name), "transform"):
         resolved = {option: given.pop(option, None) for option in ("size", "mean", "std")}
         transform = preprocessing(spec, build(), **resolved)

@@ -7,9 +7,10 @@ probabilities decides, which sees how sure the model is of each image. Labels ar
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,31 @@ from vfsurgery.stats.precision import image_dtype
 
 K = TypeVar("K", bound=Hashable)
 
+LOGITS = "logits"
+"""What a result is called by which several ones are judged, where they have names."""
+
 
 def first_output(model: nn.Module, images: Tensor) -> Tensor | None:
-    """The first tensor that a model returns, if it returns any."""
-    leaves = tree_leaves(model(images.to(image_dtype(model))))
-    return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+    """What a model is judged by, of all that it returns; see :func:`judged`."""
+    return judged(model(images.to(image_dtype(model))))
+
+
+def judged(output: object) -> Tensor | None:
+    """The logits in what a model returns: what has that name, else the first tensor; ``None`` where there is none.
+
+    >>> judged({"features": torch.zeros(2, 3), "logits": torch.ones(2, 5)}).shape
+    torch.Size([2, 5])
+    """
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        output = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    named = cast("Mapping[str, object]", output).get(LOGITS) if isinstance(output, Mapping) else None
+    named = getattr(output, LOGITS, named)
+    if isinstance(named, Tensor):
+        return named
+    if isinstance(output, Mapping | tuple | list):
+        inside = cast("Mapping[str, object]", output).values() if isinstance(output, Mapping) else output
+        return next((found for each in cast("Iterable[object]", inside) if (found := judged(each)) is not None), None)
+    return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
 
 
 def class_logits(model: nn.Module, images: Tensor) -> Tensor | None:

@@ -13,16 +13,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.budget import Budget, plan_prefix
-from vfsurgery.checkpoints import WEIGHTS, load_into
+from vfsurgery.checkpoints import WEIGHTS, check_fit, check_same_classes, load_state_dict
 from vfsurgery.costs import cost_of
+from vfsurgery.data.datasets import DATA
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import CheckpointError, ExampleInputError, RecipeError, explain
 from vfsurgery.groups import GroupSet
-from vfsurgery.recipes.recipe import Recipe
+from vfsurgery.hub.cards import CARD
+from vfsurgery.hub.loading import CONFIG
+from vfsurgery.recipes.recipe import STEPS, Recipe
 from vfsurgery.recipes.sections import Experiment, Images, Pair
 from vfsurgery.recipes.stages.bench import DTYPES
 from vfsurgery.recipes.stages.entries import plain
+from vfsurgery.recipes.stages.sections import FORMATS, Source
 from vfsurgery.recipes.stages.steps import MERGED, Step
 from vfsurgery.sources import check_same_architecture, eval_mode
 from vfsurgery.tracing.examples import BATCH, example_inputs_of
@@ -142,16 +146,24 @@ def plan(recipe: Recipe) -> RecipePlan:
             _check_file(Path(path), sketch.model)
         steps.append(_experiment(experiment))
     memory = max(4 * network.megabytes for network in networks)
-    files = tuple(f"{experiment.name}.safetensors" for experiment in recipe.experiments)
-    return RecipePlan(recipe.name, _data(data), tuple(networks), tuple(steps), memory, (*files, "report.json"))
+    files = [file for experiment in recipe.experiments for file in experiment.writes]
+    timms = [_is_of_timm(experiment.model) for experiment in recipe.experiments]
+    return RecipePlan(
+        recipe.name, _data(data), tuple(networks), tuple(steps), memory, (*files, *_beside(files, any(timms)))
+    )
 
 
 def _plan_stages(recipe: Recipe) -> RecipePlan:
     size = _image_size(recipe.data)
     sketches = [_sketch(source.untrained, source.input_size or size) for source in recipe.sources]
-    for source, sketch in zip(recipe.sources, sketches, strict=True):
-        if source.checkpoint is not None:
-            _check_file(Path(source.checkpoint), sketch.model)
+    try:
+        for source, sketch in zip(recipe.sources, sketches, strict=True):
+            if source.checkpoint is not None:
+                _check_file(Path(source.checkpoint), sketch.model)
+    except CheckpointError:
+        loaded = [source for source in recipe.sources if source.checkpoint is not None]
+        check_same_classes({str(source.checkpoint): source.weights() for source in loaded})
+        raise
     if any(step.kind == "merge" for step in recipe.steps):
         check_same_architecture([sketch.model for sketch in sketches])
     dtype = DTYPES[recipe.dtype]
@@ -163,13 +175,62 @@ def _plan_stages(recipe: Recipe) -> RecipePlan:
     steps = tuple(_step(step, sketches[0], len(recipe.sources)) for step in recipe.steps)
     copies = len(recipe.sources) + (1.4 if any(step.kind == "merge" for step in recipe.steps) else 1)
     data = "none" if recipe.data is None else _data(recipe.data)
-    writes = (*recipe.writes, "report.json")
+    writes = (*recipe.writes, *_beside(recipe.writes, _is_of_timm(recipe.sources[0].model)), f"{STEPS}/")
     return RecipePlan(recipe.name, data, networks, steps, copies * networks[0].megabytes, writes)
 
 
-def _sketch(build: Callable[[], nn.Module], size: Sequence[int] | None) -> _Sketch:
+def _is_of_timm(spec: str) -> bool:
+    return spec.startswith("timm:")
+
+
+def _beside(files: Sequence[str], of_timm: bool) -> tuple[str, ...]:
+    """What is written beside networks: a report, a card, and for a single network of timm what timm knows it by."""
+    networks = [file for file in files if file.endswith(FORMATS) and not file.endswith(f"_masks{WEIGHTS}")]
+    config = (CONFIG,) if of_timm and len(networks) == 1 and networks[0].endswith(WEIGHTS) else ()
+    return ("report.json", *config, CARD)
+
+
+def check(recipe: Recipe) -> RecipePlan:
+    """As :func:`plan`, and look at all that the recipe reads: checkpoints whole, data so far that it can be opened.
+
+    Pictures are listed, not read. Data of your own is code, which is not run for that, and nothing is downloaded.
+
+    Raises:
+        SurgeryError: as for :func:`plan`; or a checkpoint does not fit, the data is not there, or nobody knows what the
+            model expects of pictures.
+    """
+    found = plan(recipe)
+    named = [source for source in recipe.sources if source.checkpoint is not None]
+    try:
+        for source in named:
+            check_fit(_untrained(source.untrained), source.weights(), str(source.checkpoint))
+    except CheckpointError:
+        if len(named) > 1:
+            check_same_classes({str(source.checkpoint): source.weights() for source in named})
+        raise
+    for experiment in recipe.experiments:
+        for path in experiment.files:
+            check_fit(_untrained(experiment.build), load_state_dict(path), path)
+    _check_data(recipe)
+    return found
+
+
+def _untrained(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
-        model = build()
+        return build()
+
+
+def _check_data(recipe: Recipe) -> None:
+    data = recipe.data
+    if data is None or not (data.name in DATA or data.name.startswith("torchvision:")) or data.options.get("download"):
+        return
+    first = recipe.sources[0] if recipe.stages else recipe.experiments[0]
+    build = first.untrained if isinstance(first, Source) else first.build
+    data.load(first.model, lambda: _untrained(build))
+
+
+def _sketch(build: Callable[[], nn.Module], size: Sequence[int] | None) -> _Sketch:
+    model = _untrained(build)
     with eval_mode(model):
         try:
             given = None if size is None else torch.empty(BATCH, *size, device="meta")
@@ -271,4 +332,4 @@ def _check_file(path: Path, model: nn.Module) -> None:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(explain(f"cannot read {path}", cause=error)) from error
-    load_into(model, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, path)
+    check_fit(model, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, path)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from vfsurgery.checkpoints import WEIGHTS
 from vfsurgery.pruning import PRUNERS
 from vfsurgery.recipes.expectations import is_number
 from vfsurgery.recipes.sections import (
@@ -91,6 +92,8 @@ class PruningSweep(OneNetwork):
     renormalize: Annotated[Steps, AsTuple] = "auto"
     published: Annotated[dict[str, Curve], Frozen] = FrozenDict()
 
+    ENDINGS: ClassVar[tuple[str, ...]] = (WEIGHTS, "_sweep.png", ".html")
+
     @field_validator("sparsities")
     @classmethod
     def _sparsities_rise(cls, sparsities: tuple[float, ...]) -> tuple[float, ...]:
@@ -170,6 +173,8 @@ class Soup(OneNetwork):
     exclude: Annotated[tuple[str, ...], AsTuple] = ()
     greedy: bool = False
     retraining: Retrain = Retrain()
+
+    ENDINGS: ClassVar[tuple[str, ...]] = (WEIGHTS, f"_masks{WEIGHTS}")
 
     @model_validator(mode="after")
     def _rows_are_there(self) -> Self:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from torch import nn
 
 from vfsurgery.architectures import build_model
+from vfsurgery.checkpoints import WEIGHTS
 from vfsurgery.data import Splits
 from vfsurgery.data.datasets import DATA, OPTIONS, find_data, load_for, needs, options_of
 from vfsurgery.errors import did_you_mean
@@ -190,10 +191,18 @@ class Experiment(Section):
     training: Training = Training()
     expect: Annotated[tuple[str, ...], AsTuple] = ()
 
+    ENDINGS: ClassVar[tuple[str, ...]] = (WEIGHTS,)
+    """What follows the name in those of the files that are written."""
+
     @property
     def expectations(self) -> tuple[Expectation, ...]:
         """What ``expect`` says."""
         return tuple(Expectation.parse(text) for text in self.expect)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Names of all files that come of it."""
+        return tuple(self.name + ending for ending in self.ENDINGS)
 
     def build(self) -> nn.Module:
         """Return one untrained model."""
@@ -220,6 +229,8 @@ class Pair(Experiment):
     merges: Annotated[tuple[Merge, ...], AsTuple, Field(min_length=1)] = (Merge(),)
     alphas: Annotated[int, Field(ge=3)] = 11
     published: Published = FrozenDict()
+
+    ENDINGS: ClassVar[tuple[str, ...]] = (WEIGHTS, "_barrier.png", ".html")
 
     @field_validator("alphas")
     @classmethod

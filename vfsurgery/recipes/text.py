@@ -55,7 +55,12 @@ def parse(text: str, place: str, accepted: Mapping[str, Any]) -> Mapping[str, An
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else None
         raise RecipeError(
-            explain(f"{place} is not valid YAML", cause=getattr(error, "problem", None) or error, at=where)
+            explain(
+                f"{place} is not valid YAML",
+                cause=getattr(error, "problem", None) or error,
+                at=where,
+                remedy="indent with spaces, YAML takes no tabs" if "'\\t'" in str(error) else None,
+            )
         ) from error
     if not isinstance(content, dict):
         raise RecipeError(

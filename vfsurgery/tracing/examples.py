@@ -43,7 +43,7 @@ def example_inputs_of(model: nn.Module, given: Tensor | Iterable[Tensor] | None 
         raise ExampleInputError(
             explain(
                 f"{type(model).__name__} does not say what input it takes",
-                remedy="pass example_inputs=, for example torch.randn(2, 3, 224, 224), or data=",
+                remedy="pass example_inputs=torch.randn(2, 3, 224, 224), or of the shape that it takes; or data=",
             )
         )
     images = 2 if type(model).__module__.startswith("torchvision.models.optical_flow") else 1

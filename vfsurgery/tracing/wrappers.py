@@ -79,7 +79,7 @@ def _held(model: nn.Module) -> nn.Module | None:
     """The module in a wrapper, ``None`` if it is none."""
     if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
         return model.module
-    return model._modules[COMPILED] if COMPILED in model._modules else None
+    return getattr(model, COMPILED) if COMPILED in model._modules else None
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -16,8 +16,8 @@ from vfsurgery.checkpoints import (
     ONNX,
     PROGRAM,
     FileRecord,
+    check_same_classes,
     load_into,
-    load_state_dict,
     provenance,
     save_onnx,
     save_program,
@@ -26,7 +26,7 @@ from vfsurgery.checkpoints import (
 )
 from vfsurgery.data import Splits
 from vfsurgery.diagnosis import Diagnosis, diagnose
-from vfsurgery.errors import RecipeError, explain
+from vfsurgery.errors import CheckpointError, RecipeError, explain
 from vfsurgery.evaluation import Score, compare, evaluate, first_images
 from vfsurgery.flip_rates import flips
 from vfsurgery.hub.cards import Summary
@@ -122,6 +122,7 @@ class Bench:
     measured: dict[str, list[nn.Module]] = field(default_factory=dict[str, list[nn.Module]])
     writes: list[Export | Page] = field(default_factory=list[Export | Page])
     training: Callable[[str], Path] | None = None
+    notes: list[str] = field(default_factory=list[str])
 
     def load_sources(self) -> None:
         """Build every source and bring its weights into it.
@@ -132,19 +133,29 @@ class Bench:
         for name, section in self.sections.items():
             model = from_seed(section.build, section.seed)
             if section.checkpoint is not None:
-                load_into(model, load_state_dict(section.checkpoint, ema=section.ema), section.checkpoint)
+                self._load(model, section, section.checkpoint)
             self.networks[name] = model.to(self.device, self.dtype).eval()
+
+    def _load(self, model: nn.Module, section: Source, path: str) -> None:
+        """Bring the weights of one source into its network; what was left out of the file is said of the first step."""
+        try:
+            self.notes += [f"{path}: {note}" for note in load_into(model, section.weights(), path)]
+        except CheckpointError:
+            check_same_classes({s.checkpoint: s.weights() for s in self.sections.values() if s.checkpoint is not None})
+            raise
 
     def run(self, step: Step) -> Told:
         """Do what a step says."""
         runner: Callable[[Step], Told] = getattr(self, f"_{step.kind}")
         told = runner(step)
+        told.lines, self.notes = [*self.notes, *told.lines], []
         if step.changes_networks:
             self._remember(step)
         return told
 
     def restore(self, step: Step, networks: Mapping[str, nn.Module], record: Record) -> None:
         """Take over what an earlier run of a step gave."""
+        self.notes = []  # they are among the lines of the first step
         if step.kind == "merge":
             self._merged(networks[MERGED])
         elif step.changes_networks:

@@ -16,10 +16,10 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import CoreSchema
-from torch import nn
+from torch import Tensor, nn
 
 from vfsurgery.architectures import build_model
-from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS
+from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS, load_state_dict
 from vfsurgery.errors import OptionError
 from vfsurgery.passes import PASSES, pass_options
 from vfsurgery.passes.mask import CHOICES
@@ -41,7 +41,7 @@ from vfsurgery.recipes.sections import (
 from vfsurgery.recipes.stages.entries import NONE, Alpha, Boundary, MatcherEntry, Normalizations, Passes, Weights
 from vfsurgery.shares import plan_shares
 
-CHECKPOINTS = (WEIGHTS, ".pt", ".pth", ".bin", ".json")
+CHECKPOINTS = (WEIGHTS, ".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".json")
 """How files of weights end; any other text names a model."""
 FORMATS = (WEIGHTS, PROGRAM, ONNX)
 Patterns = Annotated[tuple[str, ...], AsTuple]
@@ -51,7 +51,8 @@ class Source(Section):
     """One network to begin with: its architecture, and where its weights come from.
 
     ``model``, ``options`` and ``input_size`` are those of the source before where they are left out; the seed counts
-    from 0. With ``ema`` moving averages are taken from a checkpoint that has some. ``input_size`` is the shape of one
+    from 0. With ``ema`` moving averages are taken from a checkpoint that has some, and ``key`` says which of its
+    networks, where it has several. ``input_size`` is the shape of one
     image, for models that do not say it where there is no data.
     """
 
@@ -62,6 +63,7 @@ class Source(Section):
     checkpoint: str | None = None
     pretrained: bool = False
     ema: bool = True
+    key: str | None = None
     input_size: Annotated[tuple[Count, Count, Count] | None, AsTuple] = None
 
     @model_validator(mode="after")
@@ -81,6 +83,14 @@ class Source(Section):
         """The network, with published weights or those of its random initialization."""
         options: dict[str, Any] = self.options
         return build_model(self.model, pretrained=self.pretrained, **options)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the checkpoint holds.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        return load_state_dict(str(self.checkpoint), ema=self.ema, key=self.key)
 
     def untrained(self) -> nn.Module:
         """The network with random weights, wherever its weights come from."""
