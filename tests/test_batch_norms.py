@@ -301,3 +301,13 @@ def test_a_batch_of_one_value_per_channel_is_refused_with_the_layer():
     model = trained(Siamese)
     with pytest.raises(DataError, match=r"(?s)a batch is too small for BatchNorm.*layer +encoder.2.*input +\(1, 10\)"):
         surgery.run_passes(model, [Reset()], data=[X[:8], X[:1]])
+
+
+def test_variances_of_a_shared_head_shrink_without_data_too():
+    a, b = trained(Pyramid), trained(Pyramid, seed=1)
+    options = {"matching": "identity", "example_inputs": X[:2], "progress": False}
+    merged = surgery.merge(a, b, renormalize="closed-form-reset", **options)
+    rows = [model.head.weight.detach().flatten(1) for model in (a, b)]
+    ratio = ((rows[0] + rows[1]) / 2).square().sum(1) / ((rows[0].square() + rows[1].square()) / 2).sum(1)
+    assert torch.allclose(merged.norm.running_var, (a.norm.running_var + b.norm.running_var) / 2 * ratio)
+    assert bool((ratio < 0.9).any())
