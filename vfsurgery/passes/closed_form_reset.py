@@ -51,7 +51,7 @@ class ClosedFormReset(Pass):
                     remedy="use renormalize='bias-calibration' without data, or 'repair' or 'rescale' with data",
                 )
             )
-        producers = {producer.node: producer for producer in find_producers(graph_module, context.groups)}
+        producers = {producer.node: producer for producer in find_producers(graph_module, context.groups, shared=True)}
         state = canonical_state(graph_module)
         ratios: dict[BatchNorm, list[Tensor]] = {}  # a layer that is called several times has one for each call
         nodes = {node.name: node for node in graph_module.graph.nodes}

@@ -86,8 +86,8 @@ class Producer:
         return value if mapped is units else mapped.movedim(0, self.dim)
 
 
-def find_producers(graph_module: fx.GraphModule, groups: GroupSet) -> list[Producer]:
-    """All producers of a traced model in graph order."""
+def find_producers(graph_module: fx.GraphModule, groups: GroupSet, *, shared: bool = False) -> list[Producer]:
+    """All producers of a traced model in graph order; with ``shared`` also every use of a weight that serves several."""
     ops = list(OpReader(graph_module))
     uses = Counter(_weight(op) for op in ops)
     depths = weight_depths(graph_module)
@@ -95,7 +95,12 @@ def find_producers(graph_module: fx.GraphModule, groups: GroupSet) -> list[Produ
     found: list[Producer] = []
     for op in ops:
         weight = _weight(op)
-        if weight is None or uses[weight] > 1 or not (is_layer(op) or is_norm(op)) or PRESERVED in op.node.meta:
+        if (
+            weight is None
+            or (uses[weight] > 1 and not shared)
+            or not (is_layer(op) or is_norm(op))
+            or PRESERVED in op.node.meta
+        ):
             continue
         if op.input.kind != "node" or op.input.name not in reached:
             continue

@@ -157,13 +157,12 @@ class _Fit:
         if len(calls) == 1:
             set_running(norm, [_moments(self.merged.of(node.all_input_nodes[0]), 1)])
         else:
-            names = [each.name for each in self.graph_module.graph.nodes]
-            ahead = names[names.index(calls[0]) : names.index(calls[-1]) + 1]
-            norms = batch_norm_nodes(self.graph_module)
-            look = OnBatches(self.graph_module, {name: norms[name] for name in ahead if name in norms})
+            norms = list(batch_norm_nodes(self.graph_module).items())
+            last = [name for name, _ in norms].index(calls[-1])
+            ahead = OnBatches(self.graph_module, dict(norms[: last + 1]))
             for images in self.merged.batches:
-                look.run(images)
-            set_running(norm, [look.moments[call] for call in calls])
+                ahead.run(images)
+            set_running(norm, [ahead.moments[call] for call in calls])
 
     def repair(self, producer: Producer) -> None:
         """Bring a layer's output units to the sources' mean and standard deviation."""

@@ -8,6 +8,7 @@ can be replaced, so that the rest goes on from there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
@@ -34,7 +35,7 @@ class OwnCall(TorchFunctionMode):
     >>> class Both(nn.BatchNorm1d):
     ...     def forward(self, x):
     ...         return super().forward(x).relu()
-    >>> with OwnCall(Both(2).eval(), lambda value: value - 1) as call:
+    >>> with torch.no_grad(), OwnCall(Both(2).eval(), lambda value: value - 1) as call:
     ...     call.module(torch.tensor([[0.5, 2.0]])).round(decimals=2)
     tensor([[0., 1.]])
     """
@@ -106,6 +107,8 @@ def own_extent(module: nn.Module, shape: Sequence[int]) -> Extent | None:
 
 def _extent_of_forward(module: nn.Module, shape: Sequence[int]) -> Extent | None:
     weight, probe = cast(Tensor, module.weight), _Probe(module)
+    module = copy.copy(module)  # what a forward keeps is not kept in the layer itself
+    module.training = False  # or counters would count
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             x = torch.empty(tuple(shape), dtype=weight.dtype, device=weight.device)
