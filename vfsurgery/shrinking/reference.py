@@ -118,7 +118,7 @@ def certify_cut(
 def run_in(
     model: nn.Module, inputs: tuple[Tensor, ...], training: bool, forward: Callable[..., Any] | None = None
 ) -> list[Tensor]:
-    """What a model, or a forward that runs its modules, returns in one of the modes, as the trace goes; no buffer changes."""
+    """What a model, or a forward that runs its modules, returns in a mode, as the trace goes; no buffer changes."""
     with borrowed(model, {}), torch.no_grad(), one_by_one(), without_chance(training):
         model.train(training)
         return tensors_of((forward or model)(*inputs))
