@@ -13,17 +13,16 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from vfsurgery.stats.precision import image_dtype
+from vfsurgery.tracing.values import tensors_of
 
 K = TypeVar("K", bound=Hashable)
 
 
 def first_output(model: nn.Module, images: Tensor) -> Tensor | None:
     """The first tensor that a model returns, if it returns any."""
-    leaves = tree_leaves(model(images.to(image_dtype(model))))
-    return next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+    return next(iter(tensors_of(model(images.to(image_dtype(model))))), None)
 
 
 def class_logits(model: nn.Module, images: Tensor) -> Tensor | None:

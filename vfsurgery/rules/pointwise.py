@@ -27,13 +27,14 @@ UNARY = (
     "dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout nan_to_num logical_not tan atan "
     "asin acos sinh cosh log2 log10 exp2 erfc positive isnan isinf isfinite invert not bitwise_not bernoulli "
     "long int short bool bfloat16 sinc special_expit expit logit erfinv frac trunc sgn signbit asinh acosh atanh "
-    "lgamma digamma absolute negative clip _threshold"
+    "lgamma digamma absolute negative clip _threshold fix isneginf isposinf isreal"
 )
 BINARY = (
     "add sub mul div pow rsub rmul radd maximum minimum where lerp addcmul addcdiv eq ne lt le gt ge "
     "logical_and logical_or logical_xor masked_fill fmod remainder mod floordiv true_divide floor_divide atan2 "
     "copysign and or xor bitwise_and bitwise_or bitwise_xor max min logaddexp logaddexp2 hypot xlogy special_xlogy "
-    "heaviside float_power multiply subtract divide"
+    "heaviside float_power multiply subtract divide isclose less less_equal greater greater_equal not_equal fmax fmin "
+    "__and__ __or__ __xor__"
 )
 
 
