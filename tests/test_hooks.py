@@ -1,4 +1,4 @@
-"""Forward hooks: what computes is in the graph and in the statistics, what looks on is left alone, the rest is refused."""
+"""Forward hooks: what computes is in graph and statistics, what looks on is left alone, the rest is refused."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ def twice(module: nn.Module, args: object, output: Tensor) -> None:
     output.mul_(2)
 
 
+def replace_forward(module: nn.Module, function: Callable[..., Tensor]) -> None:
+    module.forward = types.MethodType(function, module)  # type: ignore[method-assign]
+
+
 COMPUTING: dict[str, Callable[[Net], object]] = {
     "before the model": lambda m: m.register_forward_pre_hook(Shift()),
     "before the model, with keywords": lambda m: m.register_forward_pre_hook(
@@ -70,8 +74,8 @@ COMPUTING: dict[str, Callable[[Net], object]] = {
     ),
     "behind a container": lambda m: m.block.register_forward_hook(by_channel),
     "in place": lambda m: m.a.register_forward_hook(twice),
-    "a forward of its own": lambda m: setattr(m.a, "forward", types.MethodType(lambda conv, x: F.conv2d(2 * x, conv.weight), m.a)),
-    "a forward of the model's own": lambda m: setattr(m, "forward", types.MethodType(lambda own, x: Net.forward(own, x - 1), m)),
+    "a forward of its own": lambda m: replace_forward(m.a, lambda conv, x: F.conv2d(2 * x, conv.weight)),
+    "a forward of the model's own": lambda m: replace_forward(m, lambda own, x: Net.forward(own, x - 1)),
 }  # fmt: skip
 
 
@@ -157,9 +161,7 @@ def clip(module: nn.Module, args: object) -> None:
 def test_hooks_that_write_into_weights_are_refused_by_name() -> None:
     model = net(lambda m: m.a.register_forward_pre_hook(clip))
     before = model.a.weight.clone()
-    with pytest.raises(
-        HookError, match=r"(?s)writes into a.weight .*hook +forward pre-hook .*clip on module a\n.*remove"
-    ):
+    with pytest.raises(HookError, match=r"(?s)into a.weight .*hook +forward pre-hook .*clip on module a\n.*remove"):
         surgery.merge(model, net(seed=1), example_inputs=X, progress=False)
     assert torch.equal(model.a.weight, before)
 
@@ -173,9 +175,9 @@ def test_functions_that_hold_a_module_of_the_model_are_refused() -> None:
         model.forward = lambda x: inner(x * 2)  # type: ignore[method-assign, assignment]
 
     for hooked in (closure, replaced):
-        with pytest.raises(HookError, match="(?s)(BatchNorm2d|Net).*go on using the original's"):
+        with pytest.raises(HookError, match=r"(?s)(BatchNorm2d|Net).*go on using the original's"):
             surgery.merge(net(hooked), net(hooked, 1), example_inputs=X, progress=False)
-    model = net(lambda m: m.a.register_forward_hook(lambda _, args, output: None if m.training else None))
+    model = net(lambda m: m.a.register_forward_hook(lambda *_: print(end=str(m.training)[:0])))
     surgery.trace(model, X)  # it only looks on
 
 

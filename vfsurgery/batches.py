@@ -131,7 +131,7 @@ class Batches:
         if not found:
             raise _error(
                 f"no batch of the data has {self.together} images, which the model computes together",
-                remedy=f"pass batches of {self.together} images, or example_inputs= of the smallest batch that it takes",
+                remedy=f"pass batches of {self.together} images, or example_inputs= of the smallest that it takes",
             )
 
 

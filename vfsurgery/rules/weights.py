@@ -12,7 +12,7 @@ from typing import cast
 from torch.nn.utils import parametrizations
 
 from vfsurgery.groups.axes import Constraint, Product, TensorRef, mixes, tie, tie_all
-from vfsurgery.rules.attention import matrix_product
+from vfsurgery.rules.contraction import matrix_product
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 

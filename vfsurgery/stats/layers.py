@@ -227,7 +227,7 @@ class Reading:
         self._run(images, lambda output: self._add(output, offsets.get(output.name), len(images), empty))
 
     def _offsets(self, images: Tensor) -> tuple[dict[str, Tensor], int]:
-        """What layers make of an empty image, or of as many as there are where the network does not take a single one."""
+        """What layers make of an empty image, or of as many as there are where the network does not take one alone."""
         one, whole = tuple(images.shape[1:]), tuple(images.shape)
         if one not in self._zeros and whole not in self._zeros:
             try:

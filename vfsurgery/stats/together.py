@@ -51,9 +51,7 @@ def note_on(batches: Batches | None) -> list[str]:
     """For the report: that images are used together, and how many."""
     if batches is None or batches.together == 1:
         return []
-    return [
-        f"images are used in runs of {batches.together}, as in the example: the model does not compute each by itself"
-    ]
+    return [f"images are used in runs of {batches.together}, as in the example: the model computes none by itself"]
 
 
 def images_together(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:

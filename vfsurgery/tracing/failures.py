@@ -30,12 +30,8 @@ def not_recorded(model: nn.Module, error: Exception, path: str, inputs: Sequence
         asked = "asks for a number that depends" if number else "makes a tensor whose size depends"
         fact = f"its forward {asked} on the values of its input"
         choice = "write the choice with torch.where or a mask"
-        kept = (
-            f"or keep the module as one node: leaf={path!r}"
-            if path
-            else "or move it into a module and name that in leaf="
-        )
-        remedy = f"a graph computes the same for all inputs: {choice}, {kept}"
+        kept = f"keep the module as one node: leaf={path!r}" if path else "move it into a module and name that in leaf="
+        remedy = f"a graph computes the same for all inputs: {choice}, or {kept}"
     raised = f"{type(error).__name__}: {error}" if remedy else None
     return TraceError(
         explain(
@@ -45,8 +41,8 @@ def not_recorded(model: nn.Module, error: Exception, path: str, inputs: Sequence
             inputs=", ".join(str(tuple(x.shape)) for x in inputs),
             because=raised,
             remedy=remedy
-            or "check that the model runs on inputs of this shape, or pass example_inputs=; name a module that cannot be "
-            "recorded in leaf= to keep it as one node",
+            or "check that the model runs on inputs of this shape, or pass example_inputs=; name a module that cannot "
+            "be recorded in leaf= to keep it as one node",
         )
     )
 

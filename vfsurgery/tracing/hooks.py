@@ -9,8 +9,8 @@ Hooks that write into weights whenever the model runs are refused: no analysis o
 So are hooks, and functions put in the place of a module's forward, that hold a module in their closure: in a copy of
 the model, which a merge returns, they would go on using the original.
 
-Backward hooks do not matter to a forward and are left alone. Hooks of ``torch.nn.utils`` that compute a weight (pruning,
-weight and spectral norm of old) are run wherever the model runs.
+Backward hooks do not matter to a forward and are left alone. Hooks of ``torch.nn.utils`` that compute a weight
+(pruning, weight and spectral norm of old) are run wherever the model runs.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Hooks:
                     explain(
                         f"a hook refers to a module of the model, a {held}, by itself and not through its arguments",
                         hook=f"{hook} on {hook.owner}",
-                        because="in a copy of the model, which is what is returned, it would go on using the original's",
+                        because="in a copy of the model, which is returned, it would go on using the original's",
                         remedy=f"make it a method of a module, or compute it in a forward; or {REMOVE}",
                     )
                 )

@@ -202,7 +202,7 @@ class OpReader:
         return value
 
     def _read(self, node: fx.Node) -> Op | None:
-        """The op of a node; ``None`` if it only looks at shapes, takes from or fills a container, or goes on in the next."""
+        """The op of a node; ``None`` if it looks at shapes alone, takes from or fills a container, or continues."""
         if self._is_alias(node) or _makes_record(node):
             return None
         outputs, key = tuple(_tensors(self._refs[node])), self._key(node)
