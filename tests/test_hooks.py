@@ -225,6 +225,6 @@ def test_weights_that_a_hook_of_the_users_computes_are_followed() -> None:
     assert "a.weight_orig" in {member.parameter for group in groups for member in group.members}
     assert surgery.verify(model, groups, X)
     with pytest.raises(
-        surgery.SurgeryError, match="(?s)a.weight cannot be written.*a hook computes it: .*remove the hook"
+        surgery.SurgeryError, match=r"(?s)a.weight cannot be written.*a hook computes it: .*remove the hook"
     ):
         surgery.prune_units(model, 0.3, example_inputs=X)

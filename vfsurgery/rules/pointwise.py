@@ -74,8 +74,12 @@ def selection(op: Op) -> Iterator[Constraint]:
 @rule(nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, "softmax", "log_softmax", "normalize")
 @rule("gumbel_softmax")
 def equivariant(op: Op) -> Iterator[Constraint]:
-    """Softmax and vector normalization divide by a sum over one dim: reordering that dim reorders the result."""
-    yield from tie_all(op.input, op.output)
+    """Softmax and vector normalization divide by a sum over one dim: reordering that dim reorders the result.
+
+    What is given as ``out=`` is the result.
+    """
+    for operand in op.inputs:
+        yield from tie_all(operand, op.output)
     place, default = {"normalize": (2, 1), "gumbel_softmax": (4, -1)}.get(str(op.key), (1, None))
     dim = op.argument("dim", place, default)
     if dim is None:  # it depends on the number of dims which one that is: any of them

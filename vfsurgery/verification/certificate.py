@@ -67,6 +67,7 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     """
     scale, worst, share = 0.0, 0.0, 0.0
     for x, y in zip(found, expected, strict=True):
+        x, y = x.detach(), y.detach()
         if not y.numel():
             continue
         if not (y.is_floating_point() or y.is_complex()):
