@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import vfsurgery as surgery
 from vfsurgery.groups import GroupSet
-from vfsurgery.verification import randomize, relative_error, tensors_of
+from vfsurgery.tracing.values import tensors_of
+from vfsurgery.verification import randomize, relative_error
 
 EXACT = 1e-9
 """Relative error in float64."""

@@ -351,7 +351,7 @@ def test_there_must_be_a_source_data_and_a_layer_in_common():
     ):
         surgery.diagnose(model, tiny_nets.net("residual"), tiny_nets.images())
     with pytest.raises(
-        DataError, match=r"Chain cannot take these images\n  images  \(1, 5, 12, 12\)\n  cause .*channels"
+        DataError, match=r"Chain cannot take these images\n  images  \(8, 5, 12, 12\)\n  cause .*channels"
     ):
         surgery.diagnose(model, model, torch.randn(8, 5, 12, 12))
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeAlias, TypeGuard, TypeVar, cast
+from typing import Any, Self, TypeAlias, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class Batches:
         dtype: What images are converted to; ``None`` leaves them as they are.
         shape: Expected shape of one image, as ``(C, H, W)``. The number of dims and the channels must agree; the rest
             may differ, for networks that take any image size.
+        together: How many images in a row belong together, as the frames of a clip do. Batches are cut so that none is
+            torn apart; what a batch has more is left out.
 
     Raises:
         DataError: From the constructor, ``source`` is no iterable or can be read only once. While reading, there is no
@@ -67,11 +69,22 @@ class Batches:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         shape: Sequence[int] | None = None,
+        together: int = 1,
     ) -> None:
         self.device = None if device is None else torch.device(device)
         self.dtype = dtype
         self.shape = None if shape is None else tuple(shape)
-        self._batches = _as_batches(source)
+        self.together = together
+        self._source = source
+        self._batches = _as_batches(source, max(BATCH_SIZE // together, 1) * together)
+
+    def in_runs(self, together: int) -> Self:
+        """The same data with so many images together.
+
+        >>> [len(images) for images, _ in Batches([torch.zeros(16, 1), torch.zeros(9, 1)]).in_runs(8)]
+        [16, 8]
+        """
+        return type(self)(self._source, device=self.device, dtype=self.dtype, shape=self.shape, together=together)
 
     def length(self) -> int | None:
         """Return the number of batches in one pass, or ``None`` where the data does not say."""
@@ -97,7 +110,7 @@ class Batches:
     def _read(self) -> Iterator[tuple[Tensor, object, int]]:
         """Images checked and moved, labels as they come, and the batch's index."""
         unread: list[tuple[Tensor, int]] = []
-        index = -1
+        index, found = -1, False
         gpu = [self.device] if self.device is not None and self.device.type == "cuda" else []
         with torch.random.fork_rng(gpu):
             for index, batch in enumerate(_collated(self._batches)):
@@ -106,10 +119,20 @@ class Batches:
                 unread.append((images.isfinite().all(), index))
                 if images.device.type == "cpu":  # elsewhere, reading the verdict would stall the device once per batch
                     _check_finite(unread)
-                yield images.to(self.device, self.dtype, non_blocking=bool(gpu)), labels, index
+                whole = len(images) // self.together * self.together
+                if whole < len(images):
+                    images, labels = images[:whole], labels[:whole] if isinstance(labels, Tensor) else labels
+                if whole:
+                    found = True
+                    yield images.to(self.device, self.dtype, non_blocking=bool(gpu)), labels, index
         _check_finite(unread)
         if index < 0:
             raise _error("the data is empty", remedy="pass at least one batch of images")
+        if not found:
+            raise _error(
+                f"no batch of the data has {self.together} images, which the model computes together",
+                remedy=f"pass batches of {self.together} images, or example_inputs= of the smallest that it takes",
+            )
 
 
 def progress(iterable: Iterable[T], label: str, total: int | None = None, enabled: bool = True) -> Iterable[T]:
@@ -143,14 +166,14 @@ def _full(label: str) -> str:
     return ": ".join(part for part in (_DOING.get(), label) if part)
 
 
-def _as_batches(source: object) -> Iterable[Any]:
-    """Cut whole data into batches, and refuse what cannot be read again."""
+def _as_batches(source: object, size: int) -> Iterable[Any]:
+    """Cut whole data into batches of ``size``, and refuse what cannot be read again."""
     if isinstance(source, Tensor):
-        return _cut(source)
+        return _cut(size, source)
     if isinstance(source, TensorDataset):
-        return _cut(*source.tensors)
+        return _cut(size, *source.tensors)
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
-        return DataLoader(cast("Dataset[Any]", source), BATCH_SIZE)
+        return DataLoader(cast("Dataset[Any]", source), size)
     if isinstance(source, Iterator):
         raise _error(
             f"the data is a {type(cast('object', source)).__name__}, which can be read only once",
@@ -165,7 +188,7 @@ def _as_batches(source: object) -> Iterable[Any]:
     images, labels = (*_items(batches), None, None)[:2]
     # No batch of images is a vector of integers, so this can only be one pair and not two batches.
     if isinstance(images, Tensor) and _is_integer_vector(labels):
-        return _cut(images, _class_indices(labels, len(images), 0))
+        return _cut(size, images, _class_indices(labels, len(images), 0))
     return batches
 
 
@@ -198,10 +221,10 @@ def _collated(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _cut(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+def _cut(size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Cut tensors of equal length along their first dim."""
-    starts = range(0, len(tensors[0]), BATCH_SIZE)
-    return [tuple(tensor[start : start + BATCH_SIZE] for tensor in tensors) for start in starts]
+    starts = range(0, len(tensors[0]), size)
+    return [tuple(tensor[start : start + size] for tensor in tensors) for start in starts]
 
 
 def _split(batch: object, index: int) -> tuple[Tensor, object]:

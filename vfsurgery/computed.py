@@ -2,6 +2,8 @@
 
 Surgery reads and writes weights as plain parameters. :func:`plain_copy` gives a model that has them so, and says which
 layers had them otherwise: what surgery finds out on the copy can then be brought to the model itself.
+
+Where what is stored is itself averaged, as in a merge, :func:`settle` restores what its parts must be to each other.
 """
 
 from __future__ import annotations
@@ -12,9 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from vfsurgery.tracing.copies import HOOKS, copied
+
+POWER_STEPS = 100
+"""Steps of the power method after which singular vectors count as found; torch takes 15 for new layers."""
+SAME = 1e-5
+"""Relative difference up to which stored tensors count as unchanged."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,61 @@ def refresh(module: nn.Module) -> None:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, prune.BasePruningMethod):
             hook(module, ())
+
+
+@torch.no_grad()
+def settle(model: nn.Module, reference: nn.Module | None = None) -> None:
+    """Make what weights are computed of consistent again, after all of it has been changed one by one.
+
+    Means of singular vectors are no singular vectors of the mean weight: spectral norm, whose layers would be scaled by
+    chance, gets them anew. The mean of orthogonal bases becomes the nearest orthogonal matrix. Weights that torch's
+    hooks keep as attributes are brought up.
+
+    Args:
+        model: Any module; its buffers change, and no parameter.
+        reference: A module of the same structure: where all that is stored equals what it stores, nothing changes.
+
+    >>> layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    >>> _ = layer.parametrizations.weight.original.mul_(torch.arange(16.0).view(4, 4))
+    >>> settle(layer)
+    >>> round(float(torch.linalg.matrix_norm(layer.weight, 2)), 3)
+    1.0
+    """
+    partners = dict(reference.named_modules()) if reference is not None else {}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for path, module in model.named_modules():
+            hooks = _known_hooks(module).values()
+            changed = path not in partners or not _stores_the_same(module, partners[path])
+            if changed and isinstance(module, parametrize.ParametrizationList):
+                _settle_parametrizations(module)
+            for hook in hooks:
+                for _ in range(POWER_STEPS if changed and isinstance(hook, SpectralNorm) else 0):
+                    hook.compute_weight(module, do_power_iteration=True)
+                hook(module, ())
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _stores_the_same(module: nn.Module, other: nn.Module) -> bool:
+    theirs = other.state_dict()
+    return all(torch.allclose(tensor, theirs[name], rtol=SAME) for name, tensor in module.state_dict().items())
+
+
+def _settle_parametrizations(own: parametrize.ParametrizationList) -> None:
+    """Settle one parametrization after the other, each on what those before it make of what is stored."""
+    names = ["original"] if own.is_tensor else [f"original{place}" for place in range(own.ntensors)]
+    given: Any = tuple(getattr(own, name) for name in names)
+    for part in own:
+        if isinstance(part, parametrizations._SpectralNorm) and given[0].ndim > 1:
+            part._power_method(part._reshape_weight_to_matrix(given[0]), POWER_STEPS)
+        base = getattr(part, "base", None) if isinstance(part, parametrizations._Orthogonal) else None
+        if base is not None:
+            left, _, right = torch.linalg.svd(base)
+            base.copy_(left @ right)
+        given = (part(*given),)
 
 
 def _known_hooks(module: nn.Module) -> dict[int, Any]:

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vfsurgery.passes.cut import Cut
 from vfsurgery.sources import eval_mode
 from vfsurgery.tracing.borrowed import borrowed
+from vfsurgery.tracing.hooks import Hooks, unwatched
 from vfsurgery.tracing.ops import canonical_parameters
 from vfsurgery.tracing.transformers import one_by_one
 
@@ -66,9 +67,12 @@ def cost_of(model: nn.Module, inputs: Tensor | Sequence[Tensor]) -> Cost:
     16 flops, 10 parameters
     """
     given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    with _counting(model) as (mode, counter):
-        model(*_one_image(given, mode))
-    return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops())
+    onlookers = Hooks.seen(model, given).onlookers
+    with unwatched(model, onlookers):
+        images = _fewest(model, given)
+        with _counting(model) as (mode, counter):
+            model(*_part(given, images, mode))
+    return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // images)
 
 
 @contextmanager
@@ -88,8 +92,20 @@ def _counting(model: nn.Module) -> Generator[tuple[FakeTensorMode, FlopCounterMo
             parameter.requires_grad_(True)
 
 
-def _one_image(inputs: Iterable[Tensor], mode: FakeTensorMode) -> list[Tensor]:
-    return [mode.from_tensor(tensor[:1]) for tensor in inputs]
+def _part(inputs: Iterable[Tensor], images: int, mode: FakeTensorMode) -> list[Tensor]:
+    return [mode.from_tensor(tensor[:images] if tensor.ndim else tensor) for tensor in inputs]
+
+
+def _fewest(model: nn.Module, inputs: Sequence[Tensor]) -> int:
+    """One image, or all of the example where the model does not run on one, as when it folds frames into the batch."""
+    images = len(inputs[0]) if inputs and inputs[0].ndim else 1
+    if images > 1:
+        try:
+            with _counting(model) as (mode, _):
+                model(*_part(inputs, 1, mode))
+        except Exception:
+            return images
+    return 1
 
 
 @dataclass(frozen=True)
@@ -107,13 +123,15 @@ class Ledger:
     @staticmethod
     def of(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Ledger:
         """Run one image through the graph on shapes alone."""
+        images = _fewest(graph_module, inputs)
         with _counting(graph_module) as (mode, counter):
             run = _NodeFlops(graph_module, counter)
-            run.run(*_one_image(inputs, mode))
+            run.run(*_part(inputs, images, mode))
         names = canonical_parameters(graph_module)
         sizes = {names[id(parameter)]: parameter.numel() for parameter in graph_module.parameters()}
         reads = {node.name: _reads(graph_module, node, names) for node in graph_module.graph.nodes}
-        return Ledger(graph_module, run.flops, sizes, reads)
+        flops = {name: count // images for name, count in run.flops.items()}
+        return Ledger(graph_module, flops, sizes, reads)
 
     def cost(self, cut: Cut, sources: int) -> Cost:
         """What the merged network costs if the cut's prefix is kept of so many sources."""

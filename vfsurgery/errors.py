@@ -24,6 +24,10 @@ class TraceError(SurgeryError):
     """The model's forward could not be recorded as a graph."""
 
 
+class HookError(SurgeryError):
+    """A forward hook does what cannot be followed; names the hook, its module, and the way out."""
+
+
 class ExampleInputError(SurgeryError):
     """No example input was given and none could be derived from the model."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.batches import Batches, Data, progress_line
+from vfsurgery.computed import settle
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import hidden_norms, record_or_export
 from vfsurgery.errors import (
@@ -28,7 +29,7 @@ from vfsurgery.errors import (
     explain,
 )
 from vfsurgery.groups import GroupSet, Permutation
-from vfsurgery.holdout import every_for, split
+from vfsurgery.holdout import EVERY, every_for, split
 from vfsurgery.maps import Order, UnitMap, balanced, permutations_of
 from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.matching.pairwise import describe
@@ -43,8 +44,8 @@ from vfsurgery.sources import Source, check_same_architecture, check_same_graph,
 from vfsurgery.sparse import MaskPlan, refuse_hooks
 from vfsurgery.stats.collect import Site, Survey, group_sites, survey
 from vfsurgery.stats.precision import batches_for
+from vfsurgery.stats.together import examples_of, note_on
 from vfsurgery.tracing.copies import forget_kept, fresh
-from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.modes import limits
 from vfsurgery.tracing.selection import Leaf, listed
@@ -105,7 +106,7 @@ class Merging:
         check_same_architecture(models)
         check_weights(models)
         batches = None if data is None else batches_for(models[0], data, device)
-        inputs = example_from(models[0], batches, given)
+        inputs, batches = examples_of(models[0], batches, given)
         if batches is not None and len(inputs) > 1:
             raise DataError(
                 explain(
@@ -124,7 +125,7 @@ class Merging:
         groups = discover(sources[0].graph_module, pins=pins)
         modes = [module.training for module in models[0].modules()]
         merging = Merging(models[0], sources, groups, inputs, batches, seed, progress, modes)
-        merging.notes += [*_choices(leaf, pins), *_exported(sources[0])]
+        merging.notes += [*_choices(leaf, pins), *_exported(sources[0]), *note_on(batches)]
         merging.seconds.append(("trace and groups", time.perf_counter() - started))
         return merging
 
@@ -170,10 +171,12 @@ class Merging:
 
     def can_judge(self) -> bool:
         """Whether there are images enough to hold some out and judge by them."""
-        seen = 0
-        for images, _ in self.data or ():
+        if self.data is None:
+            return False
+        seen, enough = 0, max(JUDGED, EVERY * self.data.together)
+        for images, _ in self.data:
             seen += len(images)
-            if seen >= JUDGED:
+            if seen >= enough:
                 return True
         return False
 
@@ -258,7 +261,12 @@ class Merging:
                 self.masks.check(lambda name: aligned_members(name, context))
                 first, folded = (Average(), self.masks.mask()), (KeepZeros(steps=folded),)
             kept = () if preserve is None else (preserve,)
-            merged = Pipeline((*first, *kept, *folded)).run(target.graph_module, context)
+
+            def settled(previous: Pass | None, module: fx.GraphModule, following: Pass | None) -> None:
+                if isinstance(previous, Average):  # before anything is measured
+                    settle(target.model, self.sources[0].model)
+
+            merged = Pipeline((*first, *kept, *folded), settled).run(target.graph_module, context)
         context.restructured = preserve is None and not fits(target.model, merged, self.sources[0].graph_module)
         return merged if preserve is not None or context.restructured else target.model, context
 
@@ -278,6 +286,7 @@ class Merging:
             )
         if inplace:
             write_into(reference, merged, context.created_biases)
+            settle(reference, merged)
             return reference
         if preserved or context.restructured:
             assert isinstance(merged, fx.GraphModule)
@@ -335,14 +344,6 @@ class Merging:
 def _mapped(orders: Mapping[str, Order]) -> int:
     """How many groups are mapped by matrices that are no identity."""
     return sum(isinstance(order, UnitMap) and bool(order.moved) for order in orders.values())
-
-
-def example_from(model: nn.Module, batches: Batches | None, given: ExampleInputs | None) -> tuple[Tensor, ...]:
-    """Example inputs: those given, else two images of the data, else what the model says."""
-    if given is None and batches is not None:
-        images, _ = next(iter(batches))
-        return (images[:2],)
-    return example_inputs_of(model, given)
 
 
 def _choices(leaf: Leaf | Sequence[Leaf], pins: str | Sequence[str]) -> list[str]:

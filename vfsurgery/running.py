@@ -36,6 +36,7 @@ from vfsurgery.sources import (
 )
 from vfsurgery.stats.collect import Site, Survey, survey
 from vfsurgery.stats.precision import batches_for, image_dtype
+from vfsurgery.stats.together import examples_of
 from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.modes import TRAINING
@@ -151,11 +152,10 @@ def run_passes(
     device = next(iter(canonical_state(model).values())).device
     batches = None if data is None else batches_for(model, data, device)
     dtype = image_dtype(model) if batches is None else batches.dtype
-    if example_inputs is None and batches is not None:
-        example_inputs = next(iter(batches))[0][:2]
-    inputs = tuple(
-        x.to(device, dtype if x.is_floating_point() else None) for x in example_inputs_of(model, example_inputs)
-    )
+    if example_inputs is not None:
+        placed = example_inputs_of(model, example_inputs)
+        example_inputs = tuple(x.to(device, dtype if x.is_floating_point() else None) for x in placed)
+    inputs, batches = examples_of(model, batches, example_inputs)
     modes = {path: module.training for path, module in model.named_modules()}
     original, *others = (
         Source.of(twin, record(twin, inputs, leaf)) for twin in (fresh(each, inputs) for each in (model, *sources))

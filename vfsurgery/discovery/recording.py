@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from vfsurgery.errors import TraceError
 from vfsurgery.rules import ruled_modules
 from vfsurgery.tracing.exported import export_module, first_line, is_exported
+from vfsurgery.tracing.hooks import has_hooks
 from vfsurgery.tracing.modes import trace_module
 from vfsurgery.tracing.ops import OpReader
 from vfsurgery.tracing.selection import Leaf, leaf_paths, listed
@@ -25,7 +26,7 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...], leaf: Leaf | Sequence[L
 
 
 def record_or_export(model: nn.Module, inputs: tuple[Tensor, ...], leaf: Leaf | Sequence[Leaf] = ()) -> fx.GraphModule:
-    """Trace a model, or export it where tracing fails; with ``leaf``, which an export cannot heed, only trace.
+    """Trace a model, or export it where tracing fails; with ``leaf`` or hooks, which an export cannot heed, only trace.
 
     Raises:
         TraceError: the forward can be recorded by neither.
@@ -34,7 +35,7 @@ def record_or_export(model: nn.Module, inputs: tuple[Tensor, ...], leaf: Leaf | 
     try:
         return record(model, inputs, leaf)
     except TraceError as error:
-        if listed(leaf):
+        if listed(leaf) or has_hooks(model):
             raise
         try:
             return export_module(model, inputs, first_line(error))

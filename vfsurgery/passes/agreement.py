@@ -14,9 +14,9 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from vfsurgery.stats.precision import image_dtype
+from vfsurgery.tracing.values import tensors_of
 
 K = TypeVar("K", bound=Hashable)
 
@@ -44,7 +44,7 @@ def judged(output: object) -> Tensor | None:
     if isinstance(output, Mapping | tuple | list):
         inside = cast("Mapping[str, object]", output).values() if isinstance(output, Mapping) else output
         return next((found for each in cast("Iterable[object]", inside) if (found := judged(each)) is not None), None)
-    return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    return next(iter(tensors_of(output)), None)
 
 
 def class_logits(model: nn.Module, images: Tensor) -> Tensor | None:

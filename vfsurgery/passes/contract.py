@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from vfsurgery.errors import CertificateError, DataError, OptionError, explain
 from vfsurgery.excerpts import Runner, describe_node
 from vfsurgery.sources import canonical_state, eval_mode
 from vfsurgery.stats.precision import image_dtype
 from vfsurgery.tracing.precision import is_inexact, raised
+from vfsurgery.tracing.values import tensors_of
 from vfsurgery.verification import TOLERANCE, outputs_of, relative_error
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Value:
     def of(value: Tensor) -> Value:
         """Entries at even distances, and the largest absolute one."""
         flat = value.detach().reshape(-1)
+        flat = flat if flat.is_floating_point() else flat.double()  # masks have no absolute value
         chosen = flat[:: max(len(flat) // SAMPLES, 1)][:SAMPLES].double().clone()
         return Value(tuple(value.shape), chosen, float(flat.abs().max()) if len(flat) else 0.0)
 
@@ -111,8 +112,7 @@ class Recorder(Runner):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and keep some of its value at once: a later op may overwrite it."""
         value = super().run_node(n)
-        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_complex()]
-        self.values[n.name] = [Value.of(tensor) for tensor in tensors]
+        self.values[n.name] = [Value.of(tensor) for tensor in tensors_of(value) if not tensor.is_complex()]
         return value
 
 
@@ -130,7 +130,7 @@ class Behaviour:
         examples = [x.to(dtype, copy=True) if x.is_floating_point() else x.clone() for x in inputs]
         with eval_mode(graph_module), _repeatable(inputs):
             result = recorder.run(*examples)
-        return Behaviour(tuple(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)), recorder.values)
+        return Behaviour(tuple(tensors_of(result)), recorder.values)
 
 
 @contextmanager

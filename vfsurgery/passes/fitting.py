@@ -8,6 +8,8 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from vfsurgery.tracing.hooks import is_twin
+
 
 def fits(model: nn.Module, graph_module: fx.GraphModule, recorded: fx.GraphModule) -> bool:
     """Whether all that passes did to ``graph_module`` is in ``model`` too: they changed tensors, and no structure.
@@ -38,7 +40,7 @@ def fits(model: nn.Module, graph_module: fx.GraphModule, recorded: fx.GraphModul
             return False
         if mine.op in ("call_module", "get_attr"):
             found = _member(graph_module, str(mine.target))
-            if found is not _member(model, str(mine.target), _member(recorded, str(mine.target))):
+            if not is_twin(found, _member(model, str(mine.target), _member(recorded, str(mine.target)))):
                 return False
         partner[mine] = theirs
     return True

@@ -124,17 +124,23 @@ class Regress(Pass):
 
     def _batches(self, graph_module: fx.GraphModule, context: Context) -> list[Tensor]:
         live = live_bytes(graph_module) * (len(context.sources) + 1)
-        most = max(min(self.images, int(self.memory * GIB / max(live, 1))), 1)
+        together = 1 if context.data is None else context.data.together
+        most = max(min(self.images, int(self.memory * GIB / max(live, 1))) // together, 1) * together
         batches: list[Tensor] = []
         for images in context.images("images for the regression"):
             batches.append(images[: most - sum(map(len, batches))])
             if sum(map(len, batches)) >= most:
                 break
         if len(batches) < 2:
-            batches = [part for batch in batches for part in batch.chunk(HELD_OUT)]
+            batches = [part for batch in batches for part in _parts(batch, together)]
         if len(batches) < 2:
             raise DataError(explain("regress needs at least two images", remedy="pass more data"))
         return batches
+
+
+def _parts(batch: Tensor, together: int) -> Sequence[Tensor]:
+    """A batch in so many parts as there are to choose on, none of which tears apart images that belong together."""
+    return batch.split(max(-(-len(batch) // HELD_OUT) // together, 1) * together)
 
 
 class _Fit:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from vfsurgery.errors import OptionError, did_you_mean, explain
 
@@ -66,30 +67,41 @@ def effective_weight(module: nn.Module, name: str = "weight") -> Tensor | None:
     return weight.detach() if isinstance(weight, Tensor) else None
 
 
-def stored_weight(model: nn.Module, name: str) -> nn.Parameter:
+def stored_weight(model: nn.Module, name: str, *, excludable: bool = True) -> nn.Parameter:
     """The parameter of this name, to be written to.
 
+    Args:
+        model: Any module.
+        name: A weight that :func:`prunable` finds.
+        excludable: Whether the caller has an ``exclude=`` that would leave it alone.
+
     Raises:
-        OptionError: hooks of ``torch.nn.utils.prune`` or a parametrization compute the weight.
+        OptionError: hooks or a parametrization compute the weight; says how to make it a parameter.
     """
     path, _, own = name.rpartition(".")
     module = model.get_submodule(path)
     parameter = module._parameters.get(own)
     if parameter is None:
-        hooked = f"{own}_orig" in module._parameters
-        remedy = (
-            f"torch.nn.utils.prune.remove(model.{path}, {own!r}) makes its mask permanent"
-            if hooked
-            else f"torch.nn.utils.parametrize.remove_parametrizations(model.{path}, {own!r}), or exclude={path!r}"
-        )
-        raise OptionError(
-            explain(
-                f"{name} cannot be written",
-                because="pruning hooks compute it" if hooked else "a parametrization computes it",
-                remedy=remedy,
-            )
-        )
+        because, remedy = _computed(module, own, f"model.{path}" if path else "model")
+        other = f", or exclude={path!r}" if excludable else ""
+        raise OptionError(explain(f"{name} cannot be written", because=because, remedy=f"{remedy}{other}"))
     return parameter
+
+
+def _computed(module: nn.Module, name: str, place: str) -> tuple[str, str]:
+    """What computes a weight, and how it is made a parameter again."""
+    hooks = list(module._forward_pre_hooks.values())
+    if f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers:
+        return "pruning hooks compute it", f"torch.nn.utils.prune.remove({place}, {name!r}) makes its mask permanent"
+    if parametrize.is_parametrized(module, name):
+        remedy = f"torch.nn.utils.parametrize.remove_parametrizations({place}, {name!r})"
+        return "a parametrization computes it", remedy
+    for hook in hooks:
+        kind = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}.get(type(hook).__name__)
+        if kind is not None and getattr(hook, "name", None) == name:
+            return f"a hook of {kind} computes it", f"torch.nn.utils.remove_{kind}({place}, {name!r})"
+    named = ", ".join(getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks)
+    return f"a hook computes it: {named}", f"remove the hook and register {name} as a parameter of {place}"
 
 
 def matches(name: str, pattern: str) -> bool:

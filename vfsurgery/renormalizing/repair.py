@@ -36,7 +36,7 @@ from vfsurgery.errors import (
     explain,
 )
 from vfsurgery.groups import GroupSet
-from vfsurgery.merging import ExampleInputs, example_from, version_of
+from vfsurgery.merging import ExampleInputs, version_of
 from vfsurgery.passes import Context, Fold, Pass, Pipeline, Repair, Rescale, Reset, Reshift
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.beside import Beside
@@ -50,6 +50,7 @@ from vfsurgery.sources import Source, canonical_state, eval_mode
 from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.stats.collect import Survey, survey
 from vfsurgery.stats.precision import batches_for
+from vfsurgery.stats.together import examples_of, note_on
 from vfsurgery.tracing.copies import copied, forget_kept, fresh
 from vfsurgery.tracing.precision import is_inexact
 from vfsurgery.tracing.wrappers import as_given, network
@@ -174,8 +175,8 @@ class _Work:
         """Trace both networks and pair their layers."""
         started = time.perf_counter()
         plain = plain_copy(compressed)
-        batches = batches_for(plain.model, data, device_of(compressed), _Counted)
-        inputs = example_from(plain.model, batches, given)
+        counted = batches_for(plain.model, data, device_of(compressed), _Counted)
+        inputs, batches = examples_of(plain.model, counted, given)
         plain = replace(plain, model=fresh(plain.model, inputs))
         graph_module = _trace(plain.model, inputs, given)
         groups = discover(graph_module)
@@ -190,7 +191,8 @@ class _Work:
         unpaired = (*pairing.unpaired, *computed, *others, *pairing.factors, *missing)
         state = canonical_state(plain.model)
         before = Masks({name: tensor != 0 for name, tensor in state.items() if tensor.ndim > 1})
-        work = _Work(plain, graph_module, groups, source, pairing, unpaired, batches, progress, before, 0.0)
+        work = _Work(plain, graph_module, groups, source, pairing, unpaired, batches or counted, progress, before, 0.0)
+        work.notes += note_on(batches)
         work.sparsity, theirs_sparsity = (Masks.of(model).sparsity for model in (plain.model, reference))
         if theirs_sparsity > work.sparsity:
             work.notes.append(f"{theirs_sparsity:.2%} of the reference's weights are zero: are the two swapped?")

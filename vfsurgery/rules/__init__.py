@@ -10,6 +10,7 @@ from vfsurgery.rules import norm as norm
 from vfsurgery.rules import pointwise as pointwise
 from vfsurgery.rules import pool as pool
 from vfsurgery.rules import recurrent as recurrent
+from vfsurgery.rules import weights as weights
 from vfsurgery.rules.registry import rule as rule
 from vfsurgery.rules.registry import rule_for as rule_for
 from vfsurgery.rules.registry import ruled_modules as ruled_modules

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from vfsurgery.groups.axes import Concat, Constraint, Fixed, Fresh, Product, Take, TensorRef, indifferent, tie, tie_all
 from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
+from vfsurgery.tracing.values import VALUE, TensorValue
 
 
 @rule("cat", "concat", "concatenate")
@@ -63,7 +65,11 @@ def getitem(op: Op) -> Iterator[Constraint]:
 def setitem(op: Op) -> Iterator[Constraint]:
     """``x[index] = value``: what indexing would read is what the value is written to; it may broadcast."""
     given, value = op.argument("index", 1), op.argument("value", 2)
-    if isinstance(value, TensorRef):
+    if _is_mask(op, given):  # the same everywhere it is true
+        if not isinstance(value, TensorRef) or not value.ndim:
+            yield from tie_all(given, op.input)
+            yield from map(indifferent, op.input.axes())
+    elif isinstance(value, TensorRef):
         yield from _index(op.input, given, value)
     elif _plain_slices(given):  # a number, the same everywhere in the dims that are written whole
         index: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
@@ -73,6 +79,14 @@ def setitem(op: Op) -> Iterator[Constraint]:
         for axis in op.input.axes():
             if axis.dim >= len(index) or index[axis.dim] == slice(None):
                 yield indifferent(axis)
+
+
+def _is_mask(op: Op, index: Any) -> bool:
+    """Whether something is written where a tensor of truth values of the same shape is true."""
+    node = op.node.args[1] if len(op.node.args) > 1 else None
+    found = node.meta.get(VALUE) if isinstance(node, fx.Node) else None
+    whole = isinstance(index, TensorRef) and index.shape == op.input.shape
+    return whole and isinstance(found, TensorValue) and found.dtype == torch.bool
 
 
 def _plain_slices(index: Any) -> bool:

@@ -27,13 +27,14 @@ UNARY = (
     "dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout nan_to_num logical_not tan atan "
     "asin acos sinh cosh log2 log10 exp2 erfc positive isnan isinf isfinite invert not bitwise_not bernoulli "
     "long int short bool bfloat16 sinc special_expit expit logit erfinv frac trunc sgn signbit asinh acosh atanh "
-    "lgamma digamma absolute negative clip _threshold"
+    "lgamma digamma absolute negative clip _threshold fix isneginf isposinf isreal"
 )
 BINARY = (
     "add sub mul div pow rsub rmul radd maximum minimum where lerp addcmul addcdiv eq ne lt le gt ge "
     "logical_and logical_or logical_xor masked_fill fmod remainder mod floordiv true_divide floor_divide atan2 "
     "copysign and or xor bitwise_and bitwise_or bitwise_xor max min logaddexp logaddexp2 hypot xlogy special_xlogy "
-    "heaviside float_power multiply subtract divide"
+    "heaviside float_power multiply subtract divide isclose less less_equal greater greater_equal not_equal fmax fmin "
+    "__and__ __or__ __xor__"
 )
 
 
@@ -73,8 +74,12 @@ def selection(op: Op) -> Iterator[Constraint]:
 @rule(nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, "softmax", "log_softmax", "normalize")
 @rule("gumbel_softmax")
 def equivariant(op: Op) -> Iterator[Constraint]:
-    """Softmax and vector normalization divide by a sum over one dim: reordering that dim reorders the result."""
-    yield from tie_all(op.input, op.output)
+    """Softmax and vector normalization divide by a sum over one dim: reordering that dim reorders the result.
+
+    What is given as ``out=`` is the result.
+    """
+    for operand in op.inputs:
+        yield from tie_all(operand, op.output)
     place, default = {"normalize": (2, 1), "gumbel_softmax": (4, -1)}.get(str(op.key), (1, None))
     dim = op.argument("dim", place, default)
     if dim is None:  # it depends on the number of dims which one that is: any of them

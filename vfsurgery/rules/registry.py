@@ -10,6 +10,7 @@ from torch import nn
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups.axes import Constraint
 from vfsurgery.registry import load_plugins
+from vfsurgery.tracing.hooks import computes_weights
 from vfsurgery.tracing.ops import Key, Op, canonical_key
 from vfsurgery.tracing.values import KEPT_WHOLE
 
@@ -75,9 +76,12 @@ def ruled_modules(model: nn.Module) -> frozenset[str]:
 def rule_for(op: Op) -> Rule | None:
     """The rule of an op, or ``None``.
 
-    A module class is looked up as it is; a BatchNorm subclass (with an activation built in, say) is a BatchNorm.
+    A module class is looked up as it is; a BatchNorm subclass (with an activation built in, say) is a BatchNorm. A
+    module that computes weights, by hooks or a parametrization, is not what the rule of its class speaks of.
     """
     load_plugins()  # a graph may have been traced elsewhere
+    if op.module is not None and any(map(computes_weights, op.module.modules())):
+        return None
     found = _RULES.get(op.key)
     if found is None and isinstance(op.module, nn.modules.batchnorm._BatchNorm):
         return next((_RULES[base] for base in type(op.module).__mro__ if base in _RULES), None)

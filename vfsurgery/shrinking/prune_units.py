@@ -74,7 +74,7 @@ def prune_units(
         one copy of it while the certificate is made.
 
     Raises:
-        OptionError: an argument is not acceptable, or pruning hooks compute a weight.
+        OptionError: an argument is not acceptable, or hooks or a parametrization compute a weight.
         DataError: data is missing where it is needed, or does not fit the model.
         TraceError: the forward cannot be recorded as an fx graph.
         InvalidWeightsError: a weight is NaN or infinite.

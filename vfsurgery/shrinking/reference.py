@@ -27,7 +27,8 @@ from vfsurgery.tracing.modes import in_training, not_followed
 from vfsurgery.tracing.ops import Op, OpReader
 from vfsurgery.tracing.tracer import put_over
 from vfsurgery.tracing.transformers import one_by_one
-from vfsurgery.verification import TOLERANCE, relative_error, several, tensors_of, without_chance
+from vfsurgery.tracing.values import tensors_of
+from vfsurgery.verification import TOLERANCE, relative_error, several, without_chance
 
 LAST_DIMS = (nn.LayerNorm, nn.RMSNorm)
 RUNS = (nn.GroupNorm,)
@@ -106,7 +107,7 @@ def certify_cut(
         expected = run_in(reference.module, given, training, reference.run)
         whole = run_in(model, given, training)
         errors.append(float("inf"))
-        if [x.shape for x in found] == [x.shape for x in expected] and all(bool(x.isfinite().all()) for x in found):
+        if [x.shape for x in found] == [x.shape for x in expected]:
             errors[-1] = relative_error(tuple(found), tuple(expected))
         effects.append(relative_error(tuple(expected), tuple(whole)))
         norms += reference.norms.values()

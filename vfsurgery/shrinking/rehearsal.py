@@ -20,9 +20,11 @@ from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.resize import Resizer
 from vfsurgery.sources import canonical_state, eval_mode
 from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.hooks import ONLOOKERS, take_away
 from vfsurgery.tracing.modes import in_training
 from vfsurgery.tracing.transformers import one_by_one
-from vfsurgery.verification import several, tensors_of, without_chance
+from vfsurgery.tracing.values import tensors_of
+from vfsurgery.verification import several, without_chance
 
 
 class Rehearsal:
@@ -34,10 +36,11 @@ class Rehearsal:
 
     def __init__(self, model: nn.Module, graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
         given = {False: tuple(inputs)} if in_training(graph_module) is None else {False: inputs, True: several(inputs)}
+        onlookers = graph_module.meta.get(ONLOOKERS, ())
         try:
-            self._prepare(model, given, contextlib.nullcontext(), torch.device("meta"))
+            self._prepare(model, given, contextlib.nullcontext(), torch.device("meta"), onlookers)
         except (RuntimeError, NotImplementedError):
-            self._prepare(model, given, FakeTensorMode(allow_non_fake_inputs=True), None)
+            self._prepare(model, given, FakeTensorMode(allow_non_fake_inputs=True), None, onlookers)
         self._resizer = Resizer.of(self._hollow, graph_module)
         self._state = canonical_state(self._hollow)
 
@@ -58,6 +61,7 @@ class Rehearsal:
         given: Mapping[bool, Sequence[Tensor]],
         mode: AbstractContextManager[Any],
         device: torch.device | None,
+        onlookers: Sequence[tuple[str, str, int]],
     ) -> None:
         self._mode = mode
         memo: dict[int, Any] = {}
@@ -70,6 +74,7 @@ class Rehearsal:
                 for training, inputs in given.items()
             }
         self._hollow = copied(model, memo).eval()
+        take_away(self._hollow, onlookers)
         self._expected = self._run(self._hollow)
 
     def _run(self, model: nn.Module) -> list[tuple[int, ...]]:

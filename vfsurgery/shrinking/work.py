@@ -33,8 +33,8 @@ from vfsurgery.shrinking.teams import Teams
 from vfsurgery.sources import Source, check_weights
 from vfsurgery.stats.correlation import CrossMoments
 from vfsurgery.stats.precision import batches_for
+from vfsurgery.stats.together import examples_of
 from vfsurgery.tracing.copies import copied, fresh
-from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.precision import Precise, in_precision, raised, raised_dtype
 from vfsurgery.tracing.tracer import put_over
 from vfsurgery.verification import keep_signals_alive, precision_of, randomize
@@ -68,11 +68,11 @@ class Shrinking:
         """Check, trace and group the model."""
         started = time.perf_counter()
         for name in prunable(model):
-            stored_weight(model, name)  # refuses what hooks compute
+            stored_weight(model, name, excludable=False)  # refuses what hooks or parametrizations compute
         check_weights([model])
         device = next(model.parameters()).device
         batches = None if data is None else batches_for(model, data, device)
-        inputs = example_inputs_of(model, given) if given is not None or batches is None else _first_two(batches)
+        inputs, batches = examples_of(model, batches, given)
         try:
             model = fresh(model, inputs)
             graph_module = record(model, inputs)
@@ -229,8 +229,3 @@ def _in_dtype(source: Source, inputs: tuple[Tensor, ...], dtype: torch.dtype) ->
     cast = tuple(raised(x, dtype) for x in inputs)
     graph_module = in_precision(put_over(model, source.graph_module), dtype)  # it has constants of its own
     return Source.of(model, graph_module), cast
-
-
-def _first_two(batches: Batches) -> tuple[Tensor, ...]:
-    images, _ = next(iter(batches))
-    return (images[:2],)

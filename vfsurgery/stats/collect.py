@@ -22,7 +22,7 @@ from vfsurgery.stats.own_outputs import OwnCall
 from vfsurgery.stats.precision import image_dtype
 from vfsurgery.tracing.dataflow import reached_by_input
 from vfsurgery.tracing.ops import Key, canonical_key
-from vfsurgery.tracing.values import VALUE
+from vfsurgery.tracing.values import VALUE, TensorValue
 
 INSIDE = ".inside"
 """Ends the key of what is read inside a node's module; names of nodes have no dots."""
@@ -213,7 +213,7 @@ def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.de
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
     modules = dict(graph_module.named_modules())
-    reached = {name for name in reached_by_input(graph_module.graph) if _is_real(nodes[name])}
+    reached = {name for name in reached_by_input(graph_module.graph) if _has_numbers(nodes[name])}
     sites: dict[str, tuple[Site, ...]] = {}
     for group in groups:
         members = _read_at(_candidates(group, groups, reached), nodes, modules)
@@ -236,8 +236,10 @@ def _candidates(group: PermutationGroup, groups: GroupSet, reached: Collection[s
     return [m for m in values if m.parameter not in hidden]
 
 
-def _is_real(node: fx.Node) -> bool:
-    return not getattr(node.meta.get(VALUE), "dtype", torch.float32).is_complex
+def _has_numbers(node: fx.Node) -> bool:
+    """Whether what a node gives can be measured: real numbers, and neither a mask nor indices."""
+    value = node.meta.get(VALUE)
+    return not isinstance(value, TensorValue) or value.dtype.is_floating_point
 
 
 def _mixed_with(member: Member, other: Member) -> bool:

@@ -223,14 +223,24 @@ class Reading:
         """
         like = next(iter(self.model.parameters()), images)
         images = images.to(like.device, image_dtype(self.model))
-        shape = tuple(images.shape[1:])
-        if shape not in self._zeros:
-            zeros: dict[str, Tensor] = {}
-            # cloned, since an activation may overwrite it
-            self._run(torch.zeros_like(images[:1]), lambda output: zeros.update({output.name: output.value.clone()}))
-            self._zeros[shape] = zeros
-        offsets = self._zeros[shape]
-        self._run(images, lambda output: self._add(output, offsets.get(output.name), len(images)))
+        offsets, empty = self._offsets(images)
+        self._run(images, lambda output: self._add(output, offsets.get(output.name), len(images), empty))
+
+    def _offsets(self, images: Tensor) -> tuple[dict[str, Tensor], int]:
+        """What layers make of an empty image, or of as many as there are where the network does not take one alone."""
+        one, whole = tuple(images.shape[1:]), tuple(images.shape)
+        if one not in self._zeros and whole not in self._zeros:
+            try:
+                self._zeros[one] = self._of_nothing(images[:1])
+            except DataError:
+                self._zeros[whole] = self._of_nothing(images)
+        return (self._zeros[one], 1) if one in self._zeros else (self._zeros[whole], len(images))
+
+    def _of_nothing(self, images: Tensor) -> dict[str, Tensor]:
+        zeros: dict[str, Tensor] = {}
+        # cloned, since an activation may overwrite it
+        self._run(torch.zeros_like(images), lambda output: zeros.update({output.name: output.value.clone()}))
+        return zeros
 
     def finalize(self) -> dict[str, LayerStatistics]:
         """Statistics by name of layer, in order of execution."""
@@ -259,21 +269,21 @@ class Reading:
                 )
             ) from error
 
-    def _add(self, output: Output, zero: Tensor | None, batch: int) -> None:
+    def _add(self, output: Output, zero: Tensor | None, batch: int, empty: int) -> None:
         value = output.value
-        if zero is None or value.shape[:1] != (batch * len(zero),) or value.shape[1:] != zero.shape[1:]:
+        if zero is None or value.shape[:1] != (batch * len(zero) // empty,) or value.shape[1:] != zero.shape[1:]:
             self.misfits[output.name] = None
             return
-        values, offset = (x.reshape(count, -1) for x, count in ((value, batch), (zero, 1)))  # (batch, values)
-        feature = _rms(values - offset).sum()
+        values, offsets = (x.reshape(count, -1) for x, count in ((value, batch), (zero, empty)))  # (images, values)
+        feature, offset = _rms(values - offsets).sum(), batch * _rms(offsets).mean()
         moments = Moments.of(value, dim=output.dim)
         total = self._totals.get(output.name)
         if total is None:
-            self._totals[output.name] = _Totals(output.kind, batch, feature, batch * _rms(offset).sum(), moments)
+            self._totals[output.name] = _Totals(output.kind, batch, feature, offset, moments)
             return
         total.count += batch
         total.feature += feature
-        total.offset += batch * _rms(offset).sum()
+        total.offset += offset
         total.moments = total.moments.merge(moments)
 
 

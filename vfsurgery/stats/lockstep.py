@@ -75,4 +75,4 @@ def _floats_per_image(node: fx.Node) -> int:
     value = node.meta.get(VALUE)
     if node.op == "get_attr" or not isinstance(value, TensorValue) or not value.shape:
         return 0
-    return torch.Size(value.shape).numel() // value.shape[0]
+    return torch.Size(value.shape).numel() // max(value.shape[0], 1)

@@ -141,6 +141,11 @@ def _with_history(model: nn.Module) -> Iterator[Tensor]:
             for leaf in tree_leaves(value) if type(value) is tuple else [value]:
                 if isinstance(leaf, Tensor) and not leaf.is_leaf:
                     yield leaf
+    for module in model.modules():  # what hooks that collect activations have collected is copied with them
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            holder = getattr(hook, "__self__", hook)
+            kept = [] if isinstance(holder, nn.Module) else tree_leaves(dict(getattr(holder, "__dict__", {})))
+            yield from (leaf for leaf in kept if isinstance(leaf, Tensor) and not leaf.is_leaf)
 
 
 def _initialized(plain: Plain) -> bool:

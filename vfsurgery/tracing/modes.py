@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.errors import TraceError
 from vfsurgery.tracing.copies import fresh
+from vfsurgery.tracing.hooks import ONLOOKERS, Hooks, unwatched, without_backward_hooks
 from vfsurgery.tracing.mode import Followers, owner_of
 from vfsurgery.tracing.tracer import Recording, put_over_model, record_forward
 
@@ -64,16 +65,19 @@ def trace_module(
 
     Raises:
         TraceError: the forward cannot be recorded in eval mode; says at which module.
+        HookError: a forward hook cannot be followed; names it.
     """
-    twin = fresh(model, example_inputs)
-    recording = record_forward(twin, example_inputs, leaves)
-    guards = list(recording.guards)
+    hooks = Hooks.of(model, example_inputs)
+    with unwatched(model, hooks.onlookers):
+        twin = without_backward_hooks(fresh(model, example_inputs))
+    recording = record_forward(twin, example_inputs, leaves, hooks=hooks)
+    guards = [*hooks.guards, *recording.guards]
     training: Recording | None = None
-    meta: dict[str, Any] = {}
+    meta: dict[str, Any] = {ONLOOKERS: hooks.onlookers}
     partners: dict[fx.Node, fx.Node] = {}
     if recording.asks or any(type(module).train is not nn.Module.train for module in model.modules()):
         try:
-            training = _record_training(twin, example_inputs, leaves)
+            training = _record_training(twin, example_inputs, leaves, hooks)
         except TraceError as error:
             meta[NOT_FOLLOWED] = " ".join(str(error).splitlines()[0].split())
             guards.append(f"{TRAINING}is not followed: {meta[NOT_FOLLOWED]}")
@@ -125,18 +129,19 @@ def asks_for_mode(model: nn.Module) -> bool:
     return any(asks(kind) for kind in kinds if kind.__module__.split(".")[0] != "torch")
 
 
-def _record_training(model: nn.Module, inputs: tuple[Tensor, ...], leaves: frozenset[str]) -> Recording:
+def _record_training(model: nn.Module, inputs: tuple[Tensor, ...], leaves: frozenset[str], hooks: Hooks) -> Recording:
     """Record the forward in training; of a single image with another one, since BatchNorm wants several."""
     state = random.getstate()
     with torch.random.fork_rng([]):
         try:
             random.seed(0)  # layers may be dropped at random: always the same ones
             torch.manual_seed(0)
-            return record_forward(model, inputs, leaves, training=True)
+            return record_forward(model, inputs, leaves, training=True, hooks=hooks)
         except TraceError:
             if not all(x.ndim and len(x) == 1 for x in inputs):
                 raise
-            return record_forward(model, tuple(torch.cat([x, x]) for x in inputs), leaves, training=True)
+            two = tuple(torch.cat([x, x]) for x in inputs)
+            return record_forward(model, two, leaves, training=True, hooks=hooks)
         finally:
             random.setstate(state)
 

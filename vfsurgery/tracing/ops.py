@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -24,7 +24,7 @@ Key: TypeAlias = str | type[nn.Module] | Callable[..., Any]
 
 _RESHAPES = (
     "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as contiguous clone detach to float "
-    "double half type type_as requires_grad_ alias"
+    "double half type type_as requires_grad_ alias data"
 )
 _PERMUTES = "permute transpose swapaxes swapdims movedim moveaxis t T mT adjoint"
 RESHAPE_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity)
@@ -191,6 +191,9 @@ class OpReader:
             return TensorRef(kind, name or str(node.target), tuple(tensor.shape))
         if self._is_alias(node):
             return self._resolve(node.args[0])[self._resolve(_picked(node))]
+        if _makes_record(node):
+            parts = self._resolve((node.args, dict(node.kwargs)))
+            return dict(parts[1]) if is_dataclass(node.target) else (*parts[0], *parts[1].values())
         value = node.meta.get(VALUE)
         if isinstance(value, TensorValue):
             return TensorRef("node", node.name, value.shape)
@@ -199,10 +202,11 @@ class OpReader:
         return value
 
     def _read(self, node: fx.Node) -> Op | None:
-        """The op of a node; ``None`` if it only looks at shapes, picks from a tuple, or continues in the next node."""
-        outputs = () if self._is_alias(node) else tuple(_tensors(self._refs[node]))
-        key = self._key(node)
-        if self._is_alias(node) or (not outputs and (key in SHAPE_QUERIES or not self._has_tensor_input(node))):
+        """The op of a node; ``None`` if it looks at shapes alone, takes from or fills a container, or continues."""
+        if self._is_alias(node) or _makes_record(node):
+            return None
+        outputs, key = tuple(_tensors(self._refs[node])), self._key(node)
+        if not outputs and (key in SHAPE_QUERIES or not self._has_tensor_input(node)):
             return None
         if not outputs and node.target is getattr:
             return None
@@ -249,7 +253,7 @@ class OpReader:
     def _continues(self, node: fx.Node) -> bool:
         """Whether what follows this index movement will speak for it: the next movement, or picks from one dim."""
         users = [user for user in node.users if not self._is_shape_query(user)]
-        if any(user.op == "output" or user.args[0] is not node for user in users):
+        if any(user.op == "output" or not user.args or user.args[0] is not node for user in users):
             return False
         if len(users) == 1 and self._moves_indices(users[0]):
             return True
@@ -261,9 +265,8 @@ class OpReader:
 
     def _pick(self, node: fx.Node) -> Pick | None:
         """What a node picks, if that is single indices along one dim of a tensor."""
-        if node.op not in ("call_function", "call_method") or not isinstance(node.args[0], fx.Node):
-            return None
-        source = node.args[0].meta.get(VALUE)
+        first = node.args[0] if node.args and node.op in ("call_function", "call_method") else None
+        source = first.meta.get(VALUE) if isinstance(first, fx.Node) else None
         if not isinstance(source, TensorValue):
             return None
         key, ndim = self._key(node), len(source.shape)
@@ -316,6 +319,12 @@ class OpReader:
         return map_arg(arguments, lambda node: self._refs[node])
 
 
+def _makes_record(node: fx.Node) -> bool:
+    """Whether a node puts values into a dataclass or a named tuple."""
+    is_class = node.op == "call_function" and isinstance(node.target, type)
+    return is_class and (is_dataclass(node.target) or hasattr(node.target, "_fields"))
+
+
 def canonical_parameters(module: nn.Module) -> dict[int, str]:
     """For every parameter and persistent buffer, by ``id``: its first ``state_dict`` key (tied ones share it)."""
     persistent = module.state_dict(keep_vars=True)
@@ -331,7 +340,8 @@ def module_path(node: fx.Node) -> str:
 def _picked(node: fx.Node) -> Any:
     """The place, or the name, of what a node picks from a value of several; ``None`` if it does not look like that."""
     if node.target is getattr:
-        return NAMED.get(str(node.args[1]))
+        whole, name = cast(fx.Node, node.args[0]).meta.get(VALUE), str(node.args[1])
+        return name if isinstance(whole, dict) and name in whole else NAMED.get(name)  # a field of a dataclass
     return node.args[1] if node.target is operator.getitem else None
 
 

@@ -22,8 +22,8 @@ those that have a coupling rule of their own.
 
 from __future__ import annotations
 
+import functools
 import inspect
-import linecache
 import math
 import operator
 import sys
@@ -37,13 +37,25 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import _symbolic_trace
 from torch.fx.proxy import Attribute
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map, tree_map_only
 
-from vfsurgery.errors import TraceError, explain
+from vfsurgery.errors import HookError, explain
 from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.failures import is_users, not_recorded, shown
+from vfsurgery.tracing.hooks import (
+    NO_HOOKS,
+    REMOVE,
+    Hooks,
+    computes_weights,
+    is_twin,
+    recorded_around,
+    without_global_hooks,
+    without_hooks,
+)
 from vfsurgery.tracing.mode import reads_of_mode
 from vfsurgery.tracing.transformers import TRANSFORMERS, one_by_one
-from vfsurgery.tracing.values import KEPT_WHOLE, RETURNS_INPUT, VALUE, abstract
+from vfsurgery.tracing.values import KEPT_WHOLE, RETURNS_INPUT, VALUE, abstract, fields_of, is_record
 
 FACTORIES = "arange empty eye full linspace ones rand randint randn randperm tensor tril_indices triu_indices zeros"
 """Functions that make tensors from sizes: torch's argument parser takes no proxies for numbers, so they are wrapped."""
@@ -70,6 +82,7 @@ def record_forward(
     leaves: frozenset[str] = frozenset(),
     *,
     training: bool = False,
+    hooks: Hooks = NO_HOOKS,
 ) -> Recording:
     """Record the forward of ``model`` in eval mode, or in training.
 
@@ -79,11 +92,13 @@ def record_forward(
         leaves: Paths of modules to keep as single nodes. One that cannot run on shapes alone runs once, as a copy, on
             zeros.
         training: In which mode.
+        hooks: The model's forward hooks, those that look on taken away.
 
     Raises:
         TraceError: the forward cannot be recorded; says at which module.
+        HookError: a forward hook cannot be followed; names it.
     """
-    tracer = ValueTracer(example_inputs, leaves, model)
+    tracer = ValueTracer(example_inputs, leaves, model, hooks)
     skeleton = tracer.skeleton(model, training)
     rng = torch.get_rng_state()
     try:
@@ -91,19 +106,14 @@ def record_forward(
             tracer.recording_factories(),
             _unwrapped_functions(),
             one_by_one(tracer.guards),
+            without_global_hooks(),
             reads_of_mode(tracer.is_computing) as asked,
         ):
             graph = tracer.trace(skeleton)
+    except HookError:
+        raise
     except Exception as error:
-        raise TraceError(
-            explain(
-                f"cannot trace {type(model).__name__}: {error}",
-                module=tracer.current_path,
-                inputs=", ".join(str(tuple(x.shape)) for x in example_inputs),
-                remedy="check that the model runs on inputs of this shape, or pass example_inputs=; name a module that "
-                "cannot be recorded in leaf= to keep it as one node",
-            )
-        ) from error
+        raise not_recorded(model, error, tracer.innermost, example_inputs) from error
     finally:
         torch.set_rng_state(rng)
     return Recording(graph, skeleton, tuple(dict.fromkeys(tracer.guards)), bool(asked))
@@ -161,6 +171,8 @@ class ValueProxy(fx.Proxy):
             return concrete
         if callable(concrete):
             return Attribute(self, name)
+        if isinstance(self.value, tuple):  # by its place, which rules understand: x.max(1).values is item 0
+            return next(self[place] for place, item in enumerate(self.value) if item is concrete)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     @property
@@ -179,14 +191,17 @@ class ValueTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(
-        self, example_inputs: tuple[Tensor, ...], leaves: frozenset[str] = frozenset(), model: nn.Module | None = None
+        self,
+        example_inputs: tuple[Tensor, ...],
+        leaves: frozenset[str] = frozenset(),
+        model: nn.Module | None = None,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
         super().__init__(autowrap_modules=(math,))
-        self.leaves, self.model = leaves, model
+        self.leaves, self.model, self.hooks = leaves, model, hooks
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.inputs = tuple(self.mode.from_tensor(x) for x in example_inputs)
         self.guards: list[str] = []
-        self.current_path = ""
         self._computing = False
 
     def is_computing(self) -> bool:
@@ -233,9 +248,16 @@ class ValueTracer(fx.Tracer):
             for name, function in originals.items():
                 setattr(torch, name, function)
 
+    @property
+    def innermost(self) -> str:
+        """The path of the innermost module that is running; it stays there where one raises."""
+        return next(reversed(self.module_stack.values()), ("",))[0]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves:
             return True
+        if self._must_be_seen_inside(m, module_qualified_name):
+            return False
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             return True
         if isinstance(m, TRANSFORMERS):
@@ -246,6 +268,14 @@ class ValueTracer(fx.Tracer):
             return False
         return super().is_leaf_module(m, module_qualified_name)
 
+    def _must_be_seen_inside(self, module: nn.Module, path: str) -> bool:
+        """Whether a module is not what its class says: it computes its weights, or somebody has changed its forward."""
+        if isinstance(module, nn.RNNBase | nn.MultiheadAttention):  # whose forwards cannot be recorded
+            return "forward" in vars(module)
+        computed = any(map(computes_weights, module.modules())) or self.hooks.set_weights(path)
+        changed = "forward" in vars(module) or self.hooks.inside(path) is not None
+        return computed or changed or isinstance(module, parametrize.ParametrizationList)
+
     def proxy(self, node: fx.Node) -> ValueProxy:
         return ValueProxy(node, self)
 
@@ -255,9 +285,9 @@ class ValueTracer(fx.Tracer):
         """One placeholder per example input; other arguments keep their defaults and do not enter the graph."""
         names = [
             name
-            for name, parameter in inspect.signature(root_fn).parameters.items()
+            for name, parameter in inspect.signature(self.root.forward).parameters.items()
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        ][1:]
+        ]
         names += [f"input_{index}" for index in range(len(names), len(self.inputs))]
         arguments: list[Any] = [self.root]
         for name, value in zip(names, self.inputs, strict=False):
@@ -265,12 +295,18 @@ class ValueTracer(fx.Tracer):
             proxy.value = value
             proxy.node.meta[VALUE] = abstract(value)
             arguments.append(proxy)
-        return root_fn, arguments
+        return nn.Module._call_impl, arguments  # runs the model's own hooks, too
 
     def create_arg(self, a: Any) -> Any:
+        """As ``fx`` does; a dataclass becomes a node that makes one, also where it is a mapping as well."""
         if type(a) is ValueProxy:
             return a.node
-        return super().create_arg(a)
+        if not is_record(a):
+            return super().create_arg(a)
+        parts = fields_of(a)
+        node = self.create_node("call_function", type(a), (), {name: self.create_arg(x) for name, x in parts.items()})
+        node.meta[VALUE] = {name: abstract(_values(x)) for name, x in parts.items()}
+        return node
 
     def create_proxy(
         self,
@@ -284,15 +320,24 @@ class ValueTracer(fx.Tracer):
     ) -> ValueProxy:
         """Make the node as ``fx`` does, then compute its value."""
         del proxy_factory_fn  # parameters get value proxies too
+        if kind == "call_function" and not args and "input" in kwargs:  # as F.relu(input=x)
+            args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
         proxy = cast(ValueProxy, super().create_proxy(kind, target, args, kwargs, name, type_expr))
         if kind != "placeholder":
             proxy.node.meta["stack_trace"] = _forward_line()
             value = self._compute(kind, target, _values(args), _values(kwargs))
             proxy.__dict__["value"] = value
             proxy.node.meta[VALUE] = abstract(value)
+            if kind in ("call_function", "call_method") and value is not None:
+                self._follow_in_place(args, value, proxy)
             returns_input = kind == "call_module" and len(args) == 1 and value is _values(args[0])
             proxy.node.meta[RETURNS_INPUT] = returns_input and target not in self.leaves  # which may write into it
         return proxy
+
+    def _follow_in_place(self, args: tuple[Any, ...], value: Any, proxy: ValueProxy) -> None:
+        """After an op that wrote into its input, what reads that input reads the op: there is no other value of it."""
+        if args and type(args[0]) is ValueProxy and isinstance(value, Tensor) and args[0].value is value:
+            args[0].node = proxy.node
 
     def _compute(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._computing = True
@@ -332,8 +377,22 @@ class ValueTracer(fx.Tracer):
             self.submodule_paths or {}
         ):  # a module made during the forward is traced through
             return forward(*args, **kwargs)
-        self.current_path = self.path_of_module(m)
-        return super().call_module(m, forward, args, kwargs)
+        path = self.path_of_module(m)
+        record = functools.partial(super().call_module, m, forward)
+        if not self.is_leaf_module(m, path):
+            return record(args, kwargs)
+        hook = self.hooks.inside(path)
+        if hook is not None:
+            raise HookError(
+                explain(
+                    f"a hook computes something inside {path}, which is kept as one node",
+                    hook=f"{hook} on {hook.owner}",
+                    remedy=f"leave leaf= out; or {REMOVE}",
+                )
+            )
+        if not self.hooks.surround(path):
+            return record(args, kwargs)
+        return recorded_around(m, forward, lambda *given, **named: record(given, named), args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val if self._computing else super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -361,10 +420,8 @@ def _forward_line() -> str:
     """
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not record_forward.__code__:
-        if not frame.f_globals.get("__name__", "").startswith(("torch.", "vfsurgery.tracing")):
-            name, line = frame.f_code.co_filename, frame.f_lineno
-            code = linecache.getline(name, line, frame.f_globals).strip()
-            return f'File "{name}", line {line}, in {frame.f_code.co_name}\n    {code}'
+        if is_users(frame):
+            return shown(frame, frame.f_lineno)
         frame = frame.f_back
     return ""
 
@@ -413,15 +470,17 @@ def put_over(model: nn.Module, graph_module: fx.GraphModule) -> fx.GraphModule:
 def put_over_model(model: nn.Module, fallback: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """Put the graph over the model's own modules, parameters and buffers, and keep those that it does not use.
 
-    What only the trace has (tensor constants, modules that follow the mode) comes from ``fallback``.
+    What only the trace has (tensor constants, modules that follow the mode) comes from ``fallback``. Where a module has
+    hooks, which are nodes of the graph, a twin without them takes its place.
     """
     members: dict[str, Any] = {}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             try:
-                members[node.target] = operator.attrgetter(node.target)(model)
+                member = operator.attrgetter(node.target)(model)
             except AttributeError:
-                members[node.target] = operator.attrgetter(node.target)(fallback)
+                member = operator.attrgetter(node.target)(fallback)
+            members[node.target] = without_hooks(member) if isinstance(member, nn.Module) else member
     graph_module = fx.GraphModule(members, graph, type(model).__name__)
     known = model.state_dict(keep_vars=True)
     for path, module in graph_module.named_modules():
@@ -447,5 +506,5 @@ def _mirror(module: nn.Module, model: nn.Module) -> None:
         if child is not None and type(mine) is nn.Module:  # a container that fx made for the children it needs
             _mirror(mine, child)
             mine.training = child.training
-        module._modules[name] = mine if type(mine) is nn.Module else child
+        module._modules[name] = mine if type(mine) is nn.Module or is_twin(mine, child) else child
     module._modules.update(extra)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -41,7 +42,36 @@ def abstract(value: Any) -> Any:
         return type(value)(map(abstract, value)) if type(value) in (tuple, list) else tuple(map(abstract, value))
     if isinstance(value, dict):
         return {key: abstract(item) for key, item in value.items()}
-    return value
+    return {name: abstract(item) for name, item in fields_of(value).items()} if is_record(value) else value
+
+
+def is_record(value: object) -> bool:
+    """Whether a value is an instance of a dataclass that somebody else has written, as forwards return them.
+
+    >>> is_record(TensorValue((2,), torch.float32)), is_record((1, 2))
+    (False, False)
+    """
+    return is_dataclass(value) and not isinstance(value, type | TensorValue)
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass's instance that its constructor takes, by name."""
+    return {field.name: getattr(record, field.name) for field in fields(record) if field.init}
+
+
+def tensors_of(result: object) -> list[Tensor]:
+    """The tensors in what a model returns, in order: alone, in tuples, lists, mappings and dataclasses, at any depth.
+
+    >>> [tuple(tensor.shape) for tensor in tensors_of((torch.zeros(2), {"mask": torch.ones(3) > 0, "size": 7}))]
+    [(2,), (3,)]
+    """
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, Mapping):
+        return [tensor for item in result.values() for tensor in tensors_of(item)]
+    if isinstance(result, tuple | list):
+        return [tensor for item in result for tensor in tensors_of(item)]
+    return tensors_of(fields_of(result)) if is_record(result) else []
 
 
 def holds_tensor(value: Any) -> bool:

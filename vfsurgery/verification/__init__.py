@@ -7,7 +7,6 @@ from vfsurgery.verification.certificate import drift as drift
 from vfsurgery.verification.certificate import outputs_of as outputs_of
 from vfsurgery.verification.certificate import precision_of as precision_of
 from vfsurgery.verification.certificate import relative_error as relative_error
-from vfsurgery.verification.certificate import tensors_of as tensors_of
 from vfsurgery.verification.chance import several as several
 from vfsurgery.verification.chance import without_chance as without_chance
 from vfsurgery.verification.halving import culprits as culprits

@@ -7,7 +7,7 @@ statistics of the batch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
@@ -23,6 +23,7 @@ from vfsurgery.sources import Source
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.modes import in_training
 from vfsurgery.tracing.precision import Precise, is_inexact, raised, real
+from vfsurgery.tracing.values import tensors_of
 from vfsurgery.verification.chance import several, without_chance
 
 TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -53,28 +54,29 @@ def outputs_of(
     return tuple(tensor.detach() for tensor in tensors_of(result))
 
 
-def tensors_of(result: object) -> list[Tensor]:
-    """The tensors in what a model returns, in order."""
-    if isinstance(result, Tensor):
-        return [result]
-    if isinstance(result, Mapping):
-        return [tensor for item in result.values() for tensor in tensors_of(item)]
-    if isinstance(result, tuple | list):
-        return [tensor for item in result for tensor in tensors_of(item)]
-    return []
-
-
-def relative_error(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Largest absolute difference over the largest absolute expected value; infinite where NaN appears.
+
+    Infinite values count where they differ alone. Of tensors of no fractions (masks, class indices) it is the share of
+    entries that differ, and the larger of both counts.
 
     >>> relative_error((torch.tensor([1.0, 2.5]),), (torch.tensor([1.0, 2.0]),))
     0.25
+    >>> relative_error((torch.tensor([True, False]),), (torch.tensor([True, True]),))
+    0.5
     """
-    scale = max((float(tensor.abs().max()) for tensor in expected), default=0.0)
-    worst = max((float((x - y).abs().max()) for x, y in zip(found, expected, strict=True)), default=0.0)
-    if worst != worst or scale != scale:
-        return float("inf")
-    return worst / scale if scale else worst
+    scale, worst, share = 0.0, 0.0, 0.0
+    for x, y in zip(found, expected, strict=True):
+        x, y = x.detach(), y.detach()
+        if not y.numel():
+            continue
+        if not (y.is_floating_point() or y.is_complex()):
+            share = max(share, float((x != y).double().mean()))
+            continue
+        scale = max(scale, float(y.abs().nan_to_num(posinf=0.0).max()))
+        difference = float((x - y).abs().masked_fill(x == y, 0.0).max())
+        worst = max(worst, difference if difference == difference else float("inf"))
+    return max(worst / scale if scale else worst, share)
 
 
 def precision_of(source: Source) -> torch.dtype:

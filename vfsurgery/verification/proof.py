@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from vfsurgery.computed import settle
 from vfsurgery.discovery.recording import record
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, permute_tensor
@@ -102,6 +103,7 @@ def prove(
     model = in_precision(copied(fresh(model, inputs)), torch.float64).eval()
     inputs = tuple(raised(x.detach(), torch.float64) for x in inputs)
     randomize(model, generator)
+    settle(model)  # random vectors would make of spectral norm a division by anything
     with Precise(torch.float64):
         keep_signals_alive(model, inputs, generator)
         runs = _Runs(model, groups, canonical_state(model), inputs, passes=1)

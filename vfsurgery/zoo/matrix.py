@@ -28,7 +28,8 @@ from vfsurgery.matching import MATCHERS
 from vfsurgery.merging import Merging
 from vfsurgery.passes import NORMALIZATIONS, Pass, Regress
 from vfsurgery.stats.batch_norms import is_batch_norm
-from vfsurgery.verification import randomize, tensors_of
+from vfsurgery.tracing.values import tensors_of
+from vfsurgery.verification import randomize
 from vfsurgery.zoo.processes import GIB, MEMORY, in_processes
 from vfsurgery.zoo.twins import BYTES, SHRINKS, SIDE_NAMES, TooLargeError, build_quickly, image_inputs, runs
 
