@@ -72,7 +72,8 @@ def trace(
 
     Raises:
         ExampleInputError: no example input is given and the model says nothing.
-        TraceError: the forward cannot be recorded.
+        TraceError: the forward cannot be recorded; names the module and the line.
+        HookError: a forward hook cannot be followed; names it, its module, and the way out.
         OptionError: an entry of ``leaf`` matches nothing.
 
     >>> import torch
@@ -239,7 +240,8 @@ def merge(
             source's weights are zero, else zeros mean nothing. Nothing that follows gives a pruned weight a value,
             which is asserted; ``"regress"`` would, and is refused. Preserved layers keep their source's zeros. See
             docs/sparse.md.
-        example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured.
+        example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured. A model that
+            does not compute each image by itself (frames of a clip in the batch) is run on whole batches of their size.
         leaf: As for :func:`trace`.
         pins: As for :func:`find_groups`: units that stay in the order they have. The report lists them.
         inplace: Write the result into model a, whose tensors keep their storage, once all has succeeded. Otherwise all
