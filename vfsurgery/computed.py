@@ -109,9 +109,9 @@ def settle(model: nn.Module, reference: nn.Module | None = None) -> None:
         reference: A module of the same structure: where all that is stored equals what it stores, nothing changes.
 
     >>> layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
-    >>> _ = layer.parametrizations.weight.original.mul_(torch.arange(16.0).view(4, 4))
+    >>> _ = layer.parametrizations.weight.original.data.mul_(torch.arange(16.0).view(4, 4))
     >>> settle(layer)
-    >>> round(float(torch.linalg.matrix_norm(layer.weight, 2)), 3)
+    >>> round(float(torch.linalg.matrix_norm(layer.weight.detach(), 2)), 3)
     1.0
     """
     partners = dict(reference.named_modules()) if reference is not None else {}

@@ -172,7 +172,8 @@ class ValueProxy(fx.Proxy):
         if callable(concrete):
             return Attribute(self, name)
         if isinstance(self.value, tuple):  # by its place, which rules understand: x.max(1).values is item 0
-            return next(self[place] for place, item in enumerate(self.value) if item is concrete)
+            place = next(place for place, item in enumerate(self.value) if item is concrete)
+            return operator.getitem(cast(Any, self), place)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     @property
