@@ -275,7 +275,9 @@ def test_a_forward_that_fails_says_where() -> None:
 
 
 def test_inputs_of_a_wrong_shape_are_named() -> None:
-    with pytest.raises(TraceError, match=r"(?s)cannot trace Stem.*module +conv\n +line +File .*\n +inputs +\(2, 5, 9, 9\)"):
+    with pytest.raises(
+        TraceError, match=r"(?s)cannot trace Stem.*module +conv\n +line +File .*\n +inputs +\(2, 5, 9, 9\)"
+    ):
         surgery.trace(Stem(), torch.randn(2, 5, 9, 9))
 
 

@@ -240,8 +240,9 @@ def merge(
             source's weights are zero, else zeros mean nothing. Nothing that follows gives a pruned weight a value,
             which is asserted; ``"regress"`` would, and is refused. Preserved layers keep their source's zeros. See
             docs/sparse.md.
-        example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured. A model that
-            does not compute each image by itself (frames of a clip in the batch) is run on whole batches of their size.
+        example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured. A model
+            that does not compute each image by itself (frames of a clip in the batch) is run on whole batches of their
+            size.
         leaf: As for :func:`trace`.
         pins: As for :func:`find_groups`: units that stay in the order they have. The report lists them.
         inplace: Write the result into model a, whose tensors keep their storage, once all has succeeded. Otherwise all
