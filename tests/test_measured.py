@@ -24,18 +24,18 @@ LABELS = torch.randint(10, (150,), generator=torch.Generator().manual_seed(2))
 
 LAST = {
     "chosen": "{label: last, matching: auto, renormalize: auto}",
-    "preserved": "{label: last, matching: activations, renormalize: reset, preserve: 2}",
-    "nearer to a": "{label: last, matching: weights, renormalize: reset, alpha: 0.15}",
+    "nearer to a": "{label: last, matching: weights, renormalize: reset}",
     "not renormalized": "{label: last, matching: weights, renormalize: null}",
 }
 """The last merge of a pair, whose files are written."""
 
 
-def pair(last: str) -> str:
+def pair(last: str, alpha: float = 0.5) -> str:
     return f"""
 name: small
 data: {{name: digits, seed: 0}}
 threads: 1
+alpha: {alpha}
 pairs:
   - name: pair
     model: vfsurgery.demo:TinyResNet
@@ -69,10 +69,10 @@ def from_card(card: str, row: str) -> float:
 
 @pytest.mark.parametrize("kind", LAST)
 def test_page_card_plot_and_report_of_a_pair_have_the_figure_of_the_file(kind, tmp_path):
-    run = Recipe.from_yaml(pair(LAST[kind])).run(tmp_path, progress=False)
+    alpha = 0.15 if kind == "nearer to a" else 0.5
+    run = Recipe.from_yaml(pair(LAST[kind], alpha)).run(tmp_path, progress=False)
     assert isinstance(run.findings[0], PairFinding)
-    network = from_seed(lambda: TinyResNet(width=4), 0).eval() if kind != "preserved" else run.findings[0].model
-    expected = accuracy_of(tmp_path / "pair.safetensors", network)
+    expected = accuracy_of(tmp_path / "pair.safetensors", TinyResNet(width=4))
     plain = json.loads((tmp_path / "report.json").read_text())["pairs"][0]
     assert 100 * plain["scores"]["last"]["accuracy"] == pytest.approx(expected)
     card = (tmp_path / "README.md").read_text()
@@ -83,6 +83,7 @@ def test_page_card_plot_and_report_of_a_pair_have_the_figure_of_the_file(kind, t
     assert from_page(page, "last") == pytest.approx(expected, abs=0.005)
     drawn = list(plain["barrier"]["curves"].values())[-1]
     share = plain["report"]["weights"][1]
+    assert share == alpha
     assert 100 * drawn["accuracy"][drawn["alphas"].index(share)] == pytest.approx(expected)
     wrong = 100 * sum(rates["new_wrong"] for rates in plain["flips"]["rates"]) / 1000
     assert 100 - wrong == pytest.approx(expected)
@@ -109,17 +110,20 @@ def lines(merged: nn.Module, **options: object) -> surgery.Barrier:
     return surgery.barrier(a, b, (IMAGES, LABELS), alphas=3, through=merged, progress=False, **options)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 0.3, 0.0])
-def test_a_line_goes_through_the_model_it_is_drawn_for(alpha):
+@pytest.mark.parametrize(("alpha", "preserve"), [(0.5, 0), (0.3, 0), (0.0, 0), (0.3, 2)])
+def test_a_line_goes_through_the_model_it_is_drawn_for(alpha, preserve):
     a, b = (from_seed(TinyConvNet, seed).eval() for seed in (1, 2))
-    merged = surgery.merge(a, b, data=IMAGES, matching="activations", renormalize="repair", alpha=alpha, progress=False)
+    chosen = {"matching": "activations", "renormalize": "repair", "alpha": alpha, "preserve": preserve}
+    merged = surgery.merge(a, b, data=IMAGES, progress=False, **chosen)
     own = surgery.evaluate(merged, (IMAGES, LABELS), progress=False)
     found = lines(merged, calibration=IMAGES).renormalized
     assert found is not None
     place = found.alphas.index(alpha)
     assert (found.accuracy[place], found.loss[place]) == (own.accuracy, own.loss)
     with torch.no_grad():
-        next(merged.parameters()).mul_(-1)  # the point is measured on the very model, not on one made like it
+        [*merged.parameters()][-1].add_(
+            torch.arange(10.0)
+        )  # the point is measured on the very model, not on one made like it
     changed = lines(merged, calibration=IMAGES).renormalized
     assert changed is not None and changed.loss[place] != own.loss
 
@@ -188,8 +192,11 @@ def test_the_scores_of_the_last_evaluation_are_not_those_of_a_file_from_before(t
 
 
 def test_a_report_of_before_a_training_is_not_shown_as_of_the_trained_network(tmp_path):
-    staged("  - {train: {epochs: 2}}\n  - evaluate\n  - {diagnose: {page: after.html}}\n  - export", tmp_path)
-    own = accuracy_of(next(tmp_path.glob("*.safetensors")), TinyConvNet(width=4))
+    staged(
+        "  - {train: {epochs: 2}}\n  - evaluate\n  - {diagnose: {page: after.html}}\n  - {export: [after.safetensors]}",
+        tmp_path,
+    )
+    own = accuracy_of(tmp_path / "after.safetensors", TinyConvNet(width=4))
     page = (tmp_path / "after.html").read_text()
     assert from_page(page, "merged") == pytest.approx(own, abs=0.005)
     assert "merged by matching" not in page

@@ -55,7 +55,7 @@ def test_a_replay_makes_the_same_files(pair, tmp_path, name, options):
     done("merge", *pair, *DEMO, *options, "-o", tmp_path / name)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     result = done("replay", tmp_path / "ab.report.json", "-o", tmp_path / "again")
-    assert result.output.startswith("the same: ab")
+    assert result.stdout.startswith("the same: ab")
     assert {path: path.read_bytes() for path in before} == before
     for path in before:
         assert path.name == "ab.report.json" or (tmp_path / "again" / path.name).read_bytes() == before[path]

@@ -284,8 +284,6 @@ def merge(
     work = Merging.prepare(models, data, example_inputs, seed, progress, leaf, pins)
     graph_module = work.sources[0].graph_module
     passes = normalizations(renormalize, graph_module, work.groups, data)
-    if renormalize == "auto" and data is None and sum(planned.used) > 1:
-        _warn_of_norms(graph_module)
     shares = work.share(planned)
     matcher = _masked(work, masks, shares, matching, matcher, passes)
     ways = [Way(matcher, passes)]
@@ -295,6 +293,8 @@ def merge(
     with work.running():
         kept = plan_prefix(graph_module, work.inputs, sum(planned.used), preserve, budget)
         best, trials = choose(work, ways, shares, kept and kept[0])
+        if renormalize == "auto" and data is None and sum(planned.used) > 1:
+            _warn_of_norms(graph_module)  # once nothing else can fail, and before a is written to
         merged = work.finish(best.model, best.context, inplace, preserved=kept is not None)
     way, preserved = best.way, kept and kept[1]
     if renormalize == "auto" and data is not None and not way.passes:
