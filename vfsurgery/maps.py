@@ -20,6 +20,10 @@ from vfsurgery.errors import SurgeryError, explain
 from vfsurgery.groups import GroupSet, Member, Permutation, gather_index, permute_tensor
 
 
+ROUNDING = 1e-9
+"""Entries of a map up to this far from those of the identity come from rounding."""
+
+
 @dataclass(frozen=True, eq=False)
 class UnitMap:
     """How one source's units of one group become merged units (``merge``), and the way back (``unmerge``).
@@ -60,6 +64,12 @@ class UnitMap:
         """How many merged units are something else than the source's unit of the same number."""
         eye = torch.eye(self.size, dtype=self.merge.dtype, device=self.merge.device)
         return int((self.merge != eye).any(1).sum())
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether merged units are the source's own but for rounding."""
+        eye = torch.eye(self.size, dtype=self.merge.dtype, device=self.merge.device)
+        return torch.allclose(self.merge, eye, rtol=0, atol=ROUNDING)
 
 
 Order: TypeAlias = Permutation | UnitMap

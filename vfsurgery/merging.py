@@ -29,7 +29,7 @@ from vfsurgery.errors import (
     explain,
 )
 from vfsurgery.groups import GroupSet, Permutation
-from vfsurgery.holdout import EVERY, every_for, split
+from vfsurgery.holdout import EVERY, every_for, first, split
 from vfsurgery.maps import Order, UnitMap, balanced, permutations_of
 from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.matching.pairwise import describe
@@ -59,6 +59,9 @@ MERGE_PARTS = (
 JUDGED = 100
 """Calibration images from which on ways to merge are compared, on some that are held out."""
 
+SURVEYED = 2000
+"""Images that the sources' units are compared on, where several ways to merge are and there are twice as many."""
+
 ExampleInputs: TypeAlias = Tensor | Sequence[Tensor]
 
 
@@ -82,6 +85,7 @@ class Merging:
     pairs: dict[str, tuple[Site, ...]] = field(default_factory=dict[str, tuple[Site, ...]])
     units: dict[str, Site] = field(default_factory=dict[str, Site])
     held_out: Batches | None = None
+    surveyed: Batches | None = None
     masks: MaskPlan | None = None
     layer_weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
     _joint: bool = False
@@ -166,6 +170,7 @@ class Merging:
             self.units.update(step.reads(graph_module, self.groups))
         if self.held_out is None and judged and self.data is not None:
             self.data, self.held_out = split(self.data, every_for(self.data))
+            self.surveyed = first(self.data, SURVEYED)
         elif self.held_out is None and any(step.holds_out() for step in passes):
             self.data, self.held_out = split(self.data)
 
@@ -188,7 +193,7 @@ class Merging:
         """The statistics of all sources, from one pass over the data when first asked for."""
         if self._survey is None:
             started = time.perf_counter()
-            images = calibration_images(self.data, "statistics of the sources", self.progress)
+            images = calibration_images(self.surveyed or self.data, "statistics of the sources", self.progress)
             graph_modules = [source.graph_module for source in self.sources]
             self._survey = survey(graph_modules, images, self.pairs, self.units, self._joint, self._all_pairs)
             self.seconds.append(("statistics", time.perf_counter() - started))
@@ -244,13 +249,17 @@ class Merging:
         matchings: Sequence[Matching],
         passes: tuple[Pass, ...],
         preserve: Preserve | None = None,
+        data: Batches | None = None,
     ) -> tuple[nn.Module, Context]:
-        """Average the aligned sources into a copy of a, put what is preserved before it, and renormalize it."""
+        """Average the aligned sources into a copy of a, put what is preserved before it, and renormalize it.
+
+        ``data`` is what the passes see, by default all calibration images.
+        """
         if self.units:
             self.survey()
         target, self._target = self._target or self.sources[0].clone(), None
         orders = balanced([matching.permutations for matching in self._of_all_sources(matchings)], shares)
-        context = Context(self.groups, self.sources, shares, orders, self.survey, self.data, self.progress)
+        context = Context(self.groups, self.sources, shares, orders, self.survey, data or self.data, self.progress)
         context.held_out, context.inputs, context.seed = self.held_out, self.inputs, self.seed
         context.layer_weights = self.layer_weights
         with self.clock("average and renormalize"), eval_mode(target.model, target.graph_module):

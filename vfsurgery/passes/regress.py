@@ -20,7 +20,7 @@ are no dense matrix (depthwise and grouped convolutions, scales of other norms) 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import torch
@@ -46,6 +46,8 @@ HELD_OUT = 5
 """Every which batch is held out to choose the ridge."""
 SAMPLES, LEAST_SAMPLES = 10, 20_000
 """Samples per column of a layer's matrix that are looked at, and how many at least, where there are as many."""
+JUDGED_UNITS = 64
+"""Units that a ridge is chosen on."""
 TRIED = 3
 """Ridges that are tried for a layer, about."""
 IMAGES_AT_A_PLACE = 128
@@ -67,7 +69,7 @@ class Regress(Pass):
     needs_data: ClassVar[bool] = True
     fills_zeros: ClassVar[bool] = True
     needs_sources: ClassVar[bool] = True
-    images: int = 4000
+    images: int = 2000
     memory: float = 4.0
     ridge: float | None = None
 
@@ -329,31 +331,39 @@ class _Search:
 
     def best(self, ridges: Sequence[Tensor], first: int) -> tuple[Tensor, int]:
         """The weights under the best ridge, and which one that is; ``start`` if none can be solved for."""
-        missing = (self.scale * self.fitted.cross - self.start @ self.fitted.covariance).T
         errors: dict[int, float] = {}
-        best, chosen, places = self.start, 0, [first]
+        chosen, places = first, [first] if len(ridges) > 1 else []
+        sample = self._sample()
         while places:
-            for place in places:
-                found = self._solved(missing, ridges[place])
-                errors[place] = float("inf") if found is None else self._error(found)
-                if found is not None and errors[place] == min(errors.values()):
-                    best, chosen = found, place
-            if all(error == float("inf") for error in errors.values()):  # a larger one may do
+            errors |= {place: sample.error(sample.solved(ridges[place])) for place in places}
+            chosen = min(errors, key=errors.__getitem__)
+            if errors[chosen] == float("inf"):  # a larger one may do
                 places = [place for place in range(len(ridges)) if place not in errors]
             else:
                 beside = (chosen - 1, chosen + 1)
                 places = [place for place in beside if 0 <= place < len(ridges) and place not in errors]
-        return best, chosen
+        found = self.solved(ridges[chosen])
+        return self.start if found is None else found, chosen
 
-    def _solved(self, missing: Tensor, ridge: Tensor) -> Tensor | None:
+    def _sample(self) -> _Search:
+        """For some of the units, evenly spread."""
+        step = -(-len(self.start) // JUDGED_UNITS)
+        fitted, held_out = (replace(part, cross=part.cross[::step]) for part in (self.fitted, self.held_out))
+        return _Search(fitted, held_out, self.start[::step], self.scale[::step], self.goal_std[::step])
+
+    def solved(self, ridge: Tensor) -> Tensor | None:
+        """The weights under a ridge; ``None`` where rounding leaves no solution."""
+        missing = (self.scale * self.fitted.cross - self.start @ self.fitted.covariance).T
         matrix = self.fitted.covariance.clone()
         matrix.diagonal().add_(ridge)
         with threads(1):
             factor, failed = torch.linalg.cholesky_ex(matrix)
             return None if bool(failed) else self.start + torch.cholesky_solve(missing, factor).T
 
-    def _error(self, found: Tensor) -> float:
+    def error(self, found: Tensor | None) -> float:
         """Squared deviation from the goals, each unit's in units of its own variance, but for a constant."""
+        if found is None:
+            return float("inf")
         error = ((found @ self.held_out.covariance - 2 * self.scale * self.held_out.cross) * found).sum(1)
         return float((error / self.goal_std.square().clamp_min(torch.finfo(torch.float64).tiny)).sum())
 
