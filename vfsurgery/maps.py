@@ -19,7 +19,6 @@ from vfsurgery.discovery.roles import READS
 from vfsurgery.errors import SurgeryError, explain
 from vfsurgery.groups import GroupSet, Member, Permutation, gather_index, permute_tensor
 
-
 ROUNDING = 1e-9
 """Entries of a map up to this far from those of the identity come from rounding."""
 

@@ -91,6 +91,7 @@ class Merging:
     _joint: bool = False
     _all_pairs: bool = False
     _survey: Survey | None = None
+    _unmatched: set[str] = field(default_factory=set[str])
     _target: Source | None = None
 
     @staticmethod
@@ -166,6 +167,7 @@ class Merging:
             self.pairs = self.pairs or group_sites(graph_module, self.groups, self.sources[0].device)
             self._joint |= getattr(matcher, "needs_joint", False)
             self._all_pairs |= getattr(matcher, "needs_pairs", False)
+        self._unmatched.add(matcher.name)
         for step in passes:
             self.units.update(step.reads(graph_module, self.groups))
         if self.held_out is None and judged and self.data is not None:
@@ -207,11 +209,15 @@ class Merging:
             states = [source.state for source in self.sources]
             correlations = lambda: self.survey().correlations  # noqa: E731
             joint = lambda: self.survey().crossed  # noqa: E731
-            return matcher.match(Problem(self.groups, states, correlations, self.seed, advance, joint))
+            found = matcher.match(Problem(self.groups, states, correlations, self.seed, advance, joint))
+        self._unmatched.discard(matcher.name)
+        return found
 
     def certify(self, matchings: Sequence[Matching]) -> tuple[tuple[Certificate, ...], tuple[str, ...]]:
         """Prove that each source computes the same after its reordering; measure what maps of units do to it."""
         with self.clock("certificate"):
+            compared = self._pairwise(matchings)
+            self._forget_correlations()
             self._target = self.sources[0].clone()  # the result's tensors serve as scratch until the average is written
             scratch = self._target.state
             certificates: list[Certificate] = []
@@ -226,8 +232,12 @@ class Merging:
                     error = drift(source, self.groups, matching.permutations, self.inputs)
                     certificate = replace(certificate, mapped=mapped, drift=error)
                 certificates.append(certificate)
-            notes += self._pairwise(matchings)
-            return tuple(certificates), tuple(notes)
+            return tuple(certificates), tuple(compared)
+
+    def _forget_correlations(self) -> None:
+        """Once all matchers have matched: beside a model they are the largest thing in memory."""
+        if self._survey is not None and not self._unmatched:
+            self._survey = replace(self._survey, crossed={})
 
     def _pairwise(self, matchings: Sequence[Matching]) -> list[str]:
         """For the report: how similar more than two sources are to each other, which no comparison with a says."""
