@@ -169,12 +169,15 @@ def test_float32_maps_with_a_large_mean_lose_nothing():
 
 
 def test_a_product_that_is_given_to_a_wrong_block_is_noticed(monkeypatch):
-    broken = lambda *given: (found := _steps(*given)).__class__(
-        found.rows,
-        tuple(
-            (start, stop, partner, taps[:1] if len(taps) > 1 else taps) for start, stop, partner, taps in found.products
-        ),
-        found.reads,
+    broken = (
+        lambda *given: (found := _steps(*given)).__class__(
+            found.rows,
+            tuple(
+                (start, stop, partner, taps[:1] if len(taps) > 1 else taps)
+                for start, stop, partner, taps in found.products
+            ),
+            found.reads,
+        )
     )
     monkeypatch.setattr("vfsurgery.stats.patches._steps", broken)
     moments, expected = case(CONVOLUTIONS["padded"], 7)

@@ -27,6 +27,7 @@ from vfsurgery.matching import ActivationMatching, CCAMatching, Matcher, Matchin
 from vfsurgery.merging import Merging
 from vfsurgery.passes import Context, Pass, Preserve, Regress, Repair, Rescale
 from vfsurgery.passes.agreement import Judgement, Known, best_of, judge
+from vfsurgery.passes.base import calibration_images
 from vfsurgery.report import Certificate, Trial
 from vfsurgery.sparse import MaskPlan
 from vfsurgery.stats.batch_norms import batch_norm_nodes
@@ -36,6 +37,8 @@ MAPPABLE = 0.5
 MOST_FLOPS = {"cpu": 2e13}
 """Floating-point operations above which the regression is not tried unasked, by device; some minutes each."""
 MOST_FLOPS_ELSEWHERE = 2e15
+JUDGED_ON = 500
+"""Held-out images that ways are judged on, where there are twice as many."""
 SCREENED = 500
 """Images that ways are compared on, where there are twice as many; the best one is then made anew with all."""
 WITHOUT_LOGITS = "chosen by architecture: without logits there is nothing to judge others by"
@@ -122,7 +125,8 @@ def choose(
     """
     for way in ways:
         work.plan(way.matcher, way.passes, judged=len(ways) > 1)
-    choice = _Choice(work, shares, preserve)
+    judged_on = None if work.held_out is None else first(work.held_out, JUDGED_ON) or work.held_out
+    choice = _Choice(work, shares, preserve, judged_on)
     if len(ways) == 1:
         return choice.merge(ways[0]), ()
     few = None if work.data is None else first(work.data, SCREENED)
@@ -150,6 +154,7 @@ class _Choice:
     work: Merging
     shares: tuple[float, ...]
     preserve: Preserve | None
+    judged_on: Batches | None
     trials: dict[int, Trial] = field(default_factory=dict[int, Trial])
     judgements: dict[int, Judgement] = field(default_factory=dict[int, Judgement])
     failures: list[tuple[Way, SurgeryError]] = field(default_factory=list[tuple[Way, SurgeryError]])
@@ -183,7 +188,7 @@ class _Choice:
         started = time.perf_counter()
         merged = self.merge(way, data)
         sources = [source.graph_module for source in self.work.sources]
-        images = self.work.held_out_images("agreement with the ensemble")
+        images = calibration_images(self.judged_on, "agreement with the ensemble", self.work.progress)
         judgement = judge(merged.model, sources, self.shares, images, self._known)
         if judgement is not None:
             self.judgements[place] = judgement

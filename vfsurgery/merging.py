@@ -7,7 +7,7 @@ the certificate of every source, come before anything is written.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -59,7 +59,7 @@ MERGE_PARTS = (
 JUDGED = 100
 """Calibration images from which on ways to merge are compared, on some that are held out."""
 
-SURVEYED = 2000
+SURVEYED = 1000
 """Images that the sources' units are compared on, where several ways to merge are and there are twice as many."""
 
 ExampleInputs: TypeAlias = Tensor | Sequence[Tensor]
@@ -186,10 +186,6 @@ class Merging:
             if seen >= enough:
                 return True
         return False
-
-    def held_out_images(self, label: str) -> Iterator[Tensor]:
-        """One pass over the held-out images, with a progress bar."""
-        return calibration_images(self.held_out, label, self.progress)
 
     def survey(self) -> Survey:
         """The statistics of all sources, from one pass over the data when first asked for."""
