@@ -39,6 +39,7 @@ from vfsurgery.stats.batch_norms import BatchNorm, OnBatches, batch_norm_nodes, 
 from vfsurgery.stats.lockstep import Lockstep, live_bytes
 from vfsurgery.stats.moments import Moments, add_batch, weighted_goal
 from vfsurgery.stats.patches import Box, Geometry, PatchSums
+from vfsurgery.threads import threads
 from vfsurgery.tracing.ops import Op, OpReader
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
@@ -46,6 +47,8 @@ HELD_OUT = 5
 """Every which batch is held out to choose the ridge."""
 SAMPLES, LEAST_SAMPLES = 10, 20_000
 """Samples per column of a layer's matrix that are looked at, and how many at least, where there are as many."""
+WORTH_DIVIDING = 1024
+"""Columns of a layer's matrix from which on its products are computed on several threads: small ones only wait."""
 TRIED = 3
 """Ridges that are tried for a layer, about."""
 IMAGES_AT_A_PLACE = 128
@@ -228,7 +231,8 @@ class _Fit:
                     add_batch(goals, source, Moments.of(aligned))
                     mean = share * aligned if mean is None else mean.add_(aligned, alpha=share)
                 assert mean is not None
-                sums.add(value[part], mean, box)
+                with threads(1 if weight[0].numel() < WORTH_DIVIDING else None):
+                    sums.add(value[part], mean, box)
         return fitted, held_out, [*goals.values()]
 
     def _aligned(self, units: Tensor, producer: Producer, source: int) -> Tensor:

@@ -1,4 +1,8 @@
-"""Ridge regression of one layer's weights from moments, the ridge chosen on batches that were held out."""
+"""Ridge regression of one layer's weights from moments, the ridge chosen on batches that were held out.
+
+All of it runs on one thread: the factorizations have to (:mod:`vfsurgery.threads`), and between them other threads would
+only wait, which costs as much as work.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,7 @@ class Solution:
     fitted: PatchMoments
     held_out: PatchMoments
 
+    @threads(1)
     def solve(
         self, average: Tensor, goal: tuple[Tensor, Tensor] | None, ridges: Sequence[float], first: int = 0
     ) -> tuple[Tensor, Tensor, int]:
@@ -119,9 +124,8 @@ class _Search:
         """The weights under a ridge; ``None`` where rounding leaves no solution."""
         matrix = self.covariance.clone()
         matrix.diagonal().add_(ridge)
-        with threads(1):
-            factor, failed = torch.linalg.cholesky_ex(matrix)
-            return None if bool(failed) else self.start + torch.cholesky_solve(self.missing.T, factor).T
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        return None if bool(failed) else self.start + torch.cholesky_solve(self.missing.T, factor).T
 
     def error(self, found: Tensor | None) -> float:
         """Squared deviation from the goals, each unit's in units of its own variance, but for a constant."""
