@@ -1,7 +1,7 @@
 """Ridge regression of one layer's weights from moments, the ridge chosen on batches that were held out.
 
-All of it runs on one thread: the factorizations have to (:mod:`vfsurgery.threads`), and between them other threads would
-only wait, which costs as much as work.
+All of it runs on one thread: the factorizations have to (:mod:`vfsurgery.threads`), and between them other threads
+would only wait, which costs as much as work.
 """
 
 from __future__ import annotations
