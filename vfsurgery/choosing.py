@@ -37,9 +37,9 @@ MAPPABLE = 0.5
 MOST_FLOPS = {"cpu": 2e13}
 """Floating-point operations above which the regression is not tried unasked, by device; some minutes each."""
 MOST_FLOPS_ELSEWHERE = 2e15
-JUDGED_ON = 500
+JUDGED_ON = 400
 """Held-out images that ways are judged on, where there are twice as many."""
-SCREENED = 500
+SCREENED = 400
 """Images that ways are compared on, where there are twice as many; the best one is then made anew with all."""
 WITHOUT_LOGITS = "chosen by architecture: without logits there is nothing to judge others by"
 

@@ -109,7 +109,7 @@ def map_units(units: Tensor, name: str, dim: int, groups: GroupSet, orders: Mapp
         units = units.index_select(0, torch.from_numpy(index).to(units.device))
     for group, member in entries:
         order = orders.get(group.name)
-        if isinstance(order, UnitMap):
+        if isinstance(order, UnitMap) and not order.is_identity:
             units = _apply(units, replace(member, dim=0), order.merge)
     return units
 
