@@ -217,7 +217,6 @@ class Merging:
             self._target = self.sources[0].clone()  # the result's tensors serve as scratch until the average is written
             scratch = self._target.state
             certificates: list[Certificate] = []
-            notes: list[str] = []
             for number, matching in enumerate(self._of_all_sources(matchings)):
                 source, orders = self.sources[number], permutations_of(matching.permutations)
                 mapped = _mapped(matching.permutations)
