@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -64,8 +66,9 @@ def unfolded(x: Tensor, conv: nn.Conv2d, box: Box) -> Tensor:
                 output, conv.stride, conv.dilation, conv.kernel_size, strict=True
             )
         ]
+        patch = x
         for dim, taken in enumerate(places, start=2):
-            patch = (x if dim == 2 else patch).index_select(dim, torch.tensor(taken))
+            patch = patch.index_select(dim, torch.tensor(taken))
         patches.append(patch.flatten(1))
     return torch.cat(patches).T
 
@@ -169,13 +172,11 @@ def test_float32_maps_with_a_large_mean_lose_nothing():
 
 
 def test_a_product_that_is_given_to_a_wrong_block_is_noticed(monkeypatch):
-    broken = lambda *given: (found := _steps(*given)).__class__(
-        found.rows,
-        tuple(
-            (start, stop, partner, taps[:1] if len(taps) > 1 else taps) for start, stop, partner, taps in found.products
-        ),
-        found.reads,
-    )
+    def broken(*given: Any) -> Any:
+        found = _steps(*given)
+        products = tuple((*places, taps[: max(len(taps) - 1, 1)]) for *places, taps in found.products)
+        return replace(found, products=products)
+
     monkeypatch.setattr("vfsurgery.stats.patches._steps", broken)
     moments, expected = case(CONVOLUTIONS["padded"], 7)
     assert not torch.allclose(whole(moments, 27)[1], expected[1], rtol=1e-2, atol=1e-2)

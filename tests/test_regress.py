@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import vfsurgery as surgery
 from vfsurgery.errors import DataError, OptionError
-from vfsurgery.passes.regress import Regress, _Solution
+from vfsurgery.passes.regress import Regress
+from vfsurgery.passes.ridge import Solution
 from vfsurgery.stats.lockstep import Lockstep, live_bytes
 from vfsurgery.stats.patches import Geometry, PatchMoments, PatchSums
 from vfsurgery.verification import relative_error
@@ -158,10 +159,10 @@ def linear_samples(columns: int = 6) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_solution_is_that_of_ridge_regression_on_centred_samples():
     x, z, start = linear_samples()
     moments = moments_of(x, z)
-    weight, bias, place = _Solution(moments, moments).solve(start, None, [1e-9, 10.0])
+    weight, bias, place = Solution(moments, moments).solve(start, None, [1e-9, 10.0])
     assert place == 0
     assert torch.allclose(x @ weight.T + bias, z, atol=1e-6)
-    held, shift, _ = _Solution(moments, moments).solve(start, None, [1e6])
+    held, shift, _ = Solution(moments, moments).solve(start, None, [1e6])
     assert not torch.allclose(x @ held.T + shift, z, atol=0.1)
     direction = held / held.norm(dim=1, keepdim=True)
     assert torch.allclose(direction, start / start.norm(dim=1, keepdim=True), atol=1e-3)
@@ -171,7 +172,7 @@ def test_the_solution_is_that_of_ridge_regression_on_centred_samples():
 def test_the_solution_meets_the_normal_equations(ridge):
     x, z, start = linear_samples()
     moments = moments_of(x, z)
-    weight, bias, _ = _Solution(moments, moments).solve(start, None, [ridge])
+    weight, bias, _ = Solution(moments, moments).solve(start, None, [ridge])
     spread = (z - z.mean(0)).std(0, correction=0)
     x = x - x.mean(0)
     start = start * (spread / (x @ start.T).std(0, correction=0))[:, None]
@@ -192,11 +193,11 @@ def test_the_best_ridge_is_found_from_wherever_the_search_starts(first):
     z = z + 20 * torch.randn(z.shape, generator=generator, dtype=z.dtype)
     ridges = [1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0]
     parts = moments_of(x[:100], z[:100]), moments_of(x[100:], z[100:])
-    _, _, place = _Solution(*parts).solve(start, None, ridges, first)
+    _, _, place = Solution(*parts).solve(start, None, ridges, first)
     residual = x[100:] - x[100:].mean(0), z[100:] - z[100:].mean(0)
     errors = []
     for ridge in ridges:
-        weight, _, _ = _Solution(*parts).solve(start, None, [ridge])
+        weight, _, _ = Solution(*parts).solve(start, None, [ridge])
         errors.append(float((((residual[0] @ weight.T - residual[1]) / z[:100].std(0, correction=0)) ** 2).sum()))
     assert place == errors.index(min(errors)) and 0 < place < 5
 
@@ -207,8 +208,8 @@ def test_inputs_that_never_vary_keep_their_weights_and_cost_no_accuracy():
     wider = torch.cat([start, torch.ones(3, 2, dtype=x.dtype)], 1)
     moments, more = moments_of(x, z), moments_of(constant, z)
     ridges = [0.04]
-    weight, bias, _ = _Solution(moments, moments).solve(start, None, ridges)
-    found, shift, _ = _Solution(more, more).solve(wider, None, [ridges[0] * 8 / 6])  # its unit is the mean variance
+    weight, bias, _ = Solution(moments, moments).solve(start, None, ridges)
+    found, shift, _ = Solution(more, more).solve(wider, None, [ridges[0] * 8 / 6])  # its unit is the mean variance
     assert torch.allclose(found[:, :6], weight)
     assert torch.allclose(constant @ found.T + shift, x @ weight.T + bias)
     assert torch.allclose(found[:, 6:] / found[:, 6:7], torch.ones(3, 2, dtype=x.dtype))

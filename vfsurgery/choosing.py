@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from torch import fx, nn
 
-from vfsurgery.batches import named
+from vfsurgery.batches import Batches, named
 from vfsurgery.discovery.recording import hidden_norms
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet
+from vfsurgery.holdout import first
 from vfsurgery.matching import ActivationMatching, CCAMatching, Matcher, Matching, ZipMatching
 from vfsurgery.merging import Merging
 from vfsurgery.passes import Context, Pass, Preserve, Regress, Repair, Rescale
-from vfsurgery.passes.agreement import Judgement, best_of, judge
+from vfsurgery.passes.agreement import Judgement, Known, best_of, judge
+from vfsurgery.passes.base import calibration_images
 from vfsurgery.report import Certificate, Trial
 from vfsurgery.sparse import MaskPlan
 from vfsurgery.stats.batch_norms import batch_norm_nodes
@@ -35,6 +37,10 @@ MAPPABLE = 0.5
 MOST_FLOPS = {"cpu": 2e13}
 """Floating-point operations above which the regression is not tried unasked, by device; some minutes each."""
 MOST_FLOPS_ELSEWHERE = 2e15
+JUDGED_ON = 400
+"""Held-out images that ways are judged on, where there are twice as many."""
+SCREENED = 400
+"""Images that ways are compared on, where there are twice as many; the best one is then made anew with all."""
 WITHOUT_LOGITS = "chosen by architecture: without logits there is nothing to judge others by"
 
 
@@ -82,17 +88,17 @@ def sensible(
         fixed: Whether that one was asked for.
         masks: Of sparse sources: what would undo their pruning is left out.
     """
-    first = ActivationMatching() if matcher is None else matcher
-    found = [Way(first, default)]
+    plain = ActivationMatching() if matcher is None else matcher
+    found = [Way(plain, default)]
     has_batch_norm, is_rescaled = bool(batch_norm_nodes(graph_module)), default == (Rescale(),)
     if is_rescaled and not fixed:
-        found.append(Way(first, (Repair(),)))
+        found.append(Way(plain, (Repair(),)))
     regress = Regress()
     regresses = not fixed and not hidden_norms(graph_module) and regress.applies(graph_module, groups)
     affordable = MOST_FLOPS.get(next(graph_module.parameters()).device.type, MOST_FLOPS_ELSEWHERE)
     regresses = regresses and regress.flops(graph_module, groups) <= affordable
     if regresses:
-        found.append(Way(first, (regress,)))
+        found.append(Way(plain, (regress,)))
     units = sum(group.units for group in groups)
     if matcher is None and units and sum(group.units for group in groups if group.mappable) >= MAPPABLE * units:
         if fixed or has_batch_norm or not default:
@@ -102,7 +108,7 @@ def sensible(
         if regresses:
             found.append(Way(CCAMatching(), (regress,)))
     if masks is not None:  # maps of units mix their zeros away
-        found = [way for way in found if way.matcher == first and not any(step.fills_zeros for step in way.passes)]
+        found = [way for way in found if way.matcher == plain and not any(step.fills_zeros for step in way.passes)]
     return found
 
 
@@ -111,6 +117,7 @@ def choose(
 ) -> tuple[Merged, tuple[Trial, ...]]:
     """Merge in every way and keep the best; a single one is not judged.
 
+    Where there are many images, ways are compared on the first of them, and the best one is made anew with all.
     Besides the sources, two merged models are in memory at a time. Which one is kept: :func:`best_of`.
 
     Raises:
@@ -118,57 +125,89 @@ def choose(
     """
     for way in ways:
         work.plan(way.matcher, way.passes, judged=len(ways) > 1)
-    best: Merged | None = None
-    kept = -1
-    trials: dict[int, Trial] = {}
-    judgements: dict[int, Judgement] = {}
-    failures: list[tuple[Way, SurgeryError]] = []
-    matched: dict[str, Matched] = {}
-    for place, way in enumerate(ways):
+    judged_on = None if work.held_out is None else first(work.held_out, JUDGED_ON) or work.held_out
+    choice = _Choice(work, shares, preserve, judged_on)
+    if len(ways) == 1:
+        return choice.merge(ways[0]), ()
+    few = None if work.data is None else first(work.data, SCREENED)
+    best = choice.compare(ways, few)
+    if not choice.judgements:
+        best = best if few is None else choice.merge(best.way)
+        best.context.notes.append(WITHOUT_LOGITS)
+        return best, ()
+    place = best_of(choice.judgements)
+    way = ways[place]
+    if few is not None:
+        with named(f"{way} on all images"):
+            best = choice.attempt(place, way)
+        best.context.notes.append(f"ways compared with statistics of {SCREENED} images; the one kept has those of all")
+    elif best.way is not way:  # one that was let go has come to be the best after all
+        best = choice.merge(way)
+    best.context.notes.extend(f"failed, {way}: {str(error).splitlines()[0]}" for way, error in choice.failures)
+    return best, tuple(replace(trial, kept=number == place) for number, trial in choice.trials.items())
+
+
+@dataclass
+class _Choice:
+    """Merges in several ways, what they have in common, and what came of them."""
+
+    work: Merging
+    shares: tuple[float, ...]
+    preserve: Preserve | None
+    judged_on: Batches | None
+    trials: dict[int, Trial] = field(default_factory=dict[int, Trial])
+    judgements: dict[int, Judgement] = field(default_factory=dict[int, Judgement])
+    failures: list[tuple[Way, SurgeryError]] = field(default_factory=list[tuple[Way, SurgeryError]])
+    _matched: dict[str, Matched] = field(default_factory=dict[str, Matched])
+    _known: Known = field(default_factory=Known)
+
+    def compare(self, ways: Sequence[Way], data: Batches | None) -> Merged:
+        """Try all ways on some data; the best so far is returned, or the first one where there are no logits.
+
+        Raises:
+            SurgeryError: no way succeeds; it is the first one's error.
+        """
+        best: Merged | None = None
+        for place, way in enumerate(ways):
+            try:
+                with named(f"trying {place + 1} of {len(ways)}: {way}"):
+                    merged = self.attempt(place, way, data)
+            except SurgeryError as error:
+                self.failures.append((way, error))
+                continue
+            if not self.judgements:
+                return merged
+            if best_of(self.judgements) == place:
+                best = merged
+        if best is None:
+            raise self.failures[0][1]
+        return best
+
+    def attempt(self, place: int, way: Way, data: Batches | None = None) -> Merged:
+        """Merge in one way and judge the result on held-out images; without logits there is no judgement."""
         started = time.perf_counter()
-        try:
-            with named(f"trying {place + 1} of {len(ways)}: {way}" if len(ways) > 1 else ""):
-                merged = _merge(work, way, shares, preserve, matched)
-                judgement = _judged(work, merged.model, shares) if len(ways) > 1 else None
-        except SurgeryError as error:
-            failures.append((way, error))
-            continue
-        if judgement is None:
-            if len(ways) > 1:
-                merged.context.notes.append(WITHOUT_LOGITS)
-            return merged, ()
-        judgements[place] = judgement
-        trials[place] = _trial(way, judgement, time.perf_counter() - started)
-        if best_of(judgements) == place:
-            best, kept = merged, place
-    if best is None:
-        raise failures[0][1]
-    chosen = best_of(judgements)
-    if kept != chosen:  # one that was let go has come to be the best after all
-        best = _merge(work, ways[chosen], shares, preserve, matched)
-    best.context.notes.extend(f"failed, {way}: {str(error).splitlines()[0]}" for way, error in failures)
-    return best, tuple(replace(trial, kept=place == chosen) for place, trial in trials.items())
+        merged = self.merge(way, data)
+        sources = [source.graph_module for source in self.work.sources]
+        images = calibration_images(self.judged_on, "agreement with the ensemble", self.work.progress)
+        judgement = judge(merged.model, sources, self.shares, images, self._known)
+        if judgement is not None:
+            self.judgements[place] = judgement
+            before = self.trials[place].seconds if place in self.trials else 0.0
+            self.trials[place] = _trial(way, judgement, before + time.perf_counter() - started)
+        return merged
+
+    def merge(self, way: Way, data: Batches | None = None) -> Merged:
+        """Merge in one way; ``data`` is what its passes see, by default all."""
+        if way.matcher.name not in self._matched:
+            matchings = self.work.match(way.matcher)
+            self._matched[way.matcher.name] = matchings, *self.work.certify(matchings)
+        matchings, certificates, notes = self._matched[way.matcher.name]
+        model, context = self.work.combine(self.shares, matchings, way.passes, self.preserve, data)
+        context.notes[:0] = notes
+        return Merged(way, model, matchings, certificates, context)
 
 
 def _trial(way: Way, judgement: Judgement, seconds: float) -> Trial:
     names = tuple(step.name for step in way.passes)
     images = len(judgement.agreed)
     return Trial(way.matcher.name, names, judgement.agreement, judgement.cross_entropy, images, seconds)
-
-
-def _merge(
-    work: Merging, way: Way, shares: tuple[float, ...], preserve: Preserve | None, matched: dict[str, Matched]
-) -> Merged:
-    if way.matcher.name not in matched:
-        matchings = work.match(way.matcher)
-        matched[way.matcher.name] = matchings, *work.certify(matchings)
-    matchings, certificates, notes = matched[way.matcher.name]
-    model, context = work.combine(shares, matchings, way.passes, preserve)
-    context.notes[:0] = notes
-    return Merged(way, model, matchings, certificates, context)
-
-
-def _judged(work: Merging, model: nn.Module, shares: Sequence[float]) -> Judgement | None:
-    """How near a model comes to the ensemble on held-out images; ``None`` without logits."""
-    sources = [source.graph_module for source in work.sources]
-    return judge(model, sources, shares, work.held_out_images("agreement with the ensemble"))

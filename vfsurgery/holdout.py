@@ -66,6 +66,38 @@ class Part:
             )
 
 
+class First:
+    """The first images of some batches, without labels."""
+
+    def __init__(self, batches: Batches, count: int) -> None:
+        self.batches, self.count = batches, count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """One pass, which reads no more than it needs."""
+        left = self.count
+        for images, _ in self.batches:
+            yield images[:left]
+            left -= len(images)
+            if left <= 0:
+                return
+
+
+def first(data: Batches, count: int) -> Batches | None:
+    """The first ``count`` images; ``None`` where the data has not at least twice as many.
+
+    >>> few = first(Batches(torch.zeros(300, 1, 1, 1)), 150)
+    >>> few and [len(images) for images, _ in few]
+    [128, 22]
+    >>> first(Batches(torch.zeros(300, 1, 1, 1)), 151)
+    """
+    seen = 0
+    for images, _ in data:
+        seen += len(images)
+        if seen >= 2 * count:
+            return Batches(First(data, count))
+    return None
+
+
 def every_for(data: Batches) -> int:
     """One image in how many is to be held out for merges to be compared; reads as much as decides that.
 

@@ -19,6 +19,9 @@ from vfsurgery.discovery.roles import READS
 from vfsurgery.errors import SurgeryError, explain
 from vfsurgery.groups import GroupSet, Member, Permutation, gather_index, permute_tensor
 
+ROUNDING = 1e-9
+"""Entries of a map up to this far from those of the identity come from rounding."""
+
 
 @dataclass(frozen=True, eq=False)
 class UnitMap:
@@ -61,6 +64,12 @@ class UnitMap:
         eye = torch.eye(self.size, dtype=self.merge.dtype, device=self.merge.device)
         return int((self.merge != eye).any(1).sum())
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether merged units are the source's own but for rounding."""
+        eye = torch.eye(self.size, dtype=self.merge.dtype, device=self.merge.device)
+        return torch.allclose(self.merge, eye, rtol=0, atol=ROUNDING)
+
 
 Order: TypeAlias = Permutation | UnitMap
 """What becomes of one source's units of one group."""
@@ -100,7 +109,7 @@ def map_units(units: Tensor, name: str, dim: int, groups: GroupSet, orders: Mapp
         units = units.index_select(0, torch.from_numpy(index).to(units.device))
     for group, member in entries:
         order = orders.get(group.name)
-        if isinstance(order, UnitMap):
+        if isinstance(order, UnitMap) and not order.is_identity:
             units = _apply(units, replace(member, dim=0), order.merge)
     return units
 

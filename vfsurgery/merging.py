@@ -7,7 +7,7 @@ the certificate of every source, come before anything is written.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +29,7 @@ from vfsurgery.errors import (
     explain,
 )
 from vfsurgery.groups import GroupSet, Permutation
-from vfsurgery.holdout import EVERY, every_for, split
+from vfsurgery.holdout import EVERY, every_for, first, split
 from vfsurgery.maps import Order, UnitMap, balanced, permutations_of
 from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.matching.pairwise import describe
@@ -59,6 +59,9 @@ MERGE_PARTS = (
 JUDGED = 100
 """Calibration images from which on ways to merge are compared, on some that are held out."""
 
+SURVEYED = 1000
+"""Images that the sources' units are compared on, where several ways to merge are and there are twice as many."""
+
 ExampleInputs: TypeAlias = Tensor | Sequence[Tensor]
 
 
@@ -82,11 +85,13 @@ class Merging:
     pairs: dict[str, tuple[Site, ...]] = field(default_factory=dict[str, tuple[Site, ...]])
     units: dict[str, Site] = field(default_factory=dict[str, Site])
     held_out: Batches | None = None
+    surveyed: Batches | None = None
     masks: MaskPlan | None = None
     layer_weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
     _joint: bool = False
     _all_pairs: bool = False
     _survey: Survey | None = None
+    _unmatched: set[str] = field(default_factory=set[str])
     _target: Source | None = None
 
     @staticmethod
@@ -162,10 +167,12 @@ class Merging:
             self.pairs = self.pairs or group_sites(graph_module, self.groups, self.sources[0].device)
             self._joint |= getattr(matcher, "needs_joint", False)
             self._all_pairs |= getattr(matcher, "needs_pairs", False)
+        self._unmatched.add(matcher.name)
         for step in passes:
             self.units.update(step.reads(graph_module, self.groups))
         if self.held_out is None and judged and self.data is not None:
             self.data, self.held_out = split(self.data, every_for(self.data))
+            self.surveyed = first(self.data, SURVEYED)
         elif self.held_out is None and any(step.holds_out() for step in passes):
             self.data, self.held_out = split(self.data)
 
@@ -180,15 +187,11 @@ class Merging:
                 return True
         return False
 
-    def held_out_images(self, label: str) -> Iterator[Tensor]:
-        """One pass over the held-out images, with a progress bar."""
-        return calibration_images(self.held_out, label, self.progress)
-
     def survey(self) -> Survey:
         """The statistics of all sources, from one pass over the data when first asked for."""
         if self._survey is None:
             started = time.perf_counter()
-            images = calibration_images(self.data, "statistics of the sources", self.progress)
+            images = calibration_images(self.surveyed or self.data, "statistics of the sources", self.progress)
             graph_modules = [source.graph_module for source in self.sources]
             self._survey = survey(graph_modules, images, self.pairs, self.units, self._joint, self._all_pairs)
             self.seconds.append(("statistics", time.perf_counter() - started))
@@ -202,15 +205,18 @@ class Merging:
             states = [source.state for source in self.sources]
             correlations = lambda: self.survey().correlations  # noqa: E731
             joint = lambda: self.survey().crossed  # noqa: E731
-            return matcher.match(Problem(self.groups, states, correlations, self.seed, advance, joint))
+            found = matcher.match(Problem(self.groups, states, correlations, self.seed, advance, joint))
+        self._unmatched.discard(matcher.name)
+        return found
 
     def certify(self, matchings: Sequence[Matching]) -> tuple[tuple[Certificate, ...], tuple[str, ...]]:
         """Prove that each source computes the same after its reordering; measure what maps of units do to it."""
         with self.clock("certificate"):
+            compared = self._pairwise(matchings)
+            self._forget_correlations()
             self._target = self.sources[0].clone()  # the result's tensors serve as scratch until the average is written
             scratch = self._target.state
             certificates: list[Certificate] = []
-            notes: list[str] = []
             for number, matching in enumerate(self._of_all_sources(matchings)):
                 source, orders = self.sources[number], permutations_of(matching.permutations)
                 mapped = _mapped(matching.permutations)
@@ -221,8 +227,12 @@ class Merging:
                     error = drift(source, self.groups, matching.permutations, self.inputs)
                     certificate = replace(certificate, mapped=mapped, drift=error)
                 certificates.append(certificate)
-            notes += self._pairwise(matchings)
-            return tuple(certificates), tuple(notes)
+            return tuple(certificates), tuple(compared)
+
+    def _forget_correlations(self) -> None:
+        """Once all matchers have matched: beside a model they are the largest thing in memory."""
+        if self._survey is not None and not self._unmatched:
+            self._survey = replace(self._survey, crossed={})
 
     def _pairwise(self, matchings: Sequence[Matching]) -> list[str]:
         """For the report: how similar more than two sources are to each other, which no comparison with a says."""
@@ -244,13 +254,17 @@ class Merging:
         matchings: Sequence[Matching],
         passes: tuple[Pass, ...],
         preserve: Preserve | None = None,
+        data: Batches | None = None,
     ) -> tuple[nn.Module, Context]:
-        """Average the aligned sources into a copy of a, put what is preserved before it, and renormalize it."""
+        """Average the aligned sources into a copy of a, put what is preserved before it, and renormalize it.
+
+        ``data`` is what the passes see, by default all calibration images.
+        """
         if self.units:
             self.survey()
         target, self._target = self._target or self.sources[0].clone(), None
         orders = balanced([matching.permutations for matching in self._of_all_sources(matchings)], shares)
-        context = Context(self.groups, self.sources, shares, orders, self.survey, self.data, self.progress)
+        context = Context(self.groups, self.sources, shares, orders, self.survey, data or self.data, self.progress)
         context.held_out, context.inputs, context.seed = self.held_out, self.inputs, self.seed
         context.layer_weights = self.layer_weights
         with self.clock("average and renormalize"), eval_mode(target.model, target.graph_module):

@@ -32,7 +32,7 @@ class Joint:
 
     def covariance(self) -> Tensor:
         """Covariance of all units of all sources, ``(sources * units, sources * units)`` float64."""
-        return self._assemble(lambda moments: moments.products / moments.a.count)
+        return self._assemble(CrossMoments.covariance)
 
     def _assemble(self, matrix: Callable[[CrossMoments], Tensor]) -> Tensor:
         rows: list[list[Tensor]] = [[torch.empty(0)] * self.sources for _ in range(self.sources)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,15 +98,26 @@ class Judgement:
         return float(ahead.sum()) <= float(ahead.square().sum().sqrt())
 
 
+Known: TypeAlias = dict[tuple[float, ...], Tensor]
+"""Logits of an ensemble by what tells a batch from others: the sum of each of its images."""
+
+
 @torch.no_grad()
 def judge(
-    model: nn.Module, sources: Sequence[nn.Module], weights: Sequence[float], batches: Iterable[Tensor]
+    model: nn.Module,
+    sources: Sequence[nn.Module],
+    weights: Sequence[float],
+    batches: Iterable[Tensor],
+    known: Known | None = None,
 ) -> Judgement | None:
-    """Hold a model against the weighted ensemble of its sources; ``None`` if one of them returns no logits."""
+    """Hold a model against the weighted ensemble of its sources; ``None`` if one of them returns no logits.
+
+    ``known`` keeps the ensemble's logits for the next model, so that its sources need not run again.
+    """
     agreed: list[Tensor] = []
     crossed: list[Tensor] = []
     for images in batches:
-        logits, ensemble = class_logits(model, images), ensemble_logits(sources, weights, images)
+        logits, ensemble = class_logits(model, images), _known_logits(sources, weights, images, known)
         if logits is None or ensemble is None:
             return None
         same = (logits.argmax(1) == ensemble.argmax(1)).double()
@@ -115,6 +126,16 @@ def judge(
         agreed.append(same.flatten(1).mean(1) if same.ndim > 1 else same)
         crossed.append(loss.flatten(1).mean(1) if loss.ndim > 1 else loss)
     return Judgement(torch.cat(agreed), torch.cat(crossed))
+
+
+def _known_logits(
+    models: Sequence[nn.Module], weights: Sequence[float], images: Tensor, known: Known | None
+) -> Tensor | None:
+    key = () if known is None else tuple(images.flatten(1).sum(1, dtype=torch.float64).tolist())
+    found = ensemble_logits(models, weights, images) if known is None or key not in known else known[key]
+    if known is not None and found is not None and found.ndim == 2:  # those of every pixel would take much memory
+        known[key] = found
+    return found
 
 
 def best_of(judgements: Mapping[K, Judgement]) -> K:

@@ -77,7 +77,8 @@ class Producer:
     def is_mapped(self, groups: GroupSet, orders: Mapping[str, Order]) -> bool:
         """Whether a matrix maps a source's output units, so that their moments are not known beforehand."""
         entries = groups.by_parameter.get(self.weight, ())
-        return any(m.dim == self.rows and isinstance(orders.get(group.name), UnitMap) for group, m in entries)
+        orders_here = (orders.get(group.name) for group, member in entries if member.dim == self.rows)
+        return any(isinstance(order, UnitMap) and not order.is_identity for order in orders_here)
 
     def aligned(self, value: Tensor, groups: GroupSet, orders: Mapping[str, Order]) -> Tensor:
         """A source's output with its units brought to those of the merged model; the shape stays."""

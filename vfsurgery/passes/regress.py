@@ -33,11 +33,12 @@ from vfsurgery.maps import map_units
 from vfsurgery.passes.affine import Affine, fold_affine, tensor_of
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.producers import CONV, LINEAR, Producer, find_producers
-from vfsurgery.passes.renormalize import Repair, unit_ratio
+from vfsurgery.passes.renormalize import Repair
+from vfsurgery.passes.ridge import Solution
 from vfsurgery.stats.batch_norms import BatchNorm, OnBatches, batch_norm_nodes, calls_of, set_running
 from vfsurgery.stats.lockstep import Lockstep, live_bytes
 from vfsurgery.stats.moments import Moments, add_batch, weighted_goal
-from vfsurgery.stats.patches import Box, Geometry, PatchMoments, PatchSums
+from vfsurgery.stats.patches import Box, Geometry, PatchSums
 from vfsurgery.threads import threads
 from vfsurgery.tracing.ops import Op, OpReader
 
@@ -46,12 +47,12 @@ HELD_OUT = 5
 """Every which batch is held out to choose the ridge."""
 SAMPLES, LEAST_SAMPLES = 10, 20_000
 """Samples per column of a layer's matrix that are looked at, and how many at least, where there are as many."""
+WORTH_DIVIDING = 1024
+"""Columns of a layer's matrix from which on its products are computed on several threads: small ones only wait."""
 TRIED = 3
 """Ridges that are tried for a layer, about."""
 IMAGES_AT_A_PLACE = 128
 """Images that are looked at in the same place, where only a part of a layer's outputs is looked at."""
-CONSTANT = 1e-12
-"""Variance, relative to the squared mean, up to which an input is constant: what rounding leaves."""
 GIB = 2**30
 
 
@@ -67,7 +68,7 @@ class Regress(Pass):
     needs_data: ClassVar[bool] = True
     fills_zeros: ClassVar[bool] = True
     needs_sources: ClassVar[bool] = True
-    images: int = 4000
+    images: int = 2000
     memory: float = 4.0
     ridge: float | None = None
 
@@ -196,7 +197,7 @@ class _Fit:
         weight = tensor_of(self.graph_module, producer.weight)
         shares = self.context.weights_of(producer.weight)
         fitted, held_out, goals = self._gather(producer, op, cast(fx.Node, node.args[0]), targets)
-        solution = _Solution(fitted.moments(), held_out.moments())
+        solution = Solution(fitted.moments(), held_out.moments())
         goal = None if producer.is_output else weighted_goal(goals, shares)
         found, shift, place = solution.solve(weight.flatten(1), goal, self.candidates, self._place)
         self.ridges.append(self.candidates[place])
@@ -230,7 +231,8 @@ class _Fit:
                     add_batch(goals, source, Moments.of(aligned))
                     mean = share * aligned if mean is None else mean.add_(aligned, alpha=share)
                 assert mean is not None
-                sums.add(value[part], mean, box)
+                with threads(1 if weight[0].numel() < WORTH_DIVIDING else None):
+                    sums.add(value[part], mean, box)
         return fitted, held_out, [*goals.values()]
 
     def _aligned(self, units: Tensor, producer: Producer, source: int) -> Tensor:
@@ -265,102 +267,6 @@ class _Fit:
             created = fold_affine(self.graph_module, producer, nothing)
             if created is not None:
                 self.context.created_biases.append(created)
-
-
-@dataclass
-class _Solution:
-    """Ridge regression from the moments of what a layer reads and of its goals, on batches fitted on and held out."""
-
-    fitted: PatchMoments
-    held_out: PatchMoments
-
-    def solve(
-        self, average: Tensor, goal: tuple[Tensor, Tensor] | None, ridges: Sequence[float], first: int = 0
-    ) -> tuple[Tensor, Tensor, int]:
-        """Weight ``(units, columns)``, bias ``(units,)`` and which ridge does best on the held-out batches.
-
-        The search starts at ``ridges[first]``.
-        """
-        fitted, held_out, columns = self._varying()
-        spread = fitted.goal_variance.clamp_min(0).sqrt()
-        goal_std = spread if goal is None else goal[1]
-        whole = average.double()
-        whole = whole * unit_ratio(goal_std, _variance(whole[:, columns], fitted).sqrt())[:, None]
-        ridge_unit = fitted.covariance.diagonal().sum() / average.shape[1]
-        search = _Search(fitted, held_out, whole[:, columns], unit_ratio(goal_std, spread)[:, None], goal_std)
-        whole[:, columns], chosen = search.best([ridge * ridge_unit for ridge in ridges], first)
-        count = self.fitted.count + self.held_out.count
-        share = self.held_out.count / count
-        if goal is not None:
-            apart = (whole[:, columns] @ (held_out.mean - fitted.mean)).square()
-            within = (_variance(whole[:, columns], part) for part in (fitted, held_out))
-            variance = (
-                sum(of * x for of, x in zip((1 - share, share), within, strict=True)) + share * (1 - share) * apart
-            )
-            whole = whole * unit_ratio(goal_std, variance.sqrt())[:, None]
-        mean, goal_mean = (
-            torch.lerp(a, b, share)
-            for a, b in ((self.fitted.mean, self.held_out.mean), (self.fitted.goal_mean, self.held_out.goal_mean))
-        )
-        wanted = goal_mean if goal is None else goal[0]
-        return whole, wanted - whole[:, self.fitted.columns] @ mean, chosen
-
-    def _varying(self) -> tuple[PatchMoments, PatchMoments, Tensor]:
-        """Without the inputs that are constant, whose weights no regression moves, and the columns that are left."""
-        moments = self.fitted, self.held_out
-        varies = torch.stack([m.covariance.diagonal() > CONSTANT * m.mean.square() for m in moments]).any(0)
-        if not bool(varies.all()):
-            moments = self.fitted.take(varies), self.held_out.take(varies)
-        return *moments, moments[0].columns
-
-
-@dataclass
-class _Search:
-    """The ridge with the lowest error on the held-out batches, up and down from a first guess until it rises.
-
-    ``start`` are the weights that the ridge pulls to, ``(units, inputs)``; ``scale`` brings the goals to ``goal_std``.
-    """
-
-    fitted: PatchMoments
-    held_out: PatchMoments
-    start: Tensor
-    scale: Tensor
-    goal_std: Tensor
-
-    def best(self, ridges: Sequence[Tensor], first: int) -> tuple[Tensor, int]:
-        """The weights under the best ridge, and which one that is; ``start`` if none can be solved for."""
-        missing = (self.scale * self.fitted.cross - self.start @ self.fitted.covariance).T
-        errors: dict[int, float] = {}
-        best, chosen, places = self.start, 0, [first]
-        while places:
-            for place in places:
-                found = self._solved(missing, ridges[place])
-                errors[place] = float("inf") if found is None else self._error(found)
-                if found is not None and errors[place] == min(errors.values()):
-                    best, chosen = found, place
-            if all(error == float("inf") for error in errors.values()):  # a larger one may do
-                places = [place for place in range(len(ridges)) if place not in errors]
-            else:
-                beside = (chosen - 1, chosen + 1)
-                places = [place for place in beside if 0 <= place < len(ridges) and place not in errors]
-        return best, chosen
-
-    def _solved(self, missing: Tensor, ridge: Tensor) -> Tensor | None:
-        matrix = self.fitted.covariance.clone()
-        matrix.diagonal().add_(ridge)
-        with threads(1):
-            factor, failed = torch.linalg.cholesky_ex(matrix)
-            return None if bool(failed) else self.start + torch.cholesky_solve(missing, factor).T
-
-    def _error(self, found: Tensor) -> float:
-        """Squared deviation from the goals, each unit's in units of its own variance, but for a constant."""
-        error = ((found @ self.held_out.covariance - 2 * self.scale * self.held_out.cross) * found).sum(1)
-        return float((error / self.goal_std.square().clamp_min(torch.finfo(torch.float64).tiny)).sum())
-
-
-def _variance(weight: Tensor, moments: PatchMoments) -> Tensor:
-    """Of what weights make of inputs, ``(units,)``."""
-    return ((weight @ moments.covariance) * weight).sum(1).clamp_min(0)
 
 
 def _wanted(columns: int) -> int:

@@ -170,7 +170,7 @@ class Measured(Renormalize):
             return
         goals = {
             target.node: self.goal(moments, context.weights_of(target.weight))
-            for target, moments in zip(targets, _aligned(targets, context, self.name), strict=True)
+            for target, moments in zip(targets, _aligned(targets, context, self.name, self.reference), strict=True)
         }
         for stage in in_stages(graph_module, targets) if self.sequential else [targets]:
             moments = self._measure(graph_module, context, stage, lambda images: goals)
@@ -278,9 +278,15 @@ def above_rounding(moments: Moments, goal: Tensor, dtype: torch.dtype) -> Moment
     return replace(moments, squares=torch.where(moments.std > floor, moments.squares, 0.0))
 
 
-def _aligned(targets: Sequence[Producer], context: Context, label: str) -> list[list[Moments]]:
-    """For each target the moments of every source's units, brought to the units of the merged model."""
-    if any(target.is_mapped(context.groups, orders) for target in targets for orders in context.permutations):
+def _aligned(
+    targets: Sequence[Producer], context: Context, label: str, reference: int | None = None
+) -> list[list[Moments]]:
+    """For each target the moments of every source's units, brought to the units of the merged model.
+
+    With a ``reference`` they are right for that one source; only if that is mapped are the sources run again.
+    """
+    asked = context.permutations if reference is None else [context.permutations[reference]]
+    if any(target.is_mapped(context.groups, orders) for target in targets for orders in asked):
         mixture = Mixture(targets, context)
         for images in context.images(f"{label}: statistics of the mapped sources"):
             mixture.see(images)

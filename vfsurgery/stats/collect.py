@@ -22,7 +22,7 @@ from vfsurgery.stats.own_outputs import OwnCall
 from vfsurgery.stats.precision import image_dtype
 from vfsurgery.tracing.dataflow import reached_by_input
 from vfsurgery.tracing.ops import Key, canonical_key
-from vfsurgery.tracing.values import VALUE, TensorValue
+from vfsurgery.tracing.values import VALUE, TensorValue, floats_per_image, takes_single_images
 
 INSIDE = ".inside"
 """Ends the key of what is read inside a node's module; names of nodes have no dots."""
@@ -94,6 +94,11 @@ class Survey:
         return [self.crossed[0, number] for number in range(1, len(self.moments))]
 
 
+ALL = 2**31
+"""More images than any batch has."""
+LEAST_WAITING = 2**22
+"""Numbers that may always wait to be correlated, 16 MiB of float32."""
+
 Reading: TypeAlias = tuple[str, int]
 """A name, and which of its sites."""
 
@@ -121,13 +126,14 @@ def survey(
     chosen = [(i, j) for i in numbers for j in numbers if i <= j and (joint or (all_pairs and i < j) or i == 0 < j)]
     crossed: dict[tuple[int, int], dict[Reading, CrossMoments]] = {pair: {} for pair in chosen}
     moments: list[dict[str, Moments]] = [{} for _ in sources]
+    last = {i: max(j for other, j in chosen if other == i) for i, _ in chosen}
+    most = _images_at_once(sources[0], readings.values(), len(sources))
     seen = 0
-    for images in batches:
+    for images in (part for batch in batches for part in batch.split(most)):
         kept: dict[tuple[int, Reading], Centred] = {}
         for number, source in enumerate(sources):
             watch = moments_watch(units, moments[number])
             partners = {i: crossed[i, j] for i, j in chosen if j == number}
-            last = not any(i == number < j for i, j in chosen)
             for reading, site in readings.items():
                 watch.add(site.key, _correlate(reading, site, number, kept, partners, last))
             Observer(source, watch).run(images.to(image_dtype(source)))
@@ -137,6 +143,21 @@ def survey(
         for pair, found in crossed.items()
     }
     return Survey(by_pair, moments, seen)
+
+
+def _images_at_once(graph_module: fx.GraphModule, sites: Iterable[Site], sources: int) -> int:
+    """How many images may be run at once; statistics do not depend on it.
+
+    Units that wait to be correlated with those of other sources may take an eighth of a model. On other devices than
+    the CPU small batches would cost too much time.
+    """
+    parameters = list(graph_module.parameters())
+    if not parameters or parameters[0].device.type != "cpu" or not takes_single_images(graph_module.graph):
+        return ALL
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    waiting = (sources - 1) * sum(floats_per_image(nodes[site.node]) for site in sites)
+    size = max(sum(parameter.numel() for parameter in parameters) // 8, LEAST_WAITING)
+    return max(size // waiting, 1) if waiting else ALL
 
 
 class Watch(dict[str, Callable[[Tensor], "Tensor | None"]]):
@@ -176,17 +197,19 @@ def _correlate(
     number: int,
     kept: dict[tuple[int, Reading], Centred],
     partners: Mapping[int, dict[Reading, CrossMoments]],
-    last: bool,
+    last: Mapping[int, int],
 ) -> Callable[[Tensor], None]:
-    """Cross moments of one source's units with those of earlier sources, and its own kept for later ones."""
+    """Cross moments of one source's units with those of earlier sources, and its own kept until the last has come."""
 
     def see(value: Tensor) -> None:
         own = Centred.of(value, site.places, site.dim)
-        if not last:
-            kept[number, reading] = own
         for partner, totals in partners.items():
-            batch = CrossMoments.of(own if partner == number else kept[partner, reading], own)
-            add_batch(totals, reading, batch)
+            other = own
+            if partner != number:
+                other = kept.pop((partner, reading)) if last[partner] == number else kept[partner, reading]
+            add_batch(totals, reading, CrossMoments.of(other, own))
+        if last.get(number, number) > number:
+            kept[number, reading] = own
 
     return see
 

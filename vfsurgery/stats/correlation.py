@@ -2,6 +2,10 @@
 
 Per batch one product of centred activations is added (the flops of a 1 x 1 convolution); the batches' own means are
 put right by the exact merge formula, so neither the batch size nor the order of batches matters.
+
+Sums of products are kept in the precision of the activations, float32 as a rule: they are the largest thing in memory
+beside the models. Each addition rounds by 6e-8 of the sum, so after a thousand batches a correlation is off by some
+1e-6, where that of a thousand samples is known to 3e-2. Means and variances, a few numbers per unit, are float64.
 """
 
 from __future__ import annotations
@@ -51,13 +55,13 @@ class CrossMoments:
     @staticmethod
     def of(a: Centred, b: Centred) -> CrossMoments:
         """Cross moments of one batch."""
-        return CrossMoments(a.moments, b.moments, (a.samples @ b.samples.T).double())
+        return CrossMoments(a.moments, b.moments, a.samples @ b.samples.T)
 
     def merge(self, other: CrossMoments) -> CrossMoments:
-        """Cross moments of both sets of samples together."""
+        """Cross moments of both sets of samples together; this one's products are added to in place."""
         n, m = self.a.count, other.a.count
-        between = torch.outer(other.a.mean - self.a.mean, other.b.mean - self.b.mean)
-        products = self.products.add_(other.products).add_(between, alpha=n * m / (n + m))
+        between = ((new.mean - own.mean).to(self.products.dtype) for own, new in ((self.a, other.a), (self.b, other.b)))
+        products = self.products.add_(other.products).addr_(*between, alpha=n * m / (n + m))
         return CrossMoments(self.a.merge(other.a), self.b.merge(other.b), products)
 
     def correlation(self) -> Tensor:
@@ -65,8 +69,12 @@ class CrossMoments:
 
         Li et al., "Convergent learning" (2015); Qu & Horvath, CPAL 2025, A.2 (activation matching).
         """
-        scale = torch.outer(_inverse_norm(self.a), _inverse_norm(self.b))
-        return self.products * scale
+        scaled = self.products.to(torch.float64, copy=True)
+        return scaled.mul_(_inverse_norm(self.a)[:, None]).mul_(_inverse_norm(self.b))
+
+    def covariance(self) -> Tensor:
+        """Covariance, ``(units a, units b)`` float64."""
+        return self.products.double() / self.a.count
 
 
 def mean_correlation(readings: Sequence[CrossMoments]) -> Tensor:
@@ -74,7 +82,7 @@ def mean_correlation(readings: Sequence[CrossMoments]) -> Tensor:
     total = readings[0].correlation()
     for reading in readings[1:]:
         total += reading.correlation()
-    return total / len(readings) if len(readings) > 1 else total
+    return total.div_(len(readings))
 
 
 def _inverse_norm(moments: Moments) -> Tensor:

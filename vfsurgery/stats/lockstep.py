@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from vfsurgery.tracing.values import VALUE, TensorValue
+from vfsurgery.tracing.values import floats_per_image
 
 
 class Lockstep:
@@ -59,7 +58,7 @@ def live_bytes(graph_module: fx.GraphModule) -> int:
     """
     nodes: list[fx.Node] = list(graph_module.graph.nodes)
     last_use = {source: place for place, node in enumerate(nodes) for source in node.all_input_nodes}
-    sizes = {node: _floats_per_image(node) for node in nodes}
+    sizes = {node: floats_per_image(node) for node in nodes}
     live = peak = 0
     ends: dict[int, list[fx.Node]] = {}
     for node, place in last_use.items():
@@ -69,10 +68,3 @@ def live_bytes(graph_module: fx.GraphModule) -> int:
         peak = max(peak, live)
         live -= sum(sizes[done] for done in ends.get(place, ()))
     return 4 * peak
-
-
-def _floats_per_image(node: fx.Node) -> int:
-    value = node.meta.get(VALUE)
-    if node.op == "get_attr" or not isinstance(value, TensorValue) or not value.shape:
-        return 0
-    return torch.Size(value.shape).numel() // max(value.shape[0], 1)

@@ -15,6 +15,8 @@ from typing import Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+PART = 2**20
+"""Numbers that are copied at a time, so that a large map needs no second one and stays in the cache."""
 RUN = 512
 """Entries whose squares are added in float32."""
 
@@ -43,7 +45,11 @@ class Moments:
             dim: The units' dim.
         """
         if samples.device.type == "cpu":  # torch.var_mean takes 2 to 12 times as long there
-            return Moments.centre(unit_rows(samples, places, dim))
+            few = samples.shape[0] if dim % samples.ndim == 0 else max(PART * samples.shape[0] // samples.numel(), 1)
+            first, *rest = (Moments.centre(unit_rows(part, places, dim)) for part in samples.split(few))
+            for moments in rest:
+                first = first.merge(moments)
+            return first
         samples = samples.float() if samples.dtype.itemsize < 4 else samples
         if places is not None:
             samples = samples.movedim(dim, 0).index_select(0, places.reshape(-1)).reshape(len(places), -1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 VALUE = "vfsurgery"
 """Key under which a node's abstract value lies in ``node.meta``."""
@@ -83,3 +83,18 @@ def holds_tensor(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(holds_tensor, value.values()))
     return isinstance(value, TensorValue) or (isinstance(value, tuple | list) and any(map(holds_tensor, value)))
+
+
+def floats_per_image(node: fx.Node) -> int:
+    """How many numbers a node's value has for each image, from the shape that tracing left behind."""
+    value = node.meta.get(VALUE)
+    if node.op == "get_attr" or not isinstance(value, TensorValue) or not value.shape:
+        return 0
+    return torch.Size(value.shape).numel() // max(value.shape[0], 1)
+
+
+def takes_single_images(graph: fx.Graph) -> bool:
+    """Whether every value has as many entries along its first dim as there are images, so that batches may be cut."""
+    values = [node.meta.get(VALUE) for node in graph.nodes if node.op not in ("get_attr", "output")]
+    sizes = {value.shape[:1] for value in values if isinstance(value, TensorValue)}
+    return len(sizes) == 1 and sizes != {()}
