@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DRAWS = frozenset(
-    {"bernoulli", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal", "normal_"}
-    | {"rand", "rand_like", "randn", "randn_like", "uniform", "uniform_"}
-)
-"""Ops of aten whose result is drawn, number by number."""
+DRAWN: dict[str, Callable[..., float]] = {
+    **dict.fromkeys(("bernoulli", "bernoulli_"), lambda *_: 1.0),
+    **dict.fromkeys(("rand", "rand_like"), lambda *_: 0.5),
+    **dict.fromkeys(("randn", "randn_like"), lambda *_: 1.0),
+    **dict.fromkeys(("uniform", "uniform_"), lambda _, low=0.0, high=1.0, *rest: (low + high) / 2),
+    **dict.fromkeys(("cauchy_", "exponential_", "geometric_", "log_normal_", "normal", "normal_"), lambda *_: 1.0),
+}
+"""What takes the place of numbers that ops of aten draw, each by itself, given the op's arguments."""
 
 
 class Certain(TorchDispatchMode):
-    """Gives every number of a random draw the largest one drawn, which no order of units can tell from another.
+    """Gives all numbers of a random draw one value, which no order or number of units can tell from another.
 
-    So a mask of dropout is all ones. Dropout inside of fused ops is turned off.
+    A mask of dropout is all ones. Dropout inside of fused ops is turned off.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,8 +40,8 @@ class Certain(TorchDispatchMode):
             elif off and argument.name in kwargs:
                 kwargs = {**kwargs, **off}
         result = func(*args, **kwargs)
-        if name in DRAWS and isinstance(result, Tensor) and result.numel():
-            result.fill_(result.max())
+        if name in DRAWN and isinstance(result, Tensor):
+            result.fill_(DRAWN[name](*args))
         return result
 
 
