@@ -166,3 +166,29 @@ def test_units_that_nothing_reads_are_no_control() -> None:
 
     model, x = Dead(6, 5), torch.randn(8, 4)
     assert surgery.verify(model, surgery.find_groups(model, x), x)
+
+
+class Faint(nn.Module):
+    """Hidden units whose outputs are normalized away; with ``mean``, units of which only the mean is read, too."""
+
+    def __init__(self, mean: bool) -> None:
+        super().__init__()
+        self.mean, self.one, self.norm, self.two = mean, nn.Conv2d(3, 6, 1), nn.GroupNorm(6, 6), nn.Conv2d(6, 4, 1)
+        self.head = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.two(self.norm(self.one(x))).mean((2, 3))  # constant: each unit's mean over places is its bias
+        return self.head(x).mean((2, 3)) + hidden.mean(1, keepdim=True) if self.mean else hidden
+
+
+def test_a_network_whose_outputs_cannot_tell_is_undecided():
+    model, x = Faint(mean=False).double().eval(), torch.randn(4, 3, 5, 5).double()
+    proof = surgery.verify(model, surgery.find_groups(model, x), x)
+    assert not proof and proof.undecided and proof.error < 1e-13
+    assert "UNDECIDED, the outputs hardly depend on groups that were broken on purpose" in str(proof)
+
+
+def test_groups_that_change_nothing_when_they_are_broken_leave_the_proof_to_others():
+    model, x = Faint(mean=True).double().eval(), torch.randn(4, 3, 5, 5).double()
+    proof = surgery.verify(model, surgery.find_groups(model, x), x)
+    assert proof and not proof.undecided and proof.control_error > 1e-6
