@@ -87,7 +87,7 @@ class Producer:
 
 
 def find_producers(graph_module: fx.GraphModule, groups: GroupSet, *, shared: bool = False) -> list[Producer]:
-    """All producers of a traced model in graph order; with ``shared`` every use of a weight that serves several, too."""
+    """All producers of a traced model in graph order; with ``shared`` every use of a weight that several use, too."""
     ops = list(OpReader(graph_module))
     uses = Counter(_weight(op) for op in ops)
     depths = weight_depths(graph_module)
