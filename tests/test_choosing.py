@@ -29,18 +29,16 @@ def merge(*models: nn.Module, **options: Any) -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        (
-            "chain",
-            "activations + rescale; activations + repair; activations + regress; "
-            "cca + repair; zipit + rescale; cca + regress",
-        ),
-        ("residual", "activations + reset; activations + regress; cca + reset; zipit + reset; cca + regress"),
+        ("chain", "activations + rescale; activations + repair; cca + repair; zipit + rescale"),
+        ("residual", "activations + reset; cca + reset; zipit + reset"),
     ],
 )
 def test_the_ways_that_suit_the_architecture_are_tried_and_the_best_is_kept(name, expected):
     merged = merge(net(name, 1), net(name, 2))
     found, report = tried(merged), surgery.report_of(merged)
-    assert "; ".join(found) == expected
+    *cheap, dear = found
+    assert "; ".join(cheap) == expected
+    assert dear in ("activations + regress", "cca + regress")
     kept = " + ".join([report.matching, *report.renormalize])
     assert [trial.way for trial in report.trials if trial.kept] == [kept]
     assert found[kept] >= max(found.values()) - 0.02
@@ -90,7 +88,8 @@ def test_few_images_and_no_images_leave_the_choice_to_the_architecture():
     a, b = net("residual", 1), net("residual", 2)
     assert not tried(merge(a, b, data=[images(99)]))
     assert tried(merge(a, b, data=[images(100)]))
-    assert not tried(merge(a, b, data=None, example_inputs=images(2)))
+    with pytest.warns(surgery.SurgeryWarning, match="BatchNorm"):
+        assert not tried(merge(a, b, data=None, example_inputs=images(2)))
 
 
 def test_a_net_in_which_maps_may_hardly_go_anywhere_is_tried_with_permutations_only():
@@ -144,7 +143,7 @@ def test_in_place_the_best_one_is_written_and_nothing_before_it():
 
 def test_a_prefix_can_be_preserved_while_ways_are_tried():
     merged = merge(net("residual", 1), net("residual", 2), preserve=2)
-    assert len(tried(merged)) == 5
+    assert len(tried(merged)) == 4
     assert surgery.report_of(merged).preserved.layers == 2
 
 
@@ -165,6 +164,22 @@ def test_the_regression_is_left_out_where_it_would_take_too_long(monkeypatch):
     monkeypatch.setitem(choosing.MOST_FLOPS, "cpu", 1.0)
     ways = [str(way) for way in sensible(graph, groups_of(model), Identity(), (Reset(),), fixed=False)]
     assert ways == ["identity + reset"]
+
+
+def test_the_regression_follows_the_matcher_that_did_best_before_it():
+    for seed in range(2, 6):
+        trials = surgery.report_of(merge(net("residual", 1), net("residual", seed))).trials
+        cheap = {
+            trial.matching: (trial.agreement, -trial.cross_entropy)
+            for trial in trials
+            if trial.renormalize == ("reset",) and trial.matching != "zipit"  # which no regression follows
+        }
+        (dear,) = (trial for trial in trials if trial.renormalize == ("regress",))
+        other = next(matching for matching in cheap if matching != dear.matching)
+        by_luck = 2 / trials[0].images ** 0.5  # what chance may have made is decided by the cross-entropy
+        assert cheap[dear.matching][0] >= cheap[other][0] - by_luck
+        if cheap[dear.matching][0] < cheap[other][0]:
+            assert cheap[dear.matching][1] > cheap[other][1]
 
 
 def test_after_cca_goals_come_from_the_first_source_alone():

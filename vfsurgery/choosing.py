@@ -6,7 +6,8 @@ the merge is); where chance may have made the difference, by the cross-entropy t
 tried, and what came of it, is in the report.
 
 Traps are left out beforehand: REPAIR after CCA takes its goals from the first source alone, since a rotated source is
-no good reference (Qu & Horvath, CPAL 2025, section 5.4); BatchNorm statistics are measured anew in every way.
+no good reference (Qu & Horvath, CPAL 2025, section 5.4); BatchNorm statistics are measured anew in every way. The
+regression takes several times as long as all else, so it is tried behind one matcher: the one that did best before.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ class Way:
     matcher: Matcher
     passes: tuple[Pass, ...]
 
+    @property
+    def is_dear(self) -> bool:
+        """Whether it takes several times as long as others: it fits every layer."""
+        return any(isinstance(step, Regress) for step in self.passes)
+
     def __str__(self) -> str:
         return f"{self.matcher.name} + {', '.join(step.name for step in self.passes) or 'no renormalization'}"
 
@@ -78,7 +84,7 @@ def sensible(
     fixed: bool,
     masks: MaskPlan | None = None,
 ) -> list[Way]:
-    """The ways with calibration data, the plain choice by architecture first.
+    """The ways with calibration data, the plain choice by architecture first, dear ones last.
 
     Args:
         graph_module: The trace of a source.
@@ -97,8 +103,7 @@ def sensible(
     regresses = not fixed and not hidden_norms(graph_module) and regress.applies(graph_module, groups)
     affordable = MOST_FLOPS.get(next(graph_module.parameters()).device.type, MOST_FLOPS_ELSEWHERE)
     regresses = regresses and regress.flops(graph_module, groups) <= affordable
-    if regresses:
-        found.append(Way(plain, (regress,)))
+    dear = [Way(plain, (regress,))] if regresses else []
     units = sum(group.units for group in groups)
     if matcher is None and units and sum(group.units for group in groups if group.mappable) >= MAPPABLE * units:
         if fixed or has_batch_norm or not default:
@@ -106,7 +111,8 @@ def sensible(
         elif is_rescaled:
             found += [Way(CCAMatching(), (Repair(reference=0),)), Way(ZipMatching(), default)]
         if regresses:
-            found.append(Way(CCAMatching(), (regress,)))
+            dear.append(Way(CCAMatching(), (regress,)))
+    found += dear
     if masks is not None:  # maps of units mix their zeros away
         found = [way for way in found if way.matcher == plain and not any(step.fills_zeros for step in way.passes)]
     return found
@@ -169,6 +175,8 @@ class _Choice:
         """
         best: Merged | None = None
         for place, way in enumerate(ways):
+            if way.is_dear and self._is_outdone(way, ways):
+                continue
             try:
                 with named(f"trying {place + 1} of {len(ways)}: {way}"):
                     merged = self.attempt(place, way, data)
@@ -182,6 +190,13 @@ class _Choice:
         if best is None:
             raise self.failures[0][1]
         return best
+
+    def _is_outdone(self, way: Way, ways: Sequence[Way]) -> bool:
+        """Whether another matcher, which the dear step may follow too, did better with what is cheap."""
+        rivals = [other.matcher.name for other in ways if other.passes == way.passes]
+        cheap = {place: each for place, each in self.judgements.items() if not ways[place].is_dear}
+        known = {place: each for place, each in cheap.items() if ways[place].matcher.name in rivals}
+        return bool(known) and ways[best_of(known)].matcher.name != way.matcher.name
 
     def attempt(self, place: int, way: Way, data: Batches | None = None) -> Merged:
         """Merge in one way and judge the result on held-out images; without logits there is no judgement."""
