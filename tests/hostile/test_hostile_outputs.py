@@ -281,7 +281,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    "where", ["merge", "load_model", "example_inputs_of", "merge_report_of"], ids=lambda where: f"in {where}"
+    "where", ["merge", "load_models", "example_inputs_of", "merge_report_of"], ids=lambda where: f"in {where}"
 )
 def test_ctrl_c_on_the_command_line(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
