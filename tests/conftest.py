@@ -14,6 +14,7 @@ GOLDENS = Path(__file__).resolve().parent / "goldens"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="rewrite tests/goldens/ instead of comparing")
+    parser.addoption("--fuzz-networks", type=int, default=200, help="networks that tests/fuzz tries (default: 200)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,10 +26,11 @@ SITE = ROOT / "docs" / "site"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """An empty folder with the recipes, in which commands are parsed."""
-    (tmp_path / "recipes").mkdir()
-    for path in (ROOT / "recipes").iterdir():
-        (tmp_path / "recipes" / path.name).symlink_to(path)
+    """An empty folder with the recipes and the benchmarks' lists, in which commands are parsed."""
+    for name in ("recipes", "docs/benchmarks"):
+        (tmp_path / name).mkdir(parents=True)
+        for path in (ROOT / name).iterdir():
+            (tmp_path / name / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -97,6 +97,7 @@ MERGES: dict[str, tuple[Merge, ...]] = {
         Merge("naive", "identity", None, "10.3"),
         Merge("naive + RESET", "identity", "reset", "34.9"),
         Merge("weights", "weights", None, "12.0"),
+        Merge("weights + RESET in closed form", "weights", "closed-form-reset"),
         Merge("weights + RESET", "weights", "reset", "57.1"),
         Merge("activations", "activations", None, "21.9"),
         Merge("activations + RESET", "activations", "reset", "67.5"),
@@ -231,12 +232,12 @@ Run: TypeAlias = tuple[list[Tensor], int]
 def measure_pair(name: str, shared: Path, images: list[Images], seeds: Sequence[int]) -> list[Step]:
     """Score the sources, their ensemble and all merges of one pair, printing the table's rows as they come.
 
-    Weight matching runs once per seed, activation matching once per set of images; the test images are the first set's.
+    Weight matching runs once per seed, matching on images once per set of them; the test images are the first set's.
     """
+    by_images = [(drawn.calibration, 0) for drawn in images]
     runs: dict[str, list[Run]] = {
         "identity": [(images[0].calibration, 0)],
         "weights": [(images[0].calibration, seed) for seed in seeds],
-        "activations": [(drawn.calibration, 0) for drawn in images],
     }
     a, b = load_pair(shared, name)
     print(f"\n### {name}\n\n| | accuracy (%) | public codes (%) | loss | wall s | CPU s |\n|---|---|---|---|---|---|")
@@ -245,7 +246,7 @@ def measure_pair(name: str, shared: Path, images: list[Images], seeds: Sequence[
     for (label, score), public in zip(scores.items(), SOURCES[name], strict=True):
         _add(steps, Step(label, [score.accuracy], score.loss), public)
     for merge in MERGES[name]:
-        _add(steps, measure_merge(a, b, merge, images[0].test, runs[merge.matching]), merge.public)
+        _add(steps, measure_merge(a, b, merge, images[0].test, runs.get(merge.matching, by_images)), merge.public)
     return steps
 
 
