@@ -22,6 +22,35 @@ SLACK = 2**20
 """Bytes by which a file's content may be larger than the file."""
 
 
+class Unread:
+    """What stands in the place of a value that is no weight, whatever it is made of: nothing is kept, nothing is run."""
+
+    def __init__(self, *content: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_NUMPY = ("multiarray.scalar", "multiarray._reconstruct")
+_UNREAD = (
+    *(f"{module}.{name}" for module in ("numpy.core", "numpy._core") for name in _NUMPY),
+    "numpy.dtype",
+    "numpy.ndarray",
+    "argparse.Namespace",
+    *(f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("", "Posix", "Windows")),
+)
+_MAPPINGS = (
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+)
+BESIDE_WEIGHTS = [*((Unread, name) for name in _UNREAD), *((dict, name) for name in _MAPPINGS)]
+"""Classes and functions that training scripts let into checkpoints by the accuracies, options and paths that they save
+beside the weights, with what is called in their place: NumPy's and their own are never imported."""
+
+
 def read(path: Path) -> object:
     """Read one file by its ending, without running code from it.
 
@@ -73,7 +102,7 @@ def _read_safetensors(path: Path) -> object:
 def _read_torch(path: Path) -> object:
     _check_archive(path)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(BESIDE_WEIGHTS):
             warnings.simplefilter("ignore")  # remarks on old pickle protocols, before the refusal that follows
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # random bytes make torch's reader of old formats raise nearly anything
