@@ -424,7 +424,7 @@ class Headless(nn.Module):
 
 
 def test_a_model_with_nothing_to_correct_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"(?s)repair found no layer to correct.*remedy  use renormalize='reset'"):
+    with pytest.raises(OptionError, match=r"(?s)repair found no layer to correct.*remedy   use renormalize='auto'"):
         operate([Average(), Repair()], [lively(Headless(), 1), lively(Headless(), 2)], images(8))
 
 

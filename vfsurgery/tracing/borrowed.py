@@ -156,6 +156,8 @@ def put(container: Any, contents: list[tuple[Any, Any]]) -> None:
 class _Guard(TorchDispatchMode):
     """Copies a parameter's values before an op writes into them, as forwards do that clip or normalize weights."""
 
+    supports_higher_order_operators = True  # conditionals of exported programs, whose branches write into nothing
+
     def __init__(self) -> None:
         super().__init__()
         self._tensors: dict[int, list[Tensor]] = {}
@@ -190,6 +192,6 @@ def _memory(tensor: Tensor) -> int:
 @functools.cache
 def _written(func: Any) -> tuple[int | str, ...]:
     """Places of the arguments that an op writes into, and their names for those given by name."""
-    arguments = enumerate(func._schema.arguments)
+    arguments = enumerate(func._schema.arguments if isinstance(func, torch._ops.OpOverload) else ())
     written = [(place, arg) for place, arg in arguments if arg.alias_info is not None and arg.alias_info.is_write]
     return tuple(key for place, arg in written for key in (place, arg.name))
