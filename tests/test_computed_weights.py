@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vfsurgery as surgery
 from vfsurgery.computed import settle
@@ -166,3 +167,23 @@ def test_recurrent_layers_with_weight_norm_stay_whole_and_are_named() -> None:
     model, x = Recurrent().double().eval(), torch.randn(2, 3, 5, dtype=torch.float64)
     groups = surgery.find_groups(model, x)
     assert not groups.groups and "ParametrizedLSTM" in groups.unknown_ops[0]
+
+
+class Counted(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_layers_that_hold_their_weights_are_not_even_looked_at():
+    counts = []
+    for wrap in (plain, parametrizations.spectral_norm):
+        model, other = (nn.Sequential(wrap(nn.Linear(4, 4)), nn.BatchNorm1d(4)) for _ in range(2))
+        with Counted() as counted:
+            settle(model, other)
+        counts.append(counted.calls)
+    assert counts[0] == 0 < counts[1]  # comparing took memory for the largest weight, several times over
