@@ -119,11 +119,11 @@ def settle(model: nn.Module, reference: nn.Module | None = None) -> None:
     try:
         model.eval()
         for path, module in model.named_modules():
-            hooks, parametrized = _known_hooks(module).values(), isinstance(module, parametrize.ParametrizationList)
-            if not hooks and not parametrized:
+            hooks = _known_hooks(module).values()
+            if not hooks and not isinstance(module, parametrize.ParametrizationList):
                 continue
             changed = path not in partners or not _stores_the_same(module, partners[path])
-            if changed and parametrized:
+            if changed and isinstance(module, parametrize.ParametrizationList):
                 _settle_parametrizations(module)
             for hook in hooks:
                 for _ in range(POWER_STEPS if changed and isinstance(hook, SpectralNorm) else 0):
