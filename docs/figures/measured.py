@@ -20,7 +20,7 @@ from vfsurgery.training import from_seed, train
 ROWS = {
     "plain average": {"matching": "identity", "renormalize": None},
     "units matched": {"matching": "activations", "renormalize": None},
-    "matched and renormalized": {"matching": "activations", "renormalize": "regress"},
+    "matched and renormalized": {"matching": "auto", "renormalize": "auto"},
 }
 COLOURS = {"plain average": UNITS[1], "units matched": UNITS[0], "matched and renormalized": UNITS[2]}
 
