@@ -23,7 +23,7 @@ SLACK = 2**20
 
 
 class Unread:
-    """What stands in the place of a value that is no weight, whatever it is made of: nothing is kept, nothing is run."""
+    """Stands in the place of a value that is no weight, whatever it is made of: nothing is kept, nothing is run."""
 
     def __init__(self, *content: object) -> None:
         pass
