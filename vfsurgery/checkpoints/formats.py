@@ -7,7 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
@@ -46,7 +46,10 @@ _MAPPINGS = (
     "lightning_fabric.utilities.data.AttributeDict",
     "lightning.fabric.utilities.data.AttributeDict",
 )
-BESIDE_WEIGHTS = [*((Unread, name) for name in _UNREAD), *((dict, name) for name in _MAPPINGS)]
+BESIDE_WEIGHTS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    *((Unread, name) for name in _UNREAD),
+    *((dict, name) for name in _MAPPINGS),
+]
 """Classes and functions that training scripts let into checkpoints by the accuracies, options and paths that they save
 beside the weights, with what is called in their place: NumPy's and their own are never imported."""
 
