@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\S*)[^\n]*\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 UNCHECKED = re.compile(r"<!-- not checked: \S.* -->\n+\Z")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
-WRITTEN = (".safetensors", ".pt", ".json", ".yaml")
+WRITTEN = (".safetensors", ".pt", ".json", ".yaml", ".txt")
 """Endings of files that a page's commands read, as if its reader had them."""
 
 

@@ -1,4 +1,4 @@
-"""What training scripts save beside weights (accuracies, options, paths) is no reason to refuse them, and is not run."""
+"""What training scripts save beside weights is no reason to refuse them, and never run."""
 
 import argparse
 import sys

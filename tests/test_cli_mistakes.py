@@ -110,7 +110,7 @@ MISTAKES = [
     (
         ["groups", "vfsurgery.demo:TinyConvNet"],
         1,
-        "remedy pass --input-size 3x224x224, or of the shape that it takes; or",
+        "remedy pass --input-size 3x224x224, or of the shape that it takes",
     ),
     (
         ["check", "tabs.yaml"],

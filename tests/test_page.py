@@ -95,6 +95,14 @@ def test_the_page_shows_all_it_is_given(merged, tmp_path):
     assert sum(tag == "svg" for tag, _ in page.tags) == 3 + 2 + 1
 
 
+def test_the_accuracy_of_the_network_itself_is_not_scrolled_out_of_sight(merged, tmp_path):
+    _, found, _ = merged
+    scores = {f"way {number}": Score(0.5, 1.0, 100) for number in range(40)}  # a pair's own row is the last one
+    html = found.page(tmp_path / "page.html", scores=scores).read_text()
+    assert re.search(r"<h2>Accuracy</h2>\s*<div class=\"scroll narrow whole\">", html)
+    assert html.index(".whole { max-height: none; }") > html.index(".scroll { overflow: auto; max-height")  # so it wins
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_section_without_input_is_left_out(merged, tmp_path, option):
     _, found, _ = merged

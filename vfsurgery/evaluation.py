@@ -23,6 +23,7 @@ from vfsurgery.passes.agreement import judged
 from vfsurgery.sources import eval_mode
 from vfsurgery.stats.precision import accepted_dtype, batches_for
 from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.wrappers import checked
 
 ENSEMBLE = "ensemble"
 """Under this name :func:`compare` returns the score of the mean logits."""
@@ -56,7 +57,7 @@ def evaluate(model: nn.Module, data: Data, *, device: torch.device | str | None 
 
     Raises:
         DataError: The data is empty, unlabeled, of the wrong shape, or has labels outside the model's classes.
-        OptionError: The model does not return logits.
+        OptionError: The model is none but a path or a state dict, or does not return logits.
 
     >>> model = torch.nn.Linear(2, 2, bias=False)
     >>> model.weight.data = torch.eye(2)
@@ -128,6 +129,7 @@ def _scores(
     progress: bool,
 ) -> list[Score]:
     """One pass: a score per model and, if there are weights, one more for the weighted mean of the logits."""
+    models = [checked(model) for model in models]
     device = torch.device(device) if device is not None else device_of(models[0])
     models = [model if device_of(model) == device else copied(model).to(device) for model in models]
     batches = Batches(data, device=device)

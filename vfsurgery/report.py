@@ -31,6 +31,8 @@ class Certificate:
     >>> print(Certificate(1, 0.0, 1e-4, "float32", mapped=3, drift=0.47))
     source 1: not certified: 3 groups are mapped by matrices, which do not preserve its function; mapped, its output
     differs from its own by 47.0% of the largest
+    >>> print(str(Certificate(1, 0.0, 1e-4, "float32", mapped=3, drift=67065.93)).rpartition("mapped, ")[2])
+    its output differs from its own by 67,066 times the largest
     """
 
     source: int
@@ -61,7 +63,8 @@ class Certificate:
 
     def __str__(self) -> str:
         if self.drifted:
-            changed = f"differs from its own by {self.drift:.1%} of the largest"
+            size = f"{self.drift:.1%} of" if self.drift < 10 else f"{self.drift:,.0f} times"
+            changed = f"differs from its own by {size} the largest"
             return (
                 f"source {self.source}: not certified: {self.mapped} groups are mapped by matrices, which do not "
                 f"preserve its function; mapped, its output {changed if math.isfinite(self.drift) else 'is not finite'}"

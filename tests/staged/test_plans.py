@@ -69,7 +69,11 @@ def test_a_plan_compares_headers_of_checkpoints(tmp_path):
     save_state_dict(TinyResNet().state_dict(), tmp_path / "b.safetensors")
     (tmp_path / "c.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     first = {"model": "vfsurgery.demo:TinyConvNet", "options": {"width": 4}}
-    for file, message in (("a", None), ("b", "does not fit TinyConvNet: convs.0.weight differs"), ("c", "is damaged or no checkpoint")):
+    for file, message in (
+        ("a", None),
+        ("b", "does not fit TinyConvNet: convs.0.weight differs"),
+        ("c", "is damaged or no checkpoint"),
+    ):
         recipe = surgery.Recipe.from_yaml(
             staged("merge", sources=[first, {"checkpoint": str(tmp_path / f"{file}.safetensors")}])
         )

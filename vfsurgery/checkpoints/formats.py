@@ -7,7 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
@@ -23,7 +23,7 @@ SLACK = 2**20
 
 
 class Unread:
-    """What stands in the place of a value that is no weight, whatever it is made of: nothing is kept, nothing is run."""
+    """Stands in the place of a value that is no weight, whatever it is made of: nothing is kept, nothing is run."""
 
     def __init__(self, *content: object) -> None:
         pass
@@ -46,7 +46,10 @@ _MAPPINGS = (
     "lightning_fabric.utilities.data.AttributeDict",
     "lightning.fabric.utilities.data.AttributeDict",
 )
-BESIDE_WEIGHTS = [*((Unread, name) for name in _UNREAD), *((dict, name) for name in _MAPPINGS)]
+BESIDE_WEIGHTS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    *((Unread, name) for name in _UNREAD),
+    *((dict, name) for name in _MAPPINGS),
+]
 """Classes and functions that training scripts let into checkpoints by the accuracies, options and paths that they save
 beside the weights, with what is called in their place: NumPy's and their own are never imported."""
 

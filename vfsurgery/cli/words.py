@@ -36,6 +36,8 @@ def in_options(message: str, command: click.Command) -> str:
     ... def merge(): ...
     >>> in_options("pass example_inputs=torch.randn(2, 3, 32, 32), or matching='weights', or leaf=", merge)
     'pass --input-size 3x32x32, or --matching weights, or leaf='
+    >>> in_options("pass example_inputs=torch.randn(2, 3, 32, 32); or data=", merge)
+    'pass --input-size 3x32x32'
     """
     renderers: dict[str, Callable[[str | None], str]] = {}
     if any(isinstance(each, click.Argument) and each.name == "recipe" for each in command.params):
@@ -46,6 +48,8 @@ def in_options(message: str, command: click.Command) -> str:
                 renderers[name] = _option(option)
     if "input_size" in renderers:
         renderers["example_inputs"] = renderers["input_size"]
+        if "data" not in renderers:  # what takes no images is told of no such way out
+            message = message.replace("; or data=", "")
     return _rendered(message, renderers)
 
 

@@ -154,7 +154,8 @@ def preprocessing(
             explain(
                 f"no preprocessing is known for {spec}",
                 missing=", ".join(sorted(missing)),
-                remedy="give size (--input-size), mean and std as in the model's training",
+                remedy="give them as in the model's training: size, mean and std under data: in a recipe, else "
+                "--input-size, --mean and --std",
             )
         )
     return _plain_transform(**given)

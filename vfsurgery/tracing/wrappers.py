@@ -42,9 +42,7 @@ def network(model: object, name: str = "the model") -> nn.Module:
             remedy = f"register it on the network inside, {wrapper}(...).module or ._orig_mod"
             raise OptionError(explain(f"{name} has a hook on its {wrapper}, which is not part of it", remedy=remedy))
         inner = held
-    if not isinstance(inner, nn.Module):
-        remedy = _how_to_load(inner)
-        raise OptionError(explain(f"{name} is no torch.nn.Module but {type(inner).__name__}", remedy=remedy))
+    inner = checked(inner, name)
     if isinstance(inner, torch.jit.ScriptModule):
         raise OptionError(
             explain(f"{name} is a TorchScript program", remedy="pass the module that it was made from, not the script")
@@ -63,6 +61,18 @@ def network(model: object, name: str = "the model") -> nn.Module:
             )
         )
     return inner
+
+
+def checked(model: object, name: str = "the model") -> nn.Module:
+    """What a user has passed as it is, wrapped or not, for what only runs it.
+
+    Raises:
+        OptionError: it is no module, but a path, a state dict, ...; says how they become one.
+    """
+    if not isinstance(model, nn.Module):
+        remedy = _how_to_load(model)
+        raise OptionError(explain(f"{name} is no torch.nn.Module but {type(model).__name__}", remedy=remedy))
+    return model
 
 
 def as_given(result: nn.Module, given: nn.Module) -> nn.Module:
