@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, explain
+from vfsurgery.tracing.borrowed import set_mode
 from vfsurgery.tracing.copies import copied, forget_kept, plain_tensors
 from vfsurgery.tracing.mode import FOLLOWS_MODE, in_eval_mode
 from vfsurgery.tracing.modes import in_training, not_followed
@@ -334,7 +335,7 @@ def eval_mode(*modules: nn.Module) -> Generator[None]:
     modes = [(module, module.training) for root in modules for module in root.modules()]
     try:
         for root in modules:
-            root.eval()
+            set_mode(root, False)
         with torch.no_grad():
             yield
     finally:

@@ -41,6 +41,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map, tree_map_only
 
 from vfsurgery.errors import HookError, explain
+from vfsurgery.tracing.borrowed import set_mode
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.failures import is_users, not_recorded, shown
 from vfsurgery.tracing.hooks import (
@@ -212,7 +213,7 @@ class ValueTracer(fx.Tracer):
     def skeleton(self, model: nn.Module, training: bool = False) -> nn.Module:
         """A copy in eval mode, or in training, whose parameters and floating-point buffers are fake: without memory.
 
-        Integer buffers stay real, since forwards index and branch with them. Modules without parameters that ask for
+        Integer buffers are real copies, since forwards index and branch with them. Modules without parameters that ask for
         the mode (stochastic depth) stay in eval mode: as single nodes they know it themselves.
         """
         memo: dict[int, Any] = {}
@@ -220,9 +221,13 @@ class ValueTracer(fx.Tracer):
             fake = self.mode.from_tensor(parameter.detach())
             memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for buffer in model.buffers():
-            real = buffer.clone() if training else buffer  # which training may count up
-            memo[id(buffer)] = self.mode.from_tensor(buffer) if buffer.is_floating_point() else real
-        skeleton = copied(model, memo).train(training)
+            own = self.mode.from_tensor(buffer) if buffer.is_floating_point() else buffer.clone()  # it may be counted up
+            memo[id(buffer)] = own
+        skeleton = copied(model, memo)
+        if training:
+            skeleton.train()  # with all that a train() of its own does
+        else:
+            set_mode(skeleton, False)
         for module in skeleton.modules():
             if module is not skeleton and _knows_its_mode(module):
                 module.eval()

@@ -7,8 +7,8 @@ from vfsurgery.verification.certificate import drift as drift
 from vfsurgery.verification.certificate import outputs_of as outputs_of
 from vfsurgery.verification.certificate import precision_of as precision_of
 from vfsurgery.verification.certificate import relative_error as relative_error
-from vfsurgery.verification.chance import several as several
-from vfsurgery.verification.chance import without_chance as without_chance
+from vfsurgery.tracing.chance import several as several
+from vfsurgery.tracing.chance import without_chance as without_chance
 from vfsurgery.verification.halving import culprits as culprits
 from vfsurgery.verification.lively import keep_signals_alive as keep_signals_alive
 from vfsurgery.verification.lively import randomize as randomize
