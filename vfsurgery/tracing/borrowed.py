@@ -92,7 +92,7 @@ def set_mode(model: nn.Module, training: bool) -> None:
     """``model.train(training)``, without what a ``train()`` of its own does to weights and settings.
 
     It may add low-rank factors to a weight in eval mode and take them out in training, or freeze layers. What the model
-    computes does not depend on it, but who runs a model to look at it must not write into it. It may drop what it keeps.
+    computes does not depend on it, but who runs a model to look at it must not write into it. What it keeps may go.
 
     >>> layer = nn.Sequential(nn.Linear(2, 1))
     >>> set_mode(layer, False)

@@ -213,16 +213,15 @@ class ValueTracer(fx.Tracer):
     def skeleton(self, model: nn.Module, training: bool = False) -> nn.Module:
         """A copy in eval mode, or in training, whose parameters and floating-point buffers are fake: without memory.
 
-        Integer buffers are real copies, since forwards index and branch with them. Modules without parameters that ask for
-        the mode (stochastic depth) stay in eval mode: as single nodes they know it themselves.
+        Integer buffers are real copies, since forwards index and branch with them, and may count them up. Modules
+        without parameters that ask for the mode (stochastic depth) stay in eval mode: as single nodes they know it.
         """
         memo: dict[int, Any] = {}
         for parameter in model.parameters():
             fake = self.mode.from_tensor(parameter.detach())
             memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for buffer in model.buffers():
-            own = self.mode.from_tensor(buffer) if buffer.is_floating_point() else buffer.clone()  # it may be counted up
-            memo[id(buffer)] = own
+            memo[id(buffer)] = self.mode.from_tensor(buffer) if buffer.is_floating_point() else buffer.clone()
         skeleton = copied(model, memo)
         if training:
             skeleton.train()  # with all that a train() of its own does
