@@ -204,12 +204,12 @@ def test_constants_stay():
     assert torch.equal(out(copied(model)), out(model))
 
 
-def test_a_fresh_twin_shares_tensors_and_keeps_modes():
+def test_a_fresh_twin_shares_parameters_and_keeps_modes():
     model = has_run(lively(ClearedByTrain, 0), "with gradients")
     model.norm.train()
     twin = fresh(model, (X,))
-    pairs = zip(model.state_dict(keep_vars=True).values(), twin.state_dict(keep_vars=True).values(), strict=True)
-    assert all(mine is theirs for mine, theirs in pairs)
+    assert all(mine is theirs for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(mine is not theirs for mine, theirs in zip(model.buffers(), twin.buffers(), strict=True))
     assert [module.training for module in twin.modules()] == [module.training for module in model.modules()]
     assert model.tables["deep"]
 

@@ -171,3 +171,21 @@ def test_a_wrapper_inside_of_a_network_is_a_part_of_it(tmp_path):
     again = Net().double()
     load_into(again, load_state_dict(tmp_path / "inner.pt"), "inner.pt")
     same(again, expected)
+
+
+def test_a_part_that_is_torchscript_is_refused_by_its_path():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it
+        part = torch.jit.trace(nn.Tanh(), torch.zeros(1, 6))
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.Sequential(part), nn.Linear(6, 2)), torch.zeros(2, 5)
+    calls = (
+        lambda: surgery.find_groups(model, x),
+        lambda: surgery.trace(model, x),
+        lambda: surgery.merge(model, copy.deepcopy(model), example_inputs=x),
+        lambda: surgery.prune_units(model, 0.5, example_inputs=x),
+    )
+    for call in calls:
+        with pytest.raises(
+            OptionError, match=r"is a TorchScript program\n  module  1\.0\n  remedy  put the module that"
+        ):
+            call()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from vfsurgery.tracing.borrowed import set_mode
 from vfsurgery.tracing.copies import HOOKS, copied
 
 POWER_STEPS = 100
@@ -117,7 +118,7 @@ def settle(model: nn.Module, reference: nn.Module | None = None) -> None:
     partners = dict(reference.named_modules()) if reference is not None else {}
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        set_mode(model, False)
         for path, module in model.named_modules():
             hooks = _known_hooks(module).values()
             if not hooks and not isinstance(module, parametrize.ParametrizationList):

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, explain
+from vfsurgery.tracing.borrowed import set_mode
 from vfsurgery.tracing.copies import copied, forget_kept, plain_tensors
+from vfsurgery.tracing.dataflow import reaching_output
 from vfsurgery.tracing.mode import FOLLOWS_MODE, in_eval_mode
 from vfsurgery.tracing.modes import in_training, not_followed
 from vfsurgery.tracing.ops import canonical_parameters
@@ -190,6 +192,7 @@ def check_same_graph(sources: Sequence[Source]) -> None:
     """
     for number, source in enumerate(sources[1:], start=1):
         _compare(sources[0], source, number, "")
+        _check_whole_numbers(sources[0], source, number)
         training = in_training(sources[0].graph_module), in_training(source.graph_module)
         if training[0] is not None and training[1] is not None:
             mine, theirs = replace(sources[0], graph_module=training[0]), replace(source, graph_module=training[1])
@@ -233,6 +236,29 @@ def _check_constants(first: Source, other: Source, number: int) -> None:
         theirs = constants[1].get(name)
         if theirs is None or not same_values(mine, theirs):
             raise _different_constants(number, _place(first, name, mine), mine, theirs)
+
+
+def whole_numbers(source: Source) -> set[str]:
+    """Saved tensors of integers or truth values that the outputs depend on: indices, masks, numbers of something."""
+    names, reaching = canonical_parameters(source.graph_module), reaching_output(source.graph_module.graph)
+    read = [node for node in source.graph_module.graph.nodes if node.op == "get_attr" and node.name in reaching]
+    tensors = [operator.attrgetter(str(node.target))(source.graph_module) for node in read]
+    return {names[id(x)] for x in tensors if isinstance(x, Tensor) and id(x) in names and not is_inexact(x)}
+
+
+def _check_whole_numbers(first: Source, other: Source, number: int) -> None:
+    """Refuse sources that compute with different saved integers or truth values, of which there is no mean."""
+    for name in sorted(whole_numbers(first)):
+        if not same_values(first.state[name], other.state[name]):
+            raise IncompatibleModelsError(
+                explain(
+                    f"sources 0 and {number} compute with different integers or masks, which cannot be averaged",
+                    buffer=name,
+                    **{"source 0": described(first.state[name]), f"source {number}": described(other.state[name])},
+                    remedy=f"give both the same values, as in b.{name}.copy_(a.{name}), if the difference means "
+                    "nothing; networks that were trained with different ones cannot be merged",
+                )
+            )
 
 
 def _different_constants(
@@ -334,7 +360,7 @@ def eval_mode(*modules: nn.Module) -> Generator[None]:
     modes = [(module, module.training) for root in modules for module in root.modules()]
     try:
         for root in modules:
-            root.eval()
+            set_mode(root, False)
         with torch.no_grad():
             yield
     finally:

@@ -28,6 +28,7 @@ from vfsurgery.discovery.recording import record
 from vfsurgery.discovery.unification import INPUT, OUTPUT, Discovery
 from vfsurgery.errors import SurgeryError, TraceError
 from vfsurgery.groups import GroupSet, PermutationGroup, PinnedAxis
+from vfsurgery.tracing.borrowed import set_mode
 from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.exported import first_line
 from vfsurgery.tracing.ops import canonical_parameters
@@ -127,7 +128,8 @@ class Run(TorchDispatchMode):
 
 def watch(model: nn.Module, inputs: tuple[Tensor, ...]) -> Run:
     """Run a copy of the model, which shares its parameters, once in eval mode."""
-    twin = copied(fresh(model, inputs), {id(parameter): parameter for parameter in model.parameters()}).eval()
+    twin = copied(fresh(model, inputs), {id(parameter): parameter for parameter in model.parameters()})
+    set_mode(twin, False)
     canonical = canonical_parameters(twin)
     names: dict[StorageWeakRef, list[str]] = {}
     for tensor in twin.state_dict(keep_vars=True).values():

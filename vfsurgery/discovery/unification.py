@@ -55,6 +55,7 @@ from vfsurgery.rules import rule_for
 from vfsurgery.tracing.dataflow import reached_by_input
 from vfsurgery.tracing.modes import in_training, not_followed
 from vfsurgery.tracing.ops import Op, OpReader
+from vfsurgery.tracing.precision import is_inexact
 from vfsurgery.tracing.selection import NO_PINS, Pinned, chosen_pins
 from vfsurgery.tracing.values import VALUE, TensorValue
 
@@ -62,6 +63,7 @@ NO_UNITS = "holds no units"
 INPUT, OUTPUT, UNUSED = "network input", "network output", "not used in the forward"
 ONLY_IN_TRAINING = "not used in eval mode, and training is not followed"
 CONSTANT = "constant tensor"
+WHOLE = "integers or truth values, which cannot be averaged"
 UNREAD = "made in a way that is not understood"
 BY_USER = "pinned by the user ({})"
 
@@ -223,18 +225,26 @@ class Discovery:
     def _axis(self, axis: AxisRef | LocalAxis) -> Layout:
         layout = self._axes.get(axis)
         if layout is None:
-            pinned = CONSTANT if isinstance(axis, AxisRef) and self._varies(axis) else None
+            pinned = self._fixed(axis) if isinstance(axis, AxisRef) else None
             layout = self._axes[axis] = self.layouts.axis(axis.size, pinned)
         return layout
 
-    def _varies(self, axis: AxisRef) -> bool:
-        """Whether an axis of a constant tensor has different values; equal ones (a blur filter's) may be reordered."""
-        if axis.tensor.kind != "constant":
-            return False
-        tensor = next(self._constants(axis.tensor.name))
+    def _fixed(self, axis: AxisRef) -> str | None:
+        """Why an axis may not move whose values are no weights; equal ones (a blur filter's) may be reordered."""
+        if axis.tensor.kind == "constant":
+            tensor, reason = next(self._constants(axis.tensor.name)), CONSTANT
+        elif axis.tensor.kind == "parameter" and axis.tensor.name in self._whole:
+            tensor, reason = self._whole[axis.tensor.name], WHOLE
+        else:
+            return None
         if tensor.is_meta or not tensor.numel():
-            return True
-        return not bool((tensor == tensor.narrow(axis.dim, 0, 1)).all())
+            return reason
+        return None if bool((tensor == tensor.narrow(axis.dim, 0, 1)).all()) else reason
+
+    @cached_property
+    def _whole(self) -> dict[str, Tensor]:
+        """Saved tensors of integers and truth values (masks), of which there is no mean."""
+        return {name: tensor for name, tensor in self.graph_module.state_dict().items() if not is_inexact(tensor)}
 
     def _constants(self, name: str) -> Iterator[Tensor]:
         """The constant of that name, in each graph that has it."""

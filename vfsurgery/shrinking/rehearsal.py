@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vfsurgery.errors import SurgeryError
 from vfsurgery.shrinking.cut import Cut
 from vfsurgery.shrinking.resize import Resizer
-from vfsurgery.sources import canonical_state, eval_mode
+from vfsurgery.sources import canonical_state
+from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.hooks import ONLOOKERS, take_away
 from vfsurgery.tracing.modes import in_training
@@ -30,17 +31,22 @@ from vfsurgery.verification import several, without_chance
 class Rehearsal:
     """Runs smaller versions of a model without weights and says what goes wrong.
 
-    On the meta device, or, where a forward makes tensors elsewhere, on fake tensors, which takes several times as long.
-    In training, too, where that is another graph.
+    On the meta device, or, where a forward makes tensors elsewhere, on fake tensors, which takes several times as long;
+    where it looks at values (``int(self.pointer)``), as it is. In training, too, where that is another graph.
     """
 
     def __init__(self, model: nn.Module, graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
         given = {False: tuple(inputs)} if in_training(graph_module) is None else {False: inputs, True: several(inputs)}
         onlookers = graph_module.meta.get(ONLOOKERS, ())
-        try:
-            self._prepare(model, given, contextlib.nullcontext(), torch.device("meta"), onlookers)
-        except (RuntimeError, NotImplementedError):
-            self._prepare(model, given, FakeTensorMode(allow_non_fake_inputs=True), None, onlookers)
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        ways = (contextlib.nullcontext(), torch.device("meta")), (fake, None), (contextlib.nullcontext(), None)
+        for mode, device in ways:
+            try:
+                self._prepare(model, given, mode, device, onlookers)
+                break
+            except Exception:  # whatever a forward may raise without values; the last way is that of a real run
+                if (mode, device) == ways[-1]:
+                    raise
         self._resizer = Resizer.of(self._hollow, graph_module)
         self._state = canonical_state(self._hollow)
 
@@ -65,12 +71,13 @@ class Rehearsal:
     ) -> None:
         self._mode = mode
         memo: dict[int, Any] = {}
+        real = device is None and not isinstance(mode, FakeTensorMode)
         with mode:
-            for tensor in [*model.parameters(), *model.buffers()]:
+            for tensor in () if real else (*model.parameters(), *model.buffers()):
                 hollow = torch.empty_like(tensor, device=device)
                 memo[id(tensor)] = nn.Parameter(hollow, False) if isinstance(tensor, nn.Parameter) else hollow
             self._inputs = {
-                training: [torch.empty_like(tensor, device=device) for tensor in inputs]
+                training: [tensor if real else torch.empty_like(tensor, device=device) for tensor in inputs]
                 for training, inputs in given.items()
             }
         self._hollow = copied(model, memo).eval()
@@ -80,7 +87,7 @@ class Rehearsal:
     def _run(self, model: nn.Module) -> list[tuple[int, ...]]:
         shapes: list[tuple[int, ...]] = []
         for training, inputs in self._inputs.items():
-            with eval_mode(model), self._mode, one_by_one(), without_chance(training):
+            with borrowed(model, {}), torch.no_grad(), self._mode, one_by_one(), without_chance(training):
                 model.train(training)
                 shapes += [tuple(tensor.shape) for tensor in tensors_of(model(*inputs))]
         return shapes

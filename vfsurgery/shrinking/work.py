@@ -154,7 +154,8 @@ class Shrinking:
                         explain(
                             "the model gives different outputs each time it runs; nothing was removed",
                             error=f"{of_itself.error:.2e} relative, tolerance {of_itself.tolerance:.0e}",
-                            remedy="its forward draws random numbers even in eval mode: make it repeatable",
+                            remedy="its forward draws random numbers even in eval mode, or its train() writes into its "
+                            "weights: make it repeatable",
                         )
                     )
                 teams = self._teams

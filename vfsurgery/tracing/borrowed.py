@@ -23,6 +23,9 @@ from torch.utils._pytree import tree_leaves
 MEMBERS = ("_parameters", "_buffers", "_modules")
 """Dicts of a module whose keys are its attributes."""
 
+SETTINGS = (bool, int, float, str)
+"""Types of attributes that say how a module computes."""
+
 
 @contextmanager
 def borrowed(
@@ -83,6 +86,39 @@ def _replaced(value: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
     if type(value) is tuple and any(isinstance(item, Tensor | tuple) for item in value):
         return tuple(_replaced(item, stand_in) for item in value)
     return value
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """``model.train(training)``, without what a ``train()`` of its own does to weights and settings.
+
+    It may add low-rank factors to a weight in eval mode and take them out in training, or freeze layers. What the model
+    computes does not depend on it, but who runs a model to look at it must not write into it. What it keeps may go.
+
+    >>> layer = nn.Sequential(nn.Linear(2, 1))
+    >>> set_mode(layer, False)
+    >>> layer[0].training
+    False
+    """
+    if all(type(module).train is nn.Module.train for module in model.modules()):
+        model.train(training)
+        return
+    settings = [
+        (container.items, [(key, value) for key, value in contents_of(container.items) if type(value) in SETTINGS])
+        for container in containers_of(model)
+        if container.named
+    ]
+    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    guard = _Guard()
+    guard.protect(tensor for tensor in (*model.parameters(), *model.buffers()))
+    try:
+        with guard, torch.no_grad():
+            model.train(training)
+    finally:
+        guard.restore()
+        for items, contents in settings:
+            items.update((key, value) for key, value in contents if key != "training")
+        for parameter, requires_grad in frozen:
+            parameter.requires_grad_(requires_grad)
 
 
 class Container(NamedTuple):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vfsurgery.errors import SurgeryError, explain
-from vfsurgery.tracing.borrowed import MEMBERS, Container, borrowed, containers_of, contents_of, put
+from vfsurgery.tracing.borrowed import MEMBERS, Container, borrowed, containers_of, contents_of, put, set_mode
 
 HOOKS = "torch.nn.utils"
 """The package whose hooks set a module's weight before each forward."""
@@ -160,7 +160,7 @@ def _clear(model: nn.Module) -> None:
     if all(type(module).train is nn.Module.train for module in model.modules()):
         return
     modes = [(module, module.training) for module in model.modules()]
-    model.train(model.training)
+    set_mode(model, model.training)
     for module, training in modes:
         module.training = training
 
@@ -177,7 +177,7 @@ def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> str | None:
 
 
 def fresh(model: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
-    """A twin of a model that shares its parameters and buffers, and has nothing that its forward keeps.
+    """A twin of a model that shares its parameters, has buffers of its own, and nothing that its forward keeps.
 
     Args:
         model: Any module; it stays as it is.
@@ -186,7 +186,7 @@ def fresh(model: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
     Raises:
         SurgeryError: the forward needs what was computed once, of weights, outside of it.
     """
-    twin = copied(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    twin = copied(model, {id(parameter): parameter for parameter in model.parameters()})
     candidates = list(plain_tensors(twin))
     lost = {plain.path for plain in plain_tensors(model)} - {plain.path for plain in candidates}
     if not candidates and not lost:

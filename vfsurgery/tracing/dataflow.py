@@ -42,6 +42,26 @@ def reached_by_input(graph: fx.Graph) -> frozenset[str]:
     return frozenset(node.name for node in reached)
 
 
+def reaching_output(graph: fx.Graph) -> frozenset[str]:
+    """Names of the nodes whose values the outputs depend on: what is only counted or kept is not among them.
+
+    >>> import torch, vfsurgery as surgery
+    >>> class Counting(torch.nn.Linear):
+    ...     calls = torch.zeros(())
+    ...     def forward(self, x):
+    ...         self.calls.add_(1)
+    ...         return super().forward(x)
+    >>> sorted(reaching_output(surgery.trace(Counting(2, 2), torch.randn(1, 2)).graph))
+    ['bias', 'linear', 'output', 'weight', 'x']
+    """
+    reaching: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        writes = _writes(node) and not reaching.isdisjoint(_written_into(node.args[0]))
+        if node.op == "output" or node in reaching or writes:
+            reaching.update((node, *node.all_input_nodes))
+    return frozenset(node.name for node in reaching)
+
+
 def _asks_for_size(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False

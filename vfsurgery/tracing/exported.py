@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from vfsurgery.errors import TraceError, explain
+from vfsurgery.tracing.borrowed import set_mode
 from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.modes import NOT_FOLLOWED, asks_for_mode
 from vfsurgery.tracing.tracer import put_over_model
@@ -76,7 +77,8 @@ def export_module(model: nn.Module, example_inputs: tuple[Tensor, ...], reason: 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     """Export a copy that shares the model's parameters; with any batch size and by plain Python where that works."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    twin = copied(fresh(model, inputs), memo).eval()
+    twin = copied(fresh(model, inputs), memo)
+    set_mode(twin, False)
     two = tuple(torch.cat([x, x]) if x.ndim and len(x) == 1 else x for x in inputs)  # one image fixes the batch size
     any_batch = tuple({0: torch.export.Dim.AUTO} if x.ndim else None for x in inputs)
     attempts = [(two, any_batch, False), (two, any_batch, True), (inputs, None, False)]

@@ -13,7 +13,6 @@ for the mode itself, it is recorded a second time in training, and the two graph
 from __future__ import annotations
 
 import difflib
-import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vfsurgery.errors import TraceError
+from vfsurgery.tracing.chance import without_chance
 from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.hooks import ONLOOKERS, Hooks, unwatched, without_backward_hooks
 from vfsurgery.tracing.mode import Followers, owner_of
@@ -130,20 +130,19 @@ def asks_for_mode(model: nn.Module) -> bool:
 
 
 def _record_training(model: nn.Module, inputs: tuple[Tensor, ...], leaves: frozenset[str], hooks: Hooks) -> Recording:
-    """Record the forward in training; of a single image with another one, since BatchNorm wants several."""
-    state = random.getstate()
-    with torch.random.fork_rng([]):
-        try:
-            random.seed(0)  # layers may be dropped at random: always the same ones
-            torch.manual_seed(0)
+    """Record the forward in training; of a single image with another one, since BatchNorm wants several.
+
+    What it leaves to chance (layers dropped at random, weights of a mixture) is taken as it is in proofs.
+    """
+    try:
+        with without_chance():
             return record_forward(model, inputs, leaves, training=True, hooks=hooks)
-        except TraceError:
-            if not all(x.ndim and len(x) == 1 for x in inputs):
-                raise
-            two = tuple(torch.cat([x, x]) for x in inputs)
+    except TraceError:
+        if not all(x.ndim and len(x) == 1 for x in inputs):
+            raise
+        two = tuple(torch.cat([x, x]) for x in inputs)
+        with without_chance():
             return record_forward(model, two, leaves, training=True, hooks=hooks)
-        finally:
-            random.setstate(state)
 
 
 def _over(model: nn.Module, training: Recording, beside: fx.Graph) -> fx.GraphModule:

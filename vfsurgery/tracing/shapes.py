@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 
+from vfsurgery.tracing.borrowed import set_mode
 from vfsurgery.tracing.values import VALUE, TensorValue, abstract
 
 UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
@@ -63,7 +64,7 @@ def renew_values(graph_module: fx.GraphModule) -> fx.Node | None:
 def _evaluating(module: nn.Module) -> Generator[None]:
     modes = [(each, each.training) for each in module.modules()]
     try:
-        module.eval()
+        set_mode(module, False)
         yield
     finally:
         for each, training in modes:

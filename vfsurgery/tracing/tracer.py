@@ -41,6 +41,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map, tree_map_only
 
 from vfsurgery.errors import HookError, explain
+from vfsurgery.tracing.borrowed import set_mode
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.failures import is_users, not_recorded, shown
 from vfsurgery.tracing.hooks import (
@@ -212,17 +213,20 @@ class ValueTracer(fx.Tracer):
     def skeleton(self, model: nn.Module, training: bool = False) -> nn.Module:
         """A copy in eval mode, or in training, whose parameters and floating-point buffers are fake: without memory.
 
-        Integer buffers stay real, since forwards index and branch with them. Modules without parameters that ask for
-        the mode (stochastic depth) stay in eval mode: as single nodes they know it themselves.
+        Integer buffers are real copies, since forwards index and branch with them, and may count them up. Modules
+        without parameters that ask for the mode (stochastic depth) stay in eval mode: as single nodes they know it.
         """
         memo: dict[int, Any] = {}
         for parameter in model.parameters():
             fake = self.mode.from_tensor(parameter.detach())
             memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for buffer in model.buffers():
-            real = buffer.clone() if training else buffer  # which training may count up
-            memo[id(buffer)] = self.mode.from_tensor(buffer) if buffer.is_floating_point() else real
-        skeleton = copied(model, memo).train(training)
+            memo[id(buffer)] = self.mode.from_tensor(buffer) if buffer.is_floating_point() else buffer.clone()
+        skeleton = copied(model, memo)
+        if training:
+            skeleton.train()  # with all that a train() of its own does
+        else:
+            set_mode(skeleton, False)
         for module in skeleton.modules():
             if module is not skeleton and _knows_its_mode(module):
                 module.eval()

@@ -47,6 +47,10 @@ def network(model: object, name: str = "the model") -> nn.Module:
         raise OptionError(
             explain(f"{name} is a TorchScript program", remedy="pass the module that it was made from, not the script")
         )
+    scripted = next((path for path, part in inner.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        remedy = f"put the module that it was made from in its place: model.{scripted} = ...; and script the result"
+        raise OptionError(explain(f"a part of {name} is a TorchScript program", module=scripted, remedy=remedy))
     if _is_sharded(inner):
         raise OptionError(
             explain(f"{name} is sharded (FSDP)", remedy="load its full state dict into a network of one piece")

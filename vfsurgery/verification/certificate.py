@@ -21,10 +21,10 @@ from vfsurgery.maps import Order, map_tensor
 from vfsurgery.report import Certificate
 from vfsurgery.sources import Source
 from vfsurgery.tracing.borrowed import borrowed
+from vfsurgery.tracing.chance import several, without_chance
 from vfsurgery.tracing.modes import in_training
 from vfsurgery.tracing.precision import Precise, is_inexact, raised, real
 from vfsurgery.tracing.values import tensors_of
-from vfsurgery.verification.chance import several, without_chance
 
 TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative output error by the precision computed in; half precision is checked in float32."""

@@ -24,11 +24,11 @@ from vfsurgery.discovery.recording import record
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, permute_tensor
 from vfsurgery.sources import canonical_state
+from vfsurgery.tracing.chance import several
 from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.modes import in_training
 from vfsurgery.tracing.precision import Precise, in_precision, is_inexact, raised
 from vfsurgery.verification.certificate import ROUNDING_FACTOR, TOLERANCE, outputs_of, relative_error
-from vfsurgery.verification.chance import several
 from vfsurgery.verification.halving import culprits
 from vfsurgery.verification.lively import keep_signals_alive, randomize
 

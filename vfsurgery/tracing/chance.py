@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,9 @@ DRAWN: dict[str, Callable[..., float]] = {
     **dict.fromkeys(("rand", "rand_like"), lambda *_: 0.5),
     **dict.fromkeys(("randn", "randn_like"), lambda *_: 1.0),
     **dict.fromkeys(("uniform", "uniform_"), lambda _, low=0.0, high=1.0, *rest: (low + high) / 2),
+    **dict.fromkeys(("_sample_dirichlet",), lambda *_: 0.5),
+    **dict.fromkeys(("_standard_gamma", "poisson", "binomial"), lambda *_: 1.0),
+    "randint": lambda low, high, *_: low if isinstance(high, int) else 0,
     **dict.fromkeys(("cauchy_", "exponential_", "geometric_", "log_normal_", "normal", "normal_"), lambda *_: 1.0),
 }
 """What takes the place of numbers that ops of aten draw, each by itself, given the op's arguments."""
@@ -24,7 +28,7 @@ DRAWN: dict[str, Callable[..., float]] = {
 class Certain(TorchDispatchMode):
     """Gives all numbers of a random draw one value, which no order or number of units can tell from another.
 
-    A mask of dropout is all ones. Dropout inside of fused ops is turned off.
+    A mask of dropout is all ones, and a random order the last one first. Dropout inside of fused ops is turned off.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,6 +44,8 @@ class Certain(TorchDispatchMode):
             elif off and argument.name in kwargs:
                 kwargs = {**kwargs, **off}
         result = func(*args, **kwargs)
+        if name == "randperm":
+            result.copy_(torch.arange(len(result), device=result.device).flip(0))
         if name in DRAWN and isinstance(result, Tensor):
             result.fill_(DRAWN[name](*args))
         return result
@@ -56,15 +62,17 @@ def without_chance(training: bool = True) -> Generator[None]:
     if not training:
         yield
         return
-    state = random.getstate()
+    states = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices), Certain():
             random.seed(0)
+            np.random.seed(0)
             torch.manual_seed(0)
             yield
     finally:
-        random.setstate(state)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def several(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
