@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), Tensor, nn.Parameter, torch.Size})
+"""Types of values that hold nothing else: most of what modules have, and left out first."""
 MEMBERS = ("_parameters", "_buffers", "_modules")
 """Dicts of a module whose keys are its attributes."""
 
@@ -158,6 +160,8 @@ def containers_of(model: nn.Module) -> Iterator[Container]:
         if not isinstance(value, tuple):
             yield container
         for key, item in reversed(contents_of(value)):
+            if type(item) in PLAIN:
+                continue
             inside = container.named and key in MEMBERS
             waiting.append((path if inside else container.path_of(key), item, inside))
 
