@@ -359,19 +359,18 @@ def test_the_report_says_what_was_done():
     assert max(pair.scale for pair in report.paired) > 1.05
 
 
-def test_both_networks_run_once_over_the_data():
+def test_both_networks_run_once_over_the_data(monkeypatch):
     dense = net("chain")
-    compressed = pruned(dense)
     calls = {"dense": 0, "compressed": 0}
+    convolve = nn.Conv2d._conv_forward
 
-    def counting(name):
-        def count(module, inputs, output):
-            calls[name] += 1
+    def counting(self, x, weight, bias):
+        if type(x) is Tensor and any(x.shape == batch.shape and torch.equal(x, batch) for batch in SMALL):
+            calls["dense" if torch.equal(weight, dense[0].weight) else "compressed"] += 1
+        return convolve(self, x, weight, bias)
 
-        return count
-
-    for name, model in (("dense", dense), ("compressed", compressed)):
-        model[0].register_forward_hook(counting(name))
+    compressed = pruned(dense)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", counting)
     surgery.renormalize(compressed, reference=dense, data=SMALL)
     assert calls == {"dense": len(SMALL), "compressed": len(SMALL)}
 
