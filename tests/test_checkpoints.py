@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import re
 import subprocess
@@ -147,9 +148,11 @@ def test_pickled_code_does_not_run(state, tmp_path, zipped):
     assert not opened.exists()
 
 
-def test_training_arguments_are_refused_by_name(state, tmp_path):
+def test_training_arguments_are_passed_over_and_classes_of_training_scripts_refused_by_name(state, tmp_path):
     torch.save({"state_dict": state, "args": argparse.Namespace(lr=1)}, tmp_path / "net.pth")
-    with pytest.raises(CheckpointError, match=r"found\s+argparse\.Namespace"):
+    assert list(load_state_dict(tmp_path / "net.pth")) == list(state)
+    torch.save({"state_dict": state, "took": datetime.timedelta(hours=1)}, tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match=r"found\s+datetime\.timedelta"):
         load_state_dict(tmp_path / "net.pth")
 
 

@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from vfsurgery.errors import TraceError, explain
 
+GENERATED = ("<eval_with_key", "<frozen", "<string>")
+"""How names of files begin that nobody wrote: fx's code, Python's own, and that of data classes."""
 LIBRARIES = ("torch.", "vfsurgery.tracing")
 """Beginnings of names of modules whose lines are not the user's."""
 
@@ -49,7 +51,8 @@ def not_recorded(model: nn.Module, error: Exception, path: str, inputs: Sequence
 
 def is_users(frame: FrameType) -> bool:
     """Whether a frame runs code that is neither torch's nor of this package."""
-    return not f"{frame.f_globals.get('__name__', '')}.".startswith(LIBRARIES) and frame.f_code.co_filename[:1] != "<"
+    made = frame.f_code.co_filename.startswith(GENERATED)
+    return not made and not f"{frame.f_globals.get('__name__', '')}.".startswith(LIBRARIES)
 
 
 def shown(frame: FrameType, line: int) -> str:
