@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from proofs import Apply, parameter
 from torch import Tensor, nn
 
 import vfsurgery as surgery
@@ -28,22 +29,6 @@ def _one_thread(_repeatable: None) -> None:
     torch.set_num_threads(1)
 
 
-class Apply(nn.Module):
-    """A forward given as a function of the module and its input; keyword arguments become submodules or parameters."""
-
-    def __init__(self, function: Callable[..., Tensor], **members: nn.Module | nn.Parameter | Tensor) -> None:
-        super().__init__()
-        self.function = function
-        for name, member in members.items():
-            if isinstance(member, Tensor) and not isinstance(member, nn.Parameter):
-                self.register_buffer(name, member)
-            else:
-                setattr(self, name, member)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
-
-
 def then(function: Callable[[Tensor], Tensor]) -> Apply:
     return Apply(lambda _, x: function(x))
 
@@ -59,10 +44,6 @@ def conv(*between: nn.Module, out: int = 8, width: int | None = None) -> nn.Sequ
 
 def dense(*between: nn.Module, out: int = 8, width: int | None = None) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, out), *between, nn.Linear(width or out, 3))
-
-
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape))
 
 
 def gate(channels: int) -> Apply:
