@@ -184,7 +184,7 @@ def test_bars_name_the_way_that_is_tried(monkeypatch):
     surgery.merge(net("chain", 1), net("chain", 2), data=images(150), progress=False)
     regressions = {label for label in shown if label.endswith("+ regress: regression of the layers")}
     assert len(regressions) == 1  # behind the matcher that did best, and behind no other
-    assert "trying 4 of 6: cca + repair: matching" in shown
+    assert "trying 3 of 6: cca + repair: matching" in shown
     assert "trying 2 of 6: activations + repair: agreement with the ensemble" in shown
     shown.clear()
     surgery.merge(net("chain", 1), net("chain", 2), data=images(150), matching="identity", renormalize="repair",

@@ -161,15 +161,15 @@ def test_the_certificate_fails_where_one_layer_reads_other_units(lost: list[int]
     graph_module, _, cut = graph_and_cut(model, "g0", lost)
     state, inputs = canonical_state(model), (images(4, dtype=torch.float64),)
     smaller = Resizer.of(model, graph_module).shrink(cut, state)
-    assert certify_cut(model, graph_module, cut, state, smaller, inputs)
+    assert certify_cut(model, graph_module, cut, state, smaller, inputs, torch.float64)
     with torch.no_grad():
         smaller.fc.weight.copy_(smaller.fc.weight.flip(1))
-    assert certify_cut(model, graph_module, cut, state, smaller, inputs).error > 1e-3
+    assert certify_cut(model, graph_module, cut, state, smaller, inputs, torch.float64).error > 1e-3
     smaller = Resizer.of(model, graph_module).shrink(cut, state)
     weight = smaller.block1.conv1.weight
     with torch.no_grad():  # as if this one layer had kept the first units
         weight.copy_(model.block1.conv1.weight[:, : weight.shape[1]])
-    assert bool(certify_cut(model, graph_module, cut, state, smaller, inputs)) == (lost == [4, 5])
+    assert bool(certify_cut(model, graph_module, cut, state, smaller, inputs, torch.float64)) == (lost == [4, 5])
 
 
 def test_a_member_that_is_left_out_is_noticed() -> None:
@@ -182,7 +182,7 @@ def test_a_member_that_is_left_out_is_noticed() -> None:
     wrong = Cut(forgetful, cut.kept)
     state = canonical_state(model)
     smaller = Resizer.of(model, graph_module).shrink(wrong, state)
-    found = certify_cut(model, graph_module, wrong, state, smaller, (images(2, dtype=torch.float64),))
+    found = certify_cut(model, graph_module, wrong, state, smaller, (images(2, dtype=torch.float64),), torch.float64)
     assert not found and "block1.conv1" in found.failure
 
 

@@ -25,6 +25,7 @@ from vfsurgery.shrinking.resize import with_tensors
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.modes import in_training, not_followed
 from vfsurgery.tracing.ops import Op, OpReader
+from vfsurgery.tracing.precision import Precise
 from vfsurgery.tracing.tracer import put_over
 from vfsurgery.tracing.transformers import one_by_one
 from vfsurgery.tracing.values import tensors_of
@@ -75,6 +76,7 @@ def certify_cut(
     state: Mapping[str, Tensor],
     smaller: nn.Module,
     inputs: tuple[Tensor, ...],
+    precision: torch.dtype,
 ) -> CutCertificate:
     """Compare a smaller model with the original with silenced units; false where they differ.
 
@@ -85,6 +87,7 @@ def certify_cut(
         state: The values it was removed from, by canonical name: the original's, or with removed units folded in.
         smaller: The result, in the precision of ``state`` and ``inputs``.
         inputs: What both are run on.
+        precision: The least that casts in their forwards cast to.
     """
     silent = with_tensors(model, {name: _unread(cut, name, tensor) for name, tensor in state.items()})
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
@@ -92,20 +95,24 @@ def certify_cut(
     graphs = {False: graph_module, True: in_training(graph_module)}
     for training, graph in graphs.items():
         if graph is None:
-            if training and not_followed(graph_module) and (failure := _cannot_train(model, smaller, inputs)):
+            if (
+                training
+                and not_followed(graph_module)
+                and (failure := _cannot_train(model, smaller, inputs, precision))
+            ):
                 return CutCertificate(float("inf"), TOLERANCE[dtype], name, failure=failure)
             continue
         reference = Silenced(put_over(silent, graph), cut)
         given = several(inputs) if training else inputs
         try:
-            found = run_in(smaller, given, training)
+            found = run_in(smaller, given, training, precision)
             if training:
-                _run_backward(smaller, given)
+                _run_backward(smaller, given, precision)
         except Exception as error:  # whatever a forward may raise when sizes do not fit
             failure = ("in training: " if training else "") + reason_of(error, smaller)
             return CutCertificate(float("inf"), TOLERANCE[dtype], name, failure=failure, training=training)
-        expected = run_in(reference.module, given, training, reference.run)
-        whole = run_in(model, given, training)
+        expected = run_in(reference.module, given, training, precision, reference.run)
+        whole = run_in(model, given, training, precision)
         errors.append(float("inf"))
         if [x.shape for x in found] == [x.shape for x in expected]:
             errors[-1] = relative_error(tuple(found), tuple(expected))
@@ -117,30 +124,34 @@ def certify_cut(
 
 
 def run_in(
-    model: nn.Module, inputs: tuple[Tensor, ...], training: bool, forward: Callable[..., Any] | None = None
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    training: bool,
+    precision: torch.dtype,
+    forward: Callable[..., Any] | None = None,
 ) -> list[Tensor]:
     """What a model, or a forward that runs its modules, returns in a mode, as the trace goes; no buffer changes."""
-    with borrowed(model, {}), torch.no_grad(), one_by_one(), without_chance(training):
+    with borrowed(model, {}), torch.no_grad(), one_by_one(), without_chance(training), Precise(precision):
         model.train(training)
         return tensors_of((forward or model)(*inputs))
 
 
-def _cannot_train(model: nn.Module, smaller: nn.Module, inputs: tuple[Tensor, ...]) -> str:
+def _cannot_train(model: nn.Module, smaller: nn.Module, inputs: tuple[Tensor, ...], precision: torch.dtype) -> str:
     """What a smaller model raises in training where the original trains on these inputs."""
     try:
-        _run_backward(model, several(inputs))
+        _run_backward(model, several(inputs), precision)
     except Exception:  # it needs targets, say
         return ""
     try:
-        _run_backward(smaller, several(inputs))
+        _run_backward(smaller, several(inputs), precision)
     except Exception as error:  # whatever a forward may raise when sizes do not fit
         return "in training: " + reason_of(error, smaller)
     return ""
 
 
-def _run_backward(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _run_backward(model: nn.Module, inputs: tuple[Tensor, ...], precision: torch.dtype) -> None:
     """A step of training without the step: forward, and backward through all outputs."""
-    with borrowed(model, {}), torch.enable_grad(), without_chance():
+    with borrowed(model, {}), torch.enable_grad(), without_chance(), Precise(precision):
         model.train()
         outputs = [x for x in tensors_of(model(*inputs)) if x.requires_grad]
         if outputs:

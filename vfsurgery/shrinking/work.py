@@ -62,6 +62,7 @@ class Shrinking:
     _scores: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     _readers: list[Reader] = field(default_factory=list[Reader])
     _moments: dict[str, CrossMoments] = field(default_factory=dict[str, CrossMoments])
+    _lively: tuple[Source, tuple[Tensor, ...]] | None = None
 
     @staticmethod
     def prepare(model: nn.Module, data: Data | None, given: ExampleInputs | None, progress: bool) -> Shrinking:
@@ -165,6 +166,7 @@ class Shrinking:
                 self.whole |= teams.shared(failed)
                 cut = _only(cut, teams.members(works))
                 certificate = self._certificate(cut)
+            self._lively = None  # a second model in double precision
             state = folded(self.source.state, cut, self._readers, self._moments)
             return cut, Resizer.of(self.source.model, self.source.graph_module).shrink(cut, state), certificate
 
@@ -191,24 +193,19 @@ class Shrinking:
         source, inputs, dtype = self.source, self.inputs, precision_of(self.source)
         if any(raised_dtype(tensor.dtype, dtype) != tensor.dtype for tensor in source.state.values()):
             source, inputs = _in_dtype(source, inputs, dtype)
-        with Precise(dtype):
-            certificate = self._compare(source, inputs, cut)
+        certificate = self._compare(source, inputs, cut, dtype)
         if not certificate and certificate.training and not certificate.failure:  # BatchNorm multiplies rounding there
-            with Precise(torch.float64):
-                certificate = self._compare(*_in_dtype(source, inputs, torch.float64), cut)
+            certificate = self._compare(*_in_dtype(source, inputs, torch.float64), cut, torch.float64)
         if not certificate or certificate.effect > certificate.tolerance or not cut.kept:
             return certificate
-        lively, inputs = _in_dtype(source, inputs, torch.float64)
-        generator = torch.Generator().manual_seed(0)
-        with Precise(torch.float64):
-            randomize(lively.model, generator)
-            keep_signals_alive(lively.model, inputs, generator)
-            return replace(self._compare(lively, inputs, cut), random_weights=True)
+        if self._lively is None:
+            self._lively = _lively(source, inputs)
+        return replace(self._compare(*self._lively, cut, torch.float64), random_weights=True)
 
-    def _compare(self, source: Source, inputs: tuple[Tensor, ...], cut: Cut) -> CutCertificate:
+    def _compare(self, source: Source, inputs: tuple[Tensor, ...], cut: Cut, dtype: torch.dtype) -> CutCertificate:
         state = folded(source.state, cut, self._readers, self._moments)
         smaller = Resizer.of(source.model, source.graph_module).shrink(cut, state)
-        return certify_cut(source.model, source.graph_module, cut, state, smaller, inputs)
+        return certify_cut(source.model, source.graph_module, cut, state, smaller, inputs, dtype)
 
     def _difference(self, cut: Cut) -> str | None:
         certificate = self._certificate(cut)
@@ -222,6 +219,16 @@ class Shrinking:
 
 def _only(cut: Cut, names: Sequence[str]) -> Cut:
     return Cut(cut.groups, {name: cut.kept[name] for name in names})
+
+
+def _lively(source: Source, inputs: tuple[Tensor, ...]) -> tuple[Source, tuple[Tensor, ...]]:
+    """A copy of a source in double precision with random weights, whose outputs depend on all units."""
+    lively, inputs = _in_dtype(source, inputs, torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    with Precise(torch.float64):
+        randomize(lively.model, generator)
+        keep_signals_alive(lively.model, inputs, generator)
+    return lively, inputs
 
 
 def _in_dtype(source: Source, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Source, tuple[Tensor, ...]]:

@@ -9,6 +9,7 @@ goes with the stand-ins; the very same objects come back at the end, also when t
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -22,8 +23,14 @@ from torch.utils._pytree import tree_leaves
 
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), Tensor, nn.Parameter, torch.Size})
 """Types of values that hold nothing else: most of what modules have, and left out first."""
+COMMON = frozenset({dict, OrderedDict, list, set, tuple})
+"""Types of what holds values, looked up before the slower question for abstract types: every module has a dozen."""
+MAPPINGS = frozenset({dict, OrderedDict})
+HOLDERS = (tuple, MutableMapping, MutableSequence, MutableSet)
 MEMBERS = ("_parameters", "_buffers", "_modules")
 """Dicts of a module whose keys are its attributes."""
+HOOKS = frozenset(vars(nn.Module())) - {"training", *MEMBERS}
+"""Dicts and sets for hooks and the like that every module has, nearly always empty."""
 
 SETTINGS = (bool, int, float, str)
 """Types of attributes that say how a module computes."""
@@ -49,8 +56,11 @@ def borrowed(
     2.0
     """
     kept = [(container.items, contents_of(container.items)) for container in containers_of(model)]
-    owners = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
-    given = {id(tensor): state[name] for name, tensor in model.state_dict(keep_vars=True).items() if name in state}
+    places = [vars(module).get(name) for module in model.modules() for name in HOOKS]
+    hookless = [hooks for hooks in places if isinstance(hooks, dict | set) and not hooks]
+    own = model.state_dict(keep_vars=True)
+    owners = {id(tensor) for tensor in own.values() if isinstance(tensor, Tensor)}
+    given = {id(tensor): state[name] for name, tensor in own.items() if name in state}
     lent: dict[int, Tensor] = {}
 
     def stand_in(tensor: Tensor) -> Tensor:
@@ -68,6 +78,8 @@ def borrowed(
     finally:
         for container, contents in kept:
             put(container, contents)
+        for hooks in hookless:
+            hooks.clear()
         guard.restore()
 
 
@@ -142,6 +154,8 @@ class Container(NamedTuple):
 def containers_of(model: nn.Module) -> Iterator[Container]:
     """All that holds what a forward may change: attributes of modules, and dicts, lists and sets in them, once each.
 
+    Left out are the places for hooks that every module has, where they are empty.
+
     >>> layer = nn.Linear(2, 1)
     >>> layer.tables = [{"cpu": torch.ones(1)}]
     >>> [container.path for container in containers_of(nn.Sequential(layer)) if "tables" in container.path]
@@ -153,14 +167,15 @@ def containers_of(model: nn.Module) -> Iterator[Container]:
         path, value, named = waiting.pop()
         owner = value if isinstance(value, nn.Module | SimpleNamespace) or _is_record(value) else None
         value = value if owner is None else vars(owner)
-        if id(value) in seen or not isinstance(value, tuple | MutableMapping | MutableSequence | MutableSet):
+        if id(value) in seen or not (type(value) in COMMON or isinstance(value, HOLDERS)):
             continue
         seen.add(id(value))
         container = Container(path, value, owner, named or owner is not None)
+        is_module = isinstance(owner, nn.Module)
         if not isinstance(value, tuple):
             yield container
-        for key, item in reversed(contents_of(value)):
-            if type(item) in PLAIN:
+        for key, item in reversed(contents_of(value)) if value else ():
+            if type(item) in PLAIN or (is_module and key in HOOKS and not item):
                 continue
             inside = container.named and key in MEMBERS
             waiting.append((path if inside else container.path_of(key), item, inside))
@@ -172,11 +187,14 @@ def _is_record(value: Any) -> bool:
 
 def contents_of(container: Any) -> list[tuple[Any, Any]]:
     """What a container holds, with the key or place of each."""
-    return list(container.items()) if isinstance(container, MutableMapping) else list(enumerate(container))
+    mapping = type(container) in MAPPINGS or isinstance(container, MutableMapping)
+    return list(container.items()) if mapping else list(enumerate(container))
 
 
 def put(container: Any, contents: list[tuple[Any, Any]]) -> None:
     """Make a container hold these very objects, in this order; one that does is not touched."""
+    if not container and not contents:
+        return
     present = contents_of(container)
     if len(present) == len(contents) and all(
         mine[1] is theirs[1] and mine[0] == theirs[0] for mine, theirs in zip(present, contents, strict=True)

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vfsurgery.errors import SurgeryError, explain
-from vfsurgery.tracing.borrowed import MEMBERS, Container, borrowed, containers_of, contents_of, put, set_mode
+from vfsurgery.tracing.borrowed import MEMBERS, PLAIN, Container, borrowed, containers_of, contents_of, put, set_mode
 
+SIMPLE = PLAIN - {Tensor}
+"""Types of values without a history; a parameter is a leaf."""
 HOOKS = "torch.nn.utils"
 """The package whose hooks set a module's weight before each forward."""
 
@@ -128,7 +130,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
                 remedy="set the attribute to None before, or give its class a __deepcopy__",
             )
         ) from error
-    for plain in list(plain_tensors(result)):
+    for plain in list(plain_tensors(result)) if computed else ():
         if any(id(tensor) in computed for tensor in plain.tensors):
             plain.forget(absent=not _initialized(plain))
     _clear(result)
@@ -138,6 +140,8 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 def _with_history(model: nn.Module) -> Iterator[Tensor]:
     for container in containers_of(model):
         for _, value in contents_of(container.items):
+            if type(value) in SIMPLE:
+                continue
             for leaf in tree_leaves(value) if type(value) is tuple else [value]:
                 if isinstance(leaf, Tensor) and not leaf.is_leaf:
                     yield leaf

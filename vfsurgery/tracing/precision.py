@@ -7,7 +7,7 @@ every cast that it writes, however it is spelled.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -101,6 +101,8 @@ class Precise(TorchFunctionMode):
         self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__get__":  # a shape or a dtype: most calls, and nothing is computed
+            return func(*args, **(kwargs or {}))
         if func in CASTS:
             return args[0].to(raised_dtype(CASTS[func], self.dtype))
         if func is Tensor.type and len(args) > 1:
@@ -111,7 +113,10 @@ class Precise(TorchFunctionMode):
             kwargs = {name: _raised(x, self.dtype) for name, x in kwargs.items()}
         args = tuple(self._raise(x) for x in args)
         kwargs = {name: self._raise(x) for name, x in (kwargs or {}).items()}
-        with _without_autocast():
+        enabled = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        if not enabled:
+            return func(*args, **kwargs)
+        with _without_autocast(enabled):
             return func(*args, **kwargs)
 
     def _raise(self, value: Any) -> Any:
@@ -126,8 +131,7 @@ def _named(kind: Any) -> Any:
 
 
 @contextmanager
-def _without_autocast() -> Generator[None]:
-    enabled = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+def _without_autocast(enabled: Sequence[str]) -> Generator[None]:
     try:
         for device in enabled:
             torch.set_autocast_enabled(device, False)
