@@ -63,7 +63,8 @@ class Certificate:
 
     def __str__(self) -> str:
         if self.drifted:
-            size = f"{self.drift:.1%} of" if self.drift < 10 else f"{self.drift:,.0f} times"
+            times = f"{self.drift:,.0f}" if self.drift < 1e6 else f"{self.drift:.0e}"
+            size = f"{self.drift:.1%} of" if self.drift < 10 else f"{times} times"
             changed = f"differs from its own by {size} the largest"
             return (
                 f"source {self.source}: not certified: {self.mapped} groups are mapped by matrices, which do not "
