@@ -78,7 +78,7 @@ NAMES = {
     "Fourier": "waves",
     "Plain": "waves",
     "Listed": r"waves\[0\]\['waves'\]",
-    "Array": "",
+    "Array": "a NumPy array",
     "InLayer": r"second\.0\.scale",
 }
 ACTS: dict[str, Callable[..., object]] = {

@@ -262,14 +262,15 @@ def _check_whole_numbers(first: Source, other: Source, number: int) -> None:
 
 
 def _different_constants(
-    number: int, where: str, mine: Tensor | None, theirs: Tensor | None
+    number: int, where: str | None, mine: Tensor | None, theirs: Tensor | None
 ) -> IncompatibleModelsError:
+    same = "the same values" if where is None else f"the same values, as in b.{where} = a.{where},"
     return IncompatibleModelsError(
         explain(
             f"sources 0 and {number} compute with different constants, which no checkpoint holds",
-            constant=where,
+            constant=where or "made in the forward of what is no tensor: a NumPy array or a list of numbers",
             **{"source 0": described(mine), f"source {number}": described(theirs)},
-            remedy=f"give both the same values, as in b.{where} = a.{where}, if the difference means nothing; what was "
+            remedy=f"give both {same} if the difference means nothing; what was "
             "drawn at random and trained with belongs to its network, and such networks cannot be merged",
         )
     )
@@ -317,10 +318,10 @@ def _constants(source: Source) -> dict[str, Tensor]:
     return found
 
 
-def _place(source: Source, name: str, constant: Tensor) -> str:
-    """Where the user's model has a constant of the trace."""
+def _place(source: Source, name: str, constant: Tensor) -> str | None:
+    """Where the user's model has a constant of the trace; ``None`` where it holds no such tensor."""
     unsaved = unsaved_tensors(source.model)
-    return name if name in unsaved else next((p for p, value in unsaved.items() if same_values(value, constant)), name)
+    return name if name in unsaved else next((p for p, value in unsaved.items() if same_values(value, constant)), None)
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
