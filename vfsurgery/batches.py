@@ -7,6 +7,7 @@ tuple or list ``(images,)`` or ``(images, labels)``, or a mapping with an ``imag
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
@@ -52,6 +53,7 @@ class Batches:
             may differ, for networks that take any image size.
         together: How many images in a row belong together, as the frames of a clip do. Batches are cut so that none is
             torn apart; what a batch has more is left out.
+        alone: Whether none shares a batch with others.
 
     Raises:
         DataError: From the constructor, ``source`` is no iterable or can be read only once. While reading, there is no
@@ -70,26 +72,34 @@ class Batches:
         dtype: torch.dtype | None = None,
         shape: Sequence[int] | None = None,
         together: int = 1,
+        alone: bool = False,
     ) -> None:
         self.device = None if device is None else torch.device(device)
         self.dtype = dtype
         self.shape = None if shape is None else tuple(shape)
-        self.together = together
+        self.together, self.alone = together, alone
         self._source = source
         self._batches = _as_batches(source, max(BATCH_SIZE // together, 1) * together)
 
-    def in_runs(self, together: int) -> Self:
-        """The same data with so many images together.
+    def in_runs(self, together: int, alone: bool = False) -> Self:
+        """The same data with so many images together, in batches of exactly so many if they are to be ``alone``.
 
         >>> [len(images) for images, _ in Batches([torch.zeros(16, 1), torch.zeros(9, 1)]).in_runs(8)]
         [16, 8]
+        >>> [len(images) for images, _ in Batches([torch.zeros(16, 1), torch.zeros(9, 1)]).in_runs(8, alone=True)]
+        [8, 8, 8]
         """
-        return type(self)(self._source, device=self.device, dtype=self.dtype, shape=self.shape, together=together)
+        cut = functools.partial(type(self), together=together, alone=alone)
+        return cut(self._source, device=self.device, dtype=self.dtype, shape=self.shape)
+
+    def like(self, images: Iterable[Any]) -> Batches:
+        """Some of these images, those that belong together still together."""
+        return Batches(images, together=self.together, alone=self.alone)
 
     def length(self) -> int | None:
         """Return the number of batches in one pass, or ``None`` where the data does not say."""
         try:
-            return len(self._batches) if isinstance(self._batches, Sized) else None
+            return len(self._batches) if isinstance(self._batches, Sized) and not self.alone else None
         except TypeError:  # a DataLoader over an IterableDataset has a __len__ that raises
             return None
 
@@ -120,11 +130,11 @@ class Batches:
                 if images.device.type == "cpu":  # elsewhere, reading the verdict would stall the device once per batch
                     _check_finite(unread)
                 whole = len(images) // self.together * self.together
-                if whole < len(images):
-                    images, labels = images[:whole], labels[:whole] if isinstance(labels, Tensor) else labels
-                if whole:
-                    found = True
-                    yield images.to(self.device, self.dtype, non_blocking=bool(gpu)), labels, index
+                size = self.together if self.alone else max(whole, 1)
+                for start in range(0, whole, size):
+                    found, part = True, slice(start, start + size)
+                    few = labels[part] if isinstance(labels, Tensor | list | tuple) else labels
+                    yield images[part].to(self.device, self.dtype, non_blocking=bool(gpu)), few, index
         _check_finite(unread)
         if index < 0:
             raise _error("the data is empty", remedy="pass at least one batch of images")

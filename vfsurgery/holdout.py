@@ -94,7 +94,7 @@ def first(data: Batches, count: int) -> Batches | None:
     for images, _ in data:
         seen += len(images)
         if seen >= 2 * count:
-            return Batches(First(data, count))
+            return data.like(First(data, count))
     return None
 
 
@@ -135,5 +135,5 @@ def split(data: Batches | None, every: int = EVERY) -> tuple[Batches, Batches]:
                 remedy="pass data=, or choose yourself, as in RemoveBiases(layers=...)",
             )
         )
-    rest, held_out = (Batches(Part(data, every, part), together=data.together) for part in (False, True))
+    rest, held_out = (data.like(Part(data, every, part)) for part in (False, True))
     return rest, held_out

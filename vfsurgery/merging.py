@@ -44,7 +44,8 @@ from vfsurgery.sources import Source, check_same_architecture, check_same_graph,
 from vfsurgery.sparse import MaskPlan, refuse_hooks
 from vfsurgery.stats.collect import Site, Survey, group_sites, survey
 from vfsurgery.stats.precision import batches_for
-from vfsurgery.stats.together import examples_of, note_on
+from vfsurgery.stats.together import examples_of, in_bound_runs, note_on
+from vfsurgery.tracing.bound import refuse_bound
 from vfsurgery.tracing.copies import forget_kept, fresh
 from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.modes import limits
@@ -127,6 +128,7 @@ class Merging:
                 raise TraceError(f"{error}\n{MERGE_PARTS}") from error
             raise DataError(f"the model cannot run on images like those in the data\n{error}\n{MERGE_PARTS}") from error
         check_same_graph(sources)
+        batches = in_bound_runs(batches, sources[0].graph_module)
         groups = discover(sources[0].graph_module, pins=pins)
         modes = [module.training for module in models[0].modules()]
         merging = Merging(models[0], sources, groups, inputs, batches, seed, progress, modes)
@@ -303,6 +305,7 @@ class Merging:
             settle(reference, merged)
             return reference
         if preserved or context.restructured:
+            refuse_bound(self.sources[0].graph_module)
             assert isinstance(merged, fx.GraphModule)
             paths = (path for path, _ in reference.named_modules())
             return standalone(merged, dict(zip(paths, self.modes, strict=True)), self.sources[0].model(*self.inputs))

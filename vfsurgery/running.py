@@ -36,7 +36,8 @@ from vfsurgery.sources import (
 )
 from vfsurgery.stats.collect import Site, Survey, survey
 from vfsurgery.stats.precision import batches_for, image_dtype
-from vfsurgery.stats.together import examples_of
+from vfsurgery.stats.together import examples_of, in_bound_runs
+from vfsurgery.tracing.bound import refuse_bound
 from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.modes import TRAINING
@@ -160,6 +161,7 @@ def run_passes(
     original, *others = (
         Source.of(twin, record(twin, inputs, leaf)) for twin in (fresh(each, inputs) for each in (model, *sources))
     )
+    batches = in_bound_runs(batches, original.graph_module)
     check_same_graph([original, *others])
     target = original.clone()
     context = _context(original, others, weights, batches, inputs, steps, pins, seed, progress)
@@ -280,6 +282,7 @@ def _finished(
             write_into(model, copied, context.created_biases)
         return model
     if context.restructured:
+        refuse_bound(graph_module)
         return standalone(graph_module, modes, None)
     return copied
 

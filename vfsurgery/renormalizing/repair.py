@@ -50,7 +50,7 @@ from vfsurgery.sources import Source, canonical_state, eval_mode
 from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.stats.collect import Survey, survey
 from vfsurgery.stats.precision import batches_for
-from vfsurgery.stats.together import examples_of, note_on
+from vfsurgery.stats.together import examples_of, in_bound_runs, note_on
 from vfsurgery.tracing.copies import copied, forget_kept, fresh
 from vfsurgery.tracing.precision import is_inexact
 from vfsurgery.tracing.wrappers import as_given, network
@@ -179,6 +179,7 @@ class _Work:
         inputs, batches = examples_of(plain.model, counted, given)
         plain = replace(plain, model=fresh(plain.model, inputs))
         graph_module = _trace(plain.model, inputs, given)
+        batches = in_bound_runs(batches, graph_module)
         groups = discover(graph_module)
         source = trace_reference(reference, inputs)
         check_outputs(graph_module, source.graph_module)

@@ -33,7 +33,7 @@ from vfsurgery.shrinking.teams import Teams
 from vfsurgery.sources import Source, check_weights
 from vfsurgery.stats.correlation import CrossMoments
 from vfsurgery.stats.precision import batches_for
-from vfsurgery.stats.together import examples_of
+from vfsurgery.stats.together import examples_of, in_bound_runs
 from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.precision import Precise, in_precision, raised, raised_dtype
 from vfsurgery.tracing.tracer import put_over
@@ -77,6 +77,7 @@ class Shrinking:
         try:
             model = fresh(model, inputs)
             graph_module = record(model, inputs)
+            batches = in_bound_runs(batches, graph_module)
         except TraceError as error:
             raise TraceError(f"units can be removed only from what fx can record\n{error}") from error
         groups = discover(graph_module)

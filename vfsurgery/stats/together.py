@@ -2,7 +2,7 @@
 
 Most networks compute each image by itself, so batches may be cut anywhere. Some do not: video networks fold the frames
 of a clip into the batch, norms without running statistics look at all of it. Those are only run on whole batches of the
-size of the example.
+size of the example. So are networks whose trace holds for that size alone (:mod:`vfsurgery.tracing.bound`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from vfsurgery.batches import Batches
 from vfsurgery.tracing.borrowed import borrowed
+from vfsurgery.tracing.bound import bound_to
 from vfsurgery.tracing.examples import BATCH, example_inputs_of
 from vfsurgery.tracing.values import tensors_of
 
@@ -47,11 +48,18 @@ def examples_of(
     return inputs, batches if batches is None or together == 1 else batches.in_runs(together)
 
 
+def in_bound_runs(batches: B | None, graph_module: fx.GraphModule) -> B | None:
+    """The data in runs of as many images as a trace holds for, if it holds for one number alone."""
+    bound = bound_to(graph_module)
+    return batches if batches is None or not bound else batches.in_runs(bound, alone=True)
+
+
 def note_on(batches: Batches | None) -> list[str]:
     """For the report: that images are used together, and how many."""
     if batches is None or batches.together == 1:
         return []
-    return [f"images are used in runs of {batches.together}, as in the example: the model computes none by itself"]
+    reason = "the model computes none by itself, or makes a number of Python's of the batch size"
+    return [f"images are used in runs of {batches.together}, as in the example: {reason}"]
 
 
 def images_together(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:

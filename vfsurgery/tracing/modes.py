@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vfsurgery.errors import TraceError
+from vfsurgery.tracing.bound import BOUND
 from vfsurgery.tracing.chance import without_chance
 from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.hooks import ONLOOKERS, Hooks, unwatched, without_backward_hooks
@@ -73,7 +74,7 @@ def trace_module(
     recording = record_forward(twin, example_inputs, leaves, hooks=hooks)
     guards = [*hooks.guards, *recording.guards]
     training: Recording | None = None
-    meta: dict[str, Any] = {ONLOOKERS: hooks.onlookers}
+    meta: dict[str, Any] = {ONLOOKERS: hooks.onlookers, BOUND: recording.bound}
     partners: dict[fx.Node, fx.Node] = {}
     if recording.asks or any(type(module).train is not nn.Module.train for module in model.modules()):
         try:

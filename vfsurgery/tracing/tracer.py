@@ -22,6 +22,7 @@ those that have a coupling rule of their own.
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
 import math
@@ -42,6 +43,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from vfsurgery.errors import HookError, explain
 from vfsurgery.tracing.borrowed import set_mode
+from vfsurgery.tracing.bound import find_bound
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.failures import is_users, not_recorded, shown
 from vfsurgery.tracing.hooks import (
@@ -68,13 +70,15 @@ class Recording:
     """A forward as it was recorded in one mode.
 
     ``skeleton`` is what it ran on, with what the trace made on it; ``guards`` say what the example decided; ``asks``
-    whether the forward looked at ``training`` outside of modules that stay single nodes.
+    whether the forward looked at ``training`` outside of modules that stay single nodes; ``bound`` the number of
+    images that the graph holds for, 0 for any.
     """
 
     graph: fx.Graph
     skeleton: nn.Module
     guards: tuple[str, ...]
     asks: bool
+    bound: int
 
 
 def record_forward(
@@ -105,19 +109,22 @@ def record_forward(
     try:
         with (
             tracer.recording_factories(),
+            _recording_lengths(),
             _unwrapped_functions(),
             one_by_one(tracer.guards),
             without_global_hooks(),
             reads_of_mode(tracer.is_computing) as asked,
         ):
             graph = tracer.trace(skeleton)
+            bound = tracer.bound(graph, skeleton) if tracer.guards else 0
     except HookError:
         raise
     except Exception as error:
         raise not_recorded(model, error, tracer.innermost, example_inputs) from error
     finally:
         torch.set_rng_state(rng)
-    return Recording(graph, skeleton, tuple(dict.fromkeys(tracer.guards)), bool(asked))
+    guards = tuple(dict.fromkeys(tracer.guards))
+    return Recording(graph, skeleton, (*guards, *([f"images in a batch == {bound}"] * bool(bound))), bool(asked), bound)
 
 
 class ValueProxy(fx.Proxy):
@@ -148,7 +155,8 @@ class ValueProxy(fx.Proxy):
         return self._decide(operator.index)
 
     def __len__(self) -> int:
-        return self._decide(len) if isinstance(self.value, Tensor) else len(self.value)
+        held = isinstance(self.value, Tensor)
+        return self._decided(f"len({self.node})", self.value.shape[0]) if held else self.value.__len__()
 
     def __contains__(self, item: object) -> bool:
         return self._decided(f"{item!r} in {self.node}", _values(item) in self.value)
@@ -157,7 +165,7 @@ class ValueProxy(fx.Proxy):
         return id(self)
 
     def __iter__(self) -> Iterator[ValueProxy]:
-        return iter([operator.getitem(cast(Any, self), index) for index in range(len(self))])
+        return iter([operator.getitem(cast(Any, self), index) for index in range(self.__len__())])
 
     def __setitem__(self, index: Any, item: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, item), {})
@@ -344,6 +352,15 @@ class ValueTracer(fx.Tracer):
         if args and type(args[0]) is ValueProxy and isinstance(value, Tensor) and args[0].value is value:
             args[0].node = proxy.node
 
+    def bound(self, graph: fx.Graph, skeleton: nn.Module) -> int:
+        """The number of images that a graph holds for, 0 for any."""
+        self._computing = True
+        try:
+            with self.mode:
+                return find_bound(graph, skeleton, self.inputs)
+        finally:
+            self._computing = False
+
     def _compute(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._computing = True
         try:
@@ -401,6 +418,22 @@ class ValueTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val if self._computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+@contextmanager
+def _recording_lengths() -> Generator[None]:
+    """Record ``len(x)`` of a tensor as its first size, which goes with the batch; Python takes none but a number."""
+
+    def first_size(value: Any) -> Any:
+        recorded = type(value) is ValueProxy and isinstance(value.value, Tensor)
+        return value.size(0) if recorded else length(value)
+
+    length = builtins.len
+    builtins.len = first_size
+    try:
+        yield
+    finally:
+        builtins.len = length
 
 
 @contextmanager
