@@ -37,7 +37,7 @@ IMAGES, BATCH = 16, 8
 """Calibration images of one pair, and how many are in a batch."""
 SIDES = (64, 96, 128)
 """Sides of the images tried, the first that the network takes wins."""
-SHALLOW_FROM = 20_000_000
+SHALLOW_FROM = 4_000_000
 """Parameters from which on a twin of fewer layers is merged instead, if there is one."""
 RIDGE = 0.1
 """Of the regression; to choose one takes several times as long."""
