@@ -5,13 +5,14 @@ For each group one linear assignment maximises the summed Pearson correlation of
 where it ends, and the correlations there are averaged. Activations do not depend on how other layers' units are
 numbered, so one pass over the data serves all groups. Nested groups are assigned from the inside out
 (:mod:`vfsurgery.matching.nested`). Groups that no activation shows, as the heads inside an ``nn.MultiheadAttention``,
-are matched by their weights once the others are known.
+are matched by their weights once the others are known, and so are units that activations do not tell apart
+(:mod:`vfsurgery.matching.ties`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from torch import Tensor
 from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, Permutations
 from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem
 from vfsurgery.matching.nested import BlockAssignment, Family, families
+from vfsurgery.matching.pairwise import mean_state
 from vfsurgery.matching.schemes import DEFAULT, MAX_ROUNDS, Scheme, align, check_scheme, units_in_order
+from vfsurgery.matching.ties import Ties, break_ties
 from vfsurgery.matching.weights import match_rest, match_rest_of_all
 from vfsurgery.stats.correlation import CrossMoments, mean_correlation
 
@@ -85,12 +88,14 @@ def match_on(
     """
     permutations: dict[str, Permutation] = {}
     gains: list[Gain] = []
+    ties: list[Ties] = []
     for family in families(problem.groups):
         known = [group for group in family.groups if group.name in moments]
         if not known:
             continue
         problem.advance(str(family.outer))
-        assignment = _assignment(family, {group.name: mean_correlation(moments[group.name]) for group in known})
+        correlations = {group.name: mean_correlation(moments[group.name]) for group in known}
+        assignment = _assignment(family, correlations)
         found = assignment.solve()
         permutations |= {group.name: found["" if group is family.outer else group.name] for group in known}
         permutations[family.outer.name] = found[""]
@@ -102,6 +107,12 @@ def match_on(
             for group in family.groups
             if group.name in permutations
         ]
+        del assignment
+        if not done and (tied := Ties.of(family, correlations, permutations)):
+            ties.append(tied)
+    if ties:
+        orders, others = break_ties(problem, (problem.states[0], problem.states[source]), permutations, ties)
+        return Matching(orders, (*_moved(gains, orders), *others))
     if len(permutations) + len(done) == len(problem.groups):
         return Matching(permutations, tuple(gains))
     known = {**permutations, **{name: problem.groups[name].identity() for name in done}}
@@ -127,6 +138,7 @@ def match_all(
     sources = range(len(problem.states))
     found: list[dict[str, Permutation]] = [{} for _ in sources]
     gains: list[list[Gain]] = [[] for _ in sources]
+    ties: list[list[Ties]] = [[] for _ in sources]
     for family in families(problem.groups):
         crossed = _Crossed(family, pairs)
         if not crossed.shown:
@@ -136,7 +148,12 @@ def match_all(
         for source in sources:
             found[source] |= orders[source]
             gains[source] += crossed.gains(source, orders)
-    matchings = [Matching(own, tuple(reached)) for own, reached in zip(found, gains, strict=True)]
+            if source and (tied := crossed.ties(source, orders, scheme)):
+                ties[source].append(tied)
+    if any(ties):
+        found = _without_ties(problem, found, ties, scheme)
+    pairs_of = zip(gains, found, strict=True)
+    matchings = [Matching(orders, tuple(_moved(reached, orders))) for reached, orders in pairs_of]
     if len(found[0]) < len(problem.groups):
         rest = match_rest_of_all(problem, found, scheme, max_rounds)
         matchings = [
@@ -144,6 +161,26 @@ def match_all(
             for of_shown, of_rest in zip(matchings, rest, strict=True)
         ]
     return matchings[1:]
+
+
+def _without_ties(
+    problem: Problem, found: Sequence[Permutations], ties: Sequence[Sequence[Ties]], scheme: Scheme
+) -> list[dict[str, Permutation]]:
+    """Orders of all sources in which tied units are where the weights want them: near the mean of sources before.
+
+    Under the sequential scheme only the last one before counts.
+    """
+    whole: list[Permutations] = [{group.name: group.identity() for group in problem.groups}]
+    for source in range(1, len(found)):
+        first = source - 1 if scheme == "sequential" else 0
+        mean = mean_state(problem.groups, problem.states[first:source], whole[first:])
+        whole.append(break_ties(problem, (mean, problem.states[source]), found[source], ties[source])[0])
+    return [{name: orders[name] for name in own} for own, orders in zip(found, whole, strict=True)]
+
+
+def _moved(gains: Sequence[Gain], orders: Permutations) -> list[Gain]:
+    """The same gains, ties being without any, with what moves now."""
+    return [replace(gain, moved=orders[gain.group].moved) for gain in gains]
 
 
 class _Crossed:
@@ -177,6 +214,12 @@ class _Crossed:
         before, after = (self._mean(self._assignment(source, others, of), of[source]) for of in (unmoved, orders))
         return [Gain(group.name, before, after, orders[source][group.name].moved) for group in self.groups]
 
+    def ties(self, source: int, orders: Sequence[Permutations], scheme: Scheme) -> Ties | None:
+        """What the correlations of a source with all others, or the one before it, leave open."""
+        others = [other for other in range(len(orders)) if other != source]
+        others = [source - 1] if scheme == "sequential" else others
+        return Ties.of(self.family, self._similarity(source, others, orders), orders[source])
+
     def _mean(self, assignment: BlockAssignment, orders: Permutations) -> float:
         """Mean correlation of paired units."""
         return assignment.total({self._key(group): orders[group.name] for group in self.groups}) / self._count
@@ -186,11 +229,14 @@ class _Crossed:
 
     def _assignment(self, source: int, others: Sequence[int], found: Sequence[Permutations]) -> BlockAssignment:
         """Of a source's units to the mean of others' aligned ones: the mean of their correlations, rows in order."""
+        return _assignment(self.family, self._similarity(source, others, found))
+
+    def _similarity(self, source: int, others: Sequence[int], found: Sequence[Permutations]) -> dict[str, Tensor]:
         similarity: dict[str, Tensor] = {}
         for group in self.shown:
             rows = [self._between(other, source, group.name)[self._order(group, found[other])] for other in others]
             similarity[group.name] = torch.stack(rows).mean(0)
-        return _assignment(self.family, similarity)
+        return similarity
 
     def _between(self, i: int, j: int, name: str) -> Tensor:
         """Correlations of the units of source i, as rows, with those of source j."""

@@ -43,8 +43,8 @@ from vfsurgery.matching.assignment import assign
 from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem
 from vfsurgery.matching.nested import BlockAssignment, Family, families, joined, whole_order
 from vfsurgery.matching.pairwise import gains_of_all, mean_state, pairwise_similarity
-from vfsurgery.matching.schemes import DEFAULT, MAX_ROUNDS, Scheme, align, check_scheme
-from vfsurgery.matching.similarity import Similarity, States, is_matrix, member_rows
+from vfsurgery.matching.schemes import DEFAULT, MAX_ROUNDS, Scheme, align, check_scheme, units_in_order
+from vfsurgery.matching.similarity import Similarity, States, columns, is_matrix, member_rows
 from vfsurgery.tracing.precision import as_real
 
 MAX_SWEEPS, TOLERANCE = 100, 3e-3
@@ -52,6 +52,8 @@ FEW_UNITS, STARTS = 128, 12
 """Networks of so few units are matched from so many random orders, too."""
 EQUAL = 1e-6
 """Similarities (cosines) that differ by less are equal."""
+PRIOR = 1e3
+"""How much correlation counts beside weights where it leaves ties: a thousandth of it outweighs any similarity."""
 ROUNDS = 5
 """Most rounds over the inner groups of a family whose parameters have units of several of them."""
 
@@ -128,21 +130,49 @@ def match_rest(
         Orders of all groups, the known ones among them; gains of those that were found.
     """
     states = (problem.states[0], problem.states[source])
-    return _descend(problem, states, known, max_sweeps, tolerance, starts)
+    return _descend(problem, problem.groups, states, known, max_sweeps, tolerance, starts)
+
+
+def match_open(
+    problem: Problem, groups: GroupSet, states: States, known: Permutations, losses: Mapping[str, Tensor]
+) -> Matching:
+    """Match by weights what activations leave open.
+
+    Args:
+        problem: As for :meth:`Matcher.match`.
+        groups: The open groups, or the open units of each.
+        states: Parameters of both, all else in order.
+        known: Orders of some of the groups, which are kept.
+        losses: ``(units, units)`` by group name: what pairing units otherwise loses in correlation, below zero. The
+            units of nested groups are those of all blocks.
+    """
+    return _descend(problem, groups, states, known, MAX_SWEEPS, TOLERANCE, STARTS, losses)
 
 
 def _descend(
-    problem: Problem, states: States, known: Permutations, max_sweeps: int, tolerance: float, starts: int
+    problem: Problem,
+    groups: GroupSet,
+    states: States,
+    known: Permutations,
+    max_sweeps: int,
+    tolerance: float,
+    starts: int,
+    losses: Mapping[str, Tensor] | None = None,
 ) -> Matching:
     """The most similar of what descents from several starts come to; of one where there are many units."""
-    groups, generator = problem.groups, problem.generator()
+    generator, losses = problem.generator(), losses or {}
 
     def descend(start: Permutations | None) -> tuple[float, Matching]:
-        matching = _Descent(groups, states, tolerance, known, start).run(problem, max_sweeps)
-        return pairwise_similarity(groups, states, [{}, permutations_of(matching.permutations)]), matching
+        matching = _Descent(groups, states, tolerance, known, start, losses).run(problem, max_sweeps)
+        found = permutations_of(matching.permutations)
+        lost = sum(
+            float(loss.gather(1, columns(units_in_order(groups[name], found), loss)).sum())
+            for name, loss in losses.items()
+        )
+        return pairwise_similarity(groups, states, [{}, found]) + PRIOR * lost, matching
 
-    if sum(group.units for group in groups) > FEW_UNITS:
-        return _Descent(groups, states, tolerance, known).run(problem, max_sweeps)
+    if sum(group.units for group in problem.groups) > FEW_UNITS:
+        return _Descent(groups, states, tolerance, known, losses=losses).run(problem, max_sweeps)
     best = descend(None)
     for _ in range(starts):
         if best[0] >= 1 - EQUAL:
@@ -180,7 +210,7 @@ def match_rest_of_all(
     def fit(source: int, others: Sequence[int], found: Sequence[Permutations]) -> Permutations:
         mean = mean_state(groups, [states[other] for other in others], [found[other] for other in others])
         if not found[source]:
-            matching = _descend(problem, (mean, states[source]), known[source], max_sweeps, tolerance, starts)
+            matching = _descend(problem, groups, (mean, states[source]), known[source], max_sweeps, tolerance, starts)
         else:
             descent = _Descent(groups, (mean, states[source]), tolerance, known[source], found[source])
             matching = descent.run(problem, max_sweeps)
@@ -204,13 +234,14 @@ class _Descent:
         tolerance: float,
         known: Permutations,
         start: Permutations | None = None,
+        losses: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.groups, self.tolerance, self.known = groups, tolerance, known
         self.orders = {**(start or {}), **known}
         self.gains: dict[str, tuple[float, float]] = {}
         open_families = [family for family in families(groups) if any(g.name not in known for g in family.groups)]
         self.problems = [
-            FamilyProblem(family, groups, states) for family in open_families if family.outer.name not in known
+            FamilyProblem(family, groups, states, losses) for family in open_families if family.outer.name not in known
         ]
         self.halves = [FamilyProblem(family, groups, states) for family in open_families if family.outer.name in known]
 
@@ -266,7 +297,9 @@ class FamilyProblem:
     have been paired: they are compared inside pairs of blocks, one inner group at a time.
     """
 
-    def __init__(self, family: Family, groups: GroupSet, states: States) -> None:
+    def __init__(
+        self, family: Family, groups: GroupSet, states: States, losses: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.family, self.groups = family, groups
         self._a, self._b = states
         names = [group.name for group in family.groups]
@@ -292,6 +325,11 @@ class FamilyProblem:
         }
         self._seen: tuple[Permutation | None, ...] = ()
         self._joint_moved = False
+        self._losses = [  # that no weights have joined yet
+            (self._outer if group is family.outer else self._inner[group.name], losses[group.name])
+            for group in family.groups
+            if losses and group.name in losses
+        ]
 
     def _plain(self, group: PermutationGroup, inside: bool) -> list[Member]:
         joint = [member for owner, member in self.joint if owner is group]
@@ -314,7 +352,23 @@ class FamilyProblem:
         if self.joint:
             seen = tuple(orders.get(name) for name in sorted(set().union(*self._partners.values())))
             self._joint_moved, self._seen = seen != self._seen, seen
-        return any(similarity.total is not None for similarity in self._similarities)
+        known = any(similarity.total is not None for similarity in self._similarities)
+        if known and self._losses:
+            weight = PRIOR * (self._bound() or 1.0)
+            for similarity, losses in self._losses:
+                similarity.total = losses * weight if similarity.total is None else similarity.total + losses * weight
+                similarity.headroom = float("inf")
+            self._losses = []
+        return known
+
+    def _bound(self) -> float:
+        """No two units' weights are more similar."""
+        members = (m for group in self.family.groups for m in group.members if is_matrix(self._a[m.parameter]))
+        longest = (
+            [member_rows(state[member.parameter], member).norm(dim=1).max() for state in (self._a, self._b)]
+            for member in members
+        )
+        return sum(float(a * b) for a, b in longest)
 
     def total(self, found: Mapping[str, Permutation], orders: Mapping[str, Permutation]) -> float:
         """The similarity of all parameters of the family under the given orders of its groups."""
