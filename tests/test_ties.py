@@ -58,7 +58,10 @@ UNTOLD: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "dead units": dead_units,
     "all constant": lambda: (flat(6, 10, 9, 4), torch.ones(8, 6, dtype=torch.float64)),
     "two samples": lambda: (flat(6, 10, 9, 4), torch.randn(2, 6, dtype=torch.float64)),
-    "copies of one number": lambda: (nn.Sequential(nn.Linear(1, 10), flat(10, 9, 4)).double(), torch.randn(50, 1).double()),
+    "copies of one number": lambda: (
+        nn.Sequential(nn.Linear(1, 10), flat(10, 9, 4)).double(),
+        torch.randn(50, 1).double(),
+    ),
     "learned queries": lambda: (randomized(Decoder()), torch.randn(40, 5, 6, dtype=torch.float64)),
     "nested, all constant": heads_over_one_token,
 }  # fmt: skip
