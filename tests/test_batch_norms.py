@@ -13,6 +13,7 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from tiny_nets import images, net, planted
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import update_bn
 
 import vfsurgery as surgery
@@ -311,3 +312,58 @@ def test_variances_of_a_shared_head_shrink_without_data_too():
     ratio = ((rows[0] + rows[1]) / 2).square().sum(1) / ((rows[0].square() + rows[1].square()) / 2).sum(1)
     assert torch.allclose(merged.norm.running_var, (a.norm.running_var + b.norm.running_var) / 2 * ratio)
     assert bool((ratio < 0.9).any())
+
+
+class Positive(nn.Module):
+    """A scale that is never negative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x.abs().clamp_min(1e-3).log()
+
+
+def computed_scales(seed: int) -> nn.Module:
+    """A residual net whose norm layers compute their weights; a trace shows the call of ``batch_norm`` inside them."""
+    model = net("residual", seed).double()
+    for layer in [*model.modules()]:
+        if isinstance(layer, nn.BatchNorm2d):
+            parametrize.register_parametrization(layer, "weight", Positive())
+    return model.eval()
+
+
+@pytest.mark.parametrize("renormalize", ["reset", "regress"])
+def test_norms_with_computed_weights_get_the_statistics_of_the_data(renormalize: str) -> None:
+    sources = [computed_scales(0), computed_scales(1)]
+    off: dict[str, list[float]] = {}
+    for chosen in (renormalize, None):
+        merged = surgery.merge(sources, data=[X], matching="weights", renormalize=chosen, progress=False)
+        expected = copy.deepcopy(merged)
+        update_bn([X], expected)
+        states = merged.state_dict(), expected.state_dict()
+        names = [name for name in states[0] if "running" in name]
+        assert len(names) == 12
+        off[str(chosen)] = [relative_error(*(state[name] for state in states)) for name in names]
+    assert max(off[renormalize]) < (1e-9 if renormalize == "reset" else 1e-3)  # which cuts the images in two
+    assert min(off["None"]) > 0.01
+
+
+def test_a_layer_with_computed_weights_keeps_the_momentum_and_the_calls_it_has() -> None:
+    model = Pyramid().double().eval()
+    plain = copy.deepcopy(model)
+    for layer in (model.norm, plain.norm):
+        layer.momentum = 0.3
+    parametrize.register_parametrization(model.norm, "weight", Positive())
+    found = []
+    for each in (model, plain):
+        graph_module = surgery.trace(each, X[:2])
+        ((norm, calls),) = calls_of(norms := batch_norm_nodes(graph_module)).items()
+        work = OnBatches(graph_module, norms)
+        with torch.no_grad():
+            work.run(X)
+            set_running(norm, [work.moments[call] for call in calls])
+        assert len(calls) == 3
+        found.append((norm.momentum, norm.running_mean, norm.running_var))
+    assert found[0][0] == found[1][0] == 0.3
+    assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found[0][1:], found[1][1:], strict=True))

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.groups import GroupSet, gather_index
 from vfsurgery.maps import Order, UnitMap, map_units, permutations_of
-from vfsurgery.stats.batch_norms import is_batch_norm
+from vfsurgery.stats.batch_norms import calls_batch_norm, is_batch_norm
 from vfsurgery.stats.collect import Site
 from vfsurgery.stats.own_outputs import Extent, own_extent
 from vfsurgery.tracing.dataflow import reached_by_input
@@ -206,8 +206,4 @@ def _unit_dim(op: Op, weight_dims: int) -> int:
 
 def _feeds_batch_norm(node: fx.Node, graph_module: fx.GraphModule) -> bool:
     users = list(node.users)
-    return (
-        len(users) == 1
-        and users[0].op == "call_module"
-        and is_batch_norm(graph_module.get_submodule(str(users[0].target)))
-    )
+    return len(users) == 1 and calls_batch_norm(users[0], graph_module)

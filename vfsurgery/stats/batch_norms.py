@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from vfsurgery.errors import DataError, explain
 from vfsurgery.stats.moments import Moments, add_batch
 from vfsurgery.stats.prefix import Prefix
+from vfsurgery.tracing.ops import canonical_key
 from vfsurgery.tracing.values import PRESERVED
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -60,8 +61,16 @@ class OnBatches(Prefix):
                 )
             )
         add_batch(self.moments, n.name, batch)
-        with statistics_exchanged(norm, batch.mean, batch.var):
+        if n.op == "call_module":
+            with statistics_exchanged(norm, batch.mean, batch.var):
+                return super().run_node(n)
+        given = _statistics_given(n)
+        own = [self.env[node] for node in given]
+        self.env |= {node: new.to(old) for node, new, old in zip(given, (batch.mean, batch.var), own, strict=True)}
+        try:
             return super().run_node(n)
+        finally:
+            self.env |= zip(given, own, strict=True)
 
 
 def _look_on(value: Tensor) -> None:
@@ -112,12 +121,54 @@ def batch_norm_nodes(graph_module: fx.GraphModule) -> dict[str, BatchNorm]:
     Those of preserved prefixes keep the statistics of their source and are left out.
     """
     found: dict[str, BatchNorm] = {}
+    entered: dict[str, BatchNorm] = {}  # one for all calls
     for node in graph_module.graph.nodes:
-        if node.op == "call_module" and PRESERVED not in node.meta:
-            module = graph_module.get_submodule(str(node.target))
-            if is_batch_norm(module) and module.running_var is not None:
-                found[node.name] = module
+        if PRESERVED in node.meta or not calls_batch_norm(node, graph_module):
+            continue
+        if node.op == "call_module":
+            module = cast(BatchNorm, graph_module.get_submodule(str(node.target)))
+        else:
+            path, _ = _inside(node)
+            module = entered[path] = entered.get(path) or _stand_in(node, graph_module.get_submodule(path))
+        if module.running_var is not None:
+            found[node.name] = module
     return found
+
+
+def calls_batch_norm(node: fx.Node, graph_module: fx.GraphModule) -> bool:
+    """Whether a node calls a BatchNorm layer, or is the call inside one: a trace enters those with computed weights."""
+    if node.op == "call_module":
+        return is_batch_norm(graph_module.get_submodule(str(node.target)))
+    if not _statistics_given(node):
+        return False
+    _, kind = _inside(node)
+    return isinstance(kind, type) and issubclass(kind, BatchNorm)
+
+
+def _inside(node: fx.Node) -> tuple[str, Any]:
+    """Path and class of the module whose forward made a node; its path in ``nn_module_stack`` also counts the calls."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {"": ("", nn.Module)}
+    return next(reversed(stack.values()))
+
+
+def _statistics_given(node: fx.Node) -> list[fx.Node]:
+    """The running mean and variance that a call of ``batch_norm`` is given, where they are buffers of its module."""
+    if node.op != "call_function" or canonical_key(node.target) != "batch_norm":
+        return []
+    given = [argument for argument in node.args[1:3] if isinstance(argument, fx.Node)]
+    path, _ = _inside(node)
+    own = [f"{path}.{name}" for name in ("running_mean", "running_var")]
+    return (
+        given if [(buffer.op, str(buffer.target)) for buffer in given] == [("get_attr", name) for name in own] else []
+    )
+
+
+def _stand_in(node: fx.Node, holder: nn.Module) -> BatchNorm:
+    """A layer with the running statistics and the momentum of one whose forward a trace has entered."""
+    momentum, weight = node.kwargs.get("momentum"), node.kwargs.get("weight")
+    layer = nn.BatchNorm1d(0, momentum=cast(float, momentum), affine=weight is not None)
+    layer.running_mean, layer.running_var = cast(Tensor, holder.running_mean), cast(Tensor, holder.running_var)
+    return layer
 
 
 def calls_of(norms: Mapping[str, BatchNorm]) -> dict[BatchNorm, list[str]]:
