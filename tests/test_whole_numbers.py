@@ -85,3 +85,28 @@ def test_units_under_a_mask_stay_where_they_are():
         b.table.fill_(True)
     free = surgery.find_groups(a, X)
     assert any(member.parameter == "a.weight" for group in free for member in group.members)
+
+
+@pytest.mark.parametrize("images", [None, X])
+@pytest.mark.parametrize("kind", TABLES)
+def test_soups_refuse_integers_and_masks_that_differ(kind: str, images: Tensor | None):
+    models = [net(kind, table, seed) for seed, table in enumerate([0, 0, 1])]
+    for model in models:
+        model.steps.fill_(0)
+    with pytest.raises(
+        surgery.SurgeryError, match=r"sources 0 and 2 .*different integers or masks.*\n  buffer    table"
+    ):
+        surgery.soup(models, greedy=False, calibration=images, progress=False)
+    mixed = surgery.soup(models[:2], greedy=False, calibration=images, progress=False)
+    assert torch.equal(mixed.table, models[0].table)
+
+
+def test_soups_let_counters_differ_that_no_output_depends_on():
+    models = [net("order", 0, 0), net("order", 0, 1)]
+    models[1].steps.fill_(int(models[0].steps) + 1)
+    mixed = surgery.soup(models, greedy=False, calibration=X, progress=False)
+    assert torch.allclose(mixed.a.weight, (models[0].a.weight + models[1].a.weight) / 2)
+    with pytest.raises(
+        surgery.SurgeryError, match=r"(?s)buffer    steps.*or pass calibration="
+    ):  # without images nobody can say
+        surgery.soup(models, greedy=False, progress=False)

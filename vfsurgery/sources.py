@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -250,15 +250,47 @@ def _check_whole_numbers(first: Source, other: Source, number: int) -> None:
     """Refuse sources that compute with different saved integers or truth values, of which there is no mean."""
     for name in sorted(whole_numbers(first)):
         if not same_values(first.state[name], other.state[name]):
-            raise IncompatibleModelsError(
-                explain(
-                    f"sources 0 and {number} compute with different integers or masks, which cannot be averaged",
-                    buffer=name,
-                    **{"source 0": described(first.state[name]), f"source {number}": described(other.state[name])},
-                    remedy=f"give both the same values, as in b.{name}.copy_(a.{name}), if the difference means "
-                    "nothing; networks that were trained with different ones cannot be merged",
-                )
-            )
+            raise _different_whole_numbers(number, name, first.state[name], other.state[name])
+
+
+def check_saved_whole_numbers(models: Sequence[nn.Module], read: Callable[[], Collection[str] | None]) -> None:
+    """Refuse models that compute with different saved integers or truth values, of which there is no mean.
+
+    For models that are averaged without a trace. Numbers of batches that norm layers have seen may differ.
+
+    Args:
+        models: Of one architecture.
+        read: Names what outputs depend on; ``None`` if nobody can say. Asked only where something differs.
+
+    Raises:
+        IncompatibleModelsError: names the first that differs.
+    """
+    states = [canonical_state(model) for model in models]
+    differing = {
+        name: number
+        for number, other in reversed([*enumerate(states)][1:])
+        for name, tensor in states[0].items()
+        if not is_inexact(tensor) and not name.endswith("num_batches_tracked") and not same_values(tensor, other[name])
+    }
+    names = read() if differing else None
+    for name, number in sorted(differing.items()):
+        if names is None or name in names:
+            hint = "; or pass calibration= images, which show what no output depends on" if names is None else ""
+            raise _different_whole_numbers(number, name, states[0][name], states[number][name], hint)
+
+
+def _different_whole_numbers(
+    number: int, name: str, mine: Tensor, theirs: Tensor, hint: str = ""
+) -> IncompatibleModelsError:
+    return IncompatibleModelsError(
+        explain(
+            f"sources 0 and {number} compute with different integers or masks, which cannot be averaged",
+            buffer=name,
+            **{"source 0": described(mine), f"source {number}": described(theirs)},
+            remedy=f"give both the same values, as in b.{name}.copy_(a.{name}), if the difference means "
+            f"nothing; networks that were trained with different ones cannot be merged{hint}",
+        )
+    )
 
 
 def _different_constants(

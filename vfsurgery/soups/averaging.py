@@ -6,6 +6,7 @@ were retrained with one mask, their average has it as well (Zimmer et al., "Spar
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from vfsurgery.batches import Batches, Data
 from vfsurgery.batches import progress as progress_bar
 from vfsurgery.discovery.recording import record
-from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
+from vfsurgery.errors import DataError, OptionError, TraceError, did_you_mean, explain
 from vfsurgery.evaluation import device_of, evaluate, first_images
 from vfsurgery.fragments import Html, table
 from vfsurgery.groups import GroupSet
@@ -26,7 +27,16 @@ from vfsurgery.passes.mask import Choice, Support, check_zeros
 from vfsurgery.report import MergedMasks, Report
 from vfsurgery.results import remember
 from vfsurgery.shares import shares_of
-from vfsurgery.sources import canonical_state, check_same_architecture, check_unsaved, check_weights, eval_mode
+from vfsurgery.sources import (
+    Source,
+    canonical_state,
+    check_same_architecture,
+    check_saved_whole_numbers,
+    check_unsaved,
+    check_weights,
+    eval_mode,
+    whole_numbers,
+)
 from vfsurgery.sparse import MaskPlan, plan_masks, refuse_hooks
 from vfsurgery.stats.batch_norms import is_batch_norm
 from vfsurgery.stats.collect import Survey
@@ -134,7 +144,7 @@ def soup(
     Raises:
         OptionError: an argument is not acceptable, the masks differ, or pruning hooks are still on.
         DataError: ``greedy`` without labelled data, or BatchNorm layers without any.
-        IncompatibleModelsError: the models are not of one architecture.
+        IncompatibleModelsError: the models are not of one architecture, or compute with different saved integers.
         InvalidWeightsError: a model holds NaN or infinite values, or shares storage with another.
         SurgeryError: the mask was not kept; nothing is returned.
 
@@ -309,8 +319,17 @@ def _checked(models: Sequence[nn.Module], images: Data | None) -> list[nn.Module
     check_same_architecture(given)
     check_weights(given)
     inputs = () if images is None else (first_images(given[0], images),)
-    check_unsaved([fresh(model, inputs) for model in given])
+    twins = [fresh(model, inputs) for model in given]
+    check_unsaved(twins)
+    check_saved_whole_numbers(given, lambda: _whole_numbers_read(twins[0], inputs))
     return given
+
+
+def _whole_numbers_read(model: nn.Module, inputs: tuple[Tensor, ...]) -> set[str] | None:
+    """Saved integers that outputs depend on; ``None`` without images or a trace to see it by."""
+    with contextlib.suppress(TraceError), torch.no_grad(), eval_mode(model):
+        return whole_numbers(Source.of(model, record(model, inputs))) if inputs else None
+    return None
 
 
 def _plan(models: Sequence[nn.Module], mask: str | None, shares: Sequence[float]) -> MaskPlan | None:
