@@ -52,6 +52,35 @@ def test_agreement_decides_unless_chance_may_have_made_the_difference(judgements
     assert best_of(dict(enumerate(judgements))) == expected
 
 
+@pytest.mark.parametrize(
+    ("mapped", "reordered", "expected"),
+    [
+        (judged(0.3), judged(0.3), "reordered"),
+        (judged(0.3), judged(0.3001), "reordered"),  # rounding, or as little
+        (judged(0.3), judged(0.3, 7), "reordered"),  # one image is chance
+        (judged(0.3), judged(0.31), "mapped"),
+        (judged(0.3), judged(0.3, 7, 8), "mapped"),
+    ],
+)
+def test_of_equals_one_that_is_certified_wins(mapped, reordered, expected):
+    found = {"mapped": mapped, "reordered": reordered}
+    assert best_of(found, unproven={"mapped"}) == expected
+    assert best_of(found) == "mapped"
+    assert best_of({"mapped": mapped}, unproven={"mapped"}) == "mapped"
+
+
+@pytest.mark.parametrize(("ahead", "kept"), [(1e-5, "activations"), (0.1, "cca")])
+def test_a_merge_by_maps_is_kept_only_where_it_is_better(monkeypatch, ahead, kept):
+    """Of four ways only the one by CCA and REPAIR is ahead of the first."""
+    verdicts = iter([judged(0.3), judged(0.5), judged(0.3 - ahead), *[judged(0.5)] * 9])
+    monkeypatch.setattr(choosing, "judge", lambda *arguments: next(verdicts))
+    data = [part.contiguous() for part in images(300).split(100)]
+    merged = surgery.merge([net("chain", 1), net("chain", 2)], data=data, progress=False)
+    report = merge_report_of(merged)
+    assert report.matching == kept
+    assert any(certificate.mapped for certificate in report.certificates) == (kept == "cca")
+
+
 class Fixed(nn.Module):
     """Answers with the logits that it is given as images."""
 

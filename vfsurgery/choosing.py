@@ -2,8 +2,9 @@
 
 A merged model is wanted that does what its sources do together. So every way is judged on held-out calibration
 images, without labels, by how often its largest logit is that of the sources' ensemble (their mean logits, weighted as
-the merge is); where chance may have made the difference, by the cross-entropy to the ensemble's probabilities. What was
-tried, and what came of it, is in the report.
+the merge is); where chance may have made the difference, by the cross-entropy to the ensemble's probabilities. Where
+that is the same, too, reordered sources, which are certified, win over mapped ones, which cannot be. What was tried,
+and what came of it, is in the report.
 
 Traps are left out beforehand: REPAIR after CCA takes its goals from the first source alone, since a rotated source is
 no good reference (Qu & Horvath, CPAL 2025, section 5.4); BatchNorm statistics are measured anew in every way. The
@@ -13,7 +14,7 @@ regression takes several times as long as all else, so it is tried behind one ma
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -124,7 +125,8 @@ def choose(
     """Merge in every way and keep the best; a single one is not judged.
 
     Where there are many images, ways are compared on the first of them, and the best one is made anew with all.
-    Besides the sources, two merged models are in memory at a time. Which one is kept: :func:`best_of`.
+    Besides the sources, two merged models are in memory at a time. Which one is kept: :func:`best_of`, those of mapped
+    sources being unproven.
 
     Raises:
         SurgeryError: no way succeeds; it is the first one's error.
@@ -141,7 +143,7 @@ def choose(
         best = best if few is None else choice.merge(best.way)
         best.context.notes.append(WITHOUT_LOGITS)
         return best, ()
-    place = best_of(choice.judgements)
+    place = choice.best(choice.judgements)
     way = ways[place]
     if few is not None:
         with named(f"{way} on all images"):
@@ -164,6 +166,7 @@ class _Choice:
     trials: dict[int, Trial] = field(default_factory=dict[int, Trial])
     judgements: dict[int, Judgement] = field(default_factory=dict[int, Judgement])
     failures: list[tuple[Way, SurgeryError]] = field(default_factory=list[tuple[Way, SurgeryError]])
+    mapped: set[int] = field(default_factory=set[int])
     _matched: dict[str, Matched] = field(default_factory=dict[str, Matched])
     _known: Known = field(default_factory=Known)
 
@@ -185,18 +188,22 @@ class _Choice:
                 continue
             if not self.judgements:
                 return merged
-            if best_of(self.judgements) == place:
+            if self.best(self.judgements) == place:
                 best = merged
         if best is None:
             raise self.failures[0][1]
         return best
+
+    def best(self, judgements: Mapping[int, Judgement]) -> int:
+        """The best of some ways; where nothing speaks for one, one whose sources are certified."""
+        return best_of(judgements, self.mapped)
 
     def _is_outdone(self, way: Way, ways: Sequence[Way]) -> bool:
         """Whether another matcher, which the dear step may follow too, did better with what is cheap."""
         rivals = [other.matcher.name for other in ways if other.passes == way.passes]
         cheap = {place: each for place, each in self.judgements.items() if not ways[place].is_dear}
         known = {place: each for place, each in cheap.items() if ways[place].matcher.name in rivals}
-        return bool(known) and ways[best_of(known)].matcher.name != way.matcher.name
+        return bool(known) and ways[self.best(known)].matcher.name != way.matcher.name
 
     def attempt(self, place: int, way: Way, data: Batches | None = None) -> Merged:
         """Merge in one way and judge the result on held-out images; without logits there is no judgement."""
@@ -207,6 +214,8 @@ class _Choice:
         judgement = judge(merged.model, sources, self.shares, images, self._known)
         if judgement is not None:
             self.judgements[place] = judgement
+            if any(certificate.mapped for certificate in merged.certificates):
+                self.mapped.add(place)
             before = self.trials[place].seconds if place in self.trials else 0.0
             self.trials[place] = _trial(way, judgement, before + time.perf_counter() - started)
         return merged

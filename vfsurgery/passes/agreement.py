@@ -8,7 +8,7 @@ probabilities decides, which sees how sure the model is of each image. Labels ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar, cast
 
@@ -20,6 +20,8 @@ from vfsurgery.tracing.values import tensors_of
 
 K = TypeVar("K", bound=Hashable)
 
+TIE = 1e-3
+"""Cross-entropies that differ by no more than this share of them speak for neither."""
 LOGITS = "logits"
 """What a result is called by which several ones are judged, where they have names."""
 
@@ -138,16 +140,21 @@ def _known_logits(
     return found
 
 
-def best_of(judgements: Mapping[K, Judgement]) -> K:
+def best_of(judgements: Mapping[K, Judgement], unproven: Collection[K] = ()) -> K:
     """The one of lowest cross-entropy among those that agree as often as the one that does most often.
 
-    Of equals the first is taken.
+    Of equals the first is taken; of those that are as good as equal (:data:`TIE`) one that is not ``unproven``.
 
     >>> by_luck = Judgement(torch.tensor([1.0, 1, 1, 1]), torch.tensor([0.9, 0.8, 0.9, 0.8]))
     >>> sure = Judgement(torch.tensor([1.0, 1, 1, 0]), torch.tensor([0.1, 0.1, 0.1, 0.7]))
     >>> best_of({"by luck": by_luck, "sure": sure})
     'sure'
+    >>> best_of({"by maps": sure, "by luck": by_luck, "the same": sure}, unproven=["by maps"])
+    'the same'
     """
     most = max(judgements.values(), key=lambda judgement: judgement.agreement)
     near = [name for name, judgement in judgements.items() if judgement.as_good_as(most)]
-    return min(near, key=lambda name: judgements[name].cross_entropy)
+    crossed = {name: judgements[name].cross_entropy for name in near}
+    least = min(crossed.values())
+    proven = [name for name in near if name not in unproven and crossed[name] <= (1 + TIE) * least]
+    return min(proven or near, key=lambda name: crossed[name])
