@@ -146,7 +146,7 @@ REFUSED = {
         [IMAGES, IMAGES[:, :1]],
         r"batch 1 has 1 channels, the model takes 3\n.*\(300, 1, 4, 4\)\n.*\(N, 3, 8",
     ),
-    "pixels": ([IMAGES.to(torch.uint8)], r"batch 0 holds torch.uint8 pixels\n  remedy  scale and normalize"),
+    "pixels": ([IMAGES.to(torch.uint8)], r"(?s)batch 0 holds torch.uint8 values\n.*remedy +scale and normalize images"),
     "NaN": (NAN, "batch 1 holds NaN or infinite values"),
     "infinity": ([IMAGES, IMAGES / 0], "batch 1 holds NaN or infinite values"),
     "pair of unequal lengths": ((IMAGES, LABELS[:9]), r"not one class index per image\n.*\(9,\)\n.*shape \(300,\)"),

@@ -3,6 +3,8 @@
 Accepted as data are a ``DataLoader`` or any other iterable of batches, a map-style ``Dataset``, one tensor of images,
 and one pair of tensors (images, labels); the last three are cut into batches here. A batch is a tensor of images, a
 tuple or list ``(images,)`` or ``(images, labels)``, or a mapping with an ``image`` and perhaps a ``label`` key.
+
+Numbers of tokens, int64 or int32 of shape ``(N, length)``, are accepted in place of images and stay integers.
 """
 
 from __future__ import annotations
@@ -131,10 +133,11 @@ class Batches:
                     _check_finite(unread)
                 whole = len(images) // self.together * self.together
                 size = self.together if self.alone else max(whole, 1)
+                dtype = None if are_tokens(images) else self.dtype
                 for start in range(0, whole, size):
                     found, part = True, slice(start, start + size)
                     few = labels[part] if isinstance(labels, Tensor | list | tuple) else labels
-                    yield images[part].to(self.device, self.dtype, non_blocking=bool(gpu)), few, index
+                    yield images[part].to(self.device, dtype, non_blocking=bool(gpu)), few, index
         _check_finite(unread)
         if index < 0:
             raise _error("the data is empty", remedy="pass at least one batch of images")
@@ -276,6 +279,15 @@ def _describe(value: object) -> str:
     return f"{type(value).__name__}{shape}"
 
 
+def are_tokens(images: Tensor) -> bool:
+    """Whether a batch is of numbers of tokens, as an embedding looks them up, and not of images.
+
+    >>> are_tokens(torch.tensor([[3, 1, 4]])), are_tokens(torch.zeros(2, 3, 8, 8, dtype=torch.int64))
+    (True, False)
+    """
+    return images.ndim == 2 and images.dtype in (torch.int64, torch.int32)
+
+
 def _check_images(images: Tensor, shape: tuple[int, ...] | None, index: int) -> None:
     found, expected = tuple(images.shape), ("N", *(shape or ("C", "H", "W")))
     if images.ndim < 2 or not len(images) or (shape is not None and images.ndim != len(expected)):
@@ -285,16 +297,20 @@ def _check_images(images: Tensor, shape: tuple[int, ...] | None, index: int) -> 
             expected=f"({', '.join(map(str, expected))}) with N > 0",
             remedy="stack single images into batches, for example with a DataLoader",
         )
-    if shape is not None and found[1] != shape[0]:
+    if shape is not None and found[1] != shape[0] and not are_tokens(images):  # whose length may vary
         raise _error(
             f"batch {index} has {found[1]} channels, the model takes {shape[0]}",
             found=found,
             expected=f"({', '.join(map(str, expected))})",
             remedy="convert the images, or pass the example_inputs that the model was made for",
         )
-    if not images.is_floating_point():
-        remedy = "scale and normalize them as in training: (images.float() / 255 - mean) / std"
-        raise _error(f"batch {index} holds {images.dtype} pixels", remedy=remedy)
+    if not images.is_floating_point() and not are_tokens(images):
+        raise _error(
+            f"batch {index} holds {images.dtype} values",
+            found=found,
+            accepted="floating-point images, or numbers of tokens: int64 or int32 of shape (N, length)",
+            remedy="scale and normalize images as in training: (images.float() / 255 - mean) / std",
+        )
 
 
 def _check_finite(unread: list[tuple[Tensor, int]]) -> None:

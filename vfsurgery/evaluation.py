@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vfsurgery.api import ExampleInputs, Made, Matchings, Renormalization, made, merge
-from vfsurgery.batches import Batches, Data
+from vfsurgery.batches import Batches, Data, are_tokens
 from vfsurgery.batches import progress as progress_bar
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, explain
 from vfsurgery.passes.agreement import judged
@@ -187,7 +187,7 @@ def device_of(model: nn.Module) -> torch.device:
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Run the model in its own dtype and return float logits, shape ``(N, classes)``."""
     try:
-        output: object = model(images.to(accepted_dtype(model, images[:1])))
+        output: object = model(images if are_tokens(images) else images.to(accepted_dtype(model, images[:1])))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

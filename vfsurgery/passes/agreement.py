@@ -15,7 +15,8 @@ from typing import TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.stats.precision import image_dtype
+from vfsurgery.batches import are_tokens
+from vfsurgery.stats.precision import taken_by
 from vfsurgery.tracing.values import tensors_of
 
 K = TypeVar("K", bound=Hashable)
@@ -28,7 +29,7 @@ LOGITS = "logits"
 
 def first_output(model: nn.Module, images: Tensor) -> Tensor | None:
     """What a model is judged by, of all that it returns; see :func:`judged`."""
-    return judged(model(images.to(image_dtype(model))))
+    return judged(model(taken_by(model, images)))
 
 
 def judged(output: object) -> Tensor | None:
@@ -101,7 +102,7 @@ class Judgement:
 
 
 Known: TypeAlias = dict[tuple[float, ...], Tensor]
-"""Logits of an ensemble by what tells a batch from others: the sum of each of its images."""
+"""Logits of an ensemble by what tells a batch from others: the sum of each of its images, or all of its tokens."""
 
 
 @torch.no_grad()
@@ -133,7 +134,8 @@ def judge(
 def _known_logits(
     models: Sequence[nn.Module], weights: Sequence[float], images: Tensor, known: Known | None
 ) -> Tensor | None:
-    key = () if known is None else tuple(images.flatten(1).sum(1, dtype=torch.float64).tolist())
+    told = images.flatten() if are_tokens(images) else images.flatten(1).sum(1, dtype=torch.float64)
+    key = () if known is None else tuple(told.tolist())
     found = ensemble_logits(models, weights, images) if known is None or key not in known else known[key]
     if known is not None and found is not None and found.ndim == 2:  # those of every pixel would take much memory
         known[key] = found

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from vfsurgery.stats.collect import Observer, Site, moments_watch
 from vfsurgery.stats.moments import Moments
-from vfsurgery.stats.precision import image_dtype
+from vfsurgery.stats.precision import taken_by
 
 
 @dataclass(frozen=True)
@@ -27,5 +27,5 @@ class Beside:
     def moments(self, images: Tensor) -> dict[str, Moments]:
         """Run the reference on one batch: moments of its units, by the name of the model's node."""
         found: dict[str, Moments] = {}
-        Observer(self.graph_module, moments_watch(self.sites, found)).run(images.to(image_dtype(self.graph_module)))
+        Observer(self.graph_module, moments_watch(self.sites, found)).run(taken_by(self.graph_module, images))
         return found

@@ -16,7 +16,7 @@ from vfsurgery.passes.base import Context
 from vfsurgery.passes.producers import Producer
 from vfsurgery.stats.correlation import Centred
 from vfsurgery.stats.moments import Moments, add_batch, row_squares
-from vfsurgery.stats.precision import image_dtype
+from vfsurgery.stats.precision import taken_by
 from vfsurgery.stats.prefix import Prefix
 
 
@@ -36,7 +36,7 @@ class Mixture:
     def see(self, images: Tensor) -> None:
         """Add one batch, ``(batch, channels, height, width)``."""
         for run in self._runs:
-            run.run(images.to(image_dtype(run.module)))
+            run.run(taken_by(run.module, images))
 
     def _watcher(self, target: Producer, number: int, context: Context) -> Callable[[Tensor], None]:
         node, weight = target.node, context.weights_of(target.weight)[number]

@@ -19,7 +19,7 @@ from vfsurgery.groups import GroupSet, Member, PermutationGroup
 from vfsurgery.stats.correlation import Centred, CrossMoments
 from vfsurgery.stats.moments import Moments, add_batch
 from vfsurgery.stats.own_outputs import OwnCall
-from vfsurgery.stats.precision import image_dtype
+from vfsurgery.stats.precision import taken_by
 from vfsurgery.tracing.dataflow import reached_by_input
 from vfsurgery.tracing.ops import Key, canonical_key
 from vfsurgery.tracing.values import VALUE, TensorValue, floats_per_image, takes_single_images
@@ -136,7 +136,7 @@ def survey(
             partners = {i: crossed[i, j] for i, j in chosen if j == number}
             for reading, site in readings.items():
                 watch.add(site.key, _correlate(reading, site, number, kept, partners, last))
-            Observer(source, watch).run(images.to(image_dtype(source)))
+            Observer(source, watch).run(taken_by(source, images))
         seen += len(images)
     by_pair = {
         pair: {name: tuple(found[name, place] for place in range(len(sites))) for name, sites in pairs.items()}

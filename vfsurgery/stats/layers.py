@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from vfsurgery.errors import DataError, explain
 from vfsurgery.stats.moments import Moments
-from vfsurgery.stats.precision import image_dtype
+from vfsurgery.stats.precision import taken_by
 from vfsurgery.tracing.ops import canonical_key, canonical_parameters
 
 BATCH_NORM = "batch norm"
@@ -222,7 +222,7 @@ class Reading:
             DataError: the network cannot take these images.
         """
         like = next(iter(self.model.parameters()), images)
-        images = images.to(like.device, image_dtype(self.model))
+        images = taken_by(self.model, images.to(like.device))
         offsets, empty = self._offsets(images)
         self._run(images, lambda output: self._add(output, offsets.get(output.name), len(images), empty))
 

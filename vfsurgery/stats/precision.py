@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.batches import Batches, Data
+from vfsurgery.batches import Batches, Data, are_tokens
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.precision import is_inexact, real
 
@@ -25,6 +25,15 @@ def image_dtype(module: nn.Module) -> torch.dtype | None:
     """
     dtypes = _dtypes(module)
     return None if len(dtypes) > 1 else next(iter(dtypes), torch.float32)
+
+
+def taken_by(module: nn.Module, images: Tensor) -> Tensor:
+    """Images in the dtype that a module takes; tokens as they are.
+
+    >>> taken_by(nn.Linear(2, 2).double(), torch.ones(1, 2)).dtype, taken_by(nn.Embedding(2, 2), torch.tensor([[1]]))
+    (torch.float64, tensor([[1]]))
+    """
+    return images if are_tokens(images) else images.to(image_dtype(module))
 
 
 def accepted_dtype(module: nn.Module, images: Tensor) -> torch.dtype | None:

@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from vfsurgery.batches import Batches
+from vfsurgery.batches import Batches, are_tokens
+from vfsurgery.errors import DataError, explain
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.bound import bound_to
 from vfsurgery.tracing.examples import BATCH, example_inputs_of
@@ -35,11 +36,13 @@ def examples_of(
 
     Raises:
         ExampleInputError: as :func:`~vfsurgery.tracing.examples.example_inputs_of`.
-        DataError: the data cannot be read.
+        DataError: the data cannot be read, or holds tokens that the model does not run on.
     """
     if given is None and batches is not None:
         images = next(iter(batches))[0]
         inputs = (images[:BATCH],)
+        if are_tokens(images):
+            _refuse_tokens(model, images)
         if len(images) > BATCH and _outputs(model, inputs) is None and _outputs(model, (images,)) is not None:
             inputs = (images,)
     else:
@@ -98,10 +101,29 @@ def _differ(x: Tensor, y: Tensor) -> bool:
 
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor] | None:
     """What a model returns in eval mode; nothing where it cannot run."""
-    devices = {x.device for x in inputs if x.device.type == "cuda"}
     try:
-        with borrowed(model, {}), torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
-            model.eval()
-            return tensors_of(model(*(x.clone() for x in inputs)))
+        return _run(model, inputs)
     except Exception:
         return None
+
+
+def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    devices = {x.device for x in inputs if x.device.type == "cuda"}
+    with borrowed(model, {}), torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+        model.eval()
+        return tensors_of(model(*(x.clone() for x in inputs)))
+
+
+def _refuse_tokens(model: nn.Module, tokens: Tensor) -> None:
+    """Say that a model takes no integers, or not these; a trace, which computes no values, would not."""
+    try:
+        _run(model, (tokens,))
+    except Exception as error:
+        raise DataError(
+            explain(
+                f"the model does not run on the integers in the data, {tokens.dtype} of shape (N, {tokens.shape[1]})",
+                cause=str(error).partition("\n")[0],
+                remedy="pass floating-point numbers, scaled as in training, to a model that begins with no embedding, "
+                "and to one that does numbers below its size",
+            )
+        ) from error
