@@ -1,5 +1,7 @@
 """Folders of images as people have them: recipes and the command line read the same pixels of them."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -219,3 +221,37 @@ def test_data_that_yields_pictures_is_told_how_to_make_tensors_of_them(tmp_path)
     unequal = Pictures(tmp_path, lambda image: torch.zeros(3, 5, 5 + image.getpixel((0, 0))[0]))
     with pytest.raises(DataError, match=r"of several sizes(.|\n)*remedy  bring them to one size"):
         surgery.evaluate(model, unequal)
+
+
+def as_other_kind(folder, name):
+    Image.new("RGB", (12, 10)).save(folder / name, format="GIF")
+
+
+def test_images_of_kinds_that_are_not_read_are_counted(tmp_path):
+    write(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = image_folder(tmp_path, np.asarray)
+    as_other_kind(tmp_path / "dog", "7.GIF")
+    with pytest.warns(
+        surgery.SurgeryWarning, match=r"^1 image of a kind that is not read \(\.gif\), \S+7\.GIF, is in \S+ left out"
+    ):
+        image_folder(tmp_path, np.asarray)
+    for name in ("8.heic", "9.avif"):
+        as_other_kind(tmp_path / "cat", name)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "cat" / ".hidden.gif").write_text("nothing to see")
+    with pytest.warns(
+        surgery.SurgeryWarning, match=r"^3 images of kinds that are not read \(\.avif, \.gif, \.heic\), as \S+8\.heic"
+    ):
+        after = image_folder(tmp_path, np.asarray)
+    assert len(after.dataset) == len(before.dataset) == 8
+
+
+def test_a_folder_of_other_kinds_alone_says_which(tmp_path):
+    (tmp_path / "cat").mkdir()
+    as_other_kind(tmp_path / "cat", "1.gif")
+    with pytest.raises(
+        DataError, match=r"no images in .*\n +cause +1 image of a kind that is not read \(\.gif\), \S+1\.gif, is all"
+    ):
+        image_folder(tmp_path, np.asarray)

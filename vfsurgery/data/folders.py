@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vfsurgery.errors import DataError, explain
+from vfsurgery.errors import DataError, explain, warn
 
 if TYPE_CHECKING:
     from PIL import Image as images
@@ -26,6 +26,23 @@ TEST = ("val", "valid", "validation", "test", "testing", "eval")
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Of files that are images, in any case: torchvision's."""
 
+OTHER_ENDINGS = (
+    ".apng",
+    ".avif",
+    ".cr2",
+    ".dng",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".j2k",
+    ".jfif",
+    ".jp2",
+    ".jxl",
+    ".nef",
+    ".tga",
+)
+"""Of images that are not read; a folder that has some says so."""
+
 
 class Pictures(Dataset[tuple[Any, int]]):
     """Images of a folder with one subfolder per class, and the class index of each.
@@ -33,7 +50,8 @@ class Pictures(Dataset[tuple[Any, int]]):
     As in torchvision's ``ImageFolder``, classes are numbered by their sorted names, images may lie in folders of any
     depth, and rotations that a camera noted (EXIF) are not made. Unlike there, what is hidden is left out, as folders
     of caches and macOS' ``._photo.jpg`` are; a class may have no image (its number stays its own); and images of 16
-    bits, which Pillow would turn white, keep their upper 8.
+    bits, which Pillow would turn white, keep their upper 8. Images of other kinds, as GIF and HEIC, are left out as
+    there, but a warning counts them.
 
     Args:
         path: The folder that holds the class folders.
@@ -55,11 +73,14 @@ class Pictures(Dataset[tuple[Any, int]]):
             raise DataError(
                 explain(f"{path} has other classes than the images for training", unknown=", ".join(unknown[:4]))
             )
-        self.samples = [
-            (file, index) for index, name in enumerate(self.classes) for file in _images_below(self.root / name)
-        ]
+        files = [(file, index) for index, name in enumerate(self.classes) for file in _images_below(self.root / name)]
+        self.samples = [(file, index) for file, index in files if file.lower().endswith(ENDINGS)]
+        others = [file for file, _ in files if not file.lower().endswith(ENDINGS)]
+        if others and self.samples:
+            warn(f"{_counted(others)} in {path} left out: convert them, as to .png, if they are to be used")
         if not self.samples:
             cause = f"the class folders {', '.join(found[:4])} hold none" if found else "there is no class folder"
+            cause = f"{_counted(others)} all there is" if others else cause
             remedy = f"lay them out as CLASS/NAME.jpg, a folder a class; endings: {', '.join(ENDINGS)}"
             raise DataError(explain(f"no images in {path}", cause=cause, remedy=remedy))
 
@@ -113,12 +134,27 @@ def subfolders(path: Path) -> list[Path]:
 
 
 def _images_below(path: Path) -> list[str]:
+    """Images of all kinds, those that are not read too."""
     return [
         os.path.join(folder, name)
         for folder, _, names in sorted(os.walk(path, followlinks=True))
         for name in sorted(names)
-        if name.lower().endswith(ENDINGS) and not name.startswith(".")
+        if name.lower().endswith((*ENDINGS, *OTHER_ENDINGS)) and not name.startswith(".")
     ]
+
+
+def _counted(files: Sequence[str]) -> str:
+    """How many images there are of kinds that are not read, of which kinds, and one of them, as a subject.
+
+    >>> _counted(["cat/1.gif", "cat/2.HEIC"])
+    '2 images of kinds that are not read (.gif, .heic), as cat/1.gif, are'
+    """
+    kinds = ", ".join(sorted({os.path.splitext(file)[1].lower() for file in files}))
+    return (
+        f"1 image of a kind that is not read ({kinds}), {files[0]}, is"
+        if len(files) == 1
+        else f"{len(files)} images of kinds that are not read ({kinds}), as {files[0]}, are"
+    )
 
 
 def parts_of(path: str | Path) -> tuple[Path, Path | None]:
