@@ -6,6 +6,7 @@ import torch
 from click.testing import CliRunner
 
 from vfsurgery.__main__ import main
+from vfsurgery.checkpoints import load_state_dict
 from vfsurgery.cli.words import in_options
 from vfsurgery.demo import TinyConvNet
 from vfsurgery.training import from_seed
@@ -106,6 +107,22 @@ MISTAKES = [
     ),
     ([*MERGE, *OUT, "--batch-size", 0], 2, "Invalid value for '--batch-size': 0 is not in the range x>=1"),
     ([*MERGE, *OUT, "--key", "ema"], 2, "a.pt has no network under key 'ema' remedy accepted:"),
+    (
+        ["merge", "a.pt", "two.pt", *DEMO, *OUT, "--key", "teacher"],
+        2,
+        "or where files differ, once for each in their order, as '' for one that needs none",
+    ),
+    (
+        [*MERGE, *OUT, *["--key", "ema"] * 3],
+        2,
+        "--key is given 3 times for 2 files remedy give it once, for all of them, or once for each in their order",
+    ),
+    (
+        [*MERGE, *OUT, "--matching", "foo"],
+        2,
+        "unknown matching 'foo' remedy accepted: activations, auto, cca, identity, weights, zipit",
+    ),
+    ([*MERGE, *OUT, "--matching", "aut"], 2, "unknown matching 'aut' remedy did you mean 'auto'?"),
     (["prune", "a.pt", *DEMO, *OUT], 2, "neither a sparsity nor a pattern is given"),
     (
         ["groups", "vfsurgery.demo:TinyConvNet"],
@@ -152,6 +169,24 @@ def test_what_was_taken_of_a_file_is_said(tmp_path):
     same = call("merge", "a.pt", "a.pt", *options)
     assert "warning: a.pt and a.pt are the same file" in same.stderr
     assert call("merge", "two.pt", "two.pt", *options, "--key", "student").exit_code == 0
+
+
+def test_each_file_of_a_command_may_have_its_network_under_another_key():
+    options = [*DEMO, "--matching", "identity", "--renormalize", "none", "-o"]
+    states = torch.load("two.pt")
+    torch.save(states["student"], "student.pt")
+    for place, keys in enumerate([("student", "teacher"), ("teacher", "student")]):
+        said = [word for key in keys for word in ("--key", key)]
+        assert call("merge", "two.pt", "two.pt", *options, f"{place}.safetensors", *said, "--alpha", 0.0).exit_code == 0
+        found = load_state_dict(f"{place}.safetensors")
+        assert all(torch.equal(found[name], tensor) for name, tensor in states[keys[0]].items())
+    mixed = call(
+        "merge", "student.pt", "two.pt", *options, "mixed.safetensors", "--key", "", "--key", "teacher", "--alpha", 0.0
+    )
+    assert mixed.exit_code == 0, mixed.output
+    assert all(
+        torch.equal(load_state_dict("mixed.safetensors")[name], tensor) for name, tensor in states["student"].items()
+    )
 
 
 @click.command("merge")

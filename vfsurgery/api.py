@@ -15,7 +15,7 @@ from vfsurgery.choosing import Way, choose, sensible
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.partial import find_partly
 from vfsurgery.discovery.recording import hidden_norms, record, record_or_export
-from vfsurgery.errors import DataError, OptionError, TraceError, explain, warn
+from vfsurgery.errors import DataError, OptionError, TraceError, did_you_mean, explain, warn
 from vfsurgery.groups import GroupSet
 from vfsurgery.matching import MATCHERS, Given, Identity, Matcher, Orders
 from vfsurgery.merging import ExampleInputs, Merging
@@ -351,6 +351,8 @@ def _networks(given: Sequence[nn.Module]) -> list[nn.Module]:
 def _matcher(matching: Matchings, data: Data | None) -> Matcher:
     if matching == "auto":
         matching = "weights" if data is None else "activations"
+    if isinstance(matching, str) and matching not in MATCHERS:
+        raise OptionError(explain(f"unknown matching {matching!r}", remedy=did_you_mean(matching, ["auto", *MATCHERS])))
     matcher = MATCHERS[matching]() if isinstance(matching, str) else matching
     if not isinstance(matcher, Matcher) or isinstance(matcher, type):
         raise OptionError(explain(f"matching is no matcher but {matching!r}", accepted=", ".join(["auto", *MATCHERS])))

@@ -35,7 +35,7 @@ def diagnose_checkpoint(
     sources: tuple[Path, ...],
     model: str,
     num_classes: int | None,
-    key: str | None,
+    key: tuple[str, ...],
     seed: int,
     device: str,
     as_json: bool,

@@ -114,7 +114,7 @@ def _merged(
     *,
     model: str,
     num_classes: int | None,
-    key: str | None,
+    key: tuple[str, ...],
     alpha: float,
     matching: str,
     renormalize: str,

@@ -23,6 +23,7 @@ from vfsurgery.checkpoints import (
     load_state_dict,
     read_checkpoint,
 )
+from vfsurgery.checkpoints.reading import Checkpoint
 from vfsurgery.data import loader
 from vfsurgery.data.datasets import CALIBRATION, find_data, load_for, options_of, read_name
 from vfsurgery.errors import CheckpointError, OptionError, explain
@@ -73,7 +74,12 @@ def model_options(whose: str) -> Callable[[C], C]:
     return _together(
         click.option("--model", required=True, help=f"{whose}: {FORMS}."),
         click.option("--num-classes", type=int, help="Passed on to the architecture."),
-        click.option("--key", help="Which network of a file: under which key it stands, as in ema or teacher."),
+        click.option(
+            "--key",
+            multiple=True,
+            help="Which network of a file: under which key it stands, as in ema or teacher. Said once it goes for all "
+            "files; else say it for each in their order, as '' for one that needs none.",
+        ),
     )
 
 
@@ -155,11 +161,34 @@ def find_device(name: str) -> torch.device:
         raise OptionError(explain(f"cannot compute on device {name!r}", cause=cause)) from error
 
 
+def _key_of_each(paths: Sequence[Path], keys: Sequence[str]) -> list[str | None]:
+    """Under which key each file has its network; ``None`` for the only one."""
+    if len(keys) not in (0, 1, len(paths)):
+        raise OptionError(
+            explain(
+                f"--key is given {len(keys)} times for {len(paths)} files",
+                remedy="give it once, for all of them, or once for each in their order, as '' for one that needs none",
+            )
+        )
+    return [key or None for key in keys] if len(keys) == len(paths) else [next(iter(keys), None) or None] * len(paths)
+
+
+def _read(path: Path, key: str | None, ema: bool, *, alone: bool) -> Checkpoint:
+    """Read a checkpoint; where it wants another key than the files beside it, say that each may have its own."""
+    try:
+        return read_checkpoint(path, ema=ema, key=key)
+    except (CheckpointError, OptionError) as error:
+        if alone or not any(about in str(error) for about in ("under key", "as in key=")):
+            raise
+        each = "where files differ, once for each in their order, as '' for one that needs none"
+        raise type(error)(f"{error}\n  or      {each}") from error
+
+
 def load_models(
     paths: Sequence[Path],
     model: str,
     num_classes: int | None,
-    key: str | None,
+    keys: Sequence[str],
     device: torch.device,
     *,
     ema: bool = True,
@@ -167,13 +196,14 @@ def load_models(
     """The networks in several files; what was chosen or left out of a file is said on stderr."""
     quiet = is_quiet()
     networks: list[nn.Module] = []
-    for path in paths:
-        found = read_checkpoint(path, ema=ema, key=key)
+    for path, key in zip(paths, _key_of_each(paths, keys), strict=True):
+        found = _read(path, key, ema, alone=len(paths) == 1 or len(keys) > 1)
         network = build_model(model, num_classes)
         try:
             notes = load_into(network, found.state, path)
         except CheckpointError:
-            check_same_classes({str(each): load_state_dict(each, ema=ema, key=key) for each in paths})
+            pairs = zip(paths, _key_of_each(paths, keys), strict=True)
+            check_same_classes({str(each): load_state_dict(each, ema=ema, key=own) for each, own in pairs})
             raise
         for note in filter(None, () if quiet else (found.note, *notes)):
             click.echo(f"{path}: {note}", err=True)
