@@ -559,3 +559,29 @@ def test_an_op_without_a_rule_elsewhere_leaves_other_groups() -> None:
     groups = surgery.find_groups(model, x)
     assert [group.size for group in groups] == [6]
     assert surgery.verify(model, groups, x)
+
+
+class Scaled(nn.Module):
+    """A scale per unit, which the convolution holds that makes them, or the network itself."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        holder = self.conv if inside else self
+        holder.scale = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale if hasattr(self, "scale") else self.conv.scale
+        return self.head((self.conv(x) * scale.view(1, -1, 1, 1)).relu().mean((2, 3)))
+
+
+def test_a_parameter_that_a_layer_holds_for_others_shows_its_pin() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    own, held = (surgery.find_groups(Scaled(inside), x) for inside in (False, True))
+    assert [group.size for group in own] == [8] and not len(held)
+    said = "held by a module, and not spoken of by the rule for Conv2d (conv)"
+    assert {f"{pin.parameter}[{pin.dim}]" for pin in held.pinned if pin.reason == said} == {
+        *("conv.scale[0]", "conv.weight[0]", "conv.bias[0]", "head.weight[1]")
+    }
+    assert not any(pin.reason == said for pin in own.pinned)
+    assert f"conv.scale[0] x8: {said}" in str(held)

@@ -64,6 +64,7 @@ INPUT, OUTPUT, UNUSED = "network input", "network output", "not used in the forw
 ONLY_IN_TRAINING = "not used in eval mode, and training is not followed"
 CONSTANT = "constant tensor"
 WHOLE = "integers or truth values, which cannot be averaged"
+UNSPOKEN = "held by a module, and not spoken of by the rule for"
 UNREAD = "made in a way that is not understood"
 BY_USER = "pinned by the user ({})"
 
@@ -163,8 +164,10 @@ class Discovery:
             raise SurgeryError(explain(f"coupling rule of {op.name} failed: {error}", op=op)) from error
         for tensor in (*op.inputs, *op.outputs):
             self._pin_rest(tensor, seen, f"positions differ in {op.name} ({op.path or op.node.name})")
+        kind = op.name if op.module is None else type(op.module).__name__
         for tensor in op.parameters.values():
-            self._pin_rest(tensor, seen, NO_UNITS)
+            spoken_of = any(axis in seen for axis in tensor.axes())
+            self._pin_rest(tensor, seen, NO_UNITS if spoken_of else f"{UNSPOKEN} {kind} ({op.path})")
 
     def _unknown(self, op: Op) -> None:
         if self.pins.pattern_of(op.path) is not None:  # the user has said what to do about it
