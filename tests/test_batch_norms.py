@@ -367,3 +367,22 @@ def test_a_layer_with_computed_weights_keeps_the_momentum_and_the_calls_it_has()
         found.append((norm.momentum, norm.running_mean, norm.running_var))
     assert found[0][0] == found[1][0] == 0.3
     assert all(torch.allclose(x, y, rtol=1e-9) for x, y in zip(found[0][1:], found[1][1:], strict=True))
+
+
+def test_large_convolutions_are_computed_image_by_image_to_the_same_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net("residual").double()
+    found, sizes = [], []
+    whole = batch_norms._image_by_image
+    monkeypatch.setattr(batch_norms, "_image_by_image", lambda layer, x: sizes.append(len(x)) or whole(layer, x))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for large in (1, batch_norms.LARGE):
+        monkeypatch.setattr(batch_norms, "LARGE", large)
+        graph_module = surgery.trace(model, X[:2])
+        work = OnBatches(graph_module, batch_norm_nodes(graph_module))
+        with torch.no_grad():
+            work.run(X)
+        found.append(work.moments)
+    assert sizes == [len(X)] * 6  # none of these is large
+    for name, moments in found[0].items():
+        assert torch.allclose(moments.mean, found[1][name].mean, rtol=1e-12)
+        assert torch.allclose(moments.squares, found[1][name].squares, rtol=1e-12)

@@ -20,12 +20,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.errors import DataError, explain
+from vfsurgery.excerpts import at_node
 from vfsurgery.stats.moments import Moments, add_batch
 from vfsurgery.stats.prefix import Prefix
 from vfsurgery.tracing.ops import canonical_key
-from vfsurgery.tracing.values import PRESERVED
+from vfsurgery.tracing.values import PRESERVED, floats_per_image, takes_single_images
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LARGE = 2**19
+"""Numbers of one image's output, 2 MiB of float32, from which on a convolution is computed image by image."""
 
 
 class OnBatches(Prefix):
@@ -47,6 +52,10 @@ class OnBatches(Prefix):
         """Run one node; a BatchNorm with the statistics of its input."""
         norm = self.norms.get(n.name)
         if norm is None:
+            if n.op == "call_module" and _is_large(n, layer := self.fetch_attr(str(n.target))):
+                args, kwargs = self.fetch_args_kwargs_from_env(n)
+                with at_node(n, self.module):
+                    return _image_by_image(layer, next(iter((*args, *kwargs.values()))))
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         value: Tensor = next(iter((*args, *kwargs.values())))
@@ -71,6 +80,28 @@ class OnBatches(Prefix):
             return super().run_node(n)
         finally:
             self.env |= zip(given, own, strict=True)
+
+
+def _is_large(node: fx.Node, layer: nn.Module) -> bool:
+    """Whether a node is a plain convolution of many numbers per image; without hooks, which count calls."""
+    if type(layer) not in CONVOLUTIONS or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    if torch.get_num_threads() == 1 or next(layer.parameters()).device.type != "cpu":
+        return False
+    return floats_per_image(node) >= LARGE and takes_single_images(node.graph)
+
+
+def _image_by_image(layer: nn.Module, images: Tensor) -> Tensor:
+    """What a convolution makes of a batch, to the last bit.
+
+    On several threads the CPU's convolutions lay input and output out anew, in as much memory again: here of one image.
+    """
+    first = layer(images[:1])
+    out = first.new_empty((len(images), *first.shape[1:]))
+    out[:1] = first
+    for place in range(1, len(images)):
+        out[place] = layer(images[place : place + 1])[0]
+    return out
 
 
 def _look_on(value: Tensor) -> None:
