@@ -170,8 +170,8 @@ class GroupSet:
     """The permutation groups of one architecture, the axes that may not move, and the ops that had no rule.
 
     Iterate over it for its groups, index it by a group's name, print it for a table that fits on a screen;
-    :meth:`listing` has every member. ``in_training`` says whether training computes another graph than eval mode, for which the groups hold too; ``None`` if nobody has
-    looked. ``notes`` are for people.
+    :meth:`listing` has every member. ``in_training`` says whether training computes another graph than eval mode, for
+    which the groups hold too; ``None`` if nobody has looked. ``notes`` are for people.
     """
 
     groups: tuple[PermutationGroup, ...]
