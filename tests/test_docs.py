@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -22,6 +23,8 @@ import vfsurgery
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [block for path in PAGES for block in blocks(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))]
 SITE = ROOT / "docs" / "site"
+MADE = ("gallery.md", "tutorial.md")
+"""Pages that the site makes, of the recipes and of the notebook."""
 
 
 @pytest.fixture
@@ -119,7 +122,7 @@ def test_a_broken_link_is_found(tmp_path):
 
 def test_every_page_is_in_the_sites_navigation():
     listed = re.findall(r"[\w/]+\.md", (SITE / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2])
-    assert sorted(listed) == sorted([*(str(path.relative_to(ROOT / "docs")) for path in PAGES[1:]), "gallery.md"])
+    assert sorted(listed) == sorted([*(str(path.relative_to(ROOT / "docs")) for path in PAGES[1:]), *MADE])
 
 
 def test_every_public_name_is_in_the_reference_once():
@@ -176,6 +179,22 @@ def test_gallery_has_every_recipe_its_comment_and_its_text():
         assert yaml.safe_load(shown[1]) == yaml.safe_load(path.read_text(encoding="utf-8"))
     for picture in re.findall(r"\((images/recipes/.*?)\)", text):
         assert (ROOT / "docs" / picture).is_file()
+
+
+def test_the_tutorial_is_a_page_with_all_that_the_notebook_holds():
+    notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))
+    text, place = hooks().tutorial(ROOT / "docs" / "tutorial.ipynb"), 0
+    for cell in notebook["cells"]:
+        kinds = [output.get("data", {"text": output.get("text")}) for output in cell.get("outputs", [])]
+        shown = [kind.get("text/html", kind.get("text", kind.get("text/plain"))) for kind in kinds]
+        for part in (cell["source"], *shown):
+            place = text.index("".join(part).rstrip(), place)  # in this order
+
+
+def test_links_to_the_notebook_lead_to_its_page():
+    assert (
+        hooks().on_page_markdown("[x](tutorial.ipynb) [y](../tutorial.ipynb)") == "[x](tutorial.md) [y](../tutorial.md)"
+    )
 
 
 def test_the_site_shows_doctests_without_what_only_tests_read():
