@@ -154,6 +154,30 @@ def test_what_pages_say_of_coverage_is_what_was_surveyed():
     assert f"{len(low)} of the verified ones have 95 %" in limits
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_picture_is_described_by_the_figures_that_are_drawn_in_it(page):
+    (described,) = re.findall(r"!\[([^]]*)\]\([\w/]*overview\.svg\)", (ROOT / page).read_text(encoding="utf-8"))
+    drawn = re.findall(r"<!-- (\d+) -->", (ROOT / "docs/images/overview.svg").read_text(encoding="utf-8"))
+    bars = drawn[-6:]  # for each of two pairs: averaged, matched, matched and renormalized
+    assert set(bars) == set(re.findall(r"\d+", described))
+
+
+def figures(text: str) -> list[str]:
+    """Accuracies, seconds and ratios: numbers with a decimal point."""
+    return re.findall(r"(?<![\d.])\d+\.\d+", text)
+
+
+def test_headline_figures_stand_on_the_pages_that_they_are_from():
+    headline = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \|([^|]+\|[^|]*)\| \[[^]]+\]\(([\w/]+\.md)", headline, re.MULTILINE)
+    pages = {page: (ROOT / "docs" / page).read_text(encoding="utf-8") for _, page in rows}
+    assert len(rows) >= 15 and {*pages} >= {"benchmarks/pairs.md", "benchmarks/speed.md"}
+    assert [figure for row, page in rows for figure in figures(row) if figure not in figures(pages[page])] == []
+    results = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Results")[2].partition("\n## ")[0]
+    shown = figures("".join(re.findall(r"^\|.*$", results, re.MULTILINE)))
+    assert len(shown) >= 15 and [figure for figure in shown if figure not in figures("".join(pages.values()))] == []
+
+
 def hooks():
     """The site's hooks, which need MkDocs."""
     pytest.importorskip("mkdocs")
