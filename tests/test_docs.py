@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -22,6 +23,8 @@ import vfsurgery
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [block for path in PAGES for block in blocks(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))]
 SITE = ROOT / "docs" / "site"
+MADE = ("gallery.md", "tutorial.md")
+"""Pages that the site makes, of the recipes and of the notebook."""
 
 
 @pytest.fixture
@@ -119,7 +122,7 @@ def test_a_broken_link_is_found(tmp_path):
 
 def test_every_page_is_in_the_sites_navigation():
     listed = re.findall(r"[\w/]+\.md", (SITE / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2])
-    assert sorted(listed) == sorted([*(str(path.relative_to(ROOT / "docs")) for path in PAGES[1:]), "gallery.md"])
+    assert sorted(listed) == sorted([*(str(path.relative_to(ROOT / "docs")) for path in PAGES[1:]), *MADE])
 
 
 def test_every_public_name_is_in_the_reference_once():
@@ -151,6 +154,30 @@ def test_what_pages_say_of_coverage_is_what_was_surveyed():
     assert f"{len(low)} of the verified ones have 95 %" in limits
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_picture_is_described_by_the_figures_that_are_drawn_in_it(page):
+    (described,) = re.findall(r"!\[([^]]*)\]\([\w/]*overview\.svg\)", (ROOT / page).read_text(encoding="utf-8"))
+    drawn = re.findall(r"<!-- (\d+) -->", (ROOT / "docs/images/overview.svg").read_text(encoding="utf-8"))
+    bars = drawn[-6:]  # for each of two pairs: averaged, matched, matched and renormalized
+    assert set(bars) == set(re.findall(r"\d+", described))
+
+
+def figures(text: str) -> list[str]:
+    """Accuracies, seconds and ratios: numbers with a decimal point."""
+    return re.findall(r"(?<![\d.])\d+\.\d+", text)
+
+
+def test_headline_figures_stand_on_the_pages_that_they_are_from():
+    headline = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \|([^|]+\|[^|]*)\| \[[^]]+\]\(([\w/]+\.md)", headline, re.MULTILINE)
+    pages = {page: (ROOT / "docs" / page).read_text(encoding="utf-8") for _, page in rows}
+    assert len(rows) >= 15 and {*pages} >= {"benchmarks/pairs.md", "benchmarks/speed.md"}
+    assert [figure for row, page in rows for figure in figures(row) if figure not in figures(pages[page])] == []
+    results = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Results")[2].partition("\n## ")[0]
+    shown = figures("".join(re.findall(r"^\|.*$", results, re.MULTILINE)))
+    assert len(shown) >= 15 and [figure for figure in shown if figure not in figures("".join(pages.values()))] == []
+
+
 def hooks():
     """The site's hooks, which need MkDocs."""
     pytest.importorskip("mkdocs")
@@ -176,6 +203,22 @@ def test_gallery_has_every_recipe_its_comment_and_its_text():
         assert yaml.safe_load(shown[1]) == yaml.safe_load(path.read_text(encoding="utf-8"))
     for picture in re.findall(r"\((images/recipes/.*?)\)", text):
         assert (ROOT / "docs" / picture).is_file()
+
+
+def test_the_tutorial_is_a_page_with_all_that_the_notebook_holds():
+    notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))
+    text, place = hooks().tutorial(ROOT / "docs" / "tutorial.ipynb"), 0
+    for cell in notebook["cells"]:
+        kinds = [output.get("data", {"text": output.get("text")}) for output in cell.get("outputs", [])]
+        shown = [kind.get("text/html", kind.get("text", kind.get("text/plain"))) for kind in kinds]
+        for part in (cell["source"], *shown):
+            place = text.index("".join(part).rstrip(), place)  # in this order
+
+
+def test_links_to_the_notebook_lead_to_its_page():
+    assert (
+        hooks().on_page_markdown("[x](tutorial.ipynb) [y](../tutorial.ipynb)") == "[x](tutorial.md) [y](../tutorial.md)"
+    )
 
 
 def test_the_site_shows_doctests_without_what_only_tests_read():

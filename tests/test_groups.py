@@ -227,6 +227,26 @@ def test_a_group_set_prints_groups_pins_and_unknown_ops() -> None:
     for part in ("g0", "a.weight[0]", "b.weight[1]", "b.weight[0]", "network output", "cumsum"):
         assert part in text
     assert "cumsum" not in str(GroupSet(groups.groups, groups.pinned))
+    assert text == repr(groups) == groups.listing()
+
+
+@pytest.mark.parametrize("count", [0, 1, 30, 500])
+def test_a_printed_group_set_fits_on_a_screen_and_its_listing_has_all(count: int) -> None:
+    many = range(count)
+    groups = GroupSet(
+        tuple(group(f"g{i}", Member(f"a{i}.weight", 0, 3), Member(f"b{i}.weight", 1, 3)) for i in many),
+        tuple(PinnedAxis(f"b{i}.weight", 0, 2, "network output") for i in many),
+        tuple(f"cumsum at node cumsum_{i}" for i in many),
+        notes=tuple(f"note {i}" for i in many),
+    )
+    lines, whole = repr(groups).splitlines(), groups.listing().splitlines()
+    assert len(whole) >= 6 * count and all(f"a{i}.weight[0]" in "".join(whole) for i in many)
+    assert len(lines) <= 45 and lines[0] == whole[0]
+    if len(whole) <= 40:
+        assert lines == whole
+    else:
+        assert "g7 (a7, 3 units), 2 members" in lines and not any(line.startswith("g8") for line in lines)
+        assert f"    ... and {count - 8} more groups" in lines and lines[-1] == "all of it: .listing()"
 
 
 def test_a_pinned_axis_prints_how_much_and_why() -> None:

@@ -168,7 +168,7 @@ def test_nested_groups_are_found_and_proven(name: str) -> None:
     assert nested_of(groups) == sorted(NETS[name][2]), str(groups)
     assert all(groups[group.outer].outer == "" for group in groups if group.outer)
     assert surgery.verify(model, groups, x), str(surgery.verify(model, groups, x))
-    assert all(f" in {group.outer})" in str(groups) for group in groups if group.outer)
+    assert all(f" in {group.outer})" in groups.listing() for group in groups if group.outer)
 
 
 def softmax_over_heads(m: nn.Module, x: Tensor) -> Tensor:

@@ -97,8 +97,13 @@ def test_the_page_shows_all_it_is_given(merged, tmp_path):
 
 def test_the_accuracy_of_the_network_itself_is_not_scrolled_out_of_sight(merged, tmp_path):
     _, found, _ = merged
-    scores = {f"way {number}": Score(0.5, 1.0, 100) for number in range(40)}  # a pair's own row is the last one
-    html = found.page(tmp_path / "page.html", scores=scores).read_text()
+    scores = {f"way {number}": Score(0.5, 1.0, 100) for number in range(40)}
+    plain, html = (found.page(tmp_path / "page.html", scores=scores, own=own).read_text() for own in (None, "way 39"))
+    rows = re.findall(r"<tr( class=\"own\")?><td class=\"text\">(way \d+)( \(this network\))?</td>", html)
+    assert rows == [(' class="own"', "way 39", " (this network)"), *(("", f"way {number}", "") for number in range(39))]
+    assert re.findall(r"<td class=\"text\">(way \d+)", plain) == [*scores] and 'class="own"' not in plain
+    with pytest.raises(OptionError, match="own='way 40' is no name in scores"):
+        found.page(tmp_path / "page.html", scores=scores, own="way 40")
     assert re.search(r"<h2>Accuracy</h2>\s*<div class=\"scroll narrow whole\">", html)
     assert html.index(".whole { max-height: none; }") > html.index(".scroll { overflow: auto; max-height")  # so it wins
 

@@ -203,6 +203,7 @@ class Diagnosis:
         *,
         report: Report | None = None,
         scores: Mapping[str, Score] | None = None,
+        own: str | None = None,
         barrier: Barrier | None = None,
         flips: Flips | None = None,
         cost_curve: Sequence[CostRow] | None = None,
@@ -215,6 +216,7 @@ class Diagnosis:
             path: The file.
             report: Of what made the model; that of a merge has certificates and groups.
             scores: Accuracy and loss by name, as from :func:`vfsurgery.evaluation.compare`.
+            own: The name in ``scores`` that is this network's: its row comes first and is highlighted.
             barrier: The line between the sources.
             flips: What the model gets wrong that its sources got right.
             cost_curve: Rows ``(layers preserved, FLOPs ratio, parameter ratio, accuracy from 0 to 1)``.
@@ -222,6 +224,7 @@ class Diagnosis:
             sweep: Accuracy over sparsity, of a pruned network.
 
         Raises:
+            OptionError: ``own`` is no name in ``scores``, or a row of ``cost_curve`` does not have four numbers.
             CheckpointError: the file cannot be written; nothing is left of it then.
         """
         from vfsurgery.page import write_page
@@ -231,6 +234,7 @@ class Diagnosis:
             path,
             report=report,
             scores=scores,
+            own=own,
             barrier=barrier,
             flips=flips,
             cost_curve=cost_curve,

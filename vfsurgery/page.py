@@ -43,6 +43,7 @@ def write_page(
     *,
     report: Report | None = None,
     scores: Mapping[str, Score] | None = None,
+    own: str | None = None,
     barrier: Barrier | None = None,
     flips: Flips | None = None,
     cost_curve: Sequence[CostRow] | None = None,
@@ -52,7 +53,7 @@ def write_page(
     """What :meth:`vfsurgery.diagnosis.Diagnosis.page` does.
 
     Raises:
-        OptionError: a row of ``cost_curve`` does not have four numbers.
+        OptionError: a row of ``cost_curve`` does not have four numbers, or ``own`` is no name in ``scores``.
         CheckpointError: the file cannot be written; nothing is left of it then.
     """
     costs = _cost_rows(cost_curve or ())
@@ -77,7 +78,8 @@ def write_page(
             wiring=wiring(merge, found) if merge else [],
             matches=_matches(merge),
             sources="reference" if len(found.layers[0].sources) == 1 else "sources",
-            scores=scores or {},
+            scores=_own_first(scores or {}, own),
+            own=own,
             barrier=barrier,
             flips=flips,
             costs=costs,
@@ -178,6 +180,15 @@ def _cost_rows(rows: Iterable[Sequence[float]]) -> list[CostRow]:
         preserved, flops, parameters, accuracy = row
         found.append((int(preserved), flops, parameters, accuracy))
     return found
+
+
+def _own_first(scores: Mapping[str, Score], own: str | None) -> dict[str, Score]:
+    """The scores, beginning with that of the network which the page is about."""
+    if own is None:
+        return dict(scores)
+    if own not in scores:
+        raise OptionError(explain(f"own={own!r} is no name in scores", expected=", ".join(scores) or "some scores"))
+    return {own: scores[own], **scores}
 
 
 def _figures(panels: Mapping[str, Draw], name: str) -> list[tuple[str, str]]:

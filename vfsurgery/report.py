@@ -214,7 +214,7 @@ class MergeReport(Report):
     weights: tuple[float, ...]
     matching: str
     renormalize: tuple[str, ...]
-    groups: GroupSet
+    groups: GroupSet = dataclasses.field(repr=False)  # it fills a screen by itself
     matches: tuple[GroupMatch, ...]
     certificates: tuple[Certificate, ...]
     created_biases: tuple[str, ...]

@@ -1,8 +1,10 @@
-"""What the site does to pages before it renders them, and the page that it makes itself."""
+"""What the site does to pages before it renders them, and the pages that it makes itself."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK, TUTORIAL = "tutorial.ipynb", "tutorial.md"
 GALLERY = "gallery.md"
 INTRODUCTION = """# Gallery of recipes
 
@@ -19,15 +22,41 @@ of the reduced form where a recipe has one: `python docs/figures/recipes.py` run
 
 
 def on_files(files: Files, config: Any) -> None:
-    """Add the gallery to the pages."""
+    """Add the tutorial and the gallery to the pages."""
+    files.append(File.generated(config, TUTORIAL, content=tutorial(ROOT / "docs" / NOTEBOOK)))
     files.append(File.generated(config, GALLERY, content=gallery(ROOT)))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Highlight doctests as input and output, without the directives that only tests read."""
+    """Highlight doctests as input and output, without the directives that only tests read; link the tutorial's page."""
+    markdown = re.sub(rf"\]\(((?:\.\./)*){re.escape(NOTEBOOK)}\)", rf"](\1{TUTORIAL})", markdown)
     markdown = re.sub(r"^( *)```python\n(?=\1>>>)", r"\1```pycon\n", markdown, flags=re.MULTILINE)
     markdown = re.sub(r" +# doctest: .*$", "", markdown, flags=re.MULTILINE)
     return re.sub(r"\n\n( *```\n)", r"\n\1", markdown)
+
+
+def tutorial(path: Path) -> str:
+    """A notebook as Markdown: its text, its code, and the outputs that are stored in it.
+
+    A result that has HTML, which vfsurgery's are, is shown as HTML, any other as text.
+    """
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n".join(block for cell in cells for block in _cell(cell))
+
+
+def _cell(cell: dict[str, Any]) -> Iterator[str]:
+    text = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        yield f"{text}\n"
+        return
+    yield f"```python\n{text}\n```\n"
+    for output in cell["outputs"]:
+        data = output.get("data", {})
+        if "text/html" in data:
+            yield f"{''.join(data['text/html'])}\n"
+        else:
+            printed = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
+            yield f"```{{.text .printed}}\n{printed}\n```\n"
 
 
 def gallery(root: Path) -> str:

@@ -35,4 +35,4 @@ def groups(
     """
     import_from_here()
     found = find_groups(build_model(model, num_classes), example_input(input_size), strict=strict)
-    click.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else str(found))
+    click.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else found.listing())

@@ -13,7 +13,7 @@ all blocks. The outer order moves whole blocks and is applied first: ``new[h, i]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,6 +25,9 @@ from vfsurgery.fragments import LONG, Html, escaped, folded, fragment, paragraph
 
 UNKNOWN_OP_REMEDY = "register a rule with @surgery.rule, see docs/write_a_rule.md; leaf= and pins= are other ways out"
 """What to do about an op without a coupling rule."""
+
+SCREEN, SHOWN = 40, 8
+"""A printed group set of more lines than the first is cut short: this many groups, pinned axes, ops and notes."""
 
 
 @dataclass(frozen=True, order=True)
@@ -166,9 +169,9 @@ class PinnedAxis:
 class GroupSet:
     """The permutation groups of one architecture, the axes that may not move, and the ops that had no rule.
 
-    Iterate over it for its groups, index it by a group's name, print it for a readable table. ``in_training`` says
-    whether training computes another graph than eval mode, for which the groups hold too; ``None`` if nobody has
-    looked. ``notes`` are for people.
+    Iterate over it for its groups, index it by a group's name, print it for a table that fits on a screen;
+    :meth:`listing` has every member. ``in_training`` says whether training computes another graph than eval mode, for
+    which the groups hold too; ``None`` if nobody has looked. ``notes`` are for people.
     """
 
     groups: tuple[PermutationGroup, ...]
@@ -216,10 +219,41 @@ class GroupSet:
         return self.grouped_count / self.parameter_count if self.parameter_count else 0.0
 
     def __str__(self) -> str:
-        lines = [
+        whole = self.listing()
+        return whole if whole.count("\n") < SCREEN else self._summary()
+
+    __repr__ = __str__
+
+    def _headline(self) -> str:
+        return (
             f"{len(self.groups)} permutation groups, {sum(g.units for g in self.groups)} units; "
             f"{self.coverage:.1%} of {self.parameter_count:,} parameters lie in a group"
-        ]
+        )
+
+    def _summary(self) -> str:
+        """What fits on a screen: a line for each of the first groups, pinned axes, ops without a rule and notes."""
+        lines = [self._headline()]
+        lines += _first([f"{group}, {len(group.members)} members" for group in self.groups], "groups")
+        if self.pinned:
+            lines.append(f"pinned: {len(self.pinned)} axes")
+            lines += _first([f"    {pin}" for pin in self.pinned], "axes")
+        if self.unknown_ops:
+            lines.append("ops without a coupling rule (all that they touch is pinned):")
+            lines += _first([f"    {op}" for op in self.unknown_ops], "ops")
+            lines.append(f"    {UNKNOWN_OP_REMEDY}")
+        return "\n".join([*lines, *_first(self.notes, "notes"), "all of it: .listing()"])
+
+    def listing(self) -> str:
+        """The whole table as text, however long: every group with its members, every pinned axis, every op and note.
+
+        >>> groups = GroupSet((PermutationGroup("g0", 2, (Member("fc.weight", 0, 2), Member("fc.bias", 0, 2))),))
+        >>> print(groups.listing())
+        1 permutation groups, 2 units; 0.0% of 0 parameters lie in a group
+        g0 (fc, 2 units)
+            fc.weight[0]
+            fc.bias[0]
+        """
+        lines = [self._headline()]
         for group in self.groups:
             lines.append(str(group))
             lines.extend(f"    {member}" for member in group.members)
@@ -234,7 +268,7 @@ class GroupSet:
 
     def _repr_html_(self) -> str:
         """For notebooks: the first line of the text, and what is below it to unfold."""
-        return fragment(str(self).partition("\n")[0], *self.as_html())
+        return fragment(self._headline(), *self.as_html())
 
     def as_html(self) -> tuple[Html, ...]:
         """Groups, pinned axes and unknown ops, each as a table to unfold."""
@@ -256,6 +290,12 @@ class GroupSet:
             ops = table(["ops without a coupling rule: all that they touch is pinned"], zip(self.unknown_ops))
             parts.append(folded(f"{len(self.unknown_ops)} ops without a rule", ops, paragraph(UNKNOWN_OP_REMEDY)))
         return (*parts, paragraphs(self.notes))
+
+
+def _first(lines: Sequence[str], what: str) -> list[str]:
+    """The first lines, and how many more there are."""
+    rest = len(lines) - SHOWN
+    return [*lines[:SHOWN], *([f"    ... and {rest} more {what}"] if rest > 0 else [])]
 
 
 def _listed(group: PermutationGroup) -> Html:

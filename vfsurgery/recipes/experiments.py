@@ -181,7 +181,12 @@ class PairFinding(OfExperiment[Pair]):
         )
         found.barrier.plot(f"{base}_barrier.png")
         found.diagnosis.page(
-            f"{base}.html", report=found.report, scores=found.scores, barrier=found.barrier, flips=found.flips
+            f"{base}.html",
+            report=found.report,
+            scores=found.scores,
+            own=list(found.scores)[-1],
+            barrier=found.barrier,
+            flips=found.flips,
         )
 
 
@@ -232,7 +237,12 @@ class SweepFinding(OfExperiment[PruningSweep]):
         save_state_dict(example.model.state_dict(), f"{base}.safetensors", _header(self.experiment, report, recipe))
         self.sweep.plot(f"{base}_sweep.png", self.experiment.published)
         example.after.page(
-            f"{base}.html", report=report, scores=example.scores, before=example.before, sweep=self.sweep
+            f"{base}.html",
+            report=report,
+            scores=example.scores,
+            own=row(example.method, example.sparsity, renormalized=True),
+            before=example.before,
+            sweep=self.sweep,
         )
 
 

@@ -81,16 +81,18 @@ class Export:
 
 @dataclass(frozen=True)
 class Page:
-    """A diagnosis to be written as a page."""
+    """A diagnosis to be written as a page; ``name`` is the network's, and that of its row where it was measured."""
 
     file: str
+    name: str
     found: Diagnosis
     report: Report | None
     scores: Mapping[str, Score]
 
     def write(self, folder: Path) -> Path:
         """Write it."""
-        return self.found.page(folder / self.file, report=self.report, scores=self.scores or None)
+        own = self.name if self.name in self.scores else None
+        return self.found.page(folder / self.file, report=self.report, scores=self.scores or None, own=own)
 
 
 @dataclass
@@ -332,7 +334,7 @@ class Bench:
         for name, model in self.networks.items():
             found = diagnose(model, self.origins[name], self._calibration, progress=self.progress)
             file = file_of(step.value.page, name, self.networks)
-            self.writes.append(Page(file, found, self.reports.get(name), self.scores_beside(name, model)))
+            self.writes.append(Page(file, name, found, self.reports.get(name), self.scores_beside(name, model)))
             told.lines += [f"{name}: {found.verdict}"]
             told.values[name] = found.to_dict()
         return told
