@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -100,7 +101,17 @@ def test_a_pruned_network_is_repaired_by_what_it_was(tmp_path):
     pruned = surgery.prune(dense, 0.8)
     expected = surgery.renormalize(pruned, reference=dense, data=digits().calibration, progress=False)
     assert_same(load_state_dict(tmp_path / "small.safetensors"), expected.state_dict())
-    assert "<html" in (tmp_path / "diagnosis.html").read_text()
+    page = (tmp_path / "diagnosis.html").read_text()
+    assert "<html" in page and "(this network)" not in page  # its accuracy is measured after that
+
+
+def test_the_page_begins_with_the_accuracy_of_its_own_network(tmp_path):
+    surgery.Recipe.from_yaml(staged("merge", "evaluate", "diagnose")).run(tmp_path, progress=False)
+    rows = re.findall(
+        r"<tr( class=\"own\")?><td class=\"text\">([^<]*)</td><td style", (tmp_path / "diagnosis.html").read_text()
+    )
+    assert rows[0] == (' class="own"', "merged (this network)")
+    assert {("", "a"), ("", "b")} <= {*rows[1:]} and not any(own for own, _ in rows[1:])
 
 
 def test_passes_of_your_own_are_stages(tmp_path, shrink):
