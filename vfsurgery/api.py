@@ -98,12 +98,12 @@ def find_groups(
 
     Args:
         model: As for :func:`trace`; a graph module from :func:`trace` is taken as it is. What ``trace`` cannot
-            record is analysed through ``torch.export``, and what that cannot either (detection models) part by part:
+            record is analysed through ``torch.export``, and what that cannot record either (detection models) in parts:
             what crosses the border of a part is pinned, and so are weights outside of all parts.
         example_inputs: As for :func:`trace`.
-        leaf: As for :func:`trace`. A module kept whole needs a coupling rule for its class, else it is an unknown op.
-        pins: What must not move: module paths, names of parameters or buffers, or patterns of either. Of a module, all
-            parameters are pinned and all activations inside it; an unknown op there counts as answered.
+        leaf: As for :func:`trace`. A module kept whole needs a coupling rule for its class, or it is an unknown op.
+        pins: What must not move: module paths, names of parameters or buffers, or patterns of either. For a module, all
+            its parameters and all activations inside it are pinned; an unknown op there counts as settled.
         strict: Raise at an op without a coupling rule; otherwise all that it touches is pinned, and it is named in the
             result's ``unknown_ops``.
 
@@ -142,9 +142,9 @@ def verify(
     """Prove that permuting any of ``groups`` leaves what ``model`` computes unchanged.
 
     In float64 on a copy whose normalization parameters and buffers are random: all groups together, several times, with
-    a relative output error below 1e-9; and some groups with a member left out, whose errors must be larger. In training
-    too, where that is another graph. The model runs ten times at most, unless an error is seen: then halves of the
-    groups are tried until the wrong ones are known.
+    a relative output error below 1e-9; and some groups with a member left out, whose errors must be larger. Also in
+    training mode, where that is another graph. The model runs ten times at most, unless an error is seen: then halves
+    of the groups are tried until the wrong ones are known.
 
     Returns:
         A value that is truthy when proven and prints its figures, and the wrong groups.
@@ -207,25 +207,25 @@ def merge(
 ) -> nn.Module:
     """Merge separately trained networks of one architecture into one network of that architecture.
 
-    The units of every source are reordered to match the first one's (more than two are matched to each other, too: see
-    docs/several_sources.md), the weights are averaged, and the statistics that averaging destroys are restored. Every
-    reordering is certified: a source that does not compute after it what it computed before is refused. What was done
+    The units of every source are reordered to match those of the first (more than two are also matched to each other:
+    see docs/several_sources.md), the weights are averaged, and the statistics that averaging destroys are restored.
+    Every reordering is certified: if a source does not compute the same as before, the merge is refused. What was done
     is in :func:`~vfsurgery.results.report_of` the result.
 
     Args:
         a: The first source (the *reference*, whose order of units is kept), or a list of all sources.
         b: The second source; left out when ``a`` is a list.
         data: Calibration images, labels ignored: a loader, a dataset, or any iterable of images or (images, labels)
-            that can be read more than once. Some thousand images suffice.
+            that can be read more than once. A few thousand images are enough.
         alpha: Share of b, from 0 (a itself) to 1; other values are refused. ``[0.2, 0.8]`` goes from one to the other
-            along the depth of the network; ``{"layer1": 0.2, "layer[23]": [0.2, 0.8], "*.bias": 0.5}`` says it by
-            module path, parameter name or pattern: the first that fits a parameter decides, and where none does,
+            along the depth of the network; ``{"layer1": 0.2, "layer[23]": [0.2, 0.8], "*.bias": 0.5}`` sets shares by
+            module path, parameter name or pattern: the first that fits a parameter decides, and where none fits,
             shares are equal. Statistics are restored to those of the sources with the same shares.
         weights: Shares of all sources, summing to one; instead of ``alpha``. More than two sources default to equal
             ones. Along depth, or by layer, as for ``alpha``: ``{"layer1": [.5, .3, .2]}``.
         matching: ``"activations"`` (correlation of activations on ``data``), ``"zipit"``, ``"cca"`` (maps of units, on
             ``data``), ``"weights"`` (no data), ``"identity"`` (no reordering), a matcher, or ``"auto"``: with data
-            those that suit the model are tried, without it is weights.
+            those that suit the model are tried, without data it means weights.
         renormalize: ``"reset"``, ``"repair"``, ``"closed-form-repair"``, ``"rescale"``, ``"reshift"``, ``"regress"``,
             ``"bias-calibration"``, ``"bias-removal"``, ``"closed-form-reset"``, a pass such as
             ``Repair(sequential=True)``, a list of those run in order, ``None``, or ``"auto"``: with data those that
@@ -235,7 +235,7 @@ def merge(
             the longest path, or the name of a module (as in ``"layer2"``) or node up to whose output all is kept. 1 is
             plain merging, all layers are the ensemble of logits. A ``Preserve`` pass says the form too. See
             docs/preserve.md.
-        max_flops: Instead of ``preserve``, keep as many layers as cost at most so many times one source's FLOPs.
+        max_flops: Instead of ``preserve``, keep as many layers as fit into that many times one source's FLOPs.
         max_params: The same for parameters; with both, both hold.
         masks: What the result of pruned sources keeps: ``"keep"`` their mask, which has to be the same in all;
             ``"intersect"`` the weights that all sources keep; ``"union"`` those that any keeps; ``"reprune"`` the

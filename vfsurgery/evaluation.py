@@ -319,8 +319,8 @@ def barrier(
     instead takes the distance from the mean of the two ends, which differs where the sources do). ``b`` is matched to
     ``a`` once. At ``alpha`` 0 and 1 every curve holds the sources' own scores: nothing is merged there.
 
-    All is done as :func:`vfsurgery.merge` does it halfway, or as it has done it for the model ``through``: what
-    ``"auto"`` comes to there holds for the whole line, and the score there is that of this very model.
+    Everything is done as :func:`vfsurgery.merge` does it halfway, or as it was done for the model ``through``: what
+    ``"auto"`` chooses there is used for the whole line, and the score there is that of this very model.
 
     Args:
         a: The reference.

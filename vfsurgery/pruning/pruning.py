@@ -42,8 +42,8 @@ def prune(
 ) -> nn.Module:
     """Set the least salient weights of all convolutions and linear layers to zero, at once and without training.
 
-    Of ``n`` weights that compete, the ``ceil(n (1 - sparsity))`` most salient ones are kept, of equal ones the first.
-    Biases and norms are left alone, and what is zero already stays zero and counts as pruned. What was done is in
+    Of ``n`` competing weights, the ``ceil(n (1 - sparsity))`` most salient ones are kept; of equal ones, the first.
+    Biases and norms are left alone. What is zero already stays zero and counts as pruned. What was done is in
     :func:`~vfsurgery.results.report_of` the result; its zero pattern is ``Masks.of`` the result.
 
     Args:

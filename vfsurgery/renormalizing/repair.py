@@ -74,11 +74,11 @@ def renormalize(
 ) -> nn.Module:
     """Give every unit of a compressed network the mean and deviation that it has in the network it was made from.
 
-    It does not matter what has compressed it: ``torch.nn.utils.prune`` (hooks still on, or removed), any other pruner,
-    N:M patterns, two factors of low rank in the place of a layer, weights rounded to a grid, half precision, or an edit
+    It does not matter how it was compressed: by ``torch.nn.utils.prune`` (hooks still on, or removed), any other
+    pruner, N:M patterns, low-rank factors in the place of a layer, rounded weights, half precision, or an edit
     of your own. Layers are paired by module path, then by their place in the graph; what has no partner is left as it
     is, and :func:`~vfsurgery.results.report_of` the result names it with the reason. Weights that a parametrization
-    computes take no scale and are left as well; a BatchNorm behind them is corrected.
+    computes cannot be scaled and are left alone, too; a BatchNorm behind them is corrected.
 
     ``f_p <- (f_p - E f_p) / Std f_p * Std f + E f`` per unit (Qu & Horvath, CPAL 2025, section 5.5), with the moments
     of both networks on ``data``, folded: size and speed stay, and so does every zero of a weight, bit for bit.
@@ -86,7 +86,7 @@ def renormalize(
     Args:
         compressed: The network to repair.
         reference: The network that it was made from, in any precision.
-        data: Calibration images as for :func:`~vfsurgery.api.merge`, labels ignored. One batch of 64 does.
+        data: Calibration images as for :func:`~vfsurgery.api.merge`, labels ignored. One batch of 64 is enough.
         renormalize: ``"auto"``, ``"repair"``, ``"rescale"``, ``"reshift"``, ``"reset"``, a pass such as
             ``Repair(sequential=True)``, or a list of those run in order. ``"auto"`` is REPAIR of all layers, the output
             layer included, after RESET where a BatchNorm has no scale and shift of its own. It runs each of the two

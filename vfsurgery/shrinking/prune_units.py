@@ -43,8 +43,8 @@ def prune_units(
 ) -> nn.Module:
     """Remove whole units (channels, neurons) from a network, in all places where they lie: a smaller plain network.
 
-    Units are removed from permutation groups, so all layers still fit each other. What the forward of the network does
-    not survive (sizes that it holds as constants) is found by trying it without weights, and left whole. The result is
+    Units are removed from permutation groups, so all layers still fit together. Groups whose units the forward cannot
+    lose (it holds their number as a constant) are found by trying it without weights, and left whole. The result is
     certified to compute what the network computes with the removed units silent, and then renormalized on ``data``.
     :func:`~vfsurgery.report_of` the result has units, parameters, FLOPs, and why groups were left whole.
 
@@ -55,7 +55,7 @@ def prune_units(
             ``"activation"``, the mean square of its activations on ``data``; or a
             function from a group and all parameters by name to one number per unit, ``(units,)``.
         scope: ``"group"`` removes ``fraction`` of every group; ``"global"`` ranks the units of all groups together,
-            each saliency divided by its group's mean, and leaves each group the share ``floor``.
+            each saliency divided by its group's mean, and leaves each group at least the share ``floor``.
         removed: ``"drop"`` leaves removed units out; ``"fold"`` merges each into the survivor that it is most
             correlated with on ``data``, at every layer that reads it (ZipIt!'s map with one source).
         data: Calibration images, as for :func:`~vfsurgery.merge`.

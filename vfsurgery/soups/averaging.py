@@ -118,9 +118,9 @@ def soup(
     (with equal weights) if the soup with it is at least as accurate as the best so far. So it is never worse on
     ``data`` than the best model, which comes back as it was if no other helps.
 
-    BatchNorm statistics are measured anew before each soup is judged: exact moments of all calibration images, every
+    BatchNorm statistics are measured again before each soup is judged: exact moments of all calibration images, every
     batch normalized by its own, dropout off. The original implementation instead runs the whole model in training mode
-    with the layers' momentum, so that it weighs the last few batches most and does not see what batches differ by.
+    with the layers' momentum, so that the last few batches count most, and differences between batches are not seen.
 
     Args:
         models: At least two, of one architecture and on one device. Models trained from different initialisations have
@@ -129,7 +129,7 @@ def soup(
         mask: ``"same"`` keeps the mask that sparse models (a twentieth of zeros) share, and refuses different ones;
             ``"intersect"``, ``"union"`` and ``"reprune"`` as ``masks`` of :func:`~vfsurgery.merge`, over the models
             that stay in; ``None`` averages without a look at zeros.
-        greedy: Whether models have to earn their place; else all are averaged and nothing is evaluated.
+        greedy: Whether models have to earn their place; otherwise all are averaged and nothing is evaluated.
         weights: Shares of all models, summing to one, where ``greedy`` is off; equal ones by default.
         recalibrate: Whether BatchNorm statistics are measured anew; averaged ones are wrong.
         calibration: Images for that, labels ignored; some hundred training images are better than ``data``, the
