@@ -138,7 +138,7 @@ def take(arguments: list[str], folder: Path) -> None:
 def check_yaml(text: str, folder: Path) -> None:
     """Whether it is a recipe, or part of one: some of its keys, of those of a pair, or of one in ``recipes/``."""
     part = yaml.safe_load(text)
-    pair = {"name": "part", "model": "vfsurgery.demo:TinyResNet"}
+    pair = {"name": "part", "model": "vfsurgery.networks.demo:TinyResNet"}
     known = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("recipes/**/*.yaml"))]
     wholes = [part] if "name" in part else [{"name": "part", **part}, {"name": "part", "pairs": [{**pair, **part}]}]
     refusals = []

@@ -9,11 +9,11 @@ from tiny_nets import CLASSES, NETS, images, lively
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import TOLERANCE
 from vfsurgery.matching import Matcher, WeightMatching
-from vfsurgery.merging import Merging
+from vfsurgery.merging.work import Merging
 from vfsurgery.passes import Preserve
 from vfsurgery.passes.cut import Boundaries
-from vfsurgery.verification import TOLERANCE
 
 SAME = TOLERANCE[torch.float64]
 X = images(8, 9, dtype=torch.float64)

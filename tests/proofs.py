@@ -11,9 +11,9 @@ from tiny_nets import planted
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import randomize, relative_error
 from vfsurgery.groups import GroupSet
 from vfsurgery.tracing.values import tensors_of
-from vfsurgery.verification import randomize, relative_error
 
 EXACT = 1e-9
 """Relative error in float64."""

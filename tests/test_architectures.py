@@ -10,8 +10,8 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-from vfsurgery.architectures import build_model
 from vfsurgery.errors import OptionError
+from vfsurgery.networks.architectures import build_model
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def no_downloads(monkeypatch):
         ("timm:test_resnet", "fc.weight"),
         ("timm:test_resnet.r160_in1k", "fc.weight"),
         ("torchvision:squeezenet1_1", "classifier.1.weight"),
-        ("vfsurgery.demo:TinyConvNet", "fc.weight"),
+        ("vfsurgery.networks.demo:TinyConvNet", "fc.weight"),
     ],
 )
 def test_all_forms_take_a_class_count(spec, head):

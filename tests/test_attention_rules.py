@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import vfsurgery as surgery
 from vfsurgery.discovery import unification
+from vfsurgery.discovery.rules import rule_for
+from vfsurgery.discovery.verification import relative_error
 from vfsurgery.groups.axes import Mixes
-from vfsurgery.rules import rule_for
 from vfsurgery.tracing.transformers import PADDED, one_by_one
-from vfsurgery.verification import relative_error
 
 TOKENS = torch.randn(4, 5, 6)
 OTHERS = torch.randn(4, 7, 6)

@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import randomize
 from vfsurgery.errors import OptionError
 from vfsurgery.passes import CalibrateBiases, Regress, Repair, Rescale, Reset
-from vfsurgery.verification import randomize
 
 NOTE = "nothing is renormalized: no layer takes a scale and a shift, or keeps statistics"
 

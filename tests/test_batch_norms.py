@@ -17,12 +17,12 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import update_bn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import randomize, relative_error
 from vfsurgery.errors import DataError
 from vfsurgery.passes import Reset
 from vfsurgery.stats import batch_norms
 from vfsurgery.stats.batch_norms import OnBatches, batch_norm_nodes, calls_of, set_running
 from vfsurgery.stats.moments import Moments
-from vfsurgery.verification import randomize, relative_error
 
 X = images(160, dtype=torch.float64)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from vfsurgery.batches import BATCH_SIZE, Batches, progress
+from vfsurgery.data.batches import BATCH_SIZE, Batches, progress
 from vfsurgery.errors import DataError
 
 IMAGES = torch.randn(300, 3, 4, 4, generator=torch.Generator().manual_seed(0))

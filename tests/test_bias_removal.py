@@ -13,9 +13,9 @@ from tiny_nets import CLASSES, Chain, images, lively, net, same_state
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery.batches import Batches
+from vfsurgery.data.batches import Batches
+from vfsurgery.data.holdout import EVERY, split
 from vfsurgery.errors import DataError, OptionError
-from vfsurgery.holdout import EVERY, split
 from vfsurgery.passes import Average, RemoveBiases
 
 # Held-out images

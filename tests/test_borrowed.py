@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import vfsurgery as surgery
-from vfsurgery.costs import cost_of
-from vfsurgery.sources import canonical_state
+from vfsurgery.discovery.verification import outputs_of, randomize, relative_error
+from vfsurgery.passes.costs import cost_of
 from vfsurgery.tracing.borrowed import borrowed, containers_of, contents_of
-from vfsurgery.verification import outputs_of, randomize, relative_error
+from vfsurgery.tracing.sources import canonical_state
 
 X = images(4).double()
 

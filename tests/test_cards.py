@@ -16,18 +16,18 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 import vfsurgery as surgery
-from vfsurgery.architectures import build_model
 from vfsurgery.checkpoints import file_hash, save_sharded, save_state_dict
 from vfsurgery.cli import main
-from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import CheckpointError, OptionError
 from vfsurgery.hub.cards import CARD, Card, Network, Summary, escape_markdown, is_card
 from vfsurgery.hub.loading import Written, write_config
+from vfsurgery.networks.architectures import build_model
+from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.pruning import PrunedLayer, PruneReport
 from vfsurgery.recipes.recipe import Recipe, base_models
 from vfsurgery.training import from_seed
 
-DEMO = ["--model", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8", "--quiet"]
+DEMO = ["--model", "vfsurgery.networks.demo:TinyConvNet", "--input-size", "1x8x8", "--quiet"]
 SMALL = ["--model", "timm:test_resnet", "--num-classes", "5", "--input-size", "3x32x32", "--quiet"]
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 
@@ -36,7 +36,7 @@ name: tiny
 threads: 1
 pairs:
   - name: conv
-    model: vfsurgery.demo:TinyConvNet
+    model: vfsurgery.networks.demo:TinyConvNet
     options: {width: 4}
     training: {epochs: 1}
     merges: [{label: "naive | <b>", matching: identity, renormalize: null}]
@@ -103,7 +103,7 @@ def test_the_card_of_a_run_is_one_that_the_hub_reads(ran):
 
 def test_the_card_of_a_run_has_everything_that_is_known(ran):
     text = (ran / CARD).read_text()
-    assert "vfsurgery.demo:TinyConvNet, trained from seed 0" in text
+    assert "vfsurgery.networks.demo:TinyConvNet, trained from seed 0" in text
     assert "of 297 calibration images of digits" in text
     assert "aligned source 1 == source 1: holds" in text
     assert "(conv_barrier.png)" in text
@@ -114,7 +114,7 @@ def test_the_card_of_a_run_has_everything_that_is_known(ran):
 
 
 def test_hub_models_are_the_base():
-    recipe = Recipe.from_yaml(RECIPE.replace("vfsurgery.demo:TinyConvNet", "timm:hf-hub:ada/a@main"))
+    recipe = Recipe.from_yaml(RECIPE.replace("vfsurgery.networks.demo:TinyConvNet", "timm:hf-hub:ada/a@main"))
     assert base_models(recipe) == ["ada/a"]
     assert base_models(Recipe.from_yaml(RECIPE)) == []
 
@@ -131,7 +131,7 @@ def test_a_run_loads_as_its_card_says(ran, monkeypatch):
 
 def test_the_only_network_of_a_run_is_one_that_timm_loads(tmp_path, monkeypatch):
     options = "{num_classes: 10, in_chans: 1}"
-    recipe = RECIPE.replace("vfsurgery.demo:TinyConvNet", "timm:test_resnet").replace("{width: 4}", options)
+    recipe = RECIPE.replace("vfsurgery.networks.demo:TinyConvNet", "timm:test_resnet").replace("{width: 4}", options)
     done = Recipe.from_yaml(recipe).run(tmp_path / "tiny", progress=False)
     loaded = load_as_the_card_says(done.output, monkeypatch)
     images = torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8)

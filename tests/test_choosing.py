@@ -10,8 +10,8 @@ from tiny_nets import LayerNormed, groups_of, images, lively, net, planted, same
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery.choosing import sensible
 from vfsurgery.matching import Identity
+from vfsurgery.merging.choosing import sensible
 from vfsurgery.passes import Regress, Repair, Rescale, Reset
 
 DATA = [part.contiguous() for part in images(300).split(100)]
@@ -155,7 +155,7 @@ def test_a_source_and_its_permuted_copy_agree_with_themselves():
 
 
 def test_the_regression_is_left_out_where_it_would_take_too_long(monkeypatch):
-    from vfsurgery import choosing
+    from vfsurgery.merging import choosing
 
     model = net("residual")
     graph = surgery.trace(model, images(2))

@@ -16,17 +16,17 @@ from PIL import Image
 
 from vfsurgery import merge
 from vfsurgery.__main__ import main
-from vfsurgery.architectures import build_model
 from vfsurgery.checkpoints import load_into, load_state_dict, save_state_dict
 from vfsurgery.data import digits, loader, preprocessing
 from vfsurgery.data.datasets import load_data
-from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import OptionError
+from vfsurgery.networks.architectures import build_model
+from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.passes import NORMALIZATIONS
 from vfsurgery.pruning import prune
 from vfsurgery.training import from_seed
 
-DEMO = ["--model", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8"]
+DEMO = ["--model", "vfsurgery.networks.demo:TinyConvNet", "--input-size", "1x8x8"]
 SMALL = ["--model", "timm:test_resnet", "--num-classes", "5", "--input-size", "3x32x32"]
 
 
@@ -95,7 +95,7 @@ def test_a_network_with_preserved_prefixes_is_no_file_of_weights(pair, tmp_path)
 
 
 def test_groups_prints_the_table():
-    result = call("groups", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8")
+    result = call("groups", "vfsurgery.networks.demo:TinyConvNet", "--input-size", "1x8x8")
     assert result.exit_code == 0, result.output
     assert result.output.startswith("6 permutation groups, 448 units")
     assert (
@@ -225,7 +225,7 @@ WRONG = [
     (
         ["--data", "imagefolder:."],
         1,
-        "error: no preprocessing is known for vfsurgery.demo:TinyConvNet missing mean, std",
+        "error: no preprocessing is known for vfsurgery.networks.demo:TinyConvNet missing mean, std",
     ),
     (["--matching", "wieghts"], 2, "error: unknown matching 'wieghts' remedy did you mean 'weights'?"),
     (["--renormalize", "reset,rescal"], 2, "error: unknown renormalization 'rescal' remedy did you mean 'rescale'?"),
@@ -293,7 +293,7 @@ def test_traceback_on_demand(pair, monkeypatch):
 
 def test_run_prints_tables_and_writes(tmp_path, monkeypatch):
     (tmp_path / "nets_to_run.py").write_text(
-        "from vfsurgery.demo import TinyResNet\ndef net(): return TinyResNet(width=2)\n"
+        "from vfsurgery.networks.demo import TinyResNet\ndef net(): return TinyResNet(width=2)\n"
     )
     (tmp_path / "small.yaml").write_text(
         "name: small\nthreads: 1\npairs:\n  - {name: net, model: nets_to_run:net, training: {epochs: 1}}\n"

@@ -8,10 +8,10 @@ from click.testing import CliRunner
 from vfsurgery.__main__ import main
 from vfsurgery.checkpoints import load_state_dict
 from vfsurgery.cli.words import in_options
-from vfsurgery.demo import TinyConvNet
+from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.training import from_seed
 
-DEMO = ["--model", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8"]
+DEMO = ["--model", "vfsurgery.networks.demo:TinyConvNet", "--input-size", "1x8x8"]
 
 
 def call(*arguments):
@@ -23,7 +23,7 @@ def flat(text):
 
 
 def recipe(body):
-    return f"name: r\nsources: [{{model: 'vfsurgery.demo:TinyConvNet', {body}}}, {{}}]\nstages: [merge]\n"
+    return f"name: r\nsources: [{{model: 'vfsurgery.networks.demo:TinyConvNet', {body}}}, {{}}]\nstages: [merge]\n"
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def here(tmp_path, monkeypatch):
         "data: {name: imagefolder, path: nowhere, size: 8, mean: [0.5], std: [0.5]}\n" + recipe("input_size: [1, 8, 8]")
     )
     (tmp_path / "heads.yaml").write_text(
-        "name: r\nsources: [{model: 'vfsurgery.demo:TinyConvNet', checkpoint: a.pt}, {checkpoint: seven.pt}]\n"
+        "name: r\nsources: [{model: 'vfsurgery.networks.demo:TinyConvNet', checkpoint: a.pt}, {checkpoint: seven.pt}]\n"
         "stages: [merge]\n"
     )
     (tmp_path / "empty").mkdir()
@@ -125,7 +125,7 @@ MISTAKES = [
     ([*MERGE, *OUT, "--matching", "aut"], 2, "unknown matching 'aut' remedy did you mean 'auto'?"),
     (["prune", "a.pt", *DEMO, *OUT], 2, "neither a sparsity nor a pattern is given"),
     (
-        ["groups", "vfsurgery.demo:TinyConvNet"],
+        ["groups", "vfsurgery.networks.demo:TinyConvNet"],
         1,
         "remedy pass --input-size 3x224x224, or of the shape that it takes",
     ),

@@ -13,12 +13,12 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vfsurgery as surgery
-from vfsurgery.computed import settle
+from vfsurgery.discovery.verification import randomize
 from vfsurgery.errors import OptionError
 from vfsurgery.groups import permute_tensor, random_permutations
-from vfsurgery.sources import canonical_state
+from vfsurgery.tracing.computed import settle
 from vfsurgery.tracing.copies import copied
-from vfsurgery.verification import randomize
+from vfsurgery.tracing.sources import canonical_state
 
 X = torch.randn(3, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Wrap = Callable[[Any], nn.Module]
@@ -109,7 +109,7 @@ def test_the_mean_of_layers_with_spectral_norm_has_spectral_norm_one(kind: Wrap)
 
 
 def test_without_settling_the_mean_is_scaled_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vfsurgery.merging.settle", lambda *given: None)
+    monkeypatch.setattr("vfsurgery.merging.work.settle", lambda *given: None)
     kind = parametrizations.spectral_norm
     merged = surgery.merge(net(kind), net(kind, seed=1), example_inputs=X, renormalize=None, progress=False)
     norm = float(torch.linalg.matrix_norm(merged.b.weight.detach().flatten(1), 2))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import randomize
 from vfsurgery.errors import IncompatibleModelsError, SurgeryError
 from vfsurgery.tracing.copies import copied, fresh, plain_tensors
-from vfsurgery.verification import randomize
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3)).double()
 DATA = torch.randn(200, 5, generator=torch.Generator().manual_seed(4)).double()

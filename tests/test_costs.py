@@ -10,10 +10,10 @@ from tiny_nets import NETS, images, net
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery.budget import Budget, candidates
-from vfsurgery.costs import Cost, Ledger, cost_of
 from vfsurgery.errors import OptionError
+from vfsurgery.merging.budget import Budget, candidates
 from vfsurgery.passes import Preserve
+from vfsurgery.passes.costs import Cost, Ledger, cost_of
 from vfsurgery.passes.cut import Boundaries, find_cut
 
 X = images(2)

@@ -17,11 +17,11 @@ from tiny_nets import Chain, images, net, same_state, state_of
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import TOLERANCE, relative_error
 from vfsurgery.errors import CertificateError, DataError, OptionError, SurgeryError
 from vfsurgery.passes import PASSES, Context, Pass, Pipeline, Repair
 from vfsurgery.passes.contract import check_order
 from vfsurgery.testing import make_net
-from vfsurgery.verification import TOLERANCE, relative_error
 
 EXACT = TOLERANCE[torch.float32]
 

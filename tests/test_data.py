@@ -8,9 +8,9 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from vfsurgery.architectures import build_model
 from vfsurgery.data import digits, image_folder, loader, preprocessing, subset
 from vfsurgery.errors import DataError
+from vfsurgery.networks.architectures import build_model
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 

@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
 from vfsurgery.discovery.roles import SCALES
+from vfsurgery.discovery.verification import relative_error
 from vfsurgery.passes.producers import find_producers, weight_depths
 from vfsurgery.stats import collect
 from vfsurgery.stats.collect import group_sites
 from vfsurgery.tracing.dataflow import reached_by_input
-from vfsurgery.verification import relative_error
 
 DATA = torch.randn(160, 6).double()
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 from torchvision import datasets
 
-from vfsurgery.architectures import build_model
 from vfsurgery.data import Splits
 from vfsurgery.data.datasets import DATA, divided, load_data
 from vfsurgery.errors import DataError, OptionError
+from vfsurgery.networks.architectures import build_model
 from vfsurgery.recipes.sections import Images
 
 
@@ -148,7 +148,7 @@ def test_registered_data(monkeypatch):
 
 def test_pictures_become_what_the_model_expects(tmp_path):
     write_images(tmp_path)
-    from vfsurgery.architectures import build_model
+    from vfsurgery.networks.architectures import build_model
 
     section = Images(name="imagefolder", path=str(tmp_path), test=2, size=32)
     splits = section.load("timm:resnet18", lambda: build_model("timm:resnet18"))

@@ -16,8 +16,8 @@ from torch.nn import functional
 from torch.nn.utils import prune
 
 import vfsurgery as surgery
-from vfsurgery.diagnosis import DEPTHS, Diagnosis, LayerDiagnosis
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError
+from vfsurgery.scoring.diagnosis import DEPTHS, Diagnosis, LayerDiagnosis
 from vfsurgery.stats.layers import LayerStatistics, Reading
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

@@ -9,7 +9,7 @@ from torch.nn.parallel import DataParallel
 
 import vfsurgery as surgery
 from vfsurgery.errors import OptionError
-from vfsurgery.evaluation import evaluate_ensemble
+from vfsurgery.scoring.evaluation import evaluate_ensemble
 
 DATA = [(torch.eye(2), torch.tensor([0, 1]))]
 

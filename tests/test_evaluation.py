@@ -18,12 +18,12 @@ import torch
 from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor, nn
 
-from vfsurgery.api import find_groups
-from vfsurgery.demo import TinyConvNet, TinyResNet
+from vfsurgery.discovery.finding import find_groups
 from vfsurgery.errors import CheckpointError, DataError, IncompatibleModelsError, OptionError
-from vfsurgery.evaluation import Barrier, Curve, Score, barrier, compare, evaluate, evaluate_ensemble
 from vfsurgery.groups import permute_tensor, random_permutations
 from vfsurgery.matching import Problem, WeightMatching
+from vfsurgery.networks.demo import TinyConvNet, TinyResNet
+from vfsurgery.scoring.evaluation import Barrier, Curve, Score, barrier, compare, evaluate, evaluate_ensemble
 
 CLASSES = 10
 IMAGES = torch.randn(150, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -294,7 +294,7 @@ def test_barrier_measures_every_curve_from_source_to_source(factory: Callable[[]
 
 
 def test_auto_is_chosen_once_at_the_midpoint(monkeypatch) -> None:
-    from vfsurgery import evaluation
+    from vfsurgery.scoring import evaluation
 
     tried: list[object] = []
     merge = evaluation.merge
@@ -393,7 +393,7 @@ def test_plot_that_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> No
 def test_importing_evaluation_does_not_import_matplotlib_and_plotting_does_not_touch_pyplot(tmp_path: Path) -> None:
     script = f"""
 import sys
-from vfsurgery.evaluation import Barrier, Curve, Score
+from vfsurgery.scoring.evaluation import Barrier, Curve, Score
 assert "matplotlib" not in sys.modules
 score, curve = Score(0.5, 1.0, 2), Curve((0.0, 0.5, 1.0), (0.5,) * 3, (1.0,) * 3)
 Barrier(score, score, score, curve, curve, None).plot({str(tmp_path / "b.png")!r})

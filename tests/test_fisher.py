@@ -53,7 +53,7 @@ def labelled(count: int = 24, dtype: torch.dtype = torch.float32) -> tuple[Tenso
 def work(model: nn.Module, data: object, **options: object) -> Pruning:
     weights = {name: model.get_parameter(name) for name in prunable(model)}
     layouts = {name: Layout.of(model, name) for name in weights}
-    batches = surgery.batches.Batches(data)  # type: ignore[arg-type]
+    batches = surgery.data.batches.Batches(data)  # type: ignore[arg-type]
     return Pruning(model, weights, layouts, batches, progress=False, **options)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vfsurgery as surgery
 from vfsurgery.errors import DataError, OptionError
-from vfsurgery.flip_rates import FlipRates, relative_negative_rate
+from vfsurgery.scoring.flip_rates import FlipRates, relative_negative_rate
 
 CLASSES = 4
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])

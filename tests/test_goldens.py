@@ -10,15 +10,15 @@ import torchvision
 from torch import nn
 
 import vfsurgery as surgery
-from vfsurgery.groups import permute_tensor, random_permutations
-from vfsurgery.sources import canonical_state
-from vfsurgery.verification import (
+from vfsurgery.discovery.verification import (
     TOLERANCE,
     keep_signals_alive,
     outputs_of,
     randomize,
     relative_error,
 )
+from vfsurgery.groups import permute_tensor, random_permutations
+from vfsurgery.tracing.sources import canonical_state
 
 PRINTED = [
     "alexnet", "vgg11_bn", "resnet18", "resnext50_32x4d", "densenet121", "squeezenet1_1", "mobilenet_v3_small",

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import randomize
 from vfsurgery.errors import HookError, TraceError
-from vfsurgery.verification import randomize
 
 X = torch.randn(4, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 DATA = torch.randn(60, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -17,7 +17,7 @@ from vfsurgery.data.folders import Pictures, parts_of, read_image
 from vfsurgery.errors import DataError
 from vfsurgery.recipes.sections import Images
 
-MODEL, SIZE = "vfsurgery.demo:TinyConvNet", 8
+MODEL, SIZE = "vfsurgery.networks.demo:TinyConvNet", 8
 SCALING = {"size": SIZE, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.2, 0.3)}
 
 

@@ -14,15 +14,15 @@ from tiny_nets import images, net
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery import batches, choosing
-from vfsurgery.batches import Batches, Data
-from vfsurgery.data import digits
-from vfsurgery.demo import TinyConvNet, TinyResNet
-from vfsurgery.holdout import every_for
+from vfsurgery.data import batches, digits
+from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.holdout import every_for
 from vfsurgery.hub.cards import Card, Network, Summary
 from vfsurgery.hub.loading import Written
+from vfsurgery.merging import choosing
+from vfsurgery.networks.demo import TinyConvNet, TinyResNet
 from vfsurgery.passes.agreement import Judgement, best_of, judge
-from vfsurgery.results import merge_report_of
+from vfsurgery.records.results import merge_report_of
 from vfsurgery.training import from_seed, train
 
 POINTS = 0.005

@@ -8,11 +8,11 @@ from tiny_nets import NETS, Grouped, LayerNormed, Residual, groups_of, images, l
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.maps import UnitMap, balanced, map_tensor, map_units
+from vfsurgery.discovery.verification import outputs_of, relative_error
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet, permute_tensor, random_permutations
-from vfsurgery.maps import UnitMap, balanced, map_tensor, map_units
-from vfsurgery.sources import canonical_state
-from vfsurgery.verification import outputs_of, relative_error
+from vfsurgery.tracing.sources import canonical_state
 
 EXACT = 1e-9
 

@@ -16,8 +16,8 @@ from vfsurgery.matching import MATCHERS, ActivationMatching, Given, Identity, Ma
 from vfsurgery.matching.assignment import assign
 from vfsurgery.matching.pairwise import pairwise_similarity
 from vfsurgery.matching.similarity import Similarity
-from vfsurgery.sources import canonical_state
 from vfsurgery.stats.correlation import Centred, CrossMoments
+from vfsurgery.tracing.sources import canonical_state
 
 RELATIVE = {torch.float32: 1e-5, torch.float64: 1e-12}
 """Error of sums of products, relative to their size."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vfsurgery.__main__ import main
 from vfsurgery.matching import MATCHERS
-from vfsurgery.zoo import Cell, merge_pair, merge_zoo, page, read_cells
-from vfsurgery.zoo.matrix import ways
+from vfsurgery.testing.zoo import Cell, merge_pair, merge_zoo, page, read_cells
+from vfsurgery.testing.zoo.matrix import ways
 
 HERE = "tests.test_matrix"
 MANY = len(list(MATCHERS)) * len(ways())

@@ -13,8 +13,8 @@ from torch import nn
 import vfsurgery as surgery
 from vfsurgery.checkpoints import load_into, load_state_dict
 from vfsurgery.data import digits
-from vfsurgery.demo import TinyConvNet, TinyResNet
 from vfsurgery.errors import OptionError
+from vfsurgery.networks.demo import TinyConvNet, TinyResNet
 from vfsurgery.recipes.experiments import PairFinding
 from vfsurgery.recipes.recipe import Recipe, RecipeRun
 from vfsurgery.training import from_seed
@@ -38,7 +38,7 @@ threads: 1
 alpha: {alpha}
 pairs:
   - name: pair
-    model: vfsurgery.demo:TinyResNet
+    model: vfsurgery.networks.demo:TinyResNet
     options: {{width: 4}}
     seeds: [0, 1]
     training: {{epochs: 3, lr: 0.1}}
@@ -91,7 +91,7 @@ def test_page_card_plot_and_report_of_a_pair_have_the_figure_of_the_file(kind, t
 
 def test_the_choice_of_a_pair_is_one_and_not_two(tmp_path, monkeypatch):
     """The plot goes by the matching and the steps that the file came to, not by a second choice."""
-    from vfsurgery import evaluation
+    from vfsurgery.scoring import evaluation
 
     asked: list[object] = []
     original = evaluation.merge
@@ -150,8 +150,8 @@ name: staged
 data: {{name: digits, seed: 0}}
 threads: 1
 sources:
-  - {{name: a, model: "vfsurgery.demo:TinyConvNet", options: {{width: 4}}, seed: 1}}
-  - {{name: b, model: "vfsurgery.demo:TinyConvNet", options: {{width: 4}}, seed: 2}}
+  - {{name: a, model: "vfsurgery.networks.demo:TinyConvNet", options: {{width: 4}}, seed: 1}}
+  - {{name: b, model: "vfsurgery.networks.demo:TinyConvNet", options: {{width: 4}}, seed: 2}}
 stages:
   - {{train: {{epochs: 4}}}}
   - {{match: weights}}
@@ -209,7 +209,7 @@ data: {name: digits, seed: 0}
 threads: 1
 sweeps:
   - name: sweep
-    model: vfsurgery.demo:TinyConvNet
+    model: vfsurgery.networks.demo:TinyConvNet
     options: {width: 4}
     training: {epochs: 4}
     sparsities: [0.5, 0.8]

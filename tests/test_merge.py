@@ -28,8 +28,8 @@ from tiny_nets import (
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
-from vfsurgery import merging
 from vfsurgery.discovery import discover
+from vfsurgery.discovery.verification import TOLERANCE
 from vfsurgery.errors import (
     CertificateError,
     DataError,
@@ -42,9 +42,9 @@ from vfsurgery.errors import (
 )
 from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, random_permutations
 from vfsurgery.matching import Given
+from vfsurgery.merging import work as merging
 from vfsurgery.passes import Context, Pass, Rescale
-from vfsurgery.sources import canonical_state, check_weights
-from vfsurgery.verification import TOLERANCE
+from vfsurgery.tracing.sources import canonical_state, check_weights
 
 SAME = TOLERANCE[torch.float32]
 """Relative output error of two float32 networks that compute the same."""

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery.tracing.mode import FOLLOWS_MODE
+from vfsurgery.discovery.verification import randomize
+from vfsurgery.tracing.followers import FOLLOWS_MODE
 from vfsurgery.tracing.modes import in_training
-from vfsurgery.verification import randomize
 
 X = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # (batch, tokens, channels)
 

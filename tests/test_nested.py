@@ -14,15 +14,15 @@ from tiny_nets import images, net, permuted, planted
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import randomize
 from vfsurgery.errors import OptionError
 from vfsurgery.groups import GroupSet, Permutation, permute_tensor, random_permutations
 from vfsurgery.matching import Given
 from vfsurgery.matching.assignment import assign
 from vfsurgery.matching.nested import BlockAssignment, whole_order
 from vfsurgery.matching.weights import FamilyProblem, families
-from vfsurgery.sources import canonical_state
 from vfsurgery.stats.collect import group_sites
-from vfsurgery.verification import randomize
+from vfsurgery.tracing.sources import canonical_state
 
 TOKENS = (3, 7, 6)
 MAP = (2, 3, 8, 8)

@@ -11,6 +11,7 @@ from tiny_nets import groups_of, images, lively, net, permuted, planted, same_st
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import TOLERANCE
 from vfsurgery.errors import OptionError
 from vfsurgery.groups import random_permutations
 from vfsurgery.passes import Average, ClosedFormRepair, Fold, Pass, RemoveBiases, Repair, Rescale, Reshift
@@ -18,7 +19,6 @@ from vfsurgery.passes.producers import find_producers, in_stages
 from vfsurgery.passes.renormalize import Renormalize, above_rounding
 from vfsurgery.stats.moments import Moments
 from vfsurgery.stats.prefix import Prefix
-from vfsurgery.verification import TOLERANCE
 
 EXACT = 1e-6
 """Relative error of float32 sums of a few terms."""

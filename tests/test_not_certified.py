@@ -15,8 +15,8 @@ import vfsurgery as surgery
 from vfsurgery.checkpoints import provenance
 from vfsurgery.hub.cards import Card, Network, Summary
 from vfsurgery.hub.loading import Written
-from vfsurgery.report import Certificate, MergeReport
-from vfsurgery.results import merge_report_of
+from vfsurgery.records.report import Certificate, MergeReport
+from vfsurgery.records.results import merge_report_of
 
 DATA = [images(200)]
 

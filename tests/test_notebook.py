@@ -14,9 +14,9 @@ from test_page import OPTIONS, Reader
 from torch import nn
 
 import vfsurgery as surgery
-from vfsurgery import fragments
-from vfsurgery.fragments import Html, bar, folded, fragment, table
 from vfsurgery.groups import GroupSet
+from vfsurgery.rendering import fragments
+from vfsurgery.rendering.fragments import Html, bar, folded, fragment, table
 
 EVIL = "<img src=x onerror=alert(1)>"
 

@@ -11,9 +11,9 @@ from tiny_nets import Residual, images, lively, same_state
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.rules import registry
 from vfsurgery.errors import IncompatibleModelsError, OptionError, TraceError, UnknownOpError
 from vfsurgery.groups.axes import Take, tie, tie_all
-from vfsurgery.rules import registry
 from vfsurgery.tracing.ops import canonical_key
 
 X = torch.zeros(2, 6)

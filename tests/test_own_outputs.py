@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import randomize, relative_error
 from vfsurgery.errors import OptionError, SurgeryError
 from vfsurgery.passes import Context, Fold, Pipeline, Repair, Rescale, Reshift
 from vfsurgery.passes.affine import Affine, insert_affine
 from vfsurgery.passes.producers import find_producers
 from vfsurgery.passes.renormalize import Renormalize
 from vfsurgery.stats.own_outputs import OwnCall, own_extent
-from vfsurgery.verification import randomize, relative_error
 
 X = images(96, dtype=torch.float64)
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import vfsurgery as surgery
-from vfsurgery.diagnosis import Diagnosis
 from vfsurgery.errors import CheckpointError, OptionError
-from vfsurgery.evaluation import Barrier, Curve, Score
-from vfsurgery.flip_rates import FlipRates, Flips
-from vfsurgery.page import wiring
+from vfsurgery.rendering.page import wiring
+from vfsurgery.scoring.diagnosis import Diagnosis
+from vfsurgery.scoring.evaluation import Barrier, Curve, Score
+from vfsurgery.scoring.flip_rates import FlipRates, Flips
 
 VOID = {"meta", "link", "br", "img", "path", "use", "rect", "line"}
 
@@ -191,4 +191,4 @@ def test_a_transposed_convolution_reads_along_its_first_dim(tmp_path):
 
 
 def test_the_template_goes_along_with_the_package():
-    assert (Path(surgery.__file__).parent / "templates" / "page.html.j2").is_file()
+    assert (Path(surgery.__file__).parent / "rendering" / "page.html.j2").is_file()

@@ -13,7 +13,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 import vfsurgery as surgery
 from vfsurgery.errors import OptionError
-from vfsurgery.renormalizing.pairing import Pairing, certain_pairs, find_others, find_stages, pair_stages
+from vfsurgery.pruning.renormalizing.pairing import Pairing, certain_pairs, find_others, find_stages, pair_stages
 
 
 def paired(compressed: nn.Module, reference: nn.Module, **options) -> Pairing:

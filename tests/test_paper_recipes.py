@@ -13,13 +13,13 @@ from torch import nn
 from vfsurgery.__main__ import main
 from vfsurgery.checkpoints import save_state_dict
 from vfsurgery.data import digits
-from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import CheckpointError, RecipeError
-from vfsurgery.evaluation import evaluate
-from vfsurgery.paper_networks import VGG16, ResNet20, vision_transformer
+from vfsurgery.networks.demo import TinyConvNet
+from vfsurgery.networks.paper_networks import VGG16, ResNet20, vision_transformer
 from vfsurgery.recipes.comparison import compare_merges
 from vfsurgery.recipes.expectations import Expectation
 from vfsurgery.recipes.recipe import Recipe
+from vfsurgery.scoring.evaluation import evaluate
 from vfsurgery.training import from_seed
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "paper").glob("*.yaml"))
@@ -31,7 +31,7 @@ data: {name: cifar10, path: /nowhere}
 threads: 1
 pairs:
   - name: net
-    model: vfsurgery.demo:TinyConvNet
+    model: vfsurgery.networks.demo:TinyConvNet
     options: {width: 64}
     training: {epochs: 100, milestones: [32000, 48000], warmup: 1, augment: true}
     merges:
@@ -217,7 +217,7 @@ def test_given_checkpoints_are_merged_instead_of_trained_ones(ran, tmp_path, mon
 name: given
 pairs:
   - name: net
-    model: vfsurgery.demo:TinyConvNet
+    model: vfsurgery.networks.demo:TinyConvNet
     options: {{width: 4}}
     checkpoints: [{files[0]}, {files[1]}]
     alphas: 3

@@ -11,7 +11,8 @@ from tiny_nets import Chain, LayerNormed, groups_of, images, lively, net, permut
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
-from vfsurgery.batches import Batches
+from vfsurgery.data.batches import Batches
+from vfsurgery.discovery.verification import TOLERANCE
 from vfsurgery.errors import DataError, OptionError, SurgeryError
 from vfsurgery.groups import Permutation, permute_tensor, random_permutations
 from vfsurgery.passes import (
@@ -30,10 +31,9 @@ from vfsurgery.passes.affine import Affine, insert_affine
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.producers import find_producers
 from vfsurgery.passes.renormalize import Renormalize
-from vfsurgery.sources import Source, canonical_state
 from vfsurgery.stats.collect import Site, survey
 from vfsurgery.stats.moments import Moments
-from vfsurgery.verification import TOLERANCE
+from vfsurgery.tracing.sources import Source, canonical_state
 
 EXACT = 1e-6
 """Relative error of float32 sums of a few terms."""

@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 
 import vfsurgery as surgery
 from vfsurgery.data import digits
-from vfsurgery.demo import TinyConvNet, TinyResNet
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, SurgeryError
+from vfsurgery.networks.demo import TinyConvNet, TinyResNet
 from vfsurgery.pruning import Masks, prune
 from vfsurgery.soups.phases import Retraining, sparse_soup
 from vfsurgery.training import from_seed, train

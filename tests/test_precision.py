@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import randomize
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError
 from vfsurgery.groups import GroupSet, Permutation, permute_tensor, random_permutations
-from vfsurgery.sources import canonical_state
 from vfsurgery.stats.precision import accepted_dtype, image_dtype
 from vfsurgery.tracing.precision import Precise, in_precision
-from vfsurgery.verification import randomize
+from vfsurgery.tracing.sources import canonical_state
 
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

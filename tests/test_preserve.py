@@ -12,6 +12,7 @@ from tiny_nets import NETS, Chain, groups_of, images, lively, net, permuted, pla
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import relative_error
 from vfsurgery.errors import OptionError
 from vfsurgery.groups import Permutation, random_permutations
 from vfsurgery.matching import Given, Identity, WeightMatching
@@ -20,7 +21,6 @@ from vfsurgery.passes.cut import Boundaries, find_cut
 from vfsurgery.passes.preserve import chosen_form
 from vfsurgery.stats.collect import Observer, Watch
 from vfsurgery.tracing.values import VALUE
-from vfsurgery.verification import relative_error
 
 
 @pytest.mark.parametrize("name", ["chain", "residual"])

@@ -9,8 +9,8 @@ import torch
 from tiny_nets import images, net, same_state, state_of
 
 import vfsurgery as surgery
-from vfsurgery import preserving
 from vfsurgery.errors import OptionError
+from vfsurgery.scoring import preserving
 
 CALIBRATION = images(48, 3)
 TEST = (images(64, 8), torch.arange(64) % 5)

@@ -20,13 +20,13 @@ import vfsurgery as surgery
 from vfsurgery.discovery.recording import record
 from vfsurgery.errors import CertificateError, DataError, InvalidWeightsError, OptionError, TraceError
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
-from vfsurgery.shrinking import UnitPruneReport
-from vfsurgery.shrinking.cut import Cut
-from vfsurgery.shrinking.quota import Quota
-from vfsurgery.shrinking.reference import certify_cut
-from vfsurgery.shrinking.rehearsal import largest_working
-from vfsurgery.shrinking.resize import Resizer
-from vfsurgery.sources import canonical_state
+from vfsurgery.pruning.units import UnitPruneReport
+from vfsurgery.pruning.units.cut import Cut
+from vfsurgery.pruning.units.quota import Quota
+from vfsurgery.pruning.units.reference import certify_cut
+from vfsurgery.pruning.units.rehearsal import largest_working
+from vfsurgery.pruning.units.resize import Resizer
+from vfsurgery.tracing.sources import canonical_state
 
 EXACT = 1e-9
 """Relative error in float64."""

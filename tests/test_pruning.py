@@ -424,7 +424,7 @@ def test_a_pruner_that_chooses_again_is_held_to_the_counts_of_its_masks() -> Non
 
 
 def test_images_are_drawn_evenly_from_all_batches() -> None:
-    batches = surgery.batches.Batches([torch.full((10, 1, 1, 1), float(i)) for i in range(4)])
+    batches = surgery.data.batches.Batches([torch.full((10, 1, 1, 1), float(i)) for i in range(4)])
     work = Pruning(Chain(), {}, {}, data=batches, progress=False)
     assert [len(images) for images in work.images("", 6)] == [2, 2, 2]
     assert [len(images) for images in work.images("", 8)] == [2, 2, 2, 2]

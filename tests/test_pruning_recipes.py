@@ -10,8 +10,8 @@ import pytest
 from vfsurgery import Masks, Recipe
 from vfsurgery.checkpoints import load_state_dict
 from vfsurgery.data import digits
-from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import RecipeError
+from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.pruning.fisher import GradientPruner
 from vfsurgery.recipes.experiments import SweepFinding
 from vfsurgery.recipes.recipe import RecipeRun
@@ -23,7 +23,7 @@ name: tiny
 threads: 1
 sweeps:
   - name: conv
-    model: vfsurgery.demo:TinyConvNet
+    model: vfsurgery.networks.demo:TinyConvNet
     options: {width: 4}
     training: {epochs: 3}
     sparsities: [0.6, 0.9]
@@ -44,7 +44,7 @@ name: soup
 threads: 1
 soups:
   - name: conv
-    model: vfsurgery.demo:TinyConvNet
+    model: vfsurgery.networks.demo:TinyConvNet
     options: {width: 2}
     training: {epochs: 1}
     sparsity: 0.75

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import vfsurgery as surgery
-from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import RecipeError
+from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.recipes import comparison
 from vfsurgery.recipes.expectations import Expectation
 from vfsurgery.recipes.ratio_rows import RatioRow
@@ -23,7 +23,7 @@ name: tiny
 threads: 1
 pairs:
   - name: net
-    model: vfsurgery.demo:TinyConvNet
+    model: vfsurgery.networks.demo:TinyConvNet
     options: {width: 4}
     training: {epochs: 1}
     alphas: 3

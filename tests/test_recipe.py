@@ -12,13 +12,13 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from vfsurgery.api import merge
 from vfsurgery.checkpoints import load_into, load_state_dict
 from vfsurgery.data import digits
-from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import OptionError, RecipeError, SurgeryError
-from vfsurgery.evaluation import evaluate
+from vfsurgery.merging.merge import merge
+from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.recipes.recipe import Recipe
+from vfsurgery.scoring.evaluation import evaluate
 from vfsurgery.training import from_seed, train
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -41,7 +41,9 @@ pairs:
 def tinynets(tmp_path_factory):
     """A module of factories, importable as ``tinynets``."""
     folder = tmp_path_factory.mktemp("nets")
-    (folder / "tinynets.py").write_text("from vfsurgery.demo import TinyConvNet\ndef conv(): return TinyConvNet(4)\n")
+    (folder / "tinynets.py").write_text(
+        "from vfsurgery.networks.demo import TinyConvNet\ndef conv(): return TinyConvNet(4)\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         yield

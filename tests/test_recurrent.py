@@ -12,10 +12,10 @@ from tiny_nets import planted
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import relative_error
 from vfsurgery.groups import Member, PermutationGroup
-from vfsurgery.shrinking.quota import Quota
-from vfsurgery.shrinking.teams import Teams
-from vfsurgery.verification import relative_error
+from vfsurgery.pruning.units.quota import Quota
+from vfsurgery.pruning.units.teams import Teams
 
 TOKENS = torch.randn(4, 5, 4)
 

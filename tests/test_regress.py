@@ -10,12 +10,12 @@ from tiny_nets import Grouped, LayerNormed, groups_of, images, lively, net, perm
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import relative_error
 from vfsurgery.errors import DataError, OptionError
 from vfsurgery.passes.regress import Regress
 from vfsurgery.passes.ridge import Solution
 from vfsurgery.stats.lockstep import Lockstep, live_bytes
 from vfsurgery.stats.patches import Geometry, PatchMoments, PatchSums
-from vfsurgery.verification import relative_error
 
 DATA = [part.contiguous() for part in images(600).split(100)]
 OPTIONS = {"data": DATA, "matching": "activations", "progress": False}

@@ -13,13 +13,13 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
 
-from vfsurgery.architectures import build_model
 from vfsurgery.checkpoints import file_hash, load_state_dict, save_sharded, save_state_dict
 from vfsurgery.cli import main
-from vfsurgery.demo import TinyConvNet
+from vfsurgery.networks.architectures import build_model
+from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.training import from_seed
 
-DEMO = ["--model", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8", "--quiet"]
+DEMO = ["--model", "vfsurgery.networks.demo:TinyConvNet", "--input-size", "1x8x8", "--quiet"]
 
 
 def call(*arguments: object) -> Result:
@@ -78,7 +78,7 @@ def test_the_file_says_where_it_comes_from(pair, tmp_path):
     assert json.loads(found["recipe"])["matching"] == "auto"
     assert torch.__version__.startswith(json.loads(found["versions"])["torch"])
     assert json.loads(found["certificate"]) == [{"source": 1, "holds": True, "tolerance": 1e-4, "dtype": "float32"}]
-    assert found["model"] == "vfsurgery.demo:TinyConvNet"
+    assert found["model"] == "vfsurgery.networks.demo:TinyConvNet"
     assert str(tmp_path) not in "".join(found.values())
 
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from vfsurgery.data.augmentation import crop_and_flip
-from vfsurgery.demo import TinyResNet
 from vfsurgery.errors import CheckpointError
+from vfsurgery.networks.demo import TinyResNet
 from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.training.loop import WARMUP_START, _schedule, from_seed, train
 from vfsurgery.training.resuming import Progress
@@ -140,7 +140,7 @@ resume: {tmp_path / "kept"}
 threads: 1
 pairs:
   - name: net
-    model: vfsurgery.demo:TinyResNet
+    model: vfsurgery.networks.demo:TinyResNet
     options: {{width: 2}}
     training: {{epochs: 1}}
     alphas: 3

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import randomize, relative_error
 from vfsurgery.errors import TraceError
 from vfsurgery.tracing.values import tensors_of
-from vfsurgery.verification import randomize, relative_error
 
 X = torch.randn(3, 3, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Step = Callable[[Tensor], Any]

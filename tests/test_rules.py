@@ -12,9 +12,9 @@ from proofs import Apply, parameter
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.rules import registry
 from vfsurgery.errors import OptionError, SurgeryError, UnknownOpError
 from vfsurgery.groups.axes import Constraint, Fixed, Product, tie, tie_all
-from vfsurgery.rules import registry
 from vfsurgery.tracing.ops import Op, canonical_key
 from vfsurgery.tracing.values import KEPT_WHOLE
 

@@ -15,16 +15,16 @@ from tiny_nets import groups_of, images, net, permuted, planted, same_state
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.maps import permutations_of
 from vfsurgery.errors import OptionError
 from vfsurgery.groups import GroupSet, Permutation, random_permutations
-from vfsurgery.maps import permutations_of
 from vfsurgery.matching import ActivationMatching, Matcher, Matching, Problem, WeightMatching
 from vfsurgery.matching.activations import match_on
 from vfsurgery.matching.pairwise import Crossed, pairwise_correlation, pairwise_similarity
 from vfsurgery.matching.schemes import relative
 from vfsurgery.matching.weights import match_rest, match_rest_of_all
-from vfsurgery.sources import canonical_state
 from vfsurgery.stats.collect import group_sites, survey
+from vfsurgery.tracing.sources import canonical_state
 
 SCHEMES = ["iterative", "reference", "sequential"]
 MATCHERS = {"weights": WeightMatching, "activations": ActivationMatching}

@@ -11,9 +11,10 @@ from tiny_nets import images, net
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery import choosing, merging
-from vfsurgery.batches import Batches
-from vfsurgery.holdout import first
+from vfsurgery.data.batches import Batches
+from vfsurgery.data.holdout import first
+from vfsurgery.merging import choosing
+from vfsurgery.merging import work as merging
 from vfsurgery.passes.agreement import Known, judge
 from vfsurgery.stats.collect import Site, group_sites, survey
 from vfsurgery.stats.correlation import Centred

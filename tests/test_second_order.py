@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import vfsurgery as surgery
-from vfsurgery.batches import Batches
+from vfsurgery.data.batches import Batches
 from vfsurgery.errors import OptionError
 from vfsurgery.pruning import Masks, Pruning, SparseGPT, inputs
 from vfsurgery.pruning.inputs import Call, input_norms, second_moments, watched

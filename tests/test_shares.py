@@ -6,7 +6,7 @@ from torch import nn
 
 import vfsurgery as surgery
 from vfsurgery.errors import OptionError
-from vfsurgery.shares import plan_shares
+from vfsurgery.merging.shares import plan_shares
 
 
 def net(seed: int) -> nn.Module:

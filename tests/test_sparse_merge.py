@@ -17,8 +17,8 @@ from torch.nn.utils import prune
 import vfsurgery as surgery
 from vfsurgery.__main__ import main
 from vfsurgery.checkpoints import load_state_dict, save_state_dict
-from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import InvalidWeightsError, OptionError, RecipeError, SurgeryError
+from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.passes import Context, Pass
 from vfsurgery.pruning import Masks
 from vfsurgery.pruning.layers import prunable
@@ -315,7 +315,7 @@ def checkpoints(tmp_path):
 
 
 def test_the_command_line_knows_masks(checkpoints, tmp_path):
-    options = ["--model", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8"]
+    options = ["--model", "vfsurgery.networks.demo:TinyConvNet", "--input-size", "1x8x8"]
     call = ["merge", *map(str, checkpoints), *options, "-o", str(tmp_path / "ab.safetensors")]
     refused = CliRunner().invoke(main, call)
     assert refused.exit_code != 0 and "the sources have different masks" in refused.stderr
@@ -330,7 +330,7 @@ RECIPE = """
 name: sparse
 pairs:
   - name: conv
-    model: vfsurgery.demo:TinyConvNet
+    model: vfsurgery.networks.demo:TinyConvNet
     checkpoints: [A, B]
     alphas: 3
     merges: [{matching: identity, renormalize: null, masks: reprune}]

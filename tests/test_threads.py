@@ -18,8 +18,8 @@ from torch import nn
 import vfsurgery as surgery
 from vfsurgery.checkpoints import file_hash, save_state_dict
 from vfsurgery.cli import main
-from vfsurgery.demo import TinyConvNet
-from vfsurgery.threads import threads
+from vfsurgery.networks.demo import TinyConvNet
+from vfsurgery.stats.threads import threads
 from vfsurgery.training import from_seed
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,8 +12,8 @@ from tiny_nets import images, net, permuted, planted, same_state
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import randomize
 from vfsurgery.matching import activations
-from vfsurgery.verification import randomize
 
 
 def dead_units() -> tuple[nn.Module, Tensor]:

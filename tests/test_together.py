@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery.batches import Batches
-from vfsurgery.costs import cost_of
+from vfsurgery.data.batches import Batches
+from vfsurgery.data.holdout import split
 from vfsurgery.errors import DataError
-from vfsurgery.holdout import split
+from vfsurgery.passes.costs import cost_of
 from vfsurgery.stats.together import images_together
 
 GENERATOR = torch.Generator().manual_seed(0)

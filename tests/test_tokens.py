@@ -8,9 +8,9 @@ from tiny_nets import planted
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import randomize
 from vfsurgery.errors import DataError
 from vfsurgery.passes.agreement import Known, judge
-from vfsurgery.verification import randomize
 
 TOKENS = torch.randint(20, (300, 7), generator=torch.Generator().manual_seed(0))
 

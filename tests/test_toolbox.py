@@ -11,11 +11,11 @@ from tiny_nets import Chain, LayerNormed, images, lively, net, same_state, state
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import TOLERANCE, relative_error
 from vfsurgery.errors import OptionError, SurgeryError
 from vfsurgery.stats.moments import Moments
 from vfsurgery.tracing.shapes import renew_values
 from vfsurgery.tracing.values import VALUE
-from vfsurgery.verification import TOLERANCE, relative_error
 
 EXACT = TOLERANCE[torch.float32]
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from vfsurgery.data import digits
-from vfsurgery.demo import TinyConvNet, TinyResNet
 from vfsurgery.errors import DataError
+from vfsurgery.networks.demo import TinyConvNet, TinyResNet
 from vfsurgery.training import from_seed, train
 
 

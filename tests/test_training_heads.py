@@ -12,11 +12,11 @@ import torchvision
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery import merging
+from vfsurgery.discovery.verification import without_chance
 from vfsurgery.errors import CertificateError, IncompatibleModelsError
 from vfsurgery.groups import GroupSet, PermutationGroup, permute_tensor, random_permutations
-from vfsurgery.sources import canonical_state
-from vfsurgery.verification import without_chance
+from vfsurgery.merging import work as merging
+from vfsurgery.tracing.sources import canonical_state
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 OPTIONS = {"matching": "weights", "renormalize": None, "progress": False}

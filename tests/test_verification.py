@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import Verification
+from vfsurgery.discovery.verification.proof import drawn_orders
 from vfsurgery.groups import GroupSet
-from vfsurgery.verification import Verification
-from vfsurgery.verification.proof import drawn_orders
 
 
 class Chaos(nn.Module):

@@ -16,8 +16,8 @@ import vfsurgery as surgery
 from vfsurgery.checkpoints import save_state_dict
 from vfsurgery.cli import main
 from vfsurgery.data import digits
-from vfsurgery.demo import TinyResNet
 from vfsurgery.errors import OptionError, SurgeryWarning
+from vfsurgery.networks.demo import TinyResNet
 from vfsurgery.training import from_seed, train
 
 WARNING = r"a merge of networks with BatchNorm \(\d+ layers\) loses most of its accuracy without data: .* pass data="
@@ -70,7 +70,7 @@ def call(*arguments: str) -> tuple[str, str]:
         "a.safetensors",
         "b.safetensors",
         "--model",
-        "vfsurgery.demo:TinyResNet",
+        "vfsurgery.networks.demo:TinyResNet",
         "-o",
         "ab.safetensors",
     ]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import vfsurgery as surgery
 from vfsurgery.__main__ import main
+from vfsurgery.discovery.verification import Verification
 from vfsurgery.errors import OptionError
-from vfsurgery.verification import Verification
-from vfsurgery.zoo import Survey, model_names, page, read_table, survey_model, survey_zoo, twins
-from vfsurgery.zoo import survey as zoo
+from vfsurgery.testing.zoo import Survey, model_names, page, read_table, survey_model, survey_zoo, twins
+from vfsurgery.testing.zoo import survey as zoo
 
 HERE = "tests.test_zoo"
 

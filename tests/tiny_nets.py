@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vfsurgery as surgery
+from vfsurgery.discovery.verification import keep_signals_alive, randomize
 from vfsurgery.groups import GroupSet, Permutation, permute_tensor, random_permutations
-from vfsurgery.sources import canonical_state
-from vfsurgery.verification import keep_signals_alive, randomize
+from vfsurgery.tracing.sources import canonical_state
 
 SIDE, CLASSES = 12, 5
 

@@ -29,7 +29,7 @@ from pairs import MERGES, ROOT, Images, folder_parser, is_there, load_images, lo
 from torch import nn
 
 import vfsurgery as surgery
-from vfsurgery.architectures import build_model
+from vfsurgery.networks.architectures import build_model
 
 RANDOM = {"resnet18 at 64": ("torchvision:resnet18", 200, 64), "convnext_atto": ("timm:convnext_atto", 5000, 32)}
 """Networks with random weights: their name, and the number and size of images."""

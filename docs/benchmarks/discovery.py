@@ -25,7 +25,7 @@ from timing import Stopwatch, begin, parser
 from torch import nn
 
 import vfsurgery as surgery
-from vfsurgery.zoo.twins import TooLargeError, build_quickly
+from vfsurgery.testing.zoo.twins import TooLargeError, build_quickly
 
 MODELS = (
     "torchvision:alexnet",

@@ -26,7 +26,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import vfsurgery as surgery
-from vfsurgery.architectures import build_model
+from vfsurgery.networks.architectures import build_model
 
 MIB = 2**20
 

@@ -32,8 +32,8 @@ from timing import Stopwatch, begin, parser
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery.api import Renormalization
-from vfsurgery.evaluation import Score, compare
+from vfsurgery.passes.normalizations import Renormalization
+from vfsurgery.scoring.evaluation import Score, compare
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 500

@@ -21,13 +21,13 @@ from timing import Stopwatch, begin, parser
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery.architectures import build_model
+from vfsurgery.discovery.verification import keep_signals_alive, outputs_of, randomize, relative_error
 from vfsurgery.groups import GroupSet, Permutations, permute_tensor, random_permutations
-from vfsurgery.sources import canonical_state
+from vfsurgery.networks.architectures import build_model
 from vfsurgery.stats.collect import group_sites, survey
 from vfsurgery.stats.correlation import CONSTANT
+from vfsurgery.tracing.sources import canonical_state
 from vfsurgery.training import from_seed
-from vfsurgery.verification import keep_signals_alive, outputs_of, randomize, relative_error
 
 NETWORKS = {
     "torchvision:resnet18": 64,

@@ -30,7 +30,7 @@ from timing import begin
 from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
-from vfsurgery.costs import Ledger
+from vfsurgery.passes.costs import Ledger
 from vfsurgery.passes.cut import Boundaries
 from vfsurgery.passes.preserve import Form
 

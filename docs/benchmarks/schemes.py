@@ -23,17 +23,17 @@ from timing import Stopwatch, begin, parser
 from torch import nn
 
 import vfsurgery as surgery
-from vfsurgery.api import Renormalization
 from vfsurgery.data import Splits, digits
-from vfsurgery.demo import TinyConvNet, TinyResNet
-from vfsurgery.evaluation import compare
+from vfsurgery.discovery.maps import permutations_of
 from vfsurgery.groups import GroupSet, Permutations
-from vfsurgery.maps import permutations_of
 from vfsurgery.matching import ActivationMatching, Given, Identity, Matcher, WeightMatching
 from vfsurgery.matching.pairwise import Crossed, pairwise_correlation, pairwise_similarity
 from vfsurgery.matching.schemes import Scheme
-from vfsurgery.sources import canonical_state
+from vfsurgery.networks.demo import TinyConvNet, TinyResNet
+from vfsurgery.passes.normalizations import Renormalization
+from vfsurgery.scoring.evaluation import compare
 from vfsurgery.stats.collect import group_sites, survey
+from vfsurgery.tracing.sources import canonical_state
 from vfsurgery.training import from_seed, train
 
 ROOT = Path(__file__).resolve().parents[2]

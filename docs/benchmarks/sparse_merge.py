@@ -17,7 +17,7 @@ from timing import Stopwatch, begin
 from torch import nn
 
 import vfsurgery as surgery
-from vfsurgery.results import merge_report_of
+from vfsurgery.records.results import merge_report_of
 
 ROOT = Path(__file__).resolve().parents[2]
 NORMALIZATION = {"vgg11_half": "rescale", "tv_resnet18": "reset"}

@@ -22,11 +22,11 @@ from timing import Stopwatch, begin, parser
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery.costs import Cost
-from vfsurgery.evaluation import evaluate
 from vfsurgery.groups import PermutationGroup
-from vfsurgery.shrinking import UnitPruneReport
-from vfsurgery.zoo.twins import build_quickly
+from vfsurgery.passes.costs import Cost
+from vfsurgery.pruning.units import UnitPruneReport
+from vfsurgery.scoring.evaluation import evaluate
+from vfsurgery.testing.zoo.twins import build_quickly
 
 MODELS = tuple(f"torchvision:{name}" for name in (
     "resnet18", "resnet50", "vgg11_bn", "densenet121", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0",

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import vfsurgery as surgery
-from vfsurgery.api import Renormalization
 from vfsurgery.data import digits
-from vfsurgery.evaluation import compare
 from vfsurgery.groups import GroupSet, Permutations
 from vfsurgery.matching import Given, Matching, Problem
 from vfsurgery.matching.nested import BlockAssignment, families
 from vfsurgery.matching.weights import match_rest
 from vfsurgery.passes import Repair
+from vfsurgery.passes.normalizations import Renormalization
+from vfsurgery.scoring.evaluation import compare
 from vfsurgery.training import from_seed
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import vfsurgery as surgery
 from vfsurgery.data import digits
-from vfsurgery.demo import TinyConvNet, TinyResNet
+from vfsurgery.networks.demo import TinyConvNet, TinyResNet
 from vfsurgery.training import from_seed, train
 
 ROWS = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import vfsurgery as surgery
 from vfsurgery.groups import GroupSet, Permutation, permute_tensor, random_permutations
 from vfsurgery.passes import NORMALIZATIONS
-from vfsurgery.sources import canonical_state
+from vfsurgery.tracing.sources import canonical_state
 
 EXACT, SINGLE = 1e-9, 1e-4
 """Relative errors allowed in float64, and where a forward rounds to single precision on its way."""

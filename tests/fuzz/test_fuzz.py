@@ -12,12 +12,12 @@ from grammar import draw
 from program import Program, shrink
 from torch import nn
 
-from vfsurgery import merging
+from vfsurgery.discovery.rules import registry
+from vfsurgery.discovery.verification import Verification
 from vfsurgery.matching import Matching, WeightMatching
+from vfsurgery.merging import work as merging
 from vfsurgery.passes import Repair
-from vfsurgery.rules import registry
-from vfsurgery.sources import Source, canonical_state
-from vfsurgery.verification import Verification
+from vfsurgery.tracing.sources import Source, canonical_state
 
 BUNCHES = 10
 """Tests that the networks are spread over, so that a failure leaves the others to run."""

@@ -28,14 +28,14 @@ from vfsurgery.checkpoints import (
     write_text,
 )
 from vfsurgery.cli import main
-from vfsurgery.demo import TinyConvNet
 from vfsurgery.errors import CheckpointError, InvalidWeightsError, OptionError
+from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.training import from_seed
 from vfsurgery.training.resuming import Progress
 
 resource = pytest.importorskip("resource", reason="limits of POSIX")
 
-DEMO = ["--model", "vfsurgery.demo:TinyConvNet", "--input-size", "1x8x8", "--quiet"]
+DEMO = ["--model", "vfsurgery.networks.demo:TinyConvNet", "--input-size", "1x8x8", "--quiet"]
 MODEL = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
 INPUTS = (torch.zeros(2, 64),)
 

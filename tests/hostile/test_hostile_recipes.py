@@ -18,8 +18,8 @@ from vfsurgery.errors import RecipeError
 from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.recipes.stages.sections import Evaluate, Merge, Prune, Source, Stage
 
-STAGED = "name: staged\ndata: {name: digits}\nsources: ['vfsurgery.demo:TinyConvNet', {}]\nstages: [merge]\n"
-TINY = "name: tiny\npairs:\n  - {name: conv, model: 'vfsurgery.demo:TinyConvNet'}\n"
+STAGED = "name: staged\ndata: {name: digits}\nsources: ['vfsurgery.networks.demo:TinyConvNet', {}]\nstages: [merge]\n"
+TINY = "name: tiny\npairs:\n  - {name: conv, model: 'vfsurgery.networks.demo:TinyConvNet'}\n"
 
 
 def refused(text: str) -> str:

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from vfsurgery.data import digits
-from vfsurgery.demo import TinyConvNet
+from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.training import from_seed, train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -18,7 +18,7 @@ name: small
 threads: 1
 data: {name: digits}
 sources:
-  - {model: "vfsurgery.demo:TinyConvNet", options: {width: 4}}
+  - {model: "vfsurgery.networks.demo:TinyConvNet", options: {width: 4}}
   - {seed: 7}
 stages:
   - train: {epochs: 2}

@@ -5,7 +5,7 @@ import pytest
 from vfsurgery.recipes.planning import plan
 from vfsurgery.recipes.recipe import Recipe
 
-MODEL = "vfsurgery.demo:TinyConvNet"
+MODEL = "vfsurgery.networks.demo:TinyConvNet"
 RECIPES = {
     "pair": f"pairs: [{{name: p, model: '{MODEL}', alphas: 3, training: {{epochs: 1}}}}]",
     "sweep": f"sweeps: [{{name: s, model: '{MODEL}', sparsities: [0.5], training: {{epochs: 1}}}}]",

@@ -137,7 +137,7 @@ def test_a_link_in_the_place_of_kept_steps_is_refused(tmp_path):
 def test_a_recipe_that_cannot_begin_leaves_what_is_kept(tmp_path, ran):
     shutil.copytree(ran.output, tmp_path / "out")
     before = sorted((tmp_path / "out/.stages").rglob("*"))
-    for changes in ({"sources.1.checkpoint": "none.pt"}, {"sources.0.model": "vfsurgery.demo:Tiny"}):
+    for changes in ({"sources.1.checkpoint": "none.pt"}, {"sources.0.model": "vfsurgery.networks.demo:Tiny"}):
         with pytest.raises(SurgeryError):
             surgery.Recipe.from_yaml(RECIPE, changes).run(tmp_path / "out", progress=False)
     assert sorted((tmp_path / "out/.stages").rglob("*")) == before

@@ -13,8 +13,8 @@ from small import RECIPE, ROOT, staged
 
 import vfsurgery as surgery
 from vfsurgery.checkpoints import load_state_dict, save_state_dict
-from vfsurgery.demo import TinyConvNet, TinyResNet
 from vfsurgery.errors import CheckpointError, IncompatibleModelsError, SurgeryError
+from vfsurgery.networks.demo import TinyConvNet, TinyResNet
 
 
 def test_a_plan_says_what_would_happen_and_makes_no_weights(monkeypatch):
@@ -68,7 +68,7 @@ def test_a_plan_compares_headers_of_checkpoints(tmp_path):
     save_state_dict(TinyConvNet(width=4).state_dict(), tmp_path / "a.safetensors")
     save_state_dict(TinyResNet().state_dict(), tmp_path / "b.safetensors")
     (tmp_path / "c.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-    first = {"model": "vfsurgery.demo:TinyConvNet", "options": {"width": 4}}
+    first = {"model": "vfsurgery.networks.demo:TinyConvNet", "options": {"width": 4}}
     for file, message in (
         ("a", None),
         ("b", "does not fit TinyConvNet: convs.0.weight differs"),

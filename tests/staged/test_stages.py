@@ -12,7 +12,7 @@ from small import assert_same, small, staged
 import vfsurgery as surgery
 from vfsurgery.checkpoints import load_into, load_state_dict, save_state_dict
 from vfsurgery.data import digits
-from vfsurgery.demo import TinyConvNet
+from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.pruning import Masks
 
 
@@ -50,7 +50,7 @@ def test_shares_by_layer(tmp_path):
 
 
 def test_three_sources(tmp_path):
-    sources = [{"model": "vfsurgery.demo:TinyConvNet", "options": {"width": 4}}, {}, {"name": "third"}]
+    sources = [{"model": "vfsurgery.networks.demo:TinyConvNet", "options": {"width": 4}}, {}, {"name": "third"}]
     text = staged({"match": "weights"}, {"merge": {"weights": [0.5, 0.3, 0.2]}}, "evaluate", sources=sources)
     run = surgery.Recipe.from_yaml(text).run(tmp_path, progress=False)
     assert [line.split()[0] for line in run.findings[0].told[-1].lines] == ["a", "b", "third", "ensemble", "merged"]
@@ -94,7 +94,7 @@ def test_zeros_stay_in_a_training_behind_the_merge(tmp_path, kept):
 
 
 def test_a_pruned_network_is_repaired_by_what_it_was(tmp_path):
-    source = {"model": "vfsurgery.demo:TinyConvNet", "options": {"width": 4}}
+    source = {"model": "vfsurgery.networks.demo:TinyConvNet", "options": {"width": 4}}
     stages = {"train": {"epochs": 2}}, {"prune": {"sparsity": 0.8}}, {"renormalize": "auto"}, "diagnose", "evaluate"
     surgery.Recipe.from_yaml(staged(*stages, sources=[source])).run(tmp_path, progress=False)
     dense = small(0)
@@ -115,7 +115,7 @@ def test_the_page_begins_with_the_accuracy_of_its_own_network(tmp_path):
 
 
 def test_passes_of_your_own_are_stages(tmp_path, shrink):
-    source = {"model": "vfsurgery.demo:TinyConvNet", "options": {"width": 4}}
+    source = {"model": "vfsurgery.networks.demo:TinyConvNet", "options": {"width": 4}}
     recipe = surgery.Recipe.from_yaml(staged({"shrink": {"factor": 0.25}}, {"apply": ["shrink"]}, sources=[source]))
     assert recipe.stages[0].kind == "apply" and surgery.Recipe.from_yaml(recipe.to_yaml()) == recipe
     recipe.run(tmp_path, progress=False)
@@ -146,7 +146,7 @@ def test_sources_from_files(tmp_path):
     paths = [tmp_path / name for name in ("a.safetensors", "b.pt")]
     save_state_dict(small(0, 0).state_dict(), paths[0])
     torch.save({"state_dict": small(1, 0).state_dict(), "state_dict_ema": small(2, 0).state_dict()}, paths[1])
-    first = {"model": "vfsurgery.demo:TinyConvNet", "options": {"width": 4}, "checkpoint": str(paths[0])}
+    first = {"model": "vfsurgery.networks.demo:TinyConvNet", "options": {"width": 4}, "checkpoint": str(paths[0])}
     for ema, seed in ((True, 2), (False, 1)):
         sources = [first, {"checkpoint": str(paths[1]), "ema": ema}]
         text = staged({"match": "identity"}, {"merge": {"alpha": 1.0}}, {"renormalize": None}, sources=sources)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vfsurgery.checkpoints.files import ONNX, PROGRAM, Sink, atomic, check_writable
 from vfsurgery.errors import CheckpointError, explain
-from vfsurgery.sources import eval_mode
+from vfsurgery.tracing.sources import eval_mode
 
 LARGEST_ONNX = 2**31 - 2**20
 """Bytes of weights: an ONNX file is one protobuf message, which may have 2 GiB."""

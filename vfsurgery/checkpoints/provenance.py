@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from vfsurgery.checkpoints.shards import checkpoint_hash
-from vfsurgery.report import MergeReport, Report
+from vfsurgery.records.report import MergeReport, Report
 
 
 @dataclass(frozen=True, slots=True)

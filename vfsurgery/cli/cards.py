@@ -16,7 +16,7 @@ from vfsurgery.checkpoints import FileRecord
 from vfsurgery.cli.records import as_text
 from vfsurgery.hub.cards import CLASSIFICATION, Card, Network, Summary, check_card, described
 from vfsurgery.hub.loading import TIMM_WEIGHTS, Written, is_of_timm, write_config
-from vfsurgery.results import report_of
+from vfsurgery.records.results import report_of
 
 CARD_OPTION = click.option("--card", is_flag=True, help="Write a model card, README.md, beside the result.")
 

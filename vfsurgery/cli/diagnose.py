@@ -17,8 +17,8 @@ from vfsurgery.cli.options import (
     load_models,
     model_options,
 )
-from vfsurgery.diagnosis import diagnose
 from vfsurgery.errors import CheckpointError, OptionError, explain
+from vfsurgery.scoring.diagnosis import diagnose
 
 
 @click.command("diagnose", epilog=EPILOG)

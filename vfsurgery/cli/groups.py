@@ -7,9 +7,9 @@ import json
 
 import click
 
-from vfsurgery.api import find_groups
-from vfsurgery.architectures import build_model
 from vfsurgery.cli.options import EPILOG, example_input, image_shape, import_from_here
+from vfsurgery.discovery.finding import find_groups
+from vfsurgery.networks.architectures import build_model
 
 
 @click.command(epilog=EPILOG)
@@ -31,7 +31,7 @@ def groups(
     Examples:
       vfsurgery groups torchvision:resnet18
       vfsurgery groups timm:test_resnet --json
-      vfsurgery groups vfsurgery.demo:TinyConvNet --input-size 1x8x8
+      vfsurgery groups vfsurgery.networks.demo:TinyConvNet --input-size 1x8x8
     """
     import_from_here()
     found = find_groups(build_model(model, num_classes), example_input(input_size), strict=strict)

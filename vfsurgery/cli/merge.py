@@ -8,7 +8,6 @@ from typing import Any
 import click
 from torch import Tensor, nn
 
-from vfsurgery.api import merge
 from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS, check_shard_size
 from vfsurgery.cli.cards import CARD_OPTION, CardRequest
 from vfsurgery.cli.options import (
@@ -27,10 +26,11 @@ from vfsurgery.cli.options import (
     steps,
 )
 from vfsurgery.cli.records import Record
-from vfsurgery.evaluation import first_images
 from vfsurgery.hub.cards import CARD
-from vfsurgery.report import MergeReport
-from vfsurgery.results import merge_report_of
+from vfsurgery.merging.merge import merge
+from vfsurgery.records.report import MergeReport
+from vfsurgery.records.results import merge_report_of
+from vfsurgery.scoring.evaluation import first_images
 from vfsurgery.tracing.examples import example_inputs_of
 
 

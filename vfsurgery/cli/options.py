@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vfsurgery.architectures import FORMS, build_model
 from vfsurgery.checkpoints import (
     ONNX,
     check_onnx,
@@ -27,7 +26,8 @@ from vfsurgery.checkpoints.reading import Checkpoint
 from vfsurgery.data import loader
 from vfsurgery.data.datasets import CALIBRATION, find_data, load_for, options_of, read_name
 from vfsurgery.errors import CheckpointError, OptionError, explain
-from vfsurgery.threads import threads
+from vfsurgery.networks.architectures import FORMS, build_model
+from vfsurgery.stats.threads import threads
 
 C = TypeVar("C", bound=Callable[..., object])
 

@@ -8,7 +8,6 @@ from typing import Any
 import click
 from torch import nn
 
-from vfsurgery.batches import Data
 from vfsurgery.checkpoints import WEIGHTS, save_state_dict, write_text
 from vfsurgery.cli.cards import CARD_OPTION, CardRequest
 from vfsurgery.cli.options import (
@@ -26,10 +25,11 @@ from vfsurgery.cli.options import (
     say,
     steps,
 )
+from vfsurgery.data.batches import Data
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.pruning import PRUNERS, prune
-from vfsurgery.renormalizing import passes_named, renormalize
-from vfsurgery.results import report_of
+from vfsurgery.pruning.renormalizing import passes_named, renormalize
+from vfsurgery.records.results import report_of
 
 
 @click.command("prune", epilog=EPILOG)

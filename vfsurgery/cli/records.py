@@ -27,7 +27,7 @@ from vfsurgery.checkpoints import (
 )
 from vfsurgery.errors import CheckpointError, explain
 from vfsurgery.hub.loading import CONFIG, TIMM_WEIGHTS
-from vfsurgery.results import merge_report_of
+from vfsurgery.records.results import merge_report_of
 
 Option = str | int | float | bool | None
 

@@ -12,7 +12,7 @@ from vfsurgery.cli.merge import merge_checkpoints, merge_files
 from vfsurgery.cli.options import EPILOG, QUIET, say
 from vfsurgery.cli.records import Record
 from vfsurgery.errors import CheckpointError, explain
-from vfsurgery.threads import threads
+from vfsurgery.stats.threads import threads
 
 
 @click.command(epilog=EPILOG)

@@ -11,8 +11,8 @@ import click
 from vfsurgery.checkpoints import write_text
 from vfsurgery.cli.options import EPILOG
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.zoo import Cell, merge_zoo
-from vfsurgery.zoo import survey as zoo
+from vfsurgery.testing.zoo import Cell, merge_zoo
+from vfsurgery.testing.zoo import survey as zoo
 
 
 @click.command("zoo", epilog=EPILOG)

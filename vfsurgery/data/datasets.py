@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from vfsurgery.architectures import find_factory
 from vfsurgery.data.cifar import cifar
 from vfsurgery.data.folders import Pictures, Transform, parts_of
 from vfsurgery.data.images import Splits, digits, preprocessing, subset
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
+from vfsurgery.networks.architectures import find_factory
 from vfsurgery.registry import Registry
 
 Factory: TypeAlias = Callable[..., Splits | Dataset[Any]]

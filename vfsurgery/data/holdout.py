@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vfsurgery.batches import Batches
+from vfsurgery.data.batches import Batches
 from vfsurgery.errors import DataError, explain
 
 EVERY = 5

@@ -130,7 +130,7 @@ def preprocessing(
     of a torchvision model's default weights; what is given of the three replaces theirs.
 
     Args:
-        spec: The name that :func:`vfsurgery.architectures.build_model` built the model from.
+        spec: The name that :func:`vfsurgery.networks.architectures.build_model` built the model from.
         model: The model.
         size: Height and width of the images.
         mean: Per channel, of pixels in [0, 1].

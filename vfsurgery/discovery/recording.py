@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx, nn
 
+from vfsurgery.discovery.rules import ruled_modules
 from vfsurgery.errors import TraceError
-from vfsurgery.rules import ruled_modules
 from vfsurgery.tracing.exported import export_module, first_line, is_exported
 from vfsurgery.tracing.hooks import has_hooks
 from vfsurgery.tracing.modes import trace_module

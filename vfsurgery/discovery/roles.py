@@ -25,8 +25,12 @@ from vfsurgery.tracing.ops import Op
 
 READS, WRITES, SCALES = "reads", "writes", "scales"
 
-PASSING_RULES = ("vfsurgery.rules.linear", "vfsurgery.rules.pool", "vfsurgery.rules.movement")
-"""Modules of :mod:`vfsurgery.rules` whose ops are linear in the units, or treat each by itself."""
+PASSING_RULES = (
+    "vfsurgery.discovery.rules.linear",
+    "vfsurgery.discovery.rules.pool",
+    "vfsurgery.discovery.rules.movement",
+)
+"""Modules of :mod:`vfsurgery.discovery.rules` whose ops are linear in the units, or treat each by itself."""
 PASSING_OPS = ("add", "sub", "cat", "concat", "concatenate", "chunk", "split", "split_with_sizes", "tensor_split")
 
 
@@ -63,9 +67,9 @@ class Roles:
     def _passes(self, op: Op, module: str) -> bool:
         if op.key in PASSING_OPS or isinstance(op.module, nn.modules.batchnorm._BatchNorm):
             return True
-        if module == "vfsurgery.rules.conv":
+        if module == "vfsurgery.discovery.rules.conv":
             return op.argument("groups", 6, 1) == 1
-        if module == "vfsurgery.rules.pointwise":
+        if module == "vfsurgery.discovery.rules.pointwise":
             return len([tensor for tensor in op.inputs if tensor.ndim]) == 1
         return module in PASSING_RULES and not any(
             tensor.name not in self.reached for tensor in op.inputs if tensor.kind == "node"

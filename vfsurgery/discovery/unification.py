@@ -30,6 +30,7 @@ from torch import Tensor, fx
 
 from vfsurgery.discovery.nesting import Nesting, Outer
 from vfsurgery.discovery.roles import Roles
+from vfsurgery.discovery.rules import rule_for
 from vfsurgery.errors import SurgeryError, UnknownOpError, explain
 from vfsurgery.groups import GroupSet, Member, PermutationGroup, PinnedAxis
 from vfsurgery.groups.axes import (
@@ -51,7 +52,6 @@ from vfsurgery.groups.axes import (
     references,
 )
 from vfsurgery.groups.layouts import Atom, Layout, Layouts, Run, concat, product
-from vfsurgery.rules import rule_for
 from vfsurgery.tracing.dataflow import reached_by_input
 from vfsurgery.tracing.modes import in_training, not_followed
 from vfsurgery.tracing.ops import Op, OpReader

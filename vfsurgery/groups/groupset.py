@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfsurgery.fragments import LONG, Html, escaped, folded, fragment, paragraph, paragraphs, table
+from vfsurgery.rendering.fragments import LONG, Html, escaped, folded, fragment, paragraph, paragraphs, table
 
 UNKNOWN_OP_REMEDY = "register a rule with @surgery.rule, see docs/write_a_rule.md; leaf= and pins= are other ways out"
 """What to do about an op without a coupling rule."""

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 from vfsurgery.checkpoints import FileRecord, file_hash, write_text
 from vfsurgery.errors import CheckpointError, explain
 from vfsurgery.hub.loading import Written
-from vfsurgery.merging import version_of
 from vfsurgery.pruning import PruneReport
-from vfsurgery.renormalizing import RenormalizeReport
-from vfsurgery.report import MergeReport, Report
-from vfsurgery.shrinking import UnitPruneReport
+from vfsurgery.pruning.renormalizing import RenormalizeReport
+from vfsurgery.pruning.units import UnitPruneReport
+from vfsurgery.records.report import MergeReport, Report, version_of
 from vfsurgery.soups import SoupReport
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class Summary:
         certificates: In words.
         biases: Names of biases that the architecture lacks.
         text: The whole report.
-        tried: Rows of a table of ways to merge, :attr:`~vfsurgery.report.Trial.cells`.
+        tried: Rows of a table of ways to merge, :attr:`~vfsurgery.records.report.Trial.cells`.
     """
 
     kind: str | None = None
@@ -289,7 +288,7 @@ def _template() -> Template:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(
-        loader=PackageLoader("vfsurgery"),
+        loader=PackageLoader("vfsurgery.hub", ""),
         autoescape=False,  # of HTML; Markdown is escaped by a filter
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -17,7 +17,7 @@ from vfsurgery.checkpoints.refusals import refuse_damaged
 from vfsurgery.errors import CheckpointError, HubError, OptionError, explain
 from vfsurgery.hub.cards import CARD, CLASSIFICATION, Card, Network, Summary, check_card, described, is_card
 from vfsurgery.hub.loading import CONFIG, TIMM_WEIGHTS, Written, is_of_timm, write_config
-from vfsurgery.results import report_of
+from vfsurgery.records.results import report_of
 
 NETWORKS = (WEIGHTS, PROGRAM, ONNX)
 

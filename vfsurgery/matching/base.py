@@ -13,8 +13,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from vfsurgery.discovery.maps import Order
 from vfsurgery.groups import GroupSet
-from vfsurgery.maps import Order
 from vfsurgery.registry import Registry
 from vfsurgery.stats.correlation import CrossMoments
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vfsurgery.maps import UnitMap
+from vfsurgery.discovery.maps import UnitMap
 from vfsurgery.matching.base import MATCHERS
 from vfsurgery.matching.mapped import Joint, MapMatcher
-from vfsurgery.threads import threads
+from vfsurgery.stats.threads import threads
 
 SMALLEST = 1e-9
 """Eigenvalues of a covariance below this share of the largest are raised to it: those of dead units are zero."""

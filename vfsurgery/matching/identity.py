@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from vfsurgery.discovery.maps import Order, UnitMap
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.groups import Permutation
-from vfsurgery.maps import Order, UnitMap
 from vfsurgery.matching.base import MATCHERS, Matching, Problem
 
 

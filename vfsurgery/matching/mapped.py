@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vfsurgery.maps import UnitMap
+from vfsurgery.discovery.maps import UnitMap
 from vfsurgery.matching.activations import match_on
 from vfsurgery.matching.base import Gain, Matching, Problem
 from vfsurgery.stats.correlation import CrossMoments
@@ -43,7 +43,7 @@ class Joint:
 
 
 class MapMatcher(ABC):
-    """A matcher that finds a :class:`~vfsurgery.maps.UnitMap` for every source at each group that allows it."""
+    """Finds a :class:`~vfsurgery.discovery.maps.UnitMap` for every source at each group that allows it."""
 
     needs_data: bool
     needs_joint: bool

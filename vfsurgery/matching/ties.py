@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vfsurgery.discovery.maps import permutations_of
 from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, Permutations, permute_tensor
-from vfsurgery.maps import permutations_of
 from vfsurgery.matching.base import Gain, Problem
 from vfsurgery.matching.nested import Family, families
 from vfsurgery.matching.schemes import units_in_order

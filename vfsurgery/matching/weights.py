@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vfsurgery.discovery.maps import permutations_of
 from vfsurgery.groups import (
     GroupSet,
     Member,
@@ -38,7 +39,6 @@ from vfsurgery.groups import (
     permute_tensor,
     random_permutations,
 )
-from vfsurgery.maps import permutations_of
 from vfsurgery.matching.assignment import assign
 from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem
 from vfsurgery.matching.nested import BlockAssignment, Family, families, joined, whole_order

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vfsurgery.maps import UnitMap
+from vfsurgery.discovery.maps import UnitMap
 from vfsurgery.matching.base import MATCHERS
 from vfsurgery.matching.mapped import Joint, MapMatcher
 from vfsurgery.matching.zipping import zip_units

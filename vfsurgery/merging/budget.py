@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from vfsurgery.costs import Ledger
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.passes import Preserve
+from vfsurgery.passes.costs import Ledger
 from vfsurgery.passes.cut import Boundaries
 from vfsurgery.passes.preserve import chosen_form
-from vfsurgery.report import Candidate, Preserved
+from vfsurgery.records.report import Candidate, Preserved
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,18 @@ from typing import TypeAlias
 
 from torch import fx, nn
 
-from vfsurgery.batches import Batches, named
+from vfsurgery.data.batches import Batches, named
+from vfsurgery.data.holdout import first
 from vfsurgery.discovery.recording import hidden_norms
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet
-from vfsurgery.holdout import first
 from vfsurgery.matching import ActivationMatching, CCAMatching, Matcher, Matching, ZipMatching
-from vfsurgery.merging import Merging
+from vfsurgery.merging.sparse import MaskPlan
+from vfsurgery.merging.work import Merging
 from vfsurgery.passes import Context, Pass, Preserve, Regress, Repair, Rescale
 from vfsurgery.passes.agreement import Judgement, Known, best_of, judge
 from vfsurgery.passes.base import calibration_images
-from vfsurgery.report import Certificate, Trial
-from vfsurgery.sparse import MaskPlan
+from vfsurgery.records.report import Certificate, Trial
 from vfsurgery.stats.batch_norms import batch_norm_nodes
 
 MAPPABLE = 0.5

@@ -9,32 +9,23 @@ from typing import TypeAlias
 
 from torch import fx, nn
 
-from vfsurgery.batches import Data
-from vfsurgery.budget import Budget, plan_prefix
-from vfsurgery.choosing import Way, choose, sensible
-from vfsurgery.discovery import discover
-from vfsurgery.discovery.partial import find_partly
-from vfsurgery.discovery.recording import hidden_norms, record, record_or_export
-from vfsurgery.errors import DataError, OptionError, TraceError, did_you_mean, explain, warn
-from vfsurgery.groups import GroupSet
+from vfsurgery.data.batches import Data
+from vfsurgery.errors import DataError, OptionError, did_you_mean, explain, warn
 from vfsurgery.matching import MATCHERS, Given, Identity, Matcher, Orders
-from vfsurgery.merging import ExampleInputs, Merging
-from vfsurgery.passes import NORMALIZATIONS, CalibrateBiases, ClosedFormReset, Pass, Preserve, Repair, Rescale, Reset
-from vfsurgery.passes.contract import check_order
-from vfsurgery.passes.producers import is_norm
-from vfsurgery.results import remember
-from vfsurgery.shares import Alpha, Weights, plan_shares
-from vfsurgery.sparse import plan_masks
+from vfsurgery.merging.budget import Budget, plan_prefix
+from vfsurgery.merging.choosing import Way, choose, sensible
+from vfsurgery.merging.shares import Alpha, Weights, plan_shares
+from vfsurgery.merging.sparse import plan_masks
+from vfsurgery.merging.work import Merging
+from vfsurgery.passes import Pass, Preserve
+from vfsurgery.passes.normalizations import Renormalization, normalizations
+from vfsurgery.records.results import remember
 from vfsurgery.stats.batch_norms import batch_norm_nodes
-from vfsurgery.tracing.examples import example_inputs_of
-from vfsurgery.tracing.exported import EXPORTED
-from vfsurgery.tracing.ops import OpReader
-from vfsurgery.tracing.selection import Leaf, listed
+from vfsurgery.tracing.examples import ExampleInputs
+from vfsurgery.tracing.selection import Leaf
 from vfsurgery.tracing.wrappers import as_given, network
-from vfsurgery.verification import Verification, prove
 
 Matchings: TypeAlias = str | Matcher
-Renormalization: TypeAlias = str | Pass | Sequence[str | Pass] | None
 
 
 @dataclass(frozen=True)
@@ -54,110 +45,6 @@ class Made:
 _MADE: weakref.WeakKeyDictionary[nn.Module, Made] = weakref.WeakKeyDictionary()
 
 
-def trace(
-    model: nn.Module, example_inputs: ExampleInputs | None = None, *, leaf: Leaf | Sequence[Leaf] = ()
-) -> fx.GraphModule:
-    """Record a model's forward as a graph that shares the model's modules and parameters.
-
-    Args:
-        model: Any torchvision or timm model, or your own. It is not run and not changed.
-        example_inputs: One tensor per positional argument of the forward; by default images of the size that timm's or
-            torchvision's configuration names. Only shapes and dtypes matter.
-        leaf: Modules to keep as one node each: classes, module paths, or patterns of paths as in ``"blocks.*.attn"``.
-            torch's own modules, and those of a class that has a coupling rule, are kept so anyway.
-
-    Returns:
-        A graph module with the model's ``state_dict`` keys, that works in training and in eval mode and for any batch
-        size. What the example's shape decided is listed in ``graph_module.meta["guards"]``, and what training computes
-        otherwise than eval mode, if that is more than arguments of calls: then the graph is that of eval mode.
-
-    Raises:
-        ExampleInputError: no example input is given and the model says nothing.
-        TraceError: the forward cannot be recorded; names the module and the line.
-        HookError: a forward hook cannot be followed; names it, its module, and the way out.
-        OptionError: an entry of ``leaf`` matches nothing.
-
-    >>> import torch
-    >>> graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4))
-    >>> [node.name for node in graph.graph.nodes]
-    ['input_1', '_0', '_1', '_2', 'output']
-    """
-    model = network(model)
-    return record(model, example_inputs_of(model, example_inputs), leaf)
-
-
-def find_groups(
-    model: nn.Module,
-    example_inputs: ExampleInputs | None = None,
-    *,
-    leaf: Leaf | Sequence[Leaf] = (),
-    pins: str | Sequence[str] = (),
-    strict: bool = False,
-) -> GroupSet:
-    """Find all sets of weight axes that must be permuted together.
-
-    Args:
-        model: As for :func:`trace`; a graph module from :func:`trace` is taken as it is. What ``trace`` cannot
-            record is analysed through ``torch.export``, and what that cannot record either (detection models) in parts:
-            what crosses the border of a part is pinned, and so are weights outside of all parts.
-        example_inputs: As for :func:`trace`.
-        leaf: As for :func:`trace`. A module kept whole needs a coupling rule for its class, or it is an unknown op.
-        pins: What must not move: module paths, names of parameters or buffers, or patterns of either. For a module, all
-            its parameters and all activations inside it are pinned; an unknown op there counts as settled.
-        strict: Raise at an op without a coupling rule; otherwise all that it touches is pinned, and it is named in the
-            result's ``unknown_ops``.
-
-    Raises:
-        UnknownOpError: under ``strict``.
-        TraceError: no part of the model can be recorded; under ``strict``, or with ``leaf``, not all of it.
-        OptionError: an entry of ``leaf`` or ``pins`` matches nothing.
-
-    >>> import torch
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> print(find_groups(net, torch.randn(2, 4)).groups[0])
-    g0 (0, 8 units)
-    >>> print(find_groups(net, torch.randn(2, 4), pins="2").pinned[0])
-    0.weight[0] x8: pinned by the user (2)
-    """
-    if isinstance(model, fx.GraphModule) and "guards" in model.meta:
-        if leaf:
-            raise OptionError(
-                explain("leaf= came too late: the model is traced", remedy="surgery.trace(..., leaf=...)")
-            )
-        return discover(model, strict=strict, pins=pins)
-    model = network(model)
-    inputs = example_inputs_of(model, example_inputs)
-    try:
-        graph_module = record_or_export(model, inputs, leaf)
-    except TraceError as error:
-        if strict or listed(leaf):
-            raise
-        return find_partly(model, inputs, error, pins)
-    return discover(graph_module, strict=strict, pins=pins)
-
-
-def verify(
-    model: nn.Module, groups: GroupSet, example_inputs: ExampleInputs | None = None, *, seed: int = 0
-) -> Verification:
-    """Prove that permuting any of ``groups`` leaves what ``model`` computes unchanged.
-
-    In float64 on a copy whose normalization parameters and buffers are random: all groups together, several times, with
-    a relative output error below 1e-9; and some groups with a member left out, whose errors must be larger. Also in
-    training mode, where that is another graph. The model runs ten times at most, unless an error is seen: then halves
-    of the groups are tried until the wrong ones are known.
-
-    Returns:
-        A value that is truthy when proven and prints its figures, and the wrong groups.
-
-    >>> import torch
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> bool(verify(net, find_groups(net, torch.randn(2, 4)), torch.randn(2, 4)))
-    True
-    """
-    model = network(model)
-    return prove(model, groups, example_inputs_of(model, example_inputs), seed=seed)
-
-
 def match(
     a: nn.Module | Sequence[nn.Module],
     b: nn.Module | None = None,
@@ -173,9 +60,9 @@ def match(
     """Find the order of b's units that matches a's; arguments and errors as for :func:`merge`.
 
     Returns:
-        For each group's name the order, ``aligned[r] = b[order[r]]``, or a :class:`~vfsurgery.maps.UnitMap`. A tuple of
-        such mappings for more than two sources (one for each after the first), and for matchers that map the first
-        source too (one for each). Hand it to ``matching=Given(...)`` to merge several times with one matching.
+        For each group's name the order, ``aligned[r] = b[order[r]]``, or a :class:`~vfsurgery.discovery.maps.UnitMap`.
+        A tuple of such mappings for more than two sources (one for each after the first), and for matchers that map the
+        first source too (one for each). Hand it to ``matching=Given(...)`` to merge several times with one matching.
     """
     work = Merging.prepare(_networks(_sources(a, b)), data, example_inputs, seed, progress, leaf, pins)
     matcher = _masked(work, None, (1 / len(work.sources),) * len(work.sources), matching, _matcher(matching, data))
@@ -210,7 +97,7 @@ def merge(
     The units of every source are reordered to match those of the first (more than two are also matched to each other:
     see docs/several_sources.md), the weights are averaged, and the statistics that averaging destroys are restored.
     Every reordering is certified: if a source does not compute the same as before, the merge is refused. What was done
-    is in :func:`~vfsurgery.results.report_of` the result.
+    is in :func:`~vfsurgery.records.results.report_of` the result.
 
     Args:
         a: The first source (the *reference*, whose order of units is kept), or a list of all sources.
@@ -380,41 +267,6 @@ def _masked(
     return Identity()
 
 
-def normalizations(
-    choice: Renormalization, graph_module: fx.GraphModule, groups: GroupSet, data: Data | None
-) -> tuple[Pass, ...]:
-    if choice is None:
-        return ()
-    if choice == "auto":
-        step = _default_normalization(graph_module, data is not None)
-        choice = () if step is None or not step.applies(graph_module, groups) else step
-    steps: Iterable[str | Pass] = [choice] if isinstance(choice, str) or not isinstance(choice, Sequence) else choice
-    passes = tuple(NORMALIZATIONS[step]() if isinstance(step, str) else step for step in steps)
-    hidden = hidden_norms(graph_module)
-    if passes and hidden:
-        raise OptionError(
-            explain(
-                "renormalize= cannot find the BatchNorm layers: it needs an fx trace, and fx cannot record this model",
-                layers=", ".join(hidden[:4]),
-                fx=graph_module.meta[EXPORTED],
-                remedy="pass renormalize=None, or keep the module that fx cannot record as one node with leaf=",
-            )
-        )
-    for step in passes:
-        if not isinstance(step, Pass):
-            accepted = ", ".join(["auto", *NORMALIZATIONS])
-            raise OptionError(explain(f"renormalize holds no pass but {step!r}", accepted=f"None, {accepted}"))
-        if step.needs_data and data is None:
-            raise DataError(
-                explain(
-                    f"renormalize={step.name!r} needs data",
-                    remedy="pass data=, or renormalize='auto', or renormalize=None",
-                )
-            )
-    check_order(passes)
-    return passes
-
-
 def _warn_of_norms(graph_module: fx.GraphModule) -> None:
     """Say what a merge without data makes of BatchNorm."""
     norms = len({*batch_norm_nodes(graph_module).values()})
@@ -423,18 +275,3 @@ def _warn_of_norms(graph_module: fx.GraphModule) -> None:
             f"a merge of networks with BatchNorm ({norms} layers) loses most of its accuracy without data: statistics "
             "can only be guessed from the weights; pass data=, some hundred training images, labels are not looked at"
         )
-
-
-def _default_normalization(graph_module: fx.GraphModule, has_data: bool) -> Pass | None:
-    """What ``"auto"`` stands for where it applies; the table of docs/merge.md.
-
-    Under LayerNorm and GroupNorm the output layer is repaired too: docs/benchmarks/transformers.py gains by it in every
-    row, up to ten points.
-    """
-    if hidden_norms(graph_module):
-        return None
-    if batch_norm_nodes(graph_module):
-        return Reset() if has_data else ClosedFormReset()
-    if any(is_norm(op) for op in OpReader(graph_module)):
-        return Repair(include_output=True) if has_data else None
-    return Rescale() if has_data else CalibrateBiases()

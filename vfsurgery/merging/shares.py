@@ -16,8 +16,8 @@ from typing import Any, TypeAlias, cast
 from torch import fx
 
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.sources import canonical_state
 from vfsurgery.tracing.selection import chosen_tensors
+from vfsurgery.tracing.sources import canonical_state
 
 Vector: TypeAlias = tuple[float, ...]
 """One share per source, summing to one."""

@@ -10,16 +10,16 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
-from vfsurgery.batches import Batches, Data, progress_line
-from vfsurgery.computed import settle
+from vfsurgery.data.batches import Batches, Data, progress_line
+from vfsurgery.data.holdout import EVERY, every_for, first, split
 from vfsurgery.discovery import discover
+from vfsurgery.discovery.maps import Order, UnitMap, balanced, permutations_of
 from vfsurgery.discovery.recording import hidden_norms, record_or_export
+from vfsurgery.discovery.verification import certify, drift
 from vfsurgery.errors import (
     DataError,
     IncompatibleModelsError,
@@ -29,28 +29,34 @@ from vfsurgery.errors import (
     explain,
 )
 from vfsurgery.groups import GroupSet, Permutation
-from vfsurgery.holdout import EVERY, every_for, first, split
-from vfsurgery.maps import Order, UnitMap, balanced, permutations_of
 from vfsurgery.matching import Matcher, Matching, Problem
 from vfsurgery.matching.pairwise import describe
+from vfsurgery.merging.shares import SharePlan
+from vfsurgery.merging.sparse import MaskPlan, refuse_hooks
 from vfsurgery.passes import Average, Context, Fold, KeepZeros, Pass, Pipeline, Preserve
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.fitting import fits
 from vfsurgery.passes.mask import aligned_members
 from vfsurgery.passes.preserve import standalone
-from vfsurgery.report import Certificate, GroupMatch, MergeReport, Preserved, Trial
-from vfsurgery.shares import SharePlan
-from vfsurgery.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode, write_into
-from vfsurgery.sparse import MaskPlan, refuse_hooks
+from vfsurgery.records.report import Certificate, GroupMatch, MergeReport, Preserved, Trial, version_of
 from vfsurgery.stats.collect import Site, Survey, group_sites, survey
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.stats.together import examples_of, in_bound_runs, note_on
 from vfsurgery.tracing.bound import refuse_bound
+from vfsurgery.tracing.computed import settle
 from vfsurgery.tracing.copies import forget_kept, fresh
+from vfsurgery.tracing.examples import ExampleInputs
 from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.modes import limits
 from vfsurgery.tracing.selection import Leaf, listed
-from vfsurgery.verification import certify, drift
+from vfsurgery.tracing.sources import (
+    Source,
+    check_same_architecture,
+    check_same_graph,
+    check_weights,
+    eval_mode,
+    write_into,
+)
 
 MERGE_PARTS = (
     "  a part that can be recorded can be merged alone: merge(a.PART, b.PART, example_inputs=..., inplace=True)"
@@ -62,8 +68,6 @@ JUDGED = 100
 
 SURVEYED = 1000
 """Images that the sources' units are compared on, where several ways to merge are and there are twice as many."""
-
-ExampleInputs: TypeAlias = Tensor | Sequence[Tensor]
 
 
 @dataclass
@@ -400,11 +404,3 @@ def common_device(models: Sequence[nn.Module]) -> torch.device:
             explain("the sources are on the meta device and hold no values", remedy="load weights")
         )
     return device
-
-
-def version_of(name: str) -> str:
-    """The installed version of a package."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

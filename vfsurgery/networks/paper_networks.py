@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vfsurgery.demo import ResidualBlock
+from vfsurgery.networks.demo import ResidualBlock
 
 STAGES = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))
 """Of VGG16: units of every convolution as multiples of the width; a max-pool stands between two stages."""

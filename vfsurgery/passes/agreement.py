@@ -15,7 +15,7 @@ from typing import TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.batches import are_tokens
+from vfsurgery.data.batches import are_tokens
 from vfsurgery.stats.precision import taken_by
 from vfsurgery.tracing.values import tensors_of
 

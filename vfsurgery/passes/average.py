@@ -13,11 +13,11 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, fx
 
+from vfsurgery.discovery.maps import Order, UnitMap, map_tensor
 from vfsurgery.groups import GroupSet
-from vfsurgery.maps import Order, UnitMap, map_tensor
 from vfsurgery.passes.base import Context, Pass
-from vfsurgery.sources import canonical_state
 from vfsurgery.stats.batch_norms import batch_norm_nodes
+from vfsurgery.tracing.sources import canonical_state
 
 
 @dataclass(frozen=True, kw_only=True)

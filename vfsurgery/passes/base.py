@@ -15,16 +15,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from vfsurgery.batches import Batches, progress
+from vfsurgery.data.batches import Batches, progress
+from vfsurgery.discovery.maps import Order
 from vfsurgery.errors import DataError, SurgeryError, explain
-from vfsurgery.excerpts import node_at_hand, note_node
 from vfsurgery.groups import GroupSet
-from vfsurgery.maps import Order
 from vfsurgery.passes.beside import Beside
 from vfsurgery.passes.contract import Behaviour, check_needs, check_order, check_preserved
-from vfsurgery.sources import Source
 from vfsurgery.stats.collect import Site, Survey
+from vfsurgery.tracing.excerpts import node_at_hand, note_node
 from vfsurgery.tracing.shapes import renew_values
+from vfsurgery.tracing.sources import Source
 from vfsurgery.tracing.values import VALUE
 
 

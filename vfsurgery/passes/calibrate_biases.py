@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from vfsurgery.discovery.maps import map_tensor
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.maps import map_tensor
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.producers import find_producers
-from vfsurgery.sources import canonical_state
+from vfsurgery.tracing.sources import canonical_state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,12 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, fx
 
+from vfsurgery.discovery.maps import map_tensor
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.maps import map_tensor
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.producers import Producer, find_producers, has_prefixes
-from vfsurgery.sources import canonical_state
 from vfsurgery.stats.batch_norms import BatchNorm, batch_norm_nodes
+from vfsurgery.tracing.sources import canonical_state
 
 
 @dataclass(frozen=True, kw_only=True)

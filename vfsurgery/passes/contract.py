@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from vfsurgery.discovery.verification import TOLERANCE, outputs_of, relative_error
 from vfsurgery.errors import CertificateError, DataError, OptionError, explain
-from vfsurgery.excerpts import Runner, describe_node
-from vfsurgery.sources import canonical_state, eval_mode
 from vfsurgery.stats.precision import image_dtype
+from vfsurgery.tracing.excerpts import Runner, describe_node
 from vfsurgery.tracing.precision import is_inexact, raised
+from vfsurgery.tracing.sources import canonical_state, eval_mode
 from vfsurgery.tracing.values import tensors_of
-from vfsurgery.verification import TOLERANCE, outputs_of, relative_error
 
 if TYPE_CHECKING:
     from vfsurgery.passes.base import Context, Pass

@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vfsurgery.passes.cut import Cut
-from vfsurgery.sources import eval_mode
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.hooks import Hooks, unwatched
 from vfsurgery.tracing.ops import canonical_parameters
+from vfsurgery.tracing.sources import eval_mode
 from vfsurgery.tracing.transformers import one_by_one
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.discovery.recording import record
-from vfsurgery.excerpts import describe_call
-from vfsurgery.report import Report
-from vfsurgery.sources import canonical_state
+from vfsurgery.records.report import Report
 from vfsurgery.tracing.examples import example_inputs_of
+from vfsurgery.tracing.excerpts import describe_call
 from vfsurgery.tracing.precision import as_real
+from vfsurgery.tracing.sources import canonical_state
 
 Sign: TypeAlias = Literal["+", "-", "~"]
 COLOURS = {"+": "\033[32m", "-": "\033[31m", "~": "\033[33m"}

@@ -14,11 +14,11 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, fx
 
+from vfsurgery.discovery.maps import map_tensor
 from vfsurgery.errors import SurgeryError, explain
-from vfsurgery.maps import map_tensor
 from vfsurgery.passes.base import Context, Pass, Pipeline
 from vfsurgery.passes.contract import check_order
-from vfsurgery.sources import canonical_state
+from vfsurgery.tracing.sources import canonical_state
 
 Choice: TypeAlias = Literal["keep", "intersect", "union", "reprune"]
 CHOICES: tuple[str, ...] = get_args(Choice)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from vfsurgery.discovery.maps import UnitMap, map_units, permutations_of
 from vfsurgery.discovery.roles import READS
 from vfsurgery.groups import Member, permute_tensor
-from vfsurgery.maps import UnitMap, map_units, permutations_of
 from vfsurgery.passes.base import Context
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.ops import canonical_parameters

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from vfsurgery.discovery.maps import Order, UnitMap, map_units, permutations_of
 from vfsurgery.groups import GroupSet, gather_index
-from vfsurgery.maps import Order, UnitMap, map_units, permutations_of
 from vfsurgery.stats.batch_norms import calls_batch_norm, is_batch_norm
 from vfsurgery.stats.collect import Site
 from vfsurgery.stats.own_outputs import Extent, own_extent

@@ -26,10 +26,10 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, fx
 
-from vfsurgery.batches import progress
+from vfsurgery.data.batches import progress
+from vfsurgery.discovery.maps import map_units
 from vfsurgery.errors import DataError, OptionError, explain
 from vfsurgery.groups import GroupSet
-from vfsurgery.maps import map_units
 from vfsurgery.passes.affine import Affine, fold_affine, tensor_of
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.producers import CONV, LINEAR, Producer, find_producers
@@ -39,7 +39,7 @@ from vfsurgery.stats.batch_norms import BatchNorm, OnBatches, batch_norm_nodes, 
 from vfsurgery.stats.lockstep import Lockstep, live_bytes
 from vfsurgery.stats.moments import Moments, add_batch, weighted_goal
 from vfsurgery.stats.patches import Box, Geometry, PatchSums
-from vfsurgery.threads import threads
+from vfsurgery.stats.threads import threads
 from vfsurgery.tracing.ops import Op, OpReader
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)

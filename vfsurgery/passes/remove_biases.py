@@ -18,7 +18,7 @@ from vfsurgery.errors import OptionError, explain
 from vfsurgery.passes.agreement import class_logits, ensemble_classes, first_output
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.producers import find_producers
-from vfsurgery.sources import canonical_state
+from vfsurgery.tracing.sources import canonical_state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Ridge regression of one layer's weights from moments, the ridge chosen on batches that were held out.
 
-All of it runs on one thread: the factorizations have to (:mod:`vfsurgery.threads`), and between them other threads
-would only wait, which costs as much as work.
+All of it runs on one thread: the factorizations have to (:mod:`vfsurgery.stats.threads`), and between them other
+threads would only wait, which costs as much as work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vfsurgery.passes.renormalize import unit_ratio
 from vfsurgery.stats.patches import PatchMoments
-from vfsurgery.threads import threads
+from vfsurgery.stats.threads import threads
 
 JUDGED_UNITS = 64
 """Units that a ridge is chosen on."""

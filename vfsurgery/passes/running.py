@@ -11,29 +11,20 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from vfsurgery.batches import Batches, Data
+from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.holdout import split
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import record
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.fragments import Html, table
-from vfsurgery.holdout import split
 from vfsurgery.passes import PASSES, Context, Fold, Pass, Pipeline, build_pass
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.fitting import fits
 from vfsurgery.passes.options import written
 from vfsurgery.passes.preserve import standalone
 from vfsurgery.passes.renormalize import Renormalize
-from vfsurgery.report import Report
-from vfsurgery.results import remember
-from vfsurgery.sources import (
-    Source,
-    canonical_state,
-    check_same_architecture,
-    check_same_graph,
-    check_weights,
-    eval_mode,
-    write_into,
-)
+from vfsurgery.records.report import Report
+from vfsurgery.records.results import remember
+from vfsurgery.rendering.fragments import Html, table
 from vfsurgery.stats.collect import Site, Survey, survey
 from vfsurgery.stats.precision import batches_for, image_dtype
 from vfsurgery.stats.together import examples_of, in_bound_runs
@@ -42,6 +33,15 @@ from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.modes import TRAINING
 from vfsurgery.tracing.selection import Leaf
+from vfsurgery.tracing.sources import (
+    Source,
+    canonical_state,
+    check_same_architecture,
+    check_same_graph,
+    check_weights,
+    eval_mode,
+    write_into,
+)
 from vfsurgery.tracing.wrappers import as_given, network
 
 Passes: TypeAlias = str | Pass | Sequence[str | Pass]

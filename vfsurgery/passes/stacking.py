@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from vfsurgery.discovery.rules.pointwise import ACTIVATIONS, DROPOUTS
 from vfsurgery.passes.cut import Cut
 from vfsurgery.passes.prefixes import Aligned, put_tensor, widened
-from vfsurgery.rules.pointwise import ACTIVATIONS, DROPOUTS
 from vfsurgery.stats.batch_norms import is_batch_norm
 from vfsurgery.tracing.ops import canonical_key, canonical_parameters
 from vfsurgery.tracing.values import PRESERVED, VALUE, TensorValue

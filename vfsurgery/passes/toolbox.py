@@ -10,18 +10,18 @@ from typing import Any, TypeAlias
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from vfsurgery.batches import Batches, Data
-from vfsurgery.batches import progress as with_bar
+from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.batches import progress as with_bar
 from vfsurgery.errors import OptionError, SurgeryError, did_you_mean, explain
-from vfsurgery.excerpts import note_node
 from vfsurgery.groups import GroupSet, PermutationGroup
 from vfsurgery.passes.producers import find_producers
-from vfsurgery.sources import eval_mode
 from vfsurgery.stats.collect import Observer, Site, Watch
 from vfsurgery.stats.moments import Moments, add_batch
 from vfsurgery.stats.precision import image_dtype
+from vfsurgery.tracing.excerpts import note_node
 from vfsurgery.tracing.ops import canonical_key, canonical_parameters, module_path
 from vfsurgery.tracing.shapes import renew_values
+from vfsurgery.tracing.sources import eval_mode
 from vfsurgery.tracing.values import VALUE, TensorValue
 
 OpChoice: TypeAlias = str | type[nn.Module] | Callable[..., Any]

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vfsurgery.batches import progress
+from vfsurgery.data.batches import progress
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.pruning.base import PRUNERS, Pruner, Pruning, Scope
 from vfsurgery.pruning.gradients import LABELS, Gradients, Labelled, Labels
@@ -69,7 +69,7 @@ class DiagonalFisher(GradientPruner):
 
     >>> from vfsurgery.pruning.layers import Layout
     >>> net = torch.nn.Linear(2, 2)
-    >>> from vfsurgery.batches import Batches
+    >>> from vfsurgery.data.batches import Batches
     >>> data = Batches((torch.eye(2), torch.tensor([0, 1])))
     >>> work = Pruning(net, {"weight": net.weight}, {"weight": Layout()}, data)
     >>> [(name, saliency.shape) for name, saliency in DiagonalFisher(samples=2).score(work)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vfsurgery.batches import check_labels
+from vfsurgery.data.batches import check_labels
 from vfsurgery.errors import DataError, InvalidWeightsError, explain
 from vfsurgery.pruning.layers import stored_weight
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.batches import Batches, Data
+from vfsurgery.data.batches import Batches, Data
 from vfsurgery.errors import DataError, InvalidWeightsError, OptionError, did_you_mean, explain
 from vfsurgery.pruning.base import PRUNERS, Pruner, Pruning, Scope
 from vfsurgery.pruning.layers import Layout, prunable, stored_weight
@@ -18,10 +18,10 @@ from vfsurgery.pruning.masks import Masks
 from vfsurgery.pruning.report import PrunedLayer, PruneReport
 from vfsurgery.pruning.schedule import Schedule, by_pattern, by_sparsity, check_scope, read_pattern
 from vfsurgery.pruning.selection import select
-from vfsurgery.results import remember
-from vfsurgery.sources import eval_mode, first_not_finite
+from vfsurgery.records.results import remember
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.sources import eval_mode, first_not_finite
 from vfsurgery.tracing.wrappers import as_given, network
 
 
@@ -44,7 +44,7 @@ def prune(
 
     Of ``n`` competing weights, the ``ceil(n (1 - sparsity))`` most salient ones are kept; of equal ones, the first.
     Biases and norms are left alone. What is zero already stays zero and counts as pruned. What was done is in
-    :func:`~vfsurgery.results.report_of` the result; its zero pattern is ``Masks.of`` the result.
+    :func:`~vfsurgery.records.results.report_of` the result; its zero pattern is ``Masks.of`` the result.
 
     Args:
         model: Any module; need not be traceable.

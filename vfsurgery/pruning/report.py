@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vfsurgery.fragments import LONG, Html, folded, paragraph, paragraphs, table
-from vfsurgery.report import Report
+from vfsurgery.records.report import Report
+from vfsurgery.rendering.fragments import LONG, Html, folded, paragraph, paragraphs, table
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vfsurgery.pruning.base import PRUNERS, Pattern, Pruner, Pruning, Scope
 from vfsurgery.pruning.inputs import in_parts, second_moments
 from vfsurgery.pruning.masks import Masks
 from vfsurgery.pruning.selection import largest
-from vfsurgery.threads import threads
+from vfsurgery.stats.threads import threads
 
 GIB = 1 << 30
 WORKSPACE = 3

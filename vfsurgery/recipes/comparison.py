@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from vfsurgery.api import match, merge
-from vfsurgery.batches import Data
-from vfsurgery.diagnosis import Diagnosis, diagnose
-from vfsurgery.evaluation import Barrier, Score, barrier, compare, evaluate, first_images
-from vfsurgery.flip_rates import Flips, flips
+from vfsurgery.data.batches import Data
 from vfsurgery.matching import Given
-from vfsurgery.report import MergeReport
-from vfsurgery.results import merge_report_of
+from vfsurgery.merging.merge import match, merge
+from vfsurgery.records.report import MergeReport
+from vfsurgery.records.results import merge_report_of
+from vfsurgery.scoring.diagnosis import Diagnosis, diagnose
+from vfsurgery.scoring.evaluation import Barrier, Score, barrier, compare, evaluate, first_images
+from vfsurgery.scoring.flip_rates import Flips, flips
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from vfsurgery.recipes.comparison import Comparison, compare_merges, table
 from vfsurgery.recipes.expectations import Outcome
 from vfsurgery.recipes.pruning_sections import PruningSweep, Soup
 from vfsurgery.recipes.sections import Experiment, Images, Pair
-from vfsurgery.recipes.sweep import DENSE, Sweep, row, sweep, sweep_table
-from vfsurgery.report import Report
-from vfsurgery.results import report_of
+from vfsurgery.records.report import Report
+from vfsurgery.records.results import report_of
+from vfsurgery.scoring.sweeps import DENSE, Sweep, row, sweep, sweep_table
 from vfsurgery.soups.phases import Retraining, SparseSoup, sparse_soup
 from vfsurgery.training import from_seed, train
 

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vfsurgery.budget import Budget, plan_prefix
 from vfsurgery.checkpoints import WEIGHTS, check_fit, check_same_classes, load_state_dict
-from vfsurgery.costs import cost_of
 from vfsurgery.data.datasets import DATA
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import record_or_export
@@ -22,14 +20,16 @@ from vfsurgery.errors import CheckpointError, ExampleInputError, RecipeError, ex
 from vfsurgery.groups import GroupSet
 from vfsurgery.hub.cards import CARD
 from vfsurgery.hub.loading import CONFIG
+from vfsurgery.merging.budget import Budget, plan_prefix
+from vfsurgery.passes.costs import cost_of
 from vfsurgery.recipes.recipe import STEPS, Recipe
 from vfsurgery.recipes.sections import Experiment, Images, Pair
 from vfsurgery.recipes.stages.bench import DTYPES
 from vfsurgery.recipes.stages.entries import plain
 from vfsurgery.recipes.stages.sections import FORMATS, Source
 from vfsurgery.recipes.stages.steps import MERGED, Step
-from vfsurgery.sources import check_same_architecture, eval_mode
 from vfsurgery.tracing.examples import BATCH, example_inputs_of
+from vfsurgery.tracing.sources import check_same_architecture, eval_mode
 
 MIB = 2**20
 
@@ -127,7 +127,7 @@ def plan(recipe: Recipe) -> RecipePlan:
 
     >>> recipe = Recipe.from_yaml('''
     ... name: tiny
-    ... sources: [{model: "vfsurgery.demo:TinyConvNet", input_size: [1, 8, 8]}, {seed: 7}]
+    ... sources: [{model: "vfsurgery.networks.demo:TinyConvNet", input_size: [1, 8, 8]}, {seed: 7}]
     ... stages: [merge]
     ... ''')
     >>> found = plan(recipe)

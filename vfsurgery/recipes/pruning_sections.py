@@ -27,7 +27,7 @@ from vfsurgery.recipes.sections import (
     refuse_repeated,
     refuse_unknown,
 )
-from vfsurgery.recipes.sweep import DENSE, row
+from vfsurgery.scoring.sweeps import DENSE, row
 
 Sparsity = Annotated[float, Field(gt=0, lt=1)]
 Curve = Annotated[tuple[float | None, ...], AsTuple]

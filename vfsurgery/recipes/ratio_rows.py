@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vfsurgery.diagnosis import Diagnosis
+from vfsurgery.scoring.diagnosis import Diagnosis
 
 PREFIX = "ratio "
 _AT = re.compile(r"(?P<merge>.+) at (?P<percent>\d{1,2}|100)%")

@@ -55,7 +55,7 @@ from vfsurgery.recipes.stages.steps import RESERVED, Step, check_files, files_of
 from vfsurgery.recipes.stages.store import Store
 from vfsurgery.recipes.text import changed, parse, read_text
 from vfsurgery.recipes.wording import describe, written_path
-from vfsurgery.threads import threads
+from vfsurgery.stats.threads import threads
 from vfsurgery.training import from_seed
 
 STEPS = ".stages"
@@ -95,7 +95,7 @@ class Recipe(Section):
     >>> recipe = Recipe.from_yaml('''
     ... name: tiny
     ... pairs:
-    ...   - {name: conv, model: "vfsurgery.demo:TinyConvNet", training: {epochs: 1}}
+    ...   - {name: conv, model: "vfsurgery.networks.demo:TinyConvNet", training: {epochs: 1}}
     ... ''')
     >>> recipe.pairs[0].training.epochs
     1

@@ -8,12 +8,12 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from torch import nn
 
-from vfsurgery.architectures import build_model
 from vfsurgery.checkpoints import WEIGHTS
 from vfsurgery.data import Splits
 from vfsurgery.data.datasets import DATA, OPTIONS, find_data, load_for, needs, options_of
 from vfsurgery.errors import did_you_mean
 from vfsurgery.matching import MATCHERS
+from vfsurgery.networks.architectures import build_model
 from vfsurgery.passes import NORMALIZATIONS
 from vfsurgery.passes.mask import CHOICES
 from vfsurgery.recipes.expectations import Expectation, is_number

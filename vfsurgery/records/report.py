@@ -10,10 +10,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from vfsurgery.fragments import LONG, Html, folded, fragment, paragraph, paragraphs, table, verbatim
 from vfsurgery.groups import GroupSet
+from vfsurgery.rendering.fragments import LONG, Html, folded, fragment, paragraph, paragraphs, table, verbatim
 
 
 @dataclass(frozen=True)
@@ -331,3 +332,11 @@ def trial_table(trials: Sequence[Trial]) -> list[str]:
     for way, agreement, cross_entropy, seconds, kept in (trial.cells for trial in trials):
         lines.append(f"    {way:<{width}}  {agreement:>9}  {cross_entropy:>13}  {seconds:>7}  {kept}".rstrip())
     return lines
+
+
+def version_of(name: str) -> str:
+    """The installed version of a package."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

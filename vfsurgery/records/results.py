@@ -7,7 +7,7 @@ import weakref
 from torch import nn
 
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.report import MergeReport, Report
+from vfsurgery.records.report import MergeReport, Report
 from vfsurgery.tracing.wrappers import network
 
 _REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from vfsurgery.checkpoints import atomic
 
 if TYPE_CHECKING:
-    from vfsurgery.diagnosis import Diagnosis
-    from vfsurgery.evaluation import Barrier
-    from vfsurgery.recipes.sweep import Sweep
+    from vfsurgery.scoring.diagnosis import Diagnosis
+    from vfsurgery.scoring.evaluation import Barrier
+    from vfsurgery.scoring.sweeps import Sweep
 
 COLOURS = {"naive": "#D55E00", "aligned": "#0072B2", "renormalized": "#009E73"}
 """From the palette of Okabe and Ito, told apart by colour-blind readers too."""

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from vfsurgery.figures import Draw, barrier_panels, diagnosis_panels, svg
-from vfsurgery.fragments import LONG, Html, bar, figure, folded, fragment, paragraph, paragraphs, table
+from vfsurgery.rendering.figures import Draw, barrier_panels, diagnosis_panels, svg
+from vfsurgery.rendering.fragments import LONG, Html, bar, figure, folded, fragment, paragraph, paragraphs, table
 
 if TYPE_CHECKING:
-    from vfsurgery.diagnosis import Diagnosis
-    from vfsurgery.evaluation import Barrier
+    from vfsurgery.scoring.diagnosis import Diagnosis
+    from vfsurgery.scoring.evaluation import Barrier
 
 
 def barrier_html(found: Barrier) -> str:

@@ -17,15 +17,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vfsurgery.checkpoints import write_text
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.figures import Draw, barrier_panels, diagnosis_panels, draw_costs, svg, sweep_panel
-from vfsurgery.report import MergeReport, Report
-from vfsurgery.verdict import VANISHED
+from vfsurgery.records.report import MergeReport, Report
+from vfsurgery.rendering.figures import Draw, barrier_panels, diagnosis_panels, draw_costs, svg, sweep_panel
+from vfsurgery.scoring.verdict import VANISHED
 
 if TYPE_CHECKING:
-    from vfsurgery.diagnosis import Diagnosis, LayerDiagnosis
-    from vfsurgery.evaluation import Barrier, Score
-    from vfsurgery.flip_rates import Flips
-    from vfsurgery.recipes.sweep import Sweep
+    from vfsurgery.scoring.diagnosis import Diagnosis, LayerDiagnosis
+    from vfsurgery.scoring.evaluation import Barrier, Score
+    from vfsurgery.scoring.flip_rates import Flips
+    from vfsurgery.scoring.sweeps import Sweep
 
 CostRow: TypeAlias = tuple[int, float, float, float]
 """Layers preserved, FLOPs and parameters relative to one source, accuracy from 0 to 1."""
@@ -50,7 +50,7 @@ def write_page(
     before: Diagnosis | None = None,
     sweep: Sweep | None = None,
 ) -> Path:
-    """What :meth:`vfsurgery.diagnosis.Diagnosis.page` does.
+    """What :meth:`vfsurgery.scoring.diagnosis.Diagnosis.page` does.
 
     Raises:
         OptionError: a row of ``cost_curve`` does not have four numbers, or ``own`` is no name in ``scores``.
@@ -198,7 +198,7 @@ def _figures(panels: Mapping[str, Draw], name: str) -> list[tuple[str, str]]:
 
 def _environment() -> Environment:
     made = Environment(
-        loader=PackageLoader("vfsurgery"),
+        loader=PackageLoader("vfsurgery.rendering", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -22,20 +22,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from vfsurgery.batches import Batches, Data
-from vfsurgery.batches import progress as progress_bar
+from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.errors import IncompatibleModelsError, OptionError, explain
-from vfsurgery.sources import eval_mode
+from vfsurgery.scoring.verdict import VANISHED, Remedy, State, in_words, state_of
 from vfsurgery.stats.layers import BATCH_NORM, LayerStatistics, Reading
+from vfsurgery.tracing.sources import eval_mode
 from vfsurgery.tracing.wrappers import network
-from vfsurgery.verdict import VANISHED, Remedy, State, in_words, state_of
 
 if TYPE_CHECKING:
-    from vfsurgery.evaluation import Barrier, Score
-    from vfsurgery.flip_rates import Flips
-    from vfsurgery.page import CostRow
-    from vfsurgery.recipes.sweep import Sweep
-    from vfsurgery.report import Report
+    from vfsurgery.records.report import Report
+    from vfsurgery.rendering.page import CostRow
+    from vfsurgery.scoring.evaluation import Barrier, Score
+    from vfsurgery.scoring.flip_rates import Flips
+    from vfsurgery.scoring.sweeps import Sweep
 
 Distance: TypeAlias = Literal["paper", "code"]
 """How the smoothed bound counts layers: to the last one, or to one beyond it."""
@@ -193,7 +193,7 @@ class Diagnosis:
             CheckpointError: the file cannot be written; nothing is left of it then.
         """
         # Imported here because matplotlib takes half a second, which only those who draw should wait.
-        from vfsurgery.figures import draw_diagnosis
+        from vfsurgery.rendering.figures import draw_diagnosis
 
         return draw_diagnosis(self, path)
 
@@ -215,7 +215,7 @@ class Diagnosis:
         Args:
             path: The file.
             report: Of what made the model; that of a merge has certificates and groups.
-            scores: Accuracy and loss by name, as from :func:`vfsurgery.evaluation.compare`.
+            scores: Accuracy and loss by name, as from :func:`vfsurgery.scoring.evaluation.compare`.
             own: The name in ``scores`` that is this network's: its row comes first and is highlighted.
             barrier: The line between the sources.
             flips: What the model gets wrong that its sources got right.
@@ -227,7 +227,7 @@ class Diagnosis:
             OptionError: ``own`` is no name in ``scores``, or a row of ``cost_curve`` does not have four numbers.
             CheckpointError: the file cannot be written; nothing is left of it then.
         """
-        from vfsurgery.page import write_page
+        from vfsurgery.rendering.page import write_page
 
         return write_page(
             self,
@@ -260,7 +260,7 @@ class Diagnosis:
         return "\n".join([*lines, *(f"  not compared: {layer}" for layer in self.unpaired)])
 
     def _repr_html_(self) -> str:
-        from vfsurgery.notebook import diagnosis_html
+        from vfsurgery.rendering.notebook import diagnosis_html
 
         return diagnosis_html(self)
 
@@ -290,7 +290,7 @@ def diagnose(
     Args:
         model: The merged, partly merged or pruned network, of any class.
         sources: The networks that it was made from; of a pruned network, the one before pruning.
-        data: Images, labels ignored; see :mod:`vfsurgery.batches`. The paper takes the training images.
+        data: Images, labels ignored; see :mod:`vfsurgery.data.batches`. The paper takes the training images.
         progress: Show a bar when it takes over a second.
 
     Raises:

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vfsurgery.api import ExampleInputs, Made, Matchings, Renormalization, made, merge
-from vfsurgery.batches import Batches, Data, are_tokens
-from vfsurgery.batches import progress as progress_bar
+from vfsurgery.data.batches import Batches, Data, are_tokens
+from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, explain
+from vfsurgery.merging.merge import ExampleInputs, Made, Matchings, made, merge
 from vfsurgery.passes.agreement import judged
-from vfsurgery.sources import eval_mode
+from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.stats.precision import accepted_dtype, batches_for
 from vfsurgery.tracing.copies import copied
+from vfsurgery.tracing.sources import eval_mode
 from vfsurgery.tracing.wrappers import checked
 
 ENSEMBLE = "ensemble"
@@ -51,7 +52,7 @@ def evaluate(model: nn.Module, data: Data, *, device: torch.device | str | None 
     Args:
         model: Returns logits of shape ``(N, classes)``, or a mapping, tuple or dataclass that has them first or
             under the name ``logits``, as :func:`~vfsurgery.merge` judges.
-        data: Batches ``(images, labels)``; see :mod:`vfsurgery.batches`.
+        data: Batches ``(images, labels)``; see :mod:`vfsurgery.data.batches`.
         device: Where to compute; ``None`` means where the model is. A model elsewhere is copied, not moved.
         progress: Show a bar when it takes over a second.
 
@@ -287,12 +288,12 @@ class Barrier:
             CheckpointError: The file cannot be written; nothing is left of it then.
         """
         # Imported here because matplotlib takes half a second, which only those who draw should wait.
-        from vfsurgery.figures import draw_barrier
+        from vfsurgery.rendering.figures import draw_barrier
 
         return draw_barrier(self, path)
 
     def _repr_html_(self) -> str:
-        from vfsurgery.notebook import barrier_html
+        from vfsurgery.rendering.notebook import barrier_html
 
         return barrier_html(self)
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.batches import Batches, Data
-from vfsurgery.batches import progress as progress_bar
+from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.errors import DataError, OptionError, explain
-from vfsurgery.evaluation import device_of, logits_of
-from vfsurgery.fragments import fragment, table
-from vfsurgery.sources import eval_mode
+from vfsurgery.rendering.fragments import fragment, table
+from vfsurgery.scoring.evaluation import device_of, logits_of
+from vfsurgery.tracing.sources import eval_mode
 
 ALL_RIGHT = "where all were right"
 """Name of the row over the images that every old model classified rightly."""
@@ -143,7 +143,7 @@ def flips(
     Args:
         old: One model or several, such as the sources of a merge; a mapping names them.
         new: The model that takes their place.
-        data: Labelled batches, read once; see :mod:`vfsurgery.batches`.
+        data: Labelled batches, read once; see :mod:`vfsurgery.data.batches`.
         progress: Show a bar when it takes over a second.
 
     Raises:

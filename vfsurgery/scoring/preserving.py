@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.api import ExampleInputs, Matchings, Renormalization, match, merge
-from vfsurgery.batches import Batches, Data
-from vfsurgery.batches import progress as progress_bar
+from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.evaluation import first_images, logits_of
 from vfsurgery.matching import Given
+from vfsurgery.merging.merge import ExampleInputs, Matchings, match, merge
 from vfsurgery.passes.cut import Boundaries
-from vfsurgery.results import merge_report_of
-from vfsurgery.sources import eval_mode
+from vfsurgery.passes.normalizations import Renormalization
+from vfsurgery.records.results import merge_report_of
+from vfsurgery.scoring.evaluation import first_images, logits_of
 from vfsurgery.tracing.examples import example_inputs_of
+from vfsurgery.tracing.sources import eval_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def preserve_curve(
         OptionError: there is no boundary, or one that the network does not have.
         SurgeryError: as for :func:`vfsurgery.merge`.
 
-    >>> from vfsurgery.demo import TinyConvNet
+    >>> from vfsurgery.networks.demo import TinyConvNet
     >>> curve = preserve_curve(TinyConvNet(), TinyConvNet(), torch.randn(8, 1, 8, 8), boundaries=[0, 2])
     >>> [point.layers for point in curve.points]
     [0, 2]

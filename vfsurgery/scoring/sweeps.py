@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from vfsurgery.batches import Data
-from vfsurgery.diagnosis import Diagnosis, diagnose
-from vfsurgery.evaluation import Score, evaluate
+from vfsurgery.data.batches import Data
 from vfsurgery.pruning import prune_each
-from vfsurgery.renormalizing import Choice
-from vfsurgery.renormalizing import renormalize as restore
+from vfsurgery.pruning.renormalizing import Choice
+from vfsurgery.pruning.renormalizing import renormalize as restore
+from vfsurgery.scoring.diagnosis import Diagnosis, diagnose
+from vfsurgery.scoring.evaluation import Score, evaluate
 
 DENSE = "dense"
 
@@ -79,7 +79,7 @@ class Sweep:
             CheckpointError: the file cannot be written; nothing is left of it then.
         """
         # Imported here because matplotlib takes half a second, which only those who draw should wait.
-        from vfsurgery.figures import draw_sweep
+        from vfsurgery.rendering.figures import draw_sweep
 
         return draw_sweep(self, path, published)
 

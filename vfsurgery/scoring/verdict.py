@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from vfsurgery.diagnosis import Diagnosis, LayerDiagnosis
+    from vfsurgery.scoring.diagnosis import Diagnosis, LayerDiagnosis
 
 VANISHED = 0.1
 """Below this share of the sources' feature norm, features count as vanished."""
@@ -41,7 +41,7 @@ ADVICE: dict[Remedy, str] = {
 
 
 def state_of(found: Diagnosis) -> State:
-    """What :attr:`vfsurgery.diagnosis.Diagnosis.state` is."""
+    """What :attr:`vfsurgery.scoring.diagnosis.Diagnosis.state` is."""
     if _first_broken(found) is not None:
         return "broken"
     if found.vanishes_at() is not None:
@@ -52,7 +52,7 @@ def state_of(found: Diagnosis) -> State:
 
 
 def in_words(found: Diagnosis) -> str:
-    """What :attr:`vfsurgery.diagnosis.Diagnosis.verdict` says."""
+    """What :attr:`vfsurgery.scoring.diagnosis.Diagnosis.verdict` says."""
     state, broken, start, last = state_of(found), _first_broken(found), found.vanishes_at(), found.layers[-1]
     alone = len(last.sources) == 1
     sources = "the reference" if alone else "the sources"

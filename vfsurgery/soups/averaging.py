@@ -14,20 +14,27 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx, nn
 
-from vfsurgery.batches import Batches, Data
-from vfsurgery.batches import progress as progress_bar
+from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.discovery.recording import record
 from vfsurgery.errors import DataError, OptionError, TraceError, did_you_mean, explain
-from vfsurgery.evaluation import device_of, evaluate, first_images
-from vfsurgery.fragments import Html, table
 from vfsurgery.groups import GroupSet
-from vfsurgery.merging import common_device
+from vfsurgery.merging.shares import shares_of
+from vfsurgery.merging.sparse import MaskPlan, plan_masks, refuse_hooks
+from vfsurgery.merging.work import common_device
 from vfsurgery.passes import Context, KeepZeros, Reset
 from vfsurgery.passes.mask import Choice, Support, check_zeros
-from vfsurgery.report import MergedMasks, Report
-from vfsurgery.results import remember
-from vfsurgery.shares import shares_of
-from vfsurgery.sources import (
+from vfsurgery.records.report import MergedMasks, Report
+from vfsurgery.records.results import remember
+from vfsurgery.rendering.fragments import Html, table
+from vfsurgery.scoring.evaluation import device_of, evaluate, first_images
+from vfsurgery.stats.batch_norms import is_batch_norm
+from vfsurgery.stats.collect import Survey
+from vfsurgery.stats.precision import batches_for
+from vfsurgery.tracing.borrowed import borrowed
+from vfsurgery.tracing.copies import copied, fresh
+from vfsurgery.tracing.precision import is_inexact
+from vfsurgery.tracing.sources import (
     Source,
     canonical_state,
     check_same_architecture,
@@ -37,13 +44,6 @@ from vfsurgery.sources import (
     eval_mode,
     whole_numbers,
 )
-from vfsurgery.sparse import MaskPlan, plan_masks, refuse_hooks
-from vfsurgery.stats.batch_norms import is_batch_norm
-from vfsurgery.stats.collect import Survey
-from vfsurgery.stats.precision import batches_for
-from vfsurgery.tracing.borrowed import borrowed
-from vfsurgery.tracing.copies import copied, fresh
-from vfsurgery.tracing.precision import is_inexact
 from vfsurgery.tracing.wrappers import network
 
 MASKS = ("same", "intersect", "union", "reprune")
@@ -125,7 +125,7 @@ def soup(
     Args:
         models: At least two, of one architecture and on one device. Models trained from different initialisations have
             to be aligned and are for :func:`~vfsurgery.merge`.
-        data: Labelled validation images: what ``greedy`` compares accuracies on. See :mod:`vfsurgery.batches`.
+        data: Labelled validation images: what ``greedy`` compares accuracies on. See :mod:`vfsurgery.data.batches`.
         mask: ``"same"`` keeps the mask that sparse models (a twentieth of zeros) share, and refuses different ones;
             ``"intersect"``, ``"union"`` and ``"reprune"`` as ``masks`` of :func:`~vfsurgery.merge`, over the models
             that stay in; ``None`` averages without a look at zeros.
@@ -138,8 +138,9 @@ def soup(
 
     Returns:
         A module of the first model's class, with its ``state_dict`` keys and training modes; its
-        :func:`~vfsurgery.results.report_of` is a :class:`SoupReport`. Integer buffers are those of the first model in
-        the soup. Beside the models, memory is needed for two of them, and for one byte per weight of sparse ones.
+        :func:`~vfsurgery.records.results.report_of` is a :class:`SoupReport`. Integer buffers are those of the first
+        model in the soup. Beside the models, memory is needed for two of them, and for one byte per weight of sparse
+        ones.
 
     Raises:
         OptionError: an argument is not acceptable, the masks differ, or pruning hooks are still on.

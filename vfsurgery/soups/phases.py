@@ -17,12 +17,12 @@ from typing import Any, Literal, cast
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from vfsurgery.batches import BATCH_SIZE, Data
+from vfsurgery.data.batches import BATCH_SIZE, Data
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.evaluation import evaluate
 from vfsurgery.passes.mask import check_zeros
 from vfsurgery.pruning import Masks, Pruner, prune
 from vfsurgery.pruning.layers import prunable
+from vfsurgery.scoring.evaluation import evaluate
 from vfsurgery.soups.averaging import soup
 from vfsurgery.tracing.copies import copied
 from vfsurgery.training import train
@@ -153,7 +153,7 @@ def sparse_soup(
         DataError: data is missing, empty or without labels.
 
     >>> from vfsurgery.data import digits
-    >>> from vfsurgery.demo import TinyConvNet
+    >>> from vfsurgery.networks.demo import TinyConvNet
     >>> splits = digits()
     >>> brief = Retraining(epochs=1)
     >>> options = {"phases": 2, "copies": 2, "retraining": brief, "plain": False, "progress": False}

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.errors import DataError, explain
-from vfsurgery.excerpts import at_node
 from vfsurgery.stats.moments import Moments, add_batch
 from vfsurgery.stats.prefix import Prefix
+from vfsurgery.tracing.excerpts import at_node
 from vfsurgery.tracing.ops import canonical_key
 from vfsurgery.tracing.values import PRESERVED, floats_per_image, takes_single_images
 

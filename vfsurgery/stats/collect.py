@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from vfsurgery.excerpts import Runner
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
 from vfsurgery.stats.correlation import Centred, CrossMoments
 from vfsurgery.stats.moments import Moments, add_batch
 from vfsurgery.stats.own_outputs import OwnCall
 from vfsurgery.stats.precision import taken_by
 from vfsurgery.tracing.dataflow import reached_by_input
+from vfsurgery.tracing.excerpts import Runner
 from vfsurgery.tracing.ops import Key, canonical_key
 from vfsurgery.tracing.values import VALUE, TensorValue, floats_per_image, takes_single_images
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.batches import Batches, Data, are_tokens
+from vfsurgery.data.batches import Batches, Data, are_tokens
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.precision import is_inexact, real
 
@@ -61,7 +61,7 @@ def batches_for(module: nn.Module, data: Data, device: torch.device, kind: type[
     """Data as batches on a device, in the precision that a module takes; where it has several, read once to try.
 
     Raises:
-        DataError: as :class:`~vfsurgery.batches.Batches`.
+        DataError: as :class:`~vfsurgery.data.batches.Batches`.
     """
     batches = kind(data, device=device, dtype=image_dtype(module))
     if batches.dtype is None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from vfsurgery.batches import Batches, are_tokens
+from vfsurgery.data.batches import Batches, are_tokens
 from vfsurgery.errors import DataError, explain
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.bound import bound_to

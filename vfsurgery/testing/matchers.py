@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from vfsurgery.api import find_groups, match, merge
+from vfsurgery.discovery.finding import find_groups
+from vfsurgery.discovery.maps import Order, UnitMap
 from vfsurgery.groups import GroupSet, Permutation
-from vfsurgery.maps import Order, UnitMap
 from vfsurgery.matching import MATCHERS, Matcher
+from vfsurgery.merging.merge import match, merge
 from vfsurgery.testing.nets import NETS, example_images, make_net
 from vfsurgery.testing.watching import expect, untouched
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.verification import keep_signals_alive, randomize
+from vfsurgery.discovery.verification import keep_signals_alive, randomize
 
 SIDE, CLASSES = 12, 5
 """Height and width of the images, and classes."""

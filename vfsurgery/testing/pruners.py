@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vfsurgery.pruning import PRUNERS, Masks, Pruner, PruneReport, prune
-from vfsurgery.results import report_of
+from vfsurgery.records.results import report_of
 from vfsurgery.testing.nets import CLASSES, NETS, example_images, make_net
 from vfsurgery.testing.watching import expect, first_change, untouched
 

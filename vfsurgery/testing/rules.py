@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from vfsurgery.api import find_groups, verify
+from vfsurgery.discovery.finding import find_groups
+from vfsurgery.discovery.verification.proof import verify
 from vfsurgery.testing.watching import expect, untouched
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.errors import ExampleInputError, explain
+from vfsurgery.errors import (
+    ExampleInputError,
+    explain,
+)
 from vfsurgery.tracing.precision import is_inexact, real
 
 BATCH = 2
@@ -88,3 +91,6 @@ def _torchvision_size(model: nn.Module) -> tuple[int, ...] | None:
             frames = (max(FRAMES, weight.value.meta.get("min_temporal_size", 0)),) if "video" in module.__name__ else ()
             return (3, *frames, side, side)
     return None
+
+
+ExampleInputs: TypeAlias = Tensor | Sequence[Tensor]

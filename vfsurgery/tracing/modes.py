@@ -5,7 +5,7 @@ for the mode itself, it is recorded a second time in training, and the two graph
 
 - A call of functional dropout that is on in training alone becomes a dropout module.
 - Another argument that differs (``dropout_p``, ``training``) is looked up in the module's mode from then on
-  (:mod:`vfsurgery.tracing.mode`).
+  (:mod:`vfsurgery.tracing.followers`).
 - Where training computes something else (auxiliary heads), the graph stays that of eval mode, and the one of training
   lies beside it: groups and proofs look at both.
 """
@@ -24,8 +24,8 @@ from vfsurgery.errors import TraceError
 from vfsurgery.tracing.bound import BOUND
 from vfsurgery.tracing.chance import without_chance
 from vfsurgery.tracing.copies import fresh
+from vfsurgery.tracing.followers import Followers, owner_of
 from vfsurgery.tracing.hooks import ONLOOKERS, Hooks, unwatched, without_backward_hooks
-from vfsurgery.tracing.mode import Followers, owner_of
 from vfsurgery.tracing.tracer import Recording, put_over_model, record_forward
 
 IN_TRAINING = "vfsurgery_in_training"

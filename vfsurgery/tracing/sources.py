@@ -15,7 +15,7 @@ from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, expla
 from vfsurgery.tracing.borrowed import set_mode
 from vfsurgery.tracing.copies import copied, forget_kept, plain_tensors
 from vfsurgery.tracing.dataflow import reaching_output
-from vfsurgery.tracing.mode import FOLLOWS_MODE, in_eval_mode
+from vfsurgery.tracing.followers import FOLLOWS_MODE, in_eval_mode
 from vfsurgery.tracing.modes import in_training, not_followed
 from vfsurgery.tracing.ops import canonical_parameters
 from vfsurgery.tracing.precision import as_real, is_inexact

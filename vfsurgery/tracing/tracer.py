@@ -46,6 +46,7 @@ from vfsurgery.tracing.borrowed import set_mode
 from vfsurgery.tracing.bound import find_bound
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.failures import is_users, not_recorded, shown
+from vfsurgery.tracing.followers import reads_of_mode
 from vfsurgery.tracing.hooks import (
     NO_HOOKS,
     REMOVE,
@@ -56,7 +57,6 @@ from vfsurgery.tracing.hooks import (
     without_global_hooks,
     without_hooks,
 )
-from vfsurgery.tracing.mode import reads_of_mode
 from vfsurgery.tracing.transformers import TRANSFORMERS, one_by_one
 from vfsurgery.tracing.values import KEPT_WHOLE, RETURNS_INPUT, VALUE, abstract, fields_of, is_record
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from vfsurgery.batches import check_labels
-from vfsurgery.batches import progress as progress_bar
 from vfsurgery.data.augmentation import crop_and_flip
+from vfsurgery.data.batches import check_labels
+from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
 from vfsurgery.pruning import Masks
 from vfsurgery.training.resuming import Progress

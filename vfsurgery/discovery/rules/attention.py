@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from vfsurgery.discovery.rules.contraction import align
+from vfsurgery.discovery.rules.registry import rule
 from vfsurgery.groups.axes import (
     AxisRef,
     Concat,
@@ -25,8 +27,6 @@ from vfsurgery.groups.axes import (
     reads,
     tie,
 )
-from vfsurgery.rules.contraction import align
-from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from vfsurgery.discovery.rules.registry import rule
 from vfsurgery.groups.axes import Concat, Constraint, Fixed, Fresh, Product, Take, TensorRef, indifferent, tie, tie_all
-from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 from vfsurgery.tracing.values import VALUE, TensorValue
 

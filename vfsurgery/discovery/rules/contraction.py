@@ -12,8 +12,8 @@ from itertools import pairwise, zip_longest
 
 from torch import nn
 
+from vfsurgery.discovery.rules.registry import rule
 from vfsurgery.groups.axes import AxisRef, Constraint, TensorRef, indifferent, tie
-from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from vfsurgery.discovery.rules.registry import rule
 from vfsurgery.groups.axes import Concat, Constraint, Fresh, Product, TensorRef, pin, tie
-from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
+from vfsurgery.discovery.rules.registry import rule
 from vfsurgery.groups.axes import AxisRef, Concat, Constraint, Expression, Fixed, Fresh, Product, Take, tie
-from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import PERMUTES, PICK, RESHAPES, Op, Step
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from vfsurgery.discovery.rules.registry import rule
 from vfsurgery.groups.axes import Constraint, Fresh, Product, mixes, tie, tie_all
-from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 
 

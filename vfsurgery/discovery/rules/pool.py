@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import nn
 
+from vfsurgery.discovery.rules.registry import rule
 from vfsurgery.groups.axes import Concat, Constraint, Fixed, indifferent, tie
-from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 
 MODULES = (

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from vfsurgery.discovery.rules.registry import rule
 from vfsurgery.groups.axes import (
     Concat,
     Constraint,
@@ -27,7 +28,6 @@ from vfsurgery.groups.axes import (
     reads,
     tie,
 )
-from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import SHAPE_QUERIES, Op, canonical_key
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}

@@ -11,9 +11,9 @@ from typing import cast
 
 from torch.nn.utils import parametrizations
 
+from vfsurgery.discovery.rules.contraction import matrix_product
+from vfsurgery.discovery.rules.registry import rule
 from vfsurgery.groups.axes import Constraint, Product, TensorRef, mixes, tie, tie_all
-from vfsurgery.rules.contraction import matrix_product
-from vfsurgery.rules.registry import rule
 from vfsurgery.tracing.ops import Op
 
 rule("vdot")(matrix_product)

@@ -15,15 +15,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from vfsurgery.discovery.maps import Order, map_tensor
 from vfsurgery.errors import CertificateError, explain
 from vfsurgery.groups import GroupSet, Permutation, permute_tensor
-from vfsurgery.maps import Order, map_tensor
-from vfsurgery.report import Certificate
-from vfsurgery.sources import Source
+from vfsurgery.records.report import Certificate
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.chance import several, without_chance
 from vfsurgery.tracing.modes import in_training
 from vfsurgery.tracing.precision import Precise, is_inexact, raised, real
+from vfsurgery.tracing.sources import Source
 from vfsurgery.tracing.values import tensors_of
 
 TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.sources import canonical_state
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.precision import as_real, is_inexact
+from vfsurgery.tracing.sources import canonical_state
 
 FAINT = 1e-3
 """A matrix whose largest number is smaller (a class token at initialization) changes too little where it is moved."""

@@ -1,6 +1,6 @@
 """Repair of compressed networks after the network that each was made from."""
 
-from vfsurgery.renormalizing.repair import Choice as Choice
-from vfsurgery.renormalizing.repair import passes_named as passes_named
-from vfsurgery.renormalizing.repair import renormalize as renormalize
-from vfsurgery.renormalizing.report import RenormalizeReport as RenormalizeReport
+from vfsurgery.pruning.renormalizing.repair import Choice as Choice
+from vfsurgery.pruning.renormalizing.repair import passes_named as passes_named
+from vfsurgery.pruning.renormalizing.repair import renormalize as renormalize
+from vfsurgery.pruning.renormalizing.report import RenormalizeReport as RenormalizeReport

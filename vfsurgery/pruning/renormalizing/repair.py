@@ -23,8 +23,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from vfsurgery.batches import Batches, Data
-from vfsurgery.computed import PlainCopy, fake_quantized, plain_copy, refresh
+from vfsurgery.data.batches import Batches, Data
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import hidden_norms, record_or_export
 from vfsurgery.errors import (
@@ -36,23 +35,31 @@ from vfsurgery.errors import (
     explain,
 )
 from vfsurgery.groups import GroupSet
-from vfsurgery.merging import ExampleInputs, version_of
 from vfsurgery.passes import Context, Fold, Pass, Pipeline, Repair, Rescale, Reset, Reshift
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.beside import Beside
 from vfsurgery.passes.renormalize import Measured
 from vfsurgery.pruning import Masks
-from vfsurgery.renormalizing.pairing import Keep, Pair, Pairing, Unpaired, find_others, find_stages, pair_stages
-from vfsurgery.renormalizing.references import check_outputs, check_pairing, check_reference, device_of, trace_reference
-from vfsurgery.renormalizing.report import LayerPair, RenormalizeReport
-from vfsurgery.results import remember
-from vfsurgery.sources import Source, canonical_state, eval_mode
+from vfsurgery.pruning.renormalizing.pairing import Keep, Pair, Pairing, Unpaired, find_others, find_stages, pair_stages
+from vfsurgery.pruning.renormalizing.references import (
+    check_outputs,
+    check_pairing,
+    check_reference,
+    device_of,
+    trace_reference,
+)
+from vfsurgery.pruning.renormalizing.report import LayerPair, RenormalizeReport
+from vfsurgery.records.report import version_of
+from vfsurgery.records.results import remember
 from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.stats.collect import Survey, survey
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.stats.together import examples_of, in_bound_runs, note_on
+from vfsurgery.tracing.computed import PlainCopy, fake_quantized, plain_copy, refresh
 from vfsurgery.tracing.copies import copied, forget_kept, fresh
+from vfsurgery.tracing.examples import ExampleInputs
 from vfsurgery.tracing.precision import is_inexact
+from vfsurgery.tracing.sources import Source, canonical_state, eval_mode
 from vfsurgery.tracing.wrappers import as_given, network
 
 Choice: TypeAlias = str | Pass | Sequence[str | Pass]
@@ -77,8 +84,8 @@ def renormalize(
     It does not matter how it was compressed: by ``torch.nn.utils.prune`` (hooks still on, or removed), any other
     pruner, N:M patterns, low-rank factors in the place of a layer, rounded weights, half precision, or an edit
     of your own. Layers are paired by module path, then by their place in the graph; what has no partner is left as it
-    is, and :func:`~vfsurgery.results.report_of` the result names it with the reason. Weights that a parametrization
-    computes cannot be scaled and are left alone, too; a BatchNorm behind them is corrected.
+    is, and :func:`~vfsurgery.records.results.report_of` the result names it with the reason. Weights that a
+    parametrization computes cannot be scaled and are left alone, too; a BatchNorm behind them is corrected.
 
     ``f_p <- (f_p - E f_p) / Std f_p * Std f + E f`` per unit (Qu & Horvath, CPAL 2025, section 5.5), with the moments
     of both networks on ``data``, folded: size and speed stay, and so does every zero of a weight, bit for bit.
@@ -86,13 +93,14 @@ def renormalize(
     Args:
         compressed: The network to repair.
         reference: The network that it was made from, in any precision.
-        data: Calibration images as for :func:`~vfsurgery.api.merge`, labels ignored. One batch of 64 is enough.
+        data: Calibration images as for :func:`~vfsurgery.merging.merge.merge`, labels ignored. One batch of 64 is
+        enough.
         renormalize: ``"auto"``, ``"repair"``, ``"rescale"``, ``"reshift"``, ``"reset"``, a pass such as
             ``Repair(sequential=True)``, or a list of those run in order. ``"auto"`` is REPAIR of all layers, the output
             layer included, after RESET where a BatchNorm has no scale and shift of its own. It runs each of the two
             networks once over the data (with RESET the compressed one twice); ``sequential`` takes a pass per layer.
         keep: For layers that have lost units, by module path: which of the reference's units are left, in their order.
-        example_inputs: As for :func:`~vfsurgery.api.trace`; by default the shape of ``data``'s images.
+        example_inputs: As for :func:`~vfsurgery.discovery.finding.trace`; by default the shape of ``data``'s images.
         inplace: Write the result into ``compressed``, whose tensors keep their storage, once all has succeeded.
             Otherwise a copy is returned. The peak is both networks, one more ``compressed`` (two where hooks or
             parametrizations compute weights), and what a batch needs.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vfsurgery.fragments import LONG, Html, folded, paragraph, paragraphs, table
-from vfsurgery.renormalizing.pairing import Unpaired
-from vfsurgery.report import Report
+from vfsurgery.pruning.renormalizing.pairing import Unpaired
+from vfsurgery.records.report import Report
+from vfsurgery.rendering.fragments import LONG, Html, folded, paragraph, paragraphs, table
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
 """Structured pruning: whole units leave all places of their permutation group, and a smaller plain model is left."""
 
-from vfsurgery.shrinking.prune_units import prune_units as prune_units
-from vfsurgery.shrinking.report import UnitPruneReport as UnitPruneReport
+from vfsurgery.pruning.units.prune_units import prune_units as prune_units
+from vfsurgery.pruning.units.report import UnitPruneReport as UnitPruneReport

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from vfsurgery.discovery.roles import READS
 from vfsurgery.groups import GroupSet, Member, PermutationGroup
 from vfsurgery.passes.producers import TRANSPOSED, is_layer
-from vfsurgery.shrinking.cut import Cut
+from vfsurgery.pruning.units.cut import Cut
 from vfsurgery.stats.collect import Site, survey
 from vfsurgery.stats.correlation import CrossMoments
 from vfsurgery.tracing.ops import Op, OpReader

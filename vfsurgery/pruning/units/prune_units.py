@@ -7,20 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from vfsurgery.api import Renormalization, normalizations
-from vfsurgery.batches import Data
-from vfsurgery.costs import cost_of
+from vfsurgery.data.batches import Data
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
-from vfsurgery.merging import ExampleInputs
-from vfsurgery.results import remember
-from vfsurgery.shrinking.candidates import excluded
-from vfsurgery.shrinking.cut import Cut
-from vfsurgery.shrinking.quota import Quota
-from vfsurgery.shrinking.report import GroupCut, LeftWhole, UnitPruneReport
-from vfsurgery.shrinking.restore import check_restoring
-from vfsurgery.shrinking.saliency import Saliency
-from vfsurgery.shrinking.work import Shrinking
-from vfsurgery.sources import eval_mode
+from vfsurgery.passes.costs import cost_of
+from vfsurgery.passes.normalizations import Renormalization, normalizations
+from vfsurgery.pruning.units.candidates import excluded
+from vfsurgery.pruning.units.cut import Cut
+from vfsurgery.pruning.units.quota import Quota
+from vfsurgery.pruning.units.report import GroupCut, LeftWhole, UnitPruneReport
+from vfsurgery.pruning.units.restore import check_restoring
+from vfsurgery.pruning.units.saliency import Saliency
+from vfsurgery.pruning.units.work import Shrinking
+from vfsurgery.records.results import remember
+from vfsurgery.tracing.examples import ExampleInputs
+from vfsurgery.tracing.sources import eval_mode
 from vfsurgery.tracing.wrappers import network
 
 SALIENCIES, SCOPES, REMOVALS = ("magnitude", "activation"), ("group", "global"), ("drop", "fold")

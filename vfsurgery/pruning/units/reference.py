@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from vfsurgery.discovery.roles import READS
-from vfsurgery.shrinking.cut import Cut
-from vfsurgery.shrinking.rehearsal import reason_of
-from vfsurgery.shrinking.resize import with_tensors
+from vfsurgery.discovery.verification import TOLERANCE, relative_error, several, without_chance
+from vfsurgery.pruning.units.cut import Cut
+from vfsurgery.pruning.units.rehearsal import reason_of
+from vfsurgery.pruning.units.resize import with_tensors
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.modes import in_training, not_followed
 from vfsurgery.tracing.ops import Op, OpReader
@@ -29,7 +30,6 @@ from vfsurgery.tracing.precision import Precise
 from vfsurgery.tracing.tracer import put_over
 from vfsurgery.tracing.transformers import one_by_one
 from vfsurgery.tracing.values import tensors_of
-from vfsurgery.verification import TOLERANCE, relative_error, several, without_chance
 
 LAST_DIMS = (nn.LayerNorm, nn.RMSNorm)
 RUNS = (nn.GroupNorm,)

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vfsurgery.discovery.verification import several, without_chance
 from vfsurgery.errors import SurgeryError
-from vfsurgery.shrinking.cut import Cut
-from vfsurgery.shrinking.resize import Resizer
-from vfsurgery.sources import canonical_state
+from vfsurgery.pruning.units.cut import Cut
+from vfsurgery.pruning.units.resize import Resizer
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.hooks import ONLOOKERS, take_away
 from vfsurgery.tracing.modes import in_training
+from vfsurgery.tracing.sources import canonical_state
 from vfsurgery.tracing.transformers import one_by_one
 from vfsurgery.tracing.values import tensors_of
-from vfsurgery.verification import several, without_chance
 
 
 class Rehearsal:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vfsurgery.costs import Cost
-from vfsurgery.fragments import LONG, Html, folded, paragraph, paragraphs, table
-from vfsurgery.report import Report
-from vfsurgery.shrinking.reference import CutCertificate
+from vfsurgery.passes.costs import Cost
+from vfsurgery.pruning.units.reference import CutCertificate
+from vfsurgery.records.report import Report
+from vfsurgery.rendering.fragments import LONG, Html, folded, paragraph, paragraphs, table
 
 
 @dataclass(frozen=True)

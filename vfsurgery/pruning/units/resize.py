@@ -3,7 +3,7 @@
 A copy is made that takes the smaller tensors in place of the large ones, ties included. Then torch's own modules are
 told: what a module states about sizes (``out_channels``, ``num_features``, ``normalized_shape``, …) follows from its
 new tensors by its class. Sizes that a forward holds in other places (a number of heads, a chunk) are not known here;
-whether the forward still runs is for :mod:`vfsurgery.shrinking.rehearsal` to see.
+whether the forward still runs is for :mod:`vfsurgery.pruning.units.rehearsal` to see.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, fx, nn
 
 from vfsurgery.errors import SurgeryError, explain
-from vfsurgery.shrinking.cut import Cut
+from vfsurgery.pruning.units.cut import Cut
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.modes import in_training
 from vfsurgery.tracing.ops import OpReader, canonical_parameters

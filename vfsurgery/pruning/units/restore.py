@@ -8,17 +8,17 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from vfsurgery.batches import Batches
+from vfsurgery.data.batches import Batches
 from vfsurgery.discovery.recording import record
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.passes import Context, Fold, Pass, Pipeline
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.recalibrate import Reset
 from vfsurgery.passes.renormalize import Measured
-from vfsurgery.shrinking.cut import Cut
-from vfsurgery.sources import Source, eval_mode
+from vfsurgery.pruning.units.cut import Cut
 from vfsurgery.stats.collect import Survey, survey
 from vfsurgery.stats.moments import Moments
+from vfsurgery.tracing.sources import Source, eval_mode
 
 
 def check_restoring(passes: Sequence[Pass]) -> None:

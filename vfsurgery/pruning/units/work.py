@@ -11,33 +11,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.batches import Batches, Data
+from vfsurgery.data.batches import Batches, Data
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import record
+from vfsurgery.discovery.verification import keep_signals_alive, precision_of, randomize
 from vfsurgery.errors import CertificateError, TraceError, explain
 from vfsurgery.groups import GroupSet
-from vfsurgery.merging import ExampleInputs
 from vfsurgery.passes import Context, Pass
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.pruning.layers import prunable, stored_weight
-from vfsurgery.shrinking.candidates import first_and_instead
-from vfsurgery.shrinking.cut import Cut
-from vfsurgery.shrinking.fold import Reader, folded, readers_of, self_correlations, unfolded
-from vfsurgery.shrinking.quota import Quota
-from vfsurgery.shrinking.reference import CutCertificate, certify_cut
-from vfsurgery.shrinking.rehearsal import Rehearsal, largest_working
-from vfsurgery.shrinking.resize import Resizer
-from vfsurgery.shrinking.restore import restore
-from vfsurgery.shrinking.saliency import Saliency, activities, by_user, magnitudes
-from vfsurgery.shrinking.teams import Teams
-from vfsurgery.sources import Source, check_weights
+from vfsurgery.pruning.units.candidates import first_and_instead
+from vfsurgery.pruning.units.cut import Cut
+from vfsurgery.pruning.units.fold import Reader, folded, readers_of, self_correlations, unfolded
+from vfsurgery.pruning.units.quota import Quota
+from vfsurgery.pruning.units.reference import CutCertificate, certify_cut
+from vfsurgery.pruning.units.rehearsal import Rehearsal, largest_working
+from vfsurgery.pruning.units.resize import Resizer
+from vfsurgery.pruning.units.restore import restore
+from vfsurgery.pruning.units.saliency import Saliency, activities, by_user, magnitudes
+from vfsurgery.pruning.units.teams import Teams
 from vfsurgery.stats.correlation import CrossMoments
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.stats.together import examples_of, in_bound_runs
 from vfsurgery.tracing.copies import copied, fresh
+from vfsurgery.tracing.examples import ExampleInputs
 from vfsurgery.tracing.precision import Precise, in_precision, raised, raised_dtype
+from vfsurgery.tracing.sources import Source, check_weights
 from vfsurgery.tracing.tracer import put_over
-from vfsurgery.verification import keep_signals_alive, precision_of, randomize
 
 TOO_SMALL = "too few units to lose one"
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.api import merge
 from vfsurgery.checkpoints import (
     ONNX,
     PROGRAM,
@@ -25,21 +24,22 @@ from vfsurgery.checkpoints import (
     timm_config,
 )
 from vfsurgery.data import Splits
-from vfsurgery.diagnosis import Diagnosis, diagnose
 from vfsurgery.errors import CheckpointError, RecipeError, explain
-from vfsurgery.evaluation import Score, compare, evaluate, first_images
-from vfsurgery.flip_rates import flips
 from vfsurgery.hub.cards import Summary
+from vfsurgery.merging.merge import merge
+from vfsurgery.passes.running import run_passes
 from vfsurgery.pruning import Masks, prune
+from vfsurgery.pruning.renormalizing import renormalize
 from vfsurgery.recipes.expectations import Outcome
 from vfsurgery.recipes.stages.entries import build_normalizations, build_passes
 from vfsurgery.recipes.stages.sections import Source
 from vfsurgery.recipes.stages.steps import MERGED, Step, file_of
 from vfsurgery.recipes.stages.store import Record
-from vfsurgery.renormalizing import renormalize
-from vfsurgery.report import Report
-from vfsurgery.results import report_of
-from vfsurgery.running import run_passes
+from vfsurgery.records.report import Report
+from vfsurgery.records.results import report_of
+from vfsurgery.scoring.diagnosis import Diagnosis, diagnose
+from vfsurgery.scoring.evaluation import Score, compare, evaluate, first_images
+from vfsurgery.scoring.flip_rates import flips
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.examples import BATCH, example_inputs_of, random_images
 from vfsurgery.training import from_seed, train

@@ -10,12 +10,12 @@ from typing import Annotated, Any, cast
 
 from pydantic import BeforeValidator, WithJsonSchema
 
-from vfsurgery.budget import Budget
 from vfsurgery.matching import MATCHERS, Matcher
+from vfsurgery.merging.budget import Budget
+from vfsurgery.merging.shares import plan_shares
 from vfsurgery.passes import NORMALIZATIONS, PASSES, Pass, build_pass
 from vfsurgery.passes.options import build
 from vfsurgery.recipes.sections import FrozenDict, refuse_unknown
-from vfsurgery.shares import plan_shares
 
 NONE = "none"
 """Stands for no normalization."""

@@ -18,9 +18,10 @@ from pydantic import (
 from pydantic_core import CoreSchema
 from torch import Tensor, nn
 
-from vfsurgery.architectures import build_model
 from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS, load_state_dict
 from vfsurgery.errors import OptionError
+from vfsurgery.merging.shares import plan_shares
+from vfsurgery.networks.architectures import build_model
 from vfsurgery.passes import PASSES, pass_options
 from vfsurgery.passes.mask import CHOICES
 from vfsurgery.pruning import PRUNERS, Pruner
@@ -39,7 +40,6 @@ from vfsurgery.recipes.sections import (
     refuse_unknown,
 )
 from vfsurgery.recipes.stages.entries import NONE, Alpha, Boundary, MatcherEntry, Normalizations, Passes, Weights
-from vfsurgery.shares import plan_shares
 
 CHECKPOINTS = (WEIGHTS, ".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".json")
 """How files of weights end; any other text names a model."""

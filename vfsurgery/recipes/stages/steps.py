@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vfsurgery.checkpoints import WEIGHTS
-from vfsurgery.evaluation import ENSEMBLE
 from vfsurgery.matching import MATCHERS
 from vfsurgery.recipes.expectations import is_number
 from vfsurgery.recipes.sections import refuse_unknown
 from vfsurgery.recipes.stages.entries import build_matcher, build_normalizations, build_passes
 from vfsurgery.recipes.stages.sections import Stage
+from vfsurgery.scoring.evaluation import ENSEMBLE
 
 MERGING = ("match", "preserve", "merge")
 """Stages that one merge is made of, in any order; a ``renormalize`` right behind belongs to it as well."""

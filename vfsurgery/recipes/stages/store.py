@@ -17,8 +17,8 @@ from torch import nn
 
 from vfsurgery.checkpoints import load_into, load_state_dict, save_state_dict
 from vfsurgery.errors import CheckpointError, SurgeryError, explain
-from vfsurgery.evaluation import Score
 from vfsurgery.hub.cards import Summary
+from vfsurgery.scoring.evaluation import Score
 
 RECORD, LARGEST = "record.json", 2**28
 """The file of a step's plain values, and the most bytes that are read of one."""

@@ -21,17 +21,17 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.api import normalizations
-from vfsurgery.batches import Batches
+from vfsurgery.data.batches import Batches
+from vfsurgery.discovery.verification import randomize
 from vfsurgery.errors import SurgeryError
 from vfsurgery.matching import MATCHERS
-from vfsurgery.merging import Merging
+from vfsurgery.merging.work import Merging
 from vfsurgery.passes import NORMALIZATIONS, Pass, Regress
+from vfsurgery.passes.normalizations import normalizations
 from vfsurgery.stats.batch_norms import is_batch_norm
+from vfsurgery.testing.zoo.processes import GIB, MEMORY, in_processes
+from vfsurgery.testing.zoo.twins import BYTES, SHRINKS, SIDE_NAMES, TooLargeError, build_quickly, image_inputs, runs
 from vfsurgery.tracing.values import tensors_of
-from vfsurgery.verification import randomize
-from vfsurgery.zoo.processes import GIB, MEMORY, in_processes
-from vfsurgery.zoo.twins import BYTES, SHRINKS, SIDE_NAMES, TooLargeError, build_quickly, image_inputs, runs
 
 IMAGES, BATCH = 16, 8
 """Calibration images of one pair, and how many are in a batch."""
@@ -204,7 +204,7 @@ def merge_zoo(
     """Merge pairs of many models, each in a process of its own; models that the table lists already are left out.
 
     Args:
-        names: Models as :func:`~vfsurgery.zoo.survey.model_names` gives them.
+        names: Models as :func:`~vfsurgery.testing.zoo.survey.model_names` gives them.
         table: The CSV file, appended to after each model.
         memory: GiB that a model's process may allocate.
         limit: Seconds that it may take.

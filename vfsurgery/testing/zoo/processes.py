@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-PRELOADED = ["torch", "timm", "torchvision.models", "vfsurgery.zoo"]
+PRELOADED = ["torch", "timm", "torchvision.models", "vfsurgery.testing.zoo"]
 GIB = 2**30
 MEMORY = 8.0
 """GiB that the process of one model may allocate."""

@@ -3,7 +3,7 @@
 Weights are random and nothing is downloaded. A process per model keeps one model's memory, time and crashes from the
 next; it is forked from a server that has the libraries loaded. Its result is appended to a CSV file at once, so that a
 survey that was cut off goes on where it stopped. What a proof ran on (the model itself, smaller images, a twin) is a
-column of the table; see :mod:`vfsurgery.zoo.twins`.
+column of the table; see :mod:`vfsurgery.testing.zoo.twins`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.partial import find_partly
 from vfsurgery.discovery.recording import record_or_export
+from vfsurgery.discovery.verification import Verification, prove
 from vfsurgery.errors import OptionError, TraceError, explain
 from vfsurgery.groups import GroupSet
-from vfsurgery.verification import Verification, prove
-from vfsurgery.zoo.matrix import Cell, matrix_section
-from vfsurgery.zoo.processes import GIB, MEMORY, in_processes
-from vfsurgery.zoo.twins import (
+from vfsurgery.testing.zoo.matrix import Cell, matrix_section
+from vfsurgery.testing.zoo.processes import GIB, MEMORY, in_processes
+from vfsurgery.testing.zoo.twins import (
     BYTES,
     Subject,
     TooLargeError,
@@ -81,8 +81,8 @@ class Survey:
 def survey_model(spec: str, memory: float = MEMORY) -> Survey:
     """Build one model with random weights, find its groups at its own input size and verify them, here and now.
 
-    All groups are permuted together, with negative controls; see :func:`vfsurgery.verification.prove`. A model too
-    large for that in ``memory`` GiB is traced without weights, and a smaller twin is verified.
+    All groups are permuted together, with negative controls; see :func:`vfsurgery.discovery.verification.prove`. A
+    model too large for that in ``memory`` GiB is traced without weights, and a smaller twin is verified.
     """
     started = time.perf_counter()
     most = memory * GIB / BYTES

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vfsurgery.architectures import build_model
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.partial import parts_of
 from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet
+from vfsurgery.networks.architectures import build_model
 from vfsurgery.tracing.examples import example_inputs_of
 
 BYTES = 26

@@ -1,0 +1,1 @@
+"""One merge: its arguments, the work from traced sources to the result, shares, zeros, choices, budgets."""

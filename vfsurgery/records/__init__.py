@@ -1,0 +1,1 @@
+"""Reports as values, and which report belongs to which model."""

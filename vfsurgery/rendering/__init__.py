@@ -1,0 +1,1 @@
+"""How values look: figures, the HTML page, and what notebooks show."""
