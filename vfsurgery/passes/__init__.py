@@ -3,7 +3,6 @@
 from vfsurgery.passes.average import Average as Average
 from vfsurgery.passes.base import Context as Context
 from vfsurgery.passes.base import Pass as Pass
-from vfsurgery.passes.base import Pipeline as Pipeline
 from vfsurgery.passes.calibrate_biases import CalibrateBiases as CalibrateBiases
 from vfsurgery.passes.closed_form import ClosedFormRepair as ClosedFormRepair
 from vfsurgery.passes.closed_form_reset import ClosedFormReset as ClosedFormReset
@@ -11,6 +10,7 @@ from vfsurgery.passes.fold import Fold as Fold
 from vfsurgery.passes.mask import KeepZeros as KeepZeros
 from vfsurgery.passes.mask import Mask as Mask
 from vfsurgery.passes.options import Option as Option
+from vfsurgery.passes.pipeline import Pipeline as Pipeline
 from vfsurgery.passes.preserve import Preserve as Preserve
 from vfsurgery.passes.recalibrate import Reset as Reset
 from vfsurgery.passes.registry import NORMALIZATIONS as NORMALIZATIONS

@@ -9,21 +9,19 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from vfsurgery.discovery.verification import TOLERANCE, outputs_of, relative_error
 from vfsurgery.errors import CertificateError, DataError, OptionError, explain
+from vfsurgery.passes.base import Context, Pass
 from vfsurgery.stats.precision import image_dtype
 from vfsurgery.tracing.excerpts import Runner, describe_node
 from vfsurgery.tracing.precision import is_inexact, raised
 from vfsurgery.tracing.sources import canonical_state, eval_mode
 from vfsurgery.tracing.values import tensors_of
-
-if TYPE_CHECKING:
-    from vfsurgery.passes.base import Context, Pass
 
 HALF = 8
 """Relative error allowed in half precision, in units of its last place."""

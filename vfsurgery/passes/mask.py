@@ -16,8 +16,9 @@ from torch import Tensor, fx
 
 from vfsurgery.discovery.maps import map_tensor
 from vfsurgery.errors import SurgeryError, explain
-from vfsurgery.passes.base import Context, Pass, Pipeline
+from vfsurgery.passes.base import Context, Pass
 from vfsurgery.passes.contract import check_order
+from vfsurgery.passes.pipeline import Pipeline
 from vfsurgery.tracing.sources import canonical_state
 
 Choice: TypeAlias = Literal["keep", "intersect", "union", "reprune"]
