@@ -5,6 +5,7 @@
 >>> merged = surgery.merge(a, b, example_inputs=torch.randn(2, 4))
 """
 
+from vfsurgery import rendering as rendering  # registers how values look
 from vfsurgery.discovery.finding import find_groups as find_groups
 from vfsurgery.discovery.finding import trace as trace
 from vfsurgery.discovery.maps import UnitMap as UnitMap

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfsurgery.rendering.fragments import LONG, Html, escaped, folded, fragment, paragraph, paragraphs, table
+from vfsurgery.shown import Shown
 
 UNKNOWN_OP_REMEDY = "register a rule with @surgery.rule, see docs/write_a_rule.md; leaf= and pins= are other ways out"
 """What to do about an op without a coupling rule."""
@@ -166,7 +166,7 @@ class PinnedAxis:
 
 
 @dataclass(frozen=True)
-class GroupSet:
+class GroupSet(Shown):
     """The permutation groups of one architecture, the axes that may not move, and the ops that had no rule.
 
     Iterate over it for its groups, index it by a group's name, print it for a table that fits on a screen;
@@ -266,41 +266,11 @@ class GroupSet:
             lines.append(f"    {UNKNOWN_OP_REMEDY}")
         return "\n".join([*lines, *self.notes])
 
-    def _repr_html_(self) -> str:
-        """For notebooks: the first line of the text, and what is below it to unfold."""
-        return fragment(self._headline(), *self.as_html())
-
-    def as_html(self) -> tuple[Html, ...]:
-        """Groups, pinned axes and unknown ops, each as a table to unfold."""
-        rows = [
-            (group.name, group.label, group.units, group.outer or "", folded(str(len(group.members)), _listed(group)))
-            for group in self.groups
-        ]
-        parts = [
-            folded(
-                f"{len(rows)} groups",
-                table(["group", "first written by", "units", "inside", "members"], rows),
-                unfolded=len(rows) <= LONG,
-            )
-        ]
-        if self.pinned:
-            pins = [(f"{pin.parameter}[{pin.dim}]", pin.count, pin.reason) for pin in self.pinned]
-            parts.append(folded(f"{len(pins)} pinned axes", table(["axis", "indices", "because"], pins)))
-        if self.unknown_ops:
-            ops = table(["ops without a coupling rule: all that they touch is pinned"], zip(self.unknown_ops))
-            parts.append(folded(f"{len(self.unknown_ops)} ops without a rule", ops, paragraph(UNKNOWN_OP_REMEDY)))
-        return (*parts, paragraphs(self.notes))
-
 
 def _first(lines: Sequence[str], what: str) -> list[str]:
     """The first lines, and how many more there are."""
     rest = len(lines) - SHOWN
     return [*lines[:SHOWN], *([f"    ... and {rest} more {what}"] if rest > 0 else [])]
-
-
-def _listed(group: PermutationGroup) -> Html:
-    """The members, one a line."""
-    return Html("<br>".join(escaped(str(member)) for member in group.members))
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,13 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from vfsurgery.errors import OptionError, did_you_mean, explain
-
-if TYPE_CHECKING:
-    from vfsurgery.passes.base import Pass
+from vfsurgery.passes.base import Pass
 
 T = TypeVar("T")
 

@@ -24,7 +24,6 @@ from vfsurgery.passes.preserve import standalone
 from vfsurgery.passes.renormalize import Renormalize
 from vfsurgery.records.report import Report
 from vfsurgery.records.results import remember
-from vfsurgery.rendering.fragments import Html, table
 from vfsurgery.stats.collect import Site, Survey, survey
 from vfsurgery.stats.precision import batches_for, image_dtype
 from vfsurgery.stats.together import examples_of, in_bound_runs
@@ -79,11 +78,6 @@ class PassReport(Report):
     sources: int
     seed: int
     guards: tuple[str, ...]
-
-    def as_html(self) -> tuple[Html, ...]:
-        """The passes in their order."""
-        rows = [(str(step).partition(";")[0], len(step.added), len(step.removed), step.error) for step in self.passes]
-        return (table(["pass", "nodes added", "removed", "error, where the function is kept"], rows),)
 
     def __str__(self) -> str:
         lines = [f"{len(self.passes)} passes on {self.model}"]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vfsurgery.records.report import Report
-from vfsurgery.rendering.fragments import LONG, Html, folded, paragraph, paragraphs, table
 
 
 @dataclass(frozen=True)
@@ -70,19 +69,6 @@ class PruneReport(Report):
         for layer, entry in zip(self.layers, plain["layers"], strict=True):
             entry["sparsity"] = layer.sparsity
         return {**plain, "sparsity": self.sparsity, "of_parameters": self.of_parameters}
-
-    def as_html(self) -> tuple[Html, ...]:
-        """How it was done, and the layers."""
-        rows = [(layer.name, layer.entries, f"{layer.sparsity:.2%}", layer.dense) for layer in self.layers]
-        return (
-            paragraph(f"Method {self.method}, compared by {self.scope}; seed {self.seed}."),
-            paragraphs(self.notes),
-            folded(
-                f"{len(rows)} layers",
-                table(["weight", "entries", "zero", "dense, because"], rows),
-                unfolded=len(rows) <= LONG,
-            ),
-        )
 
     def __str__(self) -> str:
         asked = self.requested

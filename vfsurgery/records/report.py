@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vfsurgery.groups import GroupSet
-from vfsurgery.rendering.fragments import LONG, Html, folded, fragment, paragraph, paragraphs, table, verbatim
+from vfsurgery.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class MergedMasks:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """What was done to make a model: frozen, printable, and as JSON readable by machines."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,15 +195,6 @@ class Report:
     def to_json(self) -> str:
         """The record as indented JSON."""
         return json.dumps(self.to_dict(), indent=2)
-
-    def _repr_html_(self) -> str:
-        """For notebooks: the first line of the text, tables, and the whole text to unfold."""
-        first = str(self).partition("\n")[0]
-        return fragment(first, *self.as_html(), folded("the whole report", verbatim(str(self))))
-
-    def as_html(self) -> tuple[Html, ...]:
-        """What a notebook shows of it without a click, beside its first line."""
-        return ()
 
 
 @dataclass(frozen=True)
@@ -253,32 +244,6 @@ class MergeReport(Report):
             plain[name] = None if value is None else dataclasses.asdict(value)
         plain["versions"], plain["seconds"] = dict(self.versions), dict(self.seconds)
         return json.loads(json.dumps(plain))
-
-    def as_html(self) -> tuple[Html, ...]:
-        """How it was done, the certificates, what was tried, and to unfold: matches and groups."""
-        steps = ", ".join(self.renormalize) or "none"
-        matches = [
-            (source if self.sources > 2 else "", *others)
-            for source, *others in (dataclasses.astuple(match) for match in self.matches)
-        ]
-        headers = ["source", "group", "first written by", "units", "similarity before", "after", "moved"]
-        return (
-            paragraph(f"Matching {self.matching}; renormalization {steps}; seed {self.seed}."),
-            paragraphs(f"{certificate.mark} {certificate}" for certificate in self.certificates),
-            paragraphs(part for part in (self.preserved, self.masks, *self.notes) if part is not None),
-            table(
-                ["tried", "agrees with the ensemble", "cross-entropy to it", "seconds", ""],
-                [trial.cells for trial in self.trials],
-            ),
-            folded(
-                "what matching did",
-                table(headers, matches),
-                unfolded=len(matches) <= LONG,
-            )
-            if matches
-            else Html(""),
-            folded(f"{len(self.groups)} permutation groups", *self.groups.as_html()),
-        )
 
     def __str__(self) -> str:
         steps = ", ".join(self.renormalize) or "none"

@@ -9,16 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from vfsurgery.checkpoints import atomic
+from vfsurgery.scoring.curves import Curves
+from vfsurgery.scoring.diagnosis import Diagnosis
+from vfsurgery.scoring.evaluation import Barrier
+from vfsurgery.shown import draw
 
 if TYPE_CHECKING:
-    from vfsurgery.scoring.diagnosis import Diagnosis
-    from vfsurgery.scoring.evaluation import Barrier
-    from vfsurgery.scoring.sweeps import Sweep
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = {"naive": "#D55E00", "aligned": "#0072B2", "renormalized": "#009E73"}
 """From the palette of Okabe and Ito, told apart by colour-blind readers too."""
@@ -42,19 +41,21 @@ Label = tuple[float, str, str]
 """Height in data coordinates, text, colour."""
 
 
+@draw.register(Barrier)
 def draw_barrier(found: Barrier, path: str | Path) -> Path:
     """Draw accuracy and loss along alpha, side by side, into ``path``; its ending is the format, PNG without one.
 
     Raises:
         CheckpointError: The file cannot be written; nothing is left of it then.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = _figure(11, 4.6)
     left, right = figure.subplots(1, 2)
     _draw_panel(left, "accuracy", found)
     _draw_panel(right, "loss", found)
     return _save(figure, path)
 
 
+@draw.register(Diagnosis)
 def draw_diagnosis(found: Diagnosis, path: str | Path) -> Path:
     """Draw the panels of :func:`diagnosis_panels` side by side into ``path``; its ending is the format, else PNG.
 
@@ -62,14 +63,15 @@ def draw_diagnosis(found: Diagnosis, path: str | Path) -> Path:
         CheckpointError: The file cannot be written; nothing is left of it then.
     """
     panels = diagnosis_panels(found)
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    for axes, (title, draw) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    figure = _figure(15, 4.8)
+    for axes, (title, panel) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         axes.set_title(title, loc="left", fontsize=12)
-        draw(axes)
+        panel(axes)
     return _save(figure, path)
 
 
-def draw_sweep(found: Sweep, path: str | Path, published: Mapping[str, Sequence[float | None]] | None = None) -> Path:
+@draw.register(Curves)
+def draw_sweep(found: Curves, path: str | Path, published: Mapping[str, Sequence[float | None]] | None = None) -> Path:
     """Draw accuracy over sparsity: for each method dashed as pruned, solid as renormalized, and the dense network.
 
     Args:
@@ -80,15 +82,15 @@ def draw_sweep(found: Sweep, path: str | Path, published: Mapping[str, Sequence[
     Raises:
         CheckpointError: The file cannot be written; nothing is left of it then.
     """
-    figure = Figure(figsize=(8.6, 4.8), layout="constrained")
+    figure = _figure(8.6, 4.8)
     sweep_panel(found, published)(figure.subplots())
     return _save(figure, path)
 
 
-def sweep_panel(found: Sweep, published: Mapping[str, Sequence[float | None]] | None = None) -> Draw:
+def sweep_panel(found: Curves, published: Mapping[str, Sequence[float | None]] | None = None) -> Draw:
     """The panel of :func:`draw_sweep`."""
 
-    def draw(axes: Axes) -> None:
+    def panel(axes: Axes) -> None:
         for number, (method, cells) in enumerate(found.curves.items()):
             colour, places = PALETTE[number % len(PALETTE)], [100 * cell.sparsity for cell in cells]
             for label, style in ((method, "--"), (f"{method} renormalized", "-")):
@@ -108,7 +110,15 @@ def sweep_panel(found: Sweep, published: Mapping[str, Sequence[float | None]] | 
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
 
-    return draw
+    return panel
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty one, of a size in inches."""
+    # Imported here because matplotlib takes half a second, which only those who draw should wait.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
@@ -117,16 +127,18 @@ def _save(figure: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
-Draw: TypeAlias = Callable[[Axes], None]
+Draw: TypeAlias = "Callable[[Axes], None]"
 
 
-def svg(draw: Draw, name: str) -> str:
+def svg(panel: Draw, name: str) -> str:
     """Draw one panel as an SVG element to put into a page: no size of its own, all its ids beginning with ``name``.
 
     The text stays text, so that it can be searched and read aloud.
     """
-    figure = Figure(figsize=(5.6, 3.7), layout="constrained")
-    draw(figure.subplots())
+    import matplotlib
+
+    figure = _figure(5.6, 3.7)
+    panel(figure.subplots())
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # the salt makes ids repeatable
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
@@ -142,13 +154,13 @@ def diagnosis_panels(found: Diagnosis, before: Diagnosis | None = None) -> Mappi
     """The panels of a diagnosis by their titles, each over relative depth."""
 
     def of_depth(panel: Callable[[Axes, Diagnosis, Diagnosis | None], None]) -> Draw:
-        def draw(axes: Axes) -> None:
+        def over_depth(axes: Axes) -> None:
             panel(axes, found, before)
             axes.set_xlabel("relative depth (%)", fontsize=11)
             axes.set_xlim(-2, 102)
             _finish(axes)
 
-        return draw
+        return over_depth
 
     return {
         "feature norm relative to the sources": of_depth(_draw_ratios),

@@ -1,20 +1,20 @@
-"""What notebooks show of measurements that have figures."""
+"""What notebooks show of measurements."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from vfsurgery.rendering.figures import Draw, barrier_panels, diagnosis_panels, svg
 from vfsurgery.rendering.fragments import LONG, Html, bar, figure, folded, fragment, paragraph, paragraphs, table
+from vfsurgery.scoring.diagnosis import Diagnosis
+from vfsurgery.scoring.evaluation import Barrier
+from vfsurgery.scoring.flip_rates import Flips
+from vfsurgery.shown import html_of
 
-if TYPE_CHECKING:
-    from vfsurgery.scoring.diagnosis import Diagnosis
-    from vfsurgery.scoring.evaluation import Barrier
 
-
+@html_of.register(Barrier)
 def barrier_html(found: Barrier) -> str:
     """Scores of the ends, the barriers, and the curves."""
     scores = {"source a": found.a, "source b": found.b, "ensemble": found.ensemble}
@@ -30,6 +30,7 @@ def barrier_html(found: Barrier) -> str:
     )
 
 
+@html_of.register(Diagnosis)
 def diagnosis_html(found: Diagnosis) -> str:
     """The verdict, a row per layer, and the figure that shows vanishing; the page has the others."""
     rows = [
@@ -54,6 +55,23 @@ def diagnosis_html(found: Diagnosis) -> str:
         paragraphs(f"not compared: {layer}" for layer in found.unpaired),
         _figures(dict(islice(diagnosis_panels(found).items(), 1)), str(found)),
     )
+
+
+@html_of.register(Flips)
+def flips_html(found: Flips) -> str:
+    """A row per old model."""
+    rows = [
+        (
+            rates.old,
+            rates.count,
+            *(f"{share:.2%}" for share in (rates.negative_rate, rates.positive_rate)),
+            rates.relative_negative_rate,
+            f"{rates.negative_impact:.2%}",
+        )
+        for rates in found.rows
+    ]
+    headers = ["old model", "images", "negative", "positive", "relative negative", "share of new errors"]
+    return fragment("flips", table(headers, rows))
 
 
 def _figures(panels: Mapping[str, Draw], content: str) -> Html:

@@ -11,24 +11,22 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import TYPE_CHECKING, Any
 
 from vfsurgery.checkpoints import write_text
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.records.report import MergeReport, Report
 from vfsurgery.rendering.figures import Draw, barrier_panels, diagnosis_panels, draw_costs, svg, sweep_panel
+from vfsurgery.scoring.curves import Curves
+from vfsurgery.scoring.diagnosis import CostRow, Diagnosis
+from vfsurgery.scoring.evaluation import Barrier, Score
+from vfsurgery.scoring.flip_rates import Flips
+from vfsurgery.scoring.layers import LayerDiagnosis
 from vfsurgery.scoring.verdict import VANISHED
+from vfsurgery.shown import write_page
 
 if TYPE_CHECKING:
-    from vfsurgery.scoring.diagnosis import Diagnosis, LayerDiagnosis
-    from vfsurgery.scoring.evaluation import Barrier, Score
-    from vfsurgery.scoring.flip_rates import Flips
-    from vfsurgery.scoring.sweeps import Sweep
-
-CostRow: TypeAlias = tuple[int, float, float, float]
-"""Layers preserved, FLOPs and parameters relative to one source, accuracy from 0 to 1."""
+    from jinja2 import Environment
 
 TONES = {"broken": "bad", "vanished": "bad", "faded": "fair", "grown": "fair", "kept": "good"}
 """Colour of the verdict."""
@@ -37,7 +35,8 @@ GOLDEN_ANGLE = 137.508
 """Degrees between the hues of consecutive groups: however many there are, neighbours differ."""
 
 
-def write_page(
+@write_page.register(Diagnosis)
+def diagnosis_page(
     found: Diagnosis,
     path: str | Path,
     *,
@@ -48,7 +47,7 @@ def write_page(
     flips: Flips | None = None,
     cost_curve: Sequence[CostRow] | None = None,
     before: Diagnosis | None = None,
-    sweep: Sweep | None = None,
+    sweep: Curves | None = None,
 ) -> Path:
     """What :meth:`vfsurgery.scoring.diagnosis.Diagnosis.page` does.
 
@@ -197,6 +196,9 @@ def _figures(panels: Mapping[str, Draw], name: str) -> list[tuple[str, str]]:
 
 
 def _environment() -> Environment:
+    # Imported here because whoever writes no page should not wait for it.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     made = Environment(
         loader=PackageLoader("vfsurgery.rendering", ""),
         autoescape=True,

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -25,58 +25,25 @@ from torch import nn
 from vfsurgery.data.batches import Batches, Data
 from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.errors import IncompatibleModelsError, OptionError, explain
-from vfsurgery.scoring.verdict import VANISHED, Remedy, State, in_words, state_of
-from vfsurgery.stats.layers import BATCH_NORM, LayerStatistics, Reading
+from vfsurgery.records.report import Report
+from vfsurgery.scoring.curves import Curves
+from vfsurgery.scoring.evaluation import Barrier, Score
+from vfsurgery.scoring.flip_rates import Flips
+from vfsurgery.scoring.layers import LayerDiagnosis
+from vfsurgery.scoring.verdict import VANISHED, Remedy, State, first_below, in_words, state_of
+from vfsurgery.shown import Shown, draw, write_page
+from vfsurgery.stats.layers import BATCH_NORM, Reading
 from vfsurgery.tracing.sources import eval_mode
 from vfsurgery.tracing.wrappers import network
-
-if TYPE_CHECKING:
-    from vfsurgery.records.report import Report
-    from vfsurgery.rendering.page import CostRow
-    from vfsurgery.scoring.evaluation import Barrier, Score
-    from vfsurgery.scoring.flip_rates import Flips
-    from vfsurgery.scoring.sweeps import Sweep
 
 Distance: TypeAlias = Literal["paper", "code"]
 """How the smoothed bound counts layers: to the last one, or to one beyond it."""
 
+CostRow: TypeAlias = tuple[int, float, float, float]
+"""Layers preserved, FLOPs and parameters relative to one source, accuracy from 0 to 1."""
+
 DEPTHS = tuple(step / 20 for step in range(1, 21))
 """Relative depths at which the paper shows its curves: 5 %, 10 %, ..., 100 %."""
-
-
-@dataclass(frozen=True)
-class LayerDiagnosis:
-    """One layer of the model beside the same layer of its sources.
-
-    ``position`` counts the layers of the sources in order of execution, from 0; ``depth`` is that as a share, 0 to 1.
-    ``feature`` is the mean over images of ``||f(x) - f(0)||``, ``offset`` is ``||f(0)||``, both over the root of the
-    number of values; ``variance`` is the mean over units of their variance over images and positions.
-    """
-
-    name: str
-    kind: str
-    position: int
-    depth: float
-    model: LayerStatistics
-    sources: tuple[LayerStatistics, ...]
-
-    @property
-    def ratio(self) -> float:
-        """``feature`` of the model over the mean of the sources'; NaN where the sources have none."""
-        return _ratio(self.model.feature, self.source("feature"))
-
-    @property
-    def variance_ratio(self) -> float:
-        """``variance`` of the model over the mean of the sources' (Jordan et al., REPAIR, 2023)."""
-        return _ratio(self.model.variance, self.source("variance"))
-
-    def source(self, quantity: Literal["feature", "offset", "variance"]) -> float:
-        """The mean of a quantity over the sources."""
-        return sum(getattr(source, quantity) for source in self.sources) / len(self.sources)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, the ratios included."""
-        return {**asdict(self), "ratio": self.ratio, "variance_ratio": self.variance_ratio}
 
 
 @dataclass(frozen=True)
@@ -91,7 +58,7 @@ class Unpaired:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Shown):
     """What :func:`diagnose` found; print it for a table, or make a page of it.
 
     ``layers`` are in the sources' order of execution, and ``entries`` is how many layers the sources have: those of
@@ -138,8 +105,7 @@ class Diagnosis:
 
     def vanishes_at(self, threshold: float = VANISHED) -> LayerDiagnosis | None:
         """The first layer from which on no ratio reaches ``threshold``, or ``None``."""
-        pairs = zip(self.layers, self.bound, strict=True)
-        return next((layer for layer, bound in pairs if bound < threshold), None)
+        return first_below(self.layers, self.bound, threshold)
 
     @property
     def recommended(self) -> Remedy:
@@ -150,12 +116,12 @@ class Diagnosis:
     @property
     def state(self) -> State:
         """What became of the features, in one word."""
-        return state_of(self)
+        return state_of(self.layers, self.bound)
 
     @property
     def verdict(self) -> str:
         """In words: where features vanish, and what to do about it and why; or that nothing vanishes."""
-        return in_words(self)
+        return in_words(self.layers, self.bound, self.recommended)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; what is not a finite number is ``None``."""
@@ -192,10 +158,7 @@ class Diagnosis:
         Raises:
             CheckpointError: the file cannot be written; nothing is left of it then.
         """
-        # Imported here because matplotlib takes half a second, which only those who draw should wait.
-        from vfsurgery.rendering.figures import draw_diagnosis
-
-        return draw_diagnosis(self, path)
+        return draw(self, path)
 
     def page(
         self,
@@ -208,7 +171,7 @@ class Diagnosis:
         flips: Flips | None = None,
         cost_curve: Sequence[CostRow] | None = None,
         before: Diagnosis | None = None,
-        sweep: Sweep | None = None,
+        sweep: Curves | None = None,
     ) -> Path:
         """Write one HTML file that needs nothing beside it, neither files nor a network.
 
@@ -227,8 +190,6 @@ class Diagnosis:
             OptionError: ``own`` is no name in ``scores``, or a row of ``cost_curve`` does not have four numbers.
             CheckpointError: the file cannot be written; nothing is left of it then.
         """
-        from vfsurgery.rendering.page import write_page
-
         return write_page(
             self,
             path,
@@ -258,11 +219,6 @@ class Diagnosis:
                 f"{layer.model.offset:>11.3g}{layer.source('offset'):>11.3g}{layer.variance_ratio:>16.3g}"
             )
         return "\n".join([*lines, *(f"  not compared: {layer}" for layer in self.unpaired)])
-
-    def _repr_html_(self) -> str:
-        from vfsurgery.rendering.notebook import diagnosis_html
-
-        return diagnosis_html(self)
 
     def _backwards(self, smooth: Callable[[float, int], float]) -> tuple[float, ...]:
         """``e_l = max(s_l, r_l)`` from the last layer back; layers that are missing, or NaN, do not raise it."""
@@ -355,10 +311,6 @@ def _compare(model: str, images: int, readings: Sequence[Reading]) -> Diagnosis:
         alone |= {name: f"the model has it, source {number} has not" for name in own if name not in other} | alone
         alone |= {name: f"source 0 has it, source {number} has not" for name in order if name not in other} | alone
     return Diagnosis(model, images, len(order), layers, tuple(Unpaired(*pair) for pair in alone.items()))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
 
 
 def _first(names: Mapping[str, object]) -> str:

@@ -21,6 +21,7 @@ from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, ex
 from vfsurgery.merging.merge import ExampleInputs, Made, Matchings, made, merge
 from vfsurgery.passes.agreement import judged
 from vfsurgery.passes.normalizations import Renormalization
+from vfsurgery.shown import Shown, draw
 from vfsurgery.stats.precision import accepted_dtype, batches_for
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.sources import eval_mode
@@ -246,7 +247,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class Barrier:
+class Barrier(Shown):
     """What :func:`barrier` found: two sources, their ensemble, and the curves between them. Print it for a table."""
 
     a: Score
@@ -287,15 +288,7 @@ class Barrier:
         Raises:
             CheckpointError: The file cannot be written; nothing is left of it then.
         """
-        # Imported here because matplotlib takes half a second, which only those who draw should wait.
-        from vfsurgery.rendering.figures import draw_barrier
-
-        return draw_barrier(self, path)
-
-    def _repr_html_(self) -> str:
-        from vfsurgery.rendering.notebook import barrier_html
-
-        return barrier_html(self)
+        return draw(self, path)
 
 
 def barrier(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from vfsurgery.data.batches import Batches, Data
 from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.errors import DataError, OptionError, explain
-from vfsurgery.rendering.fragments import fragment, table
 from vfsurgery.scoring.evaluation import device_of, logits_of
+from vfsurgery.shown import Shown
 from vfsurgery.tracing.sources import eval_mode
 
 ALL_RIGHT = "where all were right"
@@ -88,7 +88,7 @@ class FlipRates:
 
 
 @dataclass(frozen=True, slots=True)
-class Flips:
+class Flips(Shown):
     """What :func:`flips` found: one row per old model; print it for a table.
 
     ``all_right`` is the row over only those images that all old models got right.
@@ -108,21 +108,6 @@ class Flips:
 
     def __str__(self) -> str:
         return "\n".join(_table(self))
-
-    def _repr_html_(self) -> str:
-        """For notebooks."""
-        rows = [
-            (
-                rates.old,
-                rates.count,
-                *(f"{share:.2%}" for share in (rates.negative_rate, rates.positive_rate)),
-                rates.relative_negative_rate,
-                f"{rates.negative_impact:.2%}",
-            )
-            for rates in self.rows
-        ]
-        headers = ["old model", "images", "negative", "positive", "relative negative", "share of new errors"]
-        return fragment("flips", table(headers, rows))
 
 
 def relative_negative_rate(negative_rate: float, old_error: float, new_error: float) -> float:

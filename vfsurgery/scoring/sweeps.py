@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,24 +16,11 @@ from vfsurgery.data.batches import Data
 from vfsurgery.pruning import prune_each
 from vfsurgery.pruning.renormalizing import Choice
 from vfsurgery.pruning.renormalizing import renormalize as restore
+from vfsurgery.scoring.curves import DENSE as DENSE
+from vfsurgery.scoring.curves import Cell, Curves
+from vfsurgery.scoring.curves import row as row
 from vfsurgery.scoring.diagnosis import Diagnosis, diagnose
 from vfsurgery.scoring.evaluation import Score, evaluate
-
-DENSE = "dense"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One network of the sweep: pruned by a method to a sparsity, and renormalized."""
-
-    sparsity: float
-    pruned: Score
-    renormalized: Score
-
-    @property
-    def gain(self) -> float:
-        """Accuracy that renormalization brings, -1 to 1."""
-        return self.renormalized.accuracy - self.pruned.accuracy
 
 
 @dataclass(frozen=True)
@@ -50,38 +36,10 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """Accuracy over sparsity for every method; printed as a table."""
+class Sweep(Curves):
+    """Accuracy over sparsity for every method, and the networks of one cell; printed as a table."""
 
-    name: str
-    dense: Score
-    curves: Mapping[str, tuple[Cell, ...]]
     example: Example
-
-    @property
-    def scores(self) -> dict[str, Score]:
-        """Every network's score by the label of its row: ``magnitude 80%``, ``magnitude 80% renormalized``."""
-        rows = {DENSE: self.dense}
-        for method, cells in self.curves.items():
-            for cell in cells:
-                rows[row(method, cell.sparsity)] = cell.pruned
-                rows[row(method, cell.sparsity, renormalized=True)] = cell.renormalized
-        return rows
-
-    def plot(self, path: str | Path, published: Mapping[str, Sequence[float | None]] | None = None) -> Path:
-        """Draw the curves into ``path``, whose ending is the format, PNG without one.
-
-        Args:
-            path: The file.
-            published: Accuracies (%) from elsewhere, by method and by ``METHOD renormalized``, one per sparsity.
-
-        Raises:
-            CheckpointError: the file cannot be written; nothing is left of it then.
-        """
-        # Imported here because matplotlib takes half a second, which only those who draw should wait.
-        from vfsurgery.rendering.figures import draw_sweep
-
-        return draw_sweep(self, path, published)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the weights, as plain JSON values."""
@@ -99,15 +57,6 @@ class Sweep:
 
     def __str__(self) -> str:
         return "\n".join([self.name, *sweep_table(self)])
-
-
-def row(method: str, sparsity: float, renormalized: bool = False) -> str:
-    """The label of one network of a sweep.
-
-    >>> row("magnitude", 0.8), row("magnitude", 0.955, renormalized=True)
-    ('magnitude 80%', 'magnitude 95.5% renormalized')
-    """
-    return f"{method} {100 * sparsity:.4g}%{' renormalized' if renormalized else ''}"
 
 
 def sweep(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
-if TYPE_CHECKING:
-    from vfsurgery.scoring.diagnosis import Diagnosis, LayerDiagnosis
+from vfsurgery.scoring.layers import LayerDiagnosis
 
 VANISHED = 0.1
 """Below this share of the sources' feature norm, features count as vanished."""
@@ -40,27 +40,33 @@ ADVICE: dict[Remedy, str] = {
 """What to do and why, by the name of the pass (Qu & Horvath, CPAL 2025, section 5.3)."""
 
 
-def state_of(found: Diagnosis) -> State:
+def first_below(layers: Sequence[LayerDiagnosis], bound: Sequence[float], threshold: float) -> LayerDiagnosis | None:
+    """The first layer from which on no ratio reaches ``threshold``, or ``None``; ``bound`` is tight, one a layer."""
+    return next((layer for layer, height in zip(layers, bound, strict=True) if height < threshold), None)
+
+
+def state_of(layers: Sequence[LayerDiagnosis], bound: Sequence[float]) -> State:
     """What :attr:`vfsurgery.scoring.diagnosis.Diagnosis.state` is."""
-    if _first_broken(found) is not None:
+    if _first_broken(layers) is not None:
         return "broken"
-    if found.vanishes_at() is not None:
+    if first_below(layers, bound, VANISHED) is not None:
         return "vanished"
-    if found.bound[-1] < FADED:
+    if bound[-1] < FADED:
         return "faded"
-    return "grown" if found.bound[0] > GROWN else "kept"
+    return "grown" if bound[0] > GROWN else "kept"
 
 
-def in_words(found: Diagnosis) -> str:
-    """What :attr:`vfsurgery.scoring.diagnosis.Diagnosis.verdict` says."""
-    state, broken, start, last = state_of(found), _first_broken(found), found.vanishes_at(), found.layers[-1]
+def in_words(layers: Sequence[LayerDiagnosis], bound: Sequence[float], step: Remedy) -> str:
+    """What :attr:`vfsurgery.scoring.diagnosis.Diagnosis.verdict` says; ``step`` is what is recommended."""
+    state, broken, last = state_of(layers, bound), _first_broken(layers), layers[-1]
+    start = first_below(layers, bound, VANISHED)
     alone = len(last.sources) == 1
     sources = "the reference" if alone else "the sources"
     if broken is not None:
         return f"The model's values are not finite from {_place(broken)} on: it holds or makes NaN or infinity."
     at_last = f"{last.ratio:.3g} times at the last layer, {last.name}"
     if state in ("kept", "grown"):
-        known = [layer for layer in found.layers if not math.isnan(layer.ratio)] or [last]
+        known = [layer for layer in layers if not math.isnan(layer.ratio)] or [last]
         lowest, highest = (choose(known, key=lambda layer: layer.ratio) for choose in (min, max))
         if state == "kept":
             return (
@@ -81,15 +87,14 @@ def in_words(found: Diagnosis) -> str:
         f"There the input moves the values by {last.model.feature:.2g} around an offset of {last.model.offset:.2g}, "
         f"in {sources} by {last.source('feature'):.2g} around {last.source('offset'):.2g}."
     )
-    step = found.recommended
     call = f"renormalize(model, reference=..., data=..., renormalize='{step}')" if alone else f"renormalize='{step}'"
     also = "" if alone else "; without data, bias calibration comes near"
     advice = ADVICE[step].format(call=call, owner="the reference" if alone else "a mean of the sources", also=also)
     return f"{words} {offset} Recommended for this kind of network: {advice}"
 
 
-def _first_broken(found: Diagnosis) -> LayerDiagnosis | None:
-    return next((layer for layer in found.layers if not math.isfinite(layer.model.feature)), None)
+def _first_broken(layers: Sequence[LayerDiagnosis]) -> LayerDiagnosis | None:
+    return next((layer for layer in layers if not math.isfinite(layer.model.feature)), None)
 
 
 def _place(layer: LayerDiagnosis) -> str:

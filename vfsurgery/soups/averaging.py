@@ -26,7 +26,6 @@ from vfsurgery.passes import Context, KeepZeros, Reset
 from vfsurgery.passes.mask import Choice, Support, check_zeros
 from vfsurgery.records.report import MergedMasks, Report
 from vfsurgery.records.results import remember
-from vfsurgery.rendering.fragments import Html, table
 from vfsurgery.scoring.evaluation import device_of, evaluate, first_images
 from vfsurgery.stats.batch_norms import is_batch_norm
 from vfsurgery.stats.collect import Survey
@@ -78,14 +77,6 @@ class SoupReport(Report):
     def accuracy(self) -> float | None:
         """Accuracy of a greedy soup on its validation data, 0 to 1."""
         return max((found.soup for found in self.ingredients if found.kept and found.soup is not None), default=None)
-
-    def as_html(self) -> tuple[Html, ...]:
-        """The models in the order in which they were tried."""
-        rows = [
-            (str(found.model), found.accuracy, found.soup, found.weight if found.kept else "left out")
-            for found in self.ingredients
-        ]
-        return (table(["model", "accuracy", "soup", "weight"], rows),)
 
     def __str__(self) -> str:
         kept, kind = sum(found.kept for found in self.ingredients), "greedy" if self.greedy else "average"

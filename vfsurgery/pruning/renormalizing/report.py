@@ -7,7 +7,6 @@ from typing import Any
 
 from vfsurgery.pruning.renormalizing.pairing import Unpaired
 from vfsurgery.records.report import Report
-from vfsurgery.rendering.fragments import LONG, Html, folded, paragraph, paragraphs, table
 
 
 @dataclass(frozen=True)
@@ -52,20 +51,6 @@ class RenormalizeReport(Report):
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers."""
         return {**super().to_dict(), "seconds": dict(self.seconds), "versions": dict(self.versions)}
-
-    def as_html(self) -> tuple[Html, ...]:
-        """Layers with what they were scaled by, and those left as they were."""
-        rows = [(pair.layer, pair.partner, pair.by, pair.units, pair.scale) for pair in self.paired]
-        return (
-            paragraph(f"{self.sparsity:.2%} of the weights are zero, before as after."),
-            paragraphs(self.notes),
-            folded(
-                f"{len(rows)} layers",
-                table(["layer", "of the reference", "found by", "units", "scaled by"], rows),
-                unfolded=len(rows) <= LONG,
-            ),
-            paragraphs(f"Left as it is, {layer}" for layer in self.unpaired),
-        )
 
     def __str__(self) -> str:
         lines = [

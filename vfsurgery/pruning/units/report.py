@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from vfsurgery.passes.costs import Cost
 from vfsurgery.pruning.units.reference import CutCertificate
 from vfsurgery.records.report import Report
-from vfsurgery.rendering.fragments import LONG, Html, folded, paragraph, paragraphs, table
 
 
 @dataclass(frozen=True)
@@ -63,25 +62,6 @@ class UnitPruneReport(Report):
         """Units of all groups before and after, those of groups left whole among them, nested groups once."""
         whole = sum(group.units for group in self.left_whole)
         return sum(g.before for g in self.groups) + whole, sum(g.after for g in self.groups) + whole
-
-    def as_html(self) -> tuple[Html, ...]:
-        """Costs, the certificate, and what each group lost."""
-        rows = [(group.group, group.label, group.before, group.after, "") for group in self.groups]
-        rows += [(group.group, group.label, group.units, group.units, group.reason) for group in self.left_whole]
-        costs = [
-            ("parameters", self.before.parameters, self.after.parameters),
-            ("flops", self.before.flops, self.after.flops),
-        ]
-        return (
-            table(["", "before", "after"], costs),
-            paragraph(f"{'✓' if self.certificate else '✗'} {self.certificate}"),
-            paragraphs(self.notes),
-            folded(
-                f"{len(rows)} groups",
-                table(["group", "first written by", "units", "left", "whole, because"], rows),
-                unfolded=len(rows) <= LONG,
-            ),
-        )
 
     def __str__(self) -> str:
         before, after = self.units
