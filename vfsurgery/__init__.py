@@ -10,7 +10,7 @@ from vfsurgery.discovery.finding import find_groups as find_groups
 from vfsurgery.discovery.finding import trace as trace
 from vfsurgery.discovery.maps import UnitMap as UnitMap
 from vfsurgery.discovery.rules import rule as rule
-from vfsurgery.discovery.verification.proof import verify as verify
+from vfsurgery.discovery.verification import verify as verify
 from vfsurgery.errors import SurgeryError as SurgeryError
 from vfsurgery.errors import SurgeryWarning as SurgeryWarning
 from vfsurgery.groups import GroupSet as GroupSet

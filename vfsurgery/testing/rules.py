@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from vfsurgery.discovery.finding import find_groups
-from vfsurgery.discovery.verification.proof import verify
+from vfsurgery.discovery.verification import verify
 from vfsurgery.testing.watching import expect, untouched
 
 

@@ -12,5 +12,6 @@ from vfsurgery.discovery.verification.lively import keep_signals_alive as keep_s
 from vfsurgery.discovery.verification.lively import randomize as randomize
 from vfsurgery.discovery.verification.proof import Verification as Verification
 from vfsurgery.discovery.verification.proof import prove as prove
+from vfsurgery.discovery.verification.proof import verify as verify
 from vfsurgery.tracing.chance import several as several
 from vfsurgery.tracing.chance import without_chance as without_chance

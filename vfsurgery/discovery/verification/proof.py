@@ -290,7 +290,7 @@ def verify(
     Returns:
         A value that is truthy when proven and prints its figures, and the wrong groups.
 
-    >>> import torch
+    >>> from vfsurgery import find_groups
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> bool(verify(net, find_groups(net, torch.randn(2, 4)), torch.randn(2, 4)))
     True
