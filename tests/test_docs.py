@@ -132,10 +132,13 @@ def test_every_public_name_is_in_the_reference_once():
     assert sorted(listed) == sorted([*names, "groups.axes"])
 
 
-def test_contributing_says_where_each_module_is():
+def test_contributing_has_a_row_for_each_folder_from_the_bottom_up():
     text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8").partition("## Where things are")[2]
-    named = {part for path in re.findall(r"`([\w/.]+)`", text) for part in Path(path.removesuffix(".py")).parts}
-    assert set(test_layout.LADDER) - named == set()
+    rows = re.findall(r"^\| `([\w/]+?)(?:/|\.py)` \|", text, re.MULTILINE)
+    files = (str(path.relative_to(test_layout.PACKAGE).with_suffix("")) for path in test_layout.FILES)
+    assert sorted(rows) == sorted({test_layout.folder(file) for file in files} - {"__init__", "__main__"})
+    floors = [test_layout.floor_of(f"{row}/file", test_layout.FLOORS)[0] for row in rows]
+    assert floors == sorted(floors, reverse=True)
 
 
 def test_what_pages_say_of_coverage_is_what_was_surveyed():

@@ -1,4 +1,4 @@
-"""Data sets: by name, from folders, and as models expect images."""
+"""Data: what it may be and what is held out; data sets by name, from folders, and as models expect images."""
 
 from vfsurgery.data.datasets import DATA as DATA
 from vfsurgery.data.datasets import load_data as load_data
