@@ -281,7 +281,9 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    "where", ["merge", "load_models", "example_inputs_of", "merge_report_of"], ids=lambda where: f"in {where}"
+    "where",
+    ["merge.merge", "jobs.load_models", "merge.example_inputs_of", "merge.merge_report_of"],
+    ids=lambda where: f"in {where}",
 )
 def test_ctrl_c_on_the_command_line(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -290,7 +292,7 @@ def test_ctrl_c_on_the_command_line(
         raise KeyboardInterrupt
 
     before = [path.read_bytes() for path in pair]
-    monkeypatch.setattr(f"vfsurgery.cli.merge.{where}", interrupted)
+    monkeypatch.setattr(f"vfsurgery.cli.{where}", interrupted)
     result = call("merge", *pair, *DEMO, "-o", tmp_path / "ab.onnx")
     assert (result.exit_code, result.stderr.strip()) == (1, "Aborted!")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]

@@ -6,25 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from torch import Tensor, nn
+from torch import Tensor
 
 from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS, check_shard_size
-from vfsurgery.cli.cards import CARD_OPTION, CardRequest
-from vfsurgery.cli.options import (
-    EPILOG,
-    QUIET,
-    check_output,
-    compute_options,
-    data_options,
-    example_input,
-    find_device,
-    import_from_here,
-    load_images,
-    load_models,
-    model_options,
-    say,
-    steps,
-)
+from vfsurgery.cli.jobs import Job, beside, output_options
+from vfsurgery.cli.options import EPILOG, data_options, model_options, say, steps
 from vfsurgery.cli.records import Record
 from vfsurgery.hub.cards import CARD
 from vfsurgery.merging.merge import merge
@@ -54,13 +40,11 @@ from vfsurgery.tracing.examples import example_inputs_of
 @click.option("--max-flops", type=float, metavar="X", help="Keep as many as cost X times the FLOPs of one source.")
 @click.option("--max-params", type=float, metavar="X", help="The same for parameters.")
 @click.option("--masks", help="What the result of pruned sources keeps: keep, intersect, union or reprune.")
-@compute_options("Decides random orders.")
-@click.option("--ema/--no-ema", default=True, help="Whether to take moving averages of weights.  [default: ema]")
-@click.option("--max-shard-size", metavar="SIZE", help="Split weights into files of at most that, as in 5GB.")
-@CARD_OPTION
-@QUIET
-@click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="File ending in .safetensors, .pt2 or .onnx."
+@output_options(
+    "Decides random orders.",
+    ".safetensors, .pt2 or .onnx",
+    click.option("--ema/--no-ema", default=True, help="Whether to take moving averages of weights.  [default: ema]"),
+    click.option("--max-shard-size", metavar="SIZE", help="Split weights into files of at most that, as in 5GB."),
 )
 def merge_checkpoints(**options: Any) -> None:
     """Merge the checkpoints A and B into one network of the same architecture and size.
@@ -91,76 +75,45 @@ def merge_checkpoints(**options: Any) -> None:
         say(f"card in {written[-1].with_name(CARD)}")
 
 
-def merge_files(
-    a: Path, b: Path, output: Path, *, quiet: bool, card: bool, **options: Any
-) -> tuple[MergeReport, tuple[Path, ...]]:
+def merge_files(a: Path, b: Path, output: Path, **options: Any) -> tuple[MergeReport, tuple[Path, ...]]:
     """What the command does with its options: returns the report, and the files written, the report's last."""
-    record = Record.of((a, b), options)
-    request = CardRequest.of((a, b), output) if card else None
-    if len({source.sha256 for source in record.sources}) < len(record.sources) and not quiet:
+    kept = {name: value for name, value in options.items() if name not in ("quiet", "card")}
+    record = Record.of((a, b), kept)
+    if len({source.sha256 for source in record.sources}) < len(record.sources) and not options["quiet"]:
         click.echo(f"warning: {a} and {b} are the same file, and their merge is what they hold", err=True)
-    merged, inputs = _merged(a, b, output, quiet=quiet, **options)
-    report = merge_report_of(merged)
-    written = record.write(merged, inputs, output, _beside(output))
-    if request is not None:
-        request.write(merged, output, written[:-1], options)
-    return report, written
-
-
-def _merged(
-    a: Path,
-    b: Path,
-    output: Path,
-    *,
-    model: str,
-    num_classes: int | None,
-    key: tuple[str, ...],
-    alpha: float,
-    matching: str,
-    renormalize: str,
-    preserve: str | None,
-    max_flops: float | None,
-    max_params: float | None,
-    masks: str | None,
-    seed: int,
-    device: str,
-    ema: bool,
-    max_shard_size: str | None,
-    quiet: bool,
-    **data: Any,
-) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The network, and inputs by which it can be written as a program."""
-    import_from_here()
+    preserve, max_flops, max_params = (options[name] for name in ("preserve", "max_flops", "max_params"))
     whole = not (preserve in (None, "0") and max_flops is None and max_params is None)
-    check_output(output, _beside(output), (a, b), (PROGRAM, ONNX) if whole else (WEIGHTS, PROGRAM, ONNX))
-    if max_shard_size is not None:
-        check_shard_size(max_shard_size)
-    target = find_device(device)
-    source_a, source_b = load_models((a, b), model, num_classes, key, target, ema=ema)
-    calibration = load_images(model, source_a, seed=seed, **data)
-    example = example_input(data["input_size"], target)
+    if options["max_shard_size"] is not None:
+        check_shard_size(options["max_shard_size"])
+    job = Job.begin((a, b), output, (PROGRAM, ONNX) if whole else (WEIGHTS, PROGRAM, ONNX), options)
     merged = merge(
-        source_a,
-        source_b,
-        data=calibration,
-        alpha=alpha,
-        matching=matching,
-        renormalize=steps(renormalize),
+        *job.networks,
+        data=job.images,
+        alpha=options["alpha"],
+        matching=options["matching"],
+        renormalize=steps(options["renormalize"]),
         preserve=_boundary(preserve),
         max_flops=max_flops,
         max_params=max_params,
-        masks=masks,
-        example_inputs=example,
-        seed=seed,
-        progress=not quiet,
+        masks=options["masks"],
+        example_inputs=job.example,
+        seed=options["seed"],
+        progress=not options["quiet"],
     )
-    images = first_images(source_a, calibration) if example is None and calibration is not None else example
-    return merged, () if output.suffix == WEIGHTS else example_inputs_of(source_a, images)
+    report = merge_report_of(merged)
+    written = record.write(merged, _inputs(job), output, beside(output))
+    if job.card is not None:
+        job.card.write(merged, output, written[:-1], options)
+    return report, written
 
 
-def _beside(output: Path) -> Path:
-    """Where the report of a result lies."""
-    return output.with_suffix(".report.json")
+def _inputs(job: Job) -> tuple[Tensor, ...]:
+    """Inputs by which a network is written as a program; weights need none."""
+    if job.output.suffix == WEIGHTS:
+        return ()
+    first = job.networks[0]
+    images = first_images(first, job.images) if job.example is None and job.images is not None else job.example
+    return example_inputs_of(first, images)
 
 
 def _boundary(preserve: str | None) -> int | str:

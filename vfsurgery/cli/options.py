@@ -71,7 +71,7 @@ def say(text: str) -> None:
 
 def model_options(whose: str) -> Callable[[C], C]:
     """Options that say of which architecture the checkpoints are; ``whose`` begins the help, as in ``"Its"``."""
-    return _together(
+    return together(
         click.option("--model", required=True, help=f"{whose}: {FORMS}."),
         click.option("--num-classes", type=int, help="Passed on to the architecture."),
         click.option(
@@ -85,7 +85,7 @@ def model_options(whose: str) -> Callable[[C], C]:
 
 def compute_options(seed: str) -> Callable[[C], C]:
     """Options that say where to compute, and what the seed is for."""
-    return _together(
+    return together(
         click.option("--seed", default=0, show_default=True, help=seed),
         click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1."),
         click.option(
@@ -105,7 +105,7 @@ def _set_threads(context: click.Context, parameter: click.Parameter, count: int 
 
 def data_options(command: C) -> C:
     """Options that say what the calibration data is."""
-    return _together(
+    return together(
         click.option(
             "--data",
             metavar="NAME[:PATH]",
@@ -127,7 +127,7 @@ def data_options(command: C) -> C:
     )(command)
 
 
-def _together(*options: Callable[[C], C]) -> Callable[[C], C]:
+def together(*options: Callable[[C], C]) -> Callable[[C], C]:
     """One decorator for several options, which the help lists in their order."""
 
     def decorate(command: C) -> C:
