@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -19,7 +18,7 @@ from vfsurgery.merging.sparse import plan_masks
 from vfsurgery.merging.work import Merging
 from vfsurgery.passes import Pass, Preserve
 from vfsurgery.passes.normalizations import Renormalization, normalizations
-from vfsurgery.records.results import remember
+from vfsurgery.records.results import remember, way_of
 from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.tracing.examples import ExampleInputs
 from vfsurgery.tracing.selection import Leaf
@@ -40,9 +39,6 @@ class Made:
     preserve: int | Preserve
     masks: str | None
     alpha: float | None
-
-
-_MADE: weakref.WeakKeyDictionary[nn.Module, Made] = weakref.WeakKeyDictionary()
 
 
 def match(
@@ -192,10 +188,9 @@ def merge(
     report = work.report(way.matcher, best.matchings, way.passes, best.certificates, best.context, preserved, trials)
     if work.masks is not None:
         report = replace(report, masks=work.masks.record(merged))
-    remember(merged, report)
     orders = Given(tuple(dict(matching.permutations) for matching in best.matchings))
     alone = None if work.layer_weights else shares[-1]
-    _MADE[merged] = Made(orders, way.passes, kept[0] if kept else 0, masks, alone)
+    remember(merged, report, Made(orders, way.passes, kept[0] if kept else 0, masks, alone))
     return as_given(merged, given[0])
 
 
@@ -205,8 +200,8 @@ def made(merged: nn.Module) -> Made:
     Raises:
         OptionError: it did not.
     """
-    found = _MADE.get(network(merged))
-    if found is None:
+    found = way_of(merged)
+    if not isinstance(found, Made):
         raise OptionError(
             explain(
                 f"this {type(merged).__name__} was not made by merge",

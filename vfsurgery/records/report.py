@@ -185,6 +185,17 @@ class MergedMasks:
 
 
 @dataclass(frozen=True)
+class Unpaired:
+    """A layer that has no partner in the other network, or none that it can be compared with, and why."""
+
+    layer: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Report(Shown):
     """What was done to make a model: frozen, printable, and as JSON readable by machines."""
 

@@ -10,12 +10,15 @@ from vfsurgery.errors import OptionError, explain
 from vfsurgery.records.report import MergeReport, Report
 from vfsurgery.tracing.wrappers import network
 
-_REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Report, object]] = weakref.WeakKeyDictionary()
 
 
-def remember(model: nn.Module, report: Report) -> None:
-    """Have :func:`report_of` give ``report`` for this very model, instead of any earlier one."""
-    _REPORTS[model] = report
+def remember(model: nn.Module, report: Report, way: object = None) -> None:
+    """Have :func:`report_of` give ``report`` for this very model, and :func:`way_of` how to do it again.
+
+    Both take the place of any earlier ones.
+    """
+    _KNOWN[model] = report, way
 
 
 def report_of(model: nn.Module) -> Report:
@@ -24,15 +27,20 @@ def report_of(model: nn.Module) -> Report:
     Raises:
         OptionError: the model does not come from this library.
     """
-    report = _REPORTS.get(network(model))
-    if report is None:
+    found = _KNOWN.get(network(model))
+    if found is None:
         raise OptionError(
             explain(
                 f"this {type(model).__name__} has no report",
                 remedy="ask for the report of the model that merge returned, not of a copy of it",
             )
         )
-    return report
+    return found[0]
+
+
+def way_of(model: nn.Module) -> object:
+    """What was remembered of how this very model was made; ``None`` where nothing was."""
+    return _KNOWN.get(network(model), (None, None))[1]
 
 
 def merge_report_of(model: nn.Module) -> MergeReport:

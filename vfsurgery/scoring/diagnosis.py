@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -25,7 +25,7 @@ from torch import nn
 from vfsurgery.data.batches import Batches, Data
 from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.errors import IncompatibleModelsError, OptionError, explain
-from vfsurgery.records.report import Report
+from vfsurgery.records.report import Report, Unpaired
 from vfsurgery.scoring.curves import Curves
 from vfsurgery.scoring.evaluation import Barrier, Score
 from vfsurgery.scoring.flip_rates import Flips
@@ -44,17 +44,6 @@ CostRow: TypeAlias = tuple[int, float, float, float]
 
 DEPTHS = tuple(step / 20 for step in range(1, 21))
 """Relative depths at which the paper shows its curves: 5 %, 10 %, ..., 100 %."""
-
-
-@dataclass(frozen=True)
-class Unpaired:
-    """A layer that could not be compared, and why."""
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -140,7 +129,7 @@ class Diagnosis(Shown):
                 "recommended": self.recommended,
                 "entries": self.entries,
                 "layers": layers,
-                "unpaired": [asdict(layer) for layer in self.unpaired],
+                "unpaired": [{"name": each.layer, "reason": each.reason} for each in self.unpaired],
                 "depths": DEPTHS,
                 "curves": {name: self.at_depths(values) for name, values in curves.items()},
             }

@@ -28,6 +28,7 @@ from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.passes.affine import tensor_of
 from vfsurgery.passes.producers import CONV, LINEAR, TRANSPOSED, Producer, find_producers, is_layer, is_norm
+from vfsurgery.records.report import Unpaired
 from vfsurgery.stats.collect import Site
 from vfsurgery.tracing.ops import Op, OpReader
 
@@ -102,17 +103,6 @@ class Pair:
     def site(self) -> Site:
         """Where the partner's units are read."""
         return replace(self.partner.end.site, places=None if self.kept is None else self.kept.unsqueeze(1))
-
-
-@dataclass(frozen=True)
-class Unpaired:
-    """A layer that is left as it is, and why."""
-
-    layer: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.layer}: {self.reason}"
 
 
 @dataclass(frozen=True)
