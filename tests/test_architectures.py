@@ -62,6 +62,13 @@ def test_factory(nets):
     assert build_model("mynets:small", 4).out_features == 4
 
 
+@pytest.mark.parametrize("name", ["demo:TinyConvNet", "paper_networks:VGG16"])
+def test_a_network_that_has_moved(name):
+    with pytest.raises(OptionError, match=f"remedy  write vfsurgery.networks.{name}, which is its name now"):
+        build_model(f"vfsurgery.{name}")
+    assert isinstance(build_model(f"vfsurgery.networks.{name}"), nn.Module)
+
+
 @pytest.mark.parametrize("spec", ["resnet18", "timm:", ":resnet18", ""])
 def test_unreadable_name(spec):
     with pytest.raises(OptionError, match=r"does not name a model\n  remedy  write timm:NAME, torchvision:NAME or"):

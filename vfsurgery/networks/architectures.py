@@ -23,6 +23,9 @@ ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
 
 FORMS = "timm:NAME, torchvision:NAME or import.path:factory"
 
+MOVED = {f"vfsurgery.{name}": f"vfsurgery.networks.{name}" for name in ("demo", "paper_networks")}
+"""Modules of networks by the names that they had at first, which recipes and reports may still have."""
+
 
 def build_model(spec: str, num_classes: int | None = None, *, pretrained: bool = False, **others: Any) -> nn.Module:
     """Build a model from its written name, with random weights or with those that its library publishes.
@@ -127,7 +130,8 @@ def find_factory(path: str, name: str, kind: str, forms: str) -> Callable[..., A
         module = importlib.import_module(path)
     except ImportError as error:
         fact = f"cannot import the {kind} {path}:{name}"
-        raise OptionError(explain(fact, cause=error, remedy=f"write {forms}")) from error
+        remedy = f"write {MOVED[path]}:{name}, which is its name now" if path in MOVED else f"write {forms}"
+        raise OptionError(explain(fact, cause=error, remedy=remedy)) from error
     factory = getattr(module, name, None)
     if not callable(factory):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
