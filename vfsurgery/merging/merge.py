@@ -1,4 +1,4 @@
-"""The one-line entry points: check the arguments, build a pipeline, run it."""
+"""``match`` and ``merge``: check the arguments, plan the work, have it done."""
 
 from __future__ import annotations
 

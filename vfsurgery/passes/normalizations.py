@@ -19,11 +19,18 @@ from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.ops import OpReader
 
 Renormalization: TypeAlias = str | Pass | Sequence[str | Pass] | None
+"""What ``renormalize=`` takes."""
 
 
 def normalizations(
     choice: Renormalization, graph_module: fx.GraphModule, groups: GroupSet, data: Data | None
 ) -> tuple[Pass, ...]:
+    """The passes that a choice stands for in a network.
+
+    Raises:
+        OptionError: a name is unknown, an entry is no pass, passes exclude their order, or the graph hides its norms.
+        DataError: a pass needs data and there is none.
+    """
     if choice is None:
         return ()
     if choice == "auto":

@@ -16,6 +16,9 @@ from vfsurgery.errors import (
 )
 from vfsurgery.tracing.precision import is_inexact, real
 
+ExampleInputs: TypeAlias = Tensor | Sequence[Tensor]
+"""One tensor per positional argument of a forward; a single one alone."""
+
 BATCH = 2
 """Images in an example: more than one, so that a batch dim is not mistaken for a broadcast one."""
 
@@ -91,6 +94,3 @@ def _torchvision_size(model: nn.Module) -> tuple[int, ...] | None:
             frames = (max(FRAMES, weight.value.meta.get("min_temporal_size", 0)),) if "video" in module.__name__ else ()
             return (3, *frames, side, side)
     return None
-
-
-ExampleInputs: TypeAlias = Tensor | Sequence[Tensor]
