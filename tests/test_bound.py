@@ -35,6 +35,11 @@ class Number(Tokens):
         return self.a(x).relu().view(int(x.shape[0]), -1, self.a.out_features).mean(1)
 
 
+class Dropped(Number):
+    def tokens(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().tokens(x), 0.5, self.training)
+
+
 class Loop(Tokens):
     def tokens(self, x: Tensor) -> Tensor:
         return torch.stack([self.a(image).relu().mean(0) for image in x])
@@ -45,7 +50,7 @@ class Places(Tokens):
         return torch.stack([self.a(x[place]).relu().mean(0) for place in range(x.shape[0])])
 
 
-BOUND = [Number, Loop, Places]
+BOUND = [Number, Dropped, Loop, Places]
 
 
 def images(count: int = 8) -> Tensor:

@@ -57,7 +57,7 @@ def find_bound(graph: fx.Graph, root: nn.Module, inputs: Sequence[Tensor]) -> in
         return 0
     (count,) = counts
     more = [x.new_zeros(count + 1, *x.shape[1:]) for x in inputs]
-    interpreter = fx.Interpreter(fx.GraphModule(root, graph))
+    interpreter = fx.Interpreter(root, graph=graph)
     with torch.no_grad():
         try:
             expected = _shapes(root(*more))
