@@ -48,6 +48,7 @@ class SparseGPT(Pruner):
         rechoose: Whether blocks choose; else the masks hold as they are.
 
     >>> import torch, vfsurgery as surgery
+    >>> _ = torch.manual_seed(0)
     >>> x, net = torch.randn(64, 6) @ torch.randn(6, 6), torch.nn.Linear(6, 4)
     >>> error = {m: (surgery.prune(net, 0.5, method=m, data=x)(x) - net(x)).norm() for m in ("sparsegpt", "random")}
     >>> bool(error["sparsegpt"] < error["random"])
