@@ -8,11 +8,13 @@ import math
 import re
 
 import pytest
+import torch
 from tiny_nets import groups_of, images, net, planted
 from torch import nn
 
 import vfsurgery as surgery
 from vfsurgery.checkpoints import provenance
+from vfsurgery.errors import CertificateError
 from vfsurgery.hub.cards import Card, Network, Summary
 from vfsurgery.hub.loading import Written
 from vfsurgery.records.report import Certificate, MergeReport
@@ -100,3 +102,30 @@ def test_the_verdict_follows_from_what_was_measured(certificate, mark, words):
 
 def test_a_report_without_the_newer_fields_is_as_before():
     assert dataclasses.asdict(Certificate(1, 0.0, 1e-4, "float32"))["mapped"] == 0
+
+
+class Enlarge(surgery.Pass):
+    """Overflows: what a chain of maps may do to a deep network."""
+
+    name = "enlarge"
+    preserves_function = False
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def run(self, graph_module, context):
+        for weight in graph_module.parameters():
+            if weight.ndim > 1:
+                weight.mul_(self.factor)
+        return graph_module
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_result_that_is_not_finite_is_refused_before_anything_is_written(inplace):
+    a, b = net("chain", 1), net("chain", 2)
+    before = {name: tensor.clone() for name, tensor in a.state_dict().items()}
+    with pytest.raises(CertificateError, match=r"outputs that are not finite\n +renormalization +enlarge"):
+        surgery.merge(a, b, data=DATA, matching="weights", renormalize=Enlarge(1e20), inplace=inplace, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in a.state_dict().items())
+    large = surgery.merge(a, b, data=DATA, matching="weights", renormalize=Enlarge(2.0), progress=False)
+    assert large(DATA[0]).isfinite().all()  # the negative control: the pass is not to blame, the overflow is

@@ -45,7 +45,7 @@ class InvalidWeightsError(SurgeryError):
 
 
 class CertificateError(SurgeryError):
-    """An aligned source does not compute what the source computes; the merge is refused."""
+    """An aligned source does not compute what the source computes, or the result nothing finite; it is refused."""
 
 
 class DataError(SurgeryError, ValueError):

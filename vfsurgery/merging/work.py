@@ -21,6 +21,7 @@ from vfsurgery.discovery.maps import Order, UnitMap, balanced, permutations_of
 from vfsurgery.discovery.recording import hidden_norms, record_or_export
 from vfsurgery.discovery.verification import certify, drift
 from vfsurgery.errors import (
+    CertificateError,
     DataError,
     IncompatibleModelsError,
     InvalidWeightsError,
@@ -42,6 +43,7 @@ from vfsurgery.records.report import Certificate, GroupMatch, MergeReport, Prese
 from vfsurgery.stats.collect import Site, Survey, group_sites, survey
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.stats.together import examples_of, in_bound_runs, note_on
+from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.bound import refuse_bound
 from vfsurgery.tracing.computed import settle
 from vfsurgery.tracing.copies import forget_kept, fresh
@@ -57,6 +59,7 @@ from vfsurgery.tracing.sources import (
     eval_mode,
     write_into,
 )
+from vfsurgery.tracing.values import tensors_of
 
 MERGE_PARTS = (
     "  a part that can be recorded can be merged alone: merge(a.PART, b.PART, example_inputs=..., inplace=True)"
@@ -265,6 +268,9 @@ class Merging:
         """Average the aligned sources into a copy of a, put what is preserved before it, and renormalize it.
 
         ``data`` is what the passes see, by default all calibration images.
+
+        Raises:
+            CertificateError: the result's outputs are not finite.
         """
         if self.units:
             self.survey()
@@ -287,8 +293,25 @@ class Merging:
                     settle(target.model, self.sources[0].model)
 
             merged = Pipeline((*first, *kept, *folded), settled).run(target.graph_module, context)
-        context.restructured = preserve is None and not fits(target.model, merged, self.sources[0].graph_module)
-        return merged if preserve is not None or context.restructured else target.model, context
+            context.restructured = preserve is None and not fits(target.model, merged, self.sources[0].graph_module)
+            result = merged if preserve is not None or context.restructured else target.model
+            self._check_outputs(result, matchings, passes)
+        return result, context
+
+    def _check_outputs(self, result: nn.Module, matchings: Sequence[Matching], passes: Sequence[Pass]) -> None:
+        """Refuse a result that overflows on the example where the first source does not."""
+        if _is_finite(result, self.inputs) or not _is_finite(self.sources[0].model, self.inputs):
+            return
+        mapped = sum(_mapped(matching.permutations) for matching in matchings)
+        raise CertificateError(
+            explain(
+                "the merged network gives outputs that are not finite",
+                renormalization=", ".join(step.name for step in passes) or "none",
+                because=f"{mapped} groups are mapped by matrices, which may enlarge activations" if mapped else None,
+                remedy="statistics measured on data keep activations in bounds: renormalize='reset', 'repair' or "
+                "'regress'; so do permutations: matching='activations' or 'weights'; half precision overflows early",
+            )
+        )
 
     def finish(self, merged: nn.Module, context: Context, inplace: bool, preserved: bool) -> nn.Module:
         """Give the result the reference's training modes, or write it into the reference.
@@ -360,6 +383,11 @@ class Merging:
             preserved=preserved,
             trials=trials,
         )
+
+
+def _is_finite(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    with borrowed(model, {}), torch.no_grad():
+        return all(bool(x.isfinite().all()) for x in tensors_of(model(*inputs)))
 
 
 def _mapped(orders: Mapping[str, Order]) -> int:
