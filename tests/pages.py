@@ -136,20 +136,26 @@ def take(arguments: list[str], folder: Path) -> None:
 
 
 def check_yaml(text: str, folder: Path) -> None:
-    """Whether it is a recipe, or part of one: some of its keys, of those of a pair, or of one in ``recipes/``."""
+    """Whether it is a recipe, or part of one: some of its keys, a stage, or a list of stages."""
     part = yaml.safe_load(text)
-    pair = {"name": "part", "model": "vfsurgery.networks.demo:TinyResNet"}
-    known = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("recipes/**/*.yaml"))]
-    wholes = [part] if "name" in part else [{"name": "part", **part}, {"name": "part", "pairs": [{**pair, **part}]}]
+    frame = {"name": "part", "data": {}, "sources": ["vfsurgery.networks.demo:TinyResNet", {}], "stages": ["merge"]}
+    one = {**frame, "sources": frame["sources"][:1]}
+    stages = part if isinstance(part, list) else [part]
+    wholes = [{**one, "stages": stages}, {**frame, "stages": stages}, {**frame, "stages": ["merge", *stages]}]
+    if isinstance(part, dict) and "name" in part:
+        wholes = [part]
+    elif isinstance(part, dict) and set(part) & set(Recipe.model_fields):
+        known = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("recipes/**/*.yaml"))]
+        wholes = [{**recipe, **part} for recipe in (frame, *known)]
     refusals = []
-    for whole in [*wholes, *({**recipe, **part} for recipe in known if not {"name", "pairs"} & set(part))]:
+    for whole in wholes:
         try:
             Recipe.from_yaml(yaml.safe_dump(whole, sort_keys=False))
         except RecipeError as error:
             refusals.append(str(error))
         else:
             return
-    raise AssertionError("\n".join(refusals[: len(wholes)]))
+    raise AssertionError("\n".join(refusals[:3]))
 
 
 CHECKS: dict[str, Callable[[str, Path], object]] = {

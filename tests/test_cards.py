@@ -34,13 +34,13 @@ IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 RECIPE = """\
 name: tiny
 threads: 1
-pairs:
-  - name: conv
-    model: vfsurgery.networks.demo:TinyConvNet
-    options: {width: 4}
-    training: {epochs: 1}
-    merges: [{label: "naive | <b>", matching: identity, renormalize: null}]
-    alphas: 3
+data: {name: digits}
+sources: [{model: "vfsurgery.networks.demo:TinyConvNet", options: {width: 4}}, {}]
+stages:
+  - train: {epochs: 1}
+  - compare: {ways: ["naive | <b>": {merge: {matching: identity, renormalize: none}}]}
+  - barrier: {alphas: 3}
+  - export: [conv.safetensors]
 """
 
 
@@ -103,10 +103,10 @@ def test_the_card_of_a_run_is_one_that_the_hub_reads(ran):
 
 def test_the_card_of_a_run_has_everything_that_is_known(ran):
     text = (ran / CARD).read_text()
-    assert "vfsurgery.networks.demo:TinyConvNet, trained from seed 0" in text
+    assert "vfsurgery.networks.demo:TinyConvNet, from seed 0" in text
     assert "of 297 calibration images of digits" in text
     assert "aligned source 1 == source 1: holds" in text
-    assert "(conv_barrier.png)" in text
+    assert "(tiny_barrier.png)" in text
     assert file_hash(ran / "conv.safetensors") in text
     recipe = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert recipe is not None
@@ -135,7 +135,7 @@ def test_the_only_network_of_a_run_is_one_that_timm_loads(tmp_path, monkeypatch)
     done = Recipe.from_yaml(recipe).run(tmp_path / "tiny", progress=False)
     loaded = load_as_the_card_says(done.output, monkeypatch)
     images = torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8)
-    torch.testing.assert_close(loaded(images), done.comparisons[0].merged.eval()(images))
+    torch.testing.assert_close(loaded(images), done.findings[0].bench.networks["merged"].model(images))
     config = json.loads((done.output / "config.json").read_text())
     assert config["pretrained_cfg"]["hf_hub_filename"] == "conv.safetensors"  # what timm takes from the Hub
     assert ModelCard.load(done.output / CARD).data.library_name == "timm"

@@ -216,7 +216,7 @@ def of_recipe(**options): ...
         ("example_inputs=torch.randn(2, 1, 8, 8).", "--input-size 1x8x8.", "input_size: 1x8x8."),
         ("merge(a.PART, data=x) or (data=)", "merge(a.PART, data=x) or (--data)", "merge(a.PART, data=x) or (data:)"),
         ("leaf='a' and some.data=3", "leaf='a' and some.data=3", "leaf: a and some.data=3"),
-        ("matching='weights'", "matching='weights'", "match: weights"),
+        ("matching='weights'", "matching='weights'", "matching: weights"),
     ],
 )
 def test_arguments_become_options_where_the_command_has_them(message, options, keys):

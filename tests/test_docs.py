@@ -87,7 +87,7 @@ def test_doctests_of_all_pages_run_in_tox():
         ("bash", "pip install -e '.[dcos]'\n", "there is no extra dcos"),
         ("bash", "mkdir a && tox -e nothing\n", "there is no environment nothing"),
         ("bash", "pytest tests/test_nothing.py\n", "there is no tests/test_nothing.py"),
-        ("yaml", "name: tiny\npairs:\n  - {name: a, modle: timm:resnet18}\n", "modle"),
+        ("yaml", "name: tiny\nsources: [{modle: timm:resnet18}]\nstages: [fold]\n", "modle"),
         ("yaml", "name: tiny\n", "nothing to do"),
         ("yaml", "trainig: {epochs: 3}\n", "trainig"),
         ("toml", "a = \n", "Invalid value"),

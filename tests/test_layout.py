@@ -43,8 +43,8 @@ ONLY_IN = {
     "networkx": [f"discovery/{name}.py" for name in ("nesting", "roles", "unification")],
     "pydantic": [
         "passes/options.py",
-        *(f"recipes/{name}.py" for name in ("pruning_sections", "recipe", "sections")),
-        *(f"recipes/stages/{name}.py" for name in ("entries", "sections", "store")),
+        *(f"recipes/{name}.py" for name in ("bench", "entries", "recipe", "sections", "stage")),
+        *(f"recipes/stages/{name}.py" for name in ("comparing", "looking", "surgery")),
         "recipes/wording.py",
     ],
     "click": [

@@ -15,7 +15,6 @@ from vfsurgery.checkpoints import load_into, load_state_dict
 from vfsurgery.data import digits
 from vfsurgery.errors import OptionError
 from vfsurgery.networks.demo import TinyConvNet, TinyResNet
-from vfsurgery.recipes.experiments import PairFinding
 from vfsurgery.recipes.recipe import Recipe, RecipeRun
 from vfsurgery.training import from_seed
 
@@ -23,29 +22,28 @@ IMAGES = torch.randn(150, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 LABELS = torch.randint(10, (150,), generator=torch.Generator().manual_seed(2))
 
 LAST = {
-    "chosen": "{label: last, matching: auto, renormalize: auto}",
-    "nearer to a": "{label: last, matching: weights, renormalize: reset}",
-    "not renormalized": "{label: last, matching: weights, renormalize: null}",
+    "chosen": "{}",
+    "nearer to a": "{matching: weights, renormalize: reset, alpha: 0.15}",
+    "not renormalized": "{matching: weights, renormalize: none}",
 }
-"""The last merge of a pair, whose files are written."""
+"""The last way to merge, whose files are written."""
 
 
-def pair(last: str, alpha: float = 0.5) -> str:
+def pair(last: str) -> str:
     return f"""
-name: small
+name: pair
 data: {{name: digits, seed: 0}}
 threads: 1
-alpha: {alpha}
-pairs:
-  - name: pair
-    model: vfsurgery.networks.demo:TinyResNet
-    options: {{width: 4}}
-    seeds: [0, 1]
-    training: {{epochs: 3, lr: 0.1}}
-    alphas: 3
-    merges:
-      - {{matching: weights, renormalize: reset}}
-      - {last}
+sources: [{{model: "vfsurgery.networks.demo:TinyResNet", options: {{width: 4}}}}, {{}}]
+stages:
+  - train: {{epochs: 3, lr: 0.1}}
+  - compare:
+      ways:
+        - first: {{merge: {{matching: weights, renormalize: reset}}}}
+        - last: {{merge: {last}}}
+      flips: true
+  - barrier: {{alphas: 3}}
+  - diagnose
 """
 
 
@@ -70,11 +68,11 @@ def from_card(card: str, row: str) -> float:
 @pytest.mark.parametrize("kind", LAST)
 def test_page_card_plot_and_report_of_a_pair_have_the_figure_of_the_file(kind, tmp_path):
     alpha = 0.15 if kind == "nearer to a" else 0.5
-    run = Recipe.from_yaml(pair(LAST[kind], alpha)).run(tmp_path, progress=False)
-    assert isinstance(run.findings[0], PairFinding)
+    Recipe.from_yaml(pair(LAST[kind])).run(tmp_path, progress=False)
     expected = accuracy_of(tmp_path / "pair.safetensors", TinyResNet(width=4))
-    plain = json.loads((tmp_path / "report.json").read_text())["pairs"][0]
-    assert 100 * plain["scores"]["last"]["accuracy"] == pytest.approx(expected)
+    steps = json.loads((tmp_path / "report.json").read_text())["runs"][0]["steps"]
+    plain = {next(iter(step["stage"])): step["result"] for step in steps}
+    assert 100 * plain["compare"]["scores"]["last"]["accuracy"] == pytest.approx(expected)
     card = (tmp_path / "README.md").read_text()
     assert from_card(card, "last") == pytest.approx(expected, abs=0.005)
     front = re.search(r"value: ([\d.]+)", card)
@@ -82,16 +80,16 @@ def test_page_card_plot_and_report_of_a_pair_have_the_figure_of_the_file(kind, t
     page = (tmp_path / "pair.html").read_text()
     assert from_page(page, "last") == pytest.approx(expected, abs=0.005)
     drawn = list(plain["barrier"]["curves"].values())[-1]
-    share = plain["report"]["weights"][1]
+    share = plain["merge"]["weights"][1]
     assert share == alpha
     assert 100 * drawn["accuracy"][drawn["alphas"].index(share)] == pytest.approx(expected)
-    wrong = 100 * sum(rates["new_wrong"] for rates in plain["flips"]["rates"]) / 1000
+    wrong = 100 * sum(rates["new_wrong"] for rates in plain["compare"]["flips"]["rates"]) / 1000
     assert 100 - wrong == pytest.approx(expected)
 
 
 def test_the_choice_of_a_pair_is_one_and_not_two(tmp_path, monkeypatch):
     """The plot goes by the matching and the steps that the file came to, not by a second choice."""
-    from vfsurgery.scoring import evaluation
+    from vfsurgery import evaluation
 
     asked: list[object] = []
     original = evaluation.merge
@@ -154,9 +152,7 @@ sources:
   - {{name: b, model: "vfsurgery.networks.demo:TinyConvNet", options: {{width: 4}}, seed: 2}}
 stages:
   - {{train: {{epochs: 4}}}}
-  - {{match: weights}}
-  - merge
-  - {{renormalize: [bias-calibration]}}
+  - {{merge: {{matching: weights, renormalize: [bias-calibration]}}}}
 {stages}
 """
 
@@ -204,29 +200,42 @@ def test_a_report_of_before_a_training_is_not_shown_as_of_the_trained_network(tm
 
 
 SWEEP = """
-name: swept
+name: sweep
 data: {name: digits, seed: 0}
 threads: 1
-sweeps:
-  - name: sweep
-    model: vfsurgery.networks.demo:TinyConvNet
-    options: {width: 4}
-    training: {epochs: 4}
-    sparsities: [0.5, 0.8]
-    methods: [{method: magnitude}, {method: magnitude, scope: layer}]
+sources: [{name: dense, model: "vfsurgery.networks.demo:TinyConvNet", options: {width: 4}}]
+stages:
+  - train: {epochs: 4}
+  - compare:
+      ways:
+        - "magnitude {sparsity%}": {prune: {}}
+        - "layer-wise {sparsity%}": {prune: {scope: layer}}
+      grid: {prune.sparsity: [0.5, 0.8]}
+      then: [renormalized: renormalize]
+      columns: sparsity
+      goes_on: gain
+  - diagnose
 """
 
 
 def test_page_card_and_report_of_a_sweep_have_the_figure_of_the_file(tmp_path):
     Recipe.from_yaml(SWEEP).run(tmp_path, progress=False)
     own = accuracy_of(tmp_path / "sweep.safetensors", TinyConvNet(width=4))
-    plain = json.loads((tmp_path / "report.json").read_text())["sweeps"][0]
-    example = plain["example"]
-    cell = next(c for c in plain["curves"][example["method"]] if c["sparsity"] == example["sparsity"])
-    assert 100 * cell["renormalized"]["accuracy"] == pytest.approx(own)
-    row = f"{example['method']} {100 * example['sparsity']:g}% renormalized"
+    steps = json.loads((tmp_path / "report.json").read_text())["runs"][0]["steps"]
+    found = next(step["result"] for step in steps if "compare" in step["stage"])
+    row = found["goes_on"]
+    assert 100 * found["scores"][row]["accuracy"] == pytest.approx(own)
     assert from_page((tmp_path / "sweep.html").read_text(), row) == pytest.approx(own, abs=0.005)
     card = (tmp_path / "README.md").read_text()
     assert from_card(card, row) == pytest.approx(own, abs=0.005)
     front = re.search(r"value: ([\d.]+)", card)
     assert front is not None and 100 * float(front[1]) == pytest.approx(own)
+
+
+def test_rows_of_a_comparison_are_not_those_of_the_network_that_was_changed_since(tmp_path):
+    text = pair(LAST["not renormalized"]).replace("  - diagnose", "  - train: {epochs: 1}\n  - diagnose")
+    Recipe.from_yaml(text).run(tmp_path, progress=False)
+    page, card = (tmp_path / "pair.html").read_text(), (tmp_path / "README.md").read_text()
+    assert ">first</td>" in page and ">last</td>" not in page
+    assert "| first |" in card and "| last |" not in card and "| barrier naive |" not in card
+    assert "value:" not in card

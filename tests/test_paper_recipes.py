@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from torch import nn
 
@@ -16,9 +17,9 @@ from vfsurgery.data import digits
 from vfsurgery.errors import CheckpointError, RecipeError
 from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.networks.paper_networks import VGG16, ResNet20, vision_transformer
-from vfsurgery.recipes.comparison import compare_merges
 from vfsurgery.recipes.expectations import Expectation
 from vfsurgery.recipes.recipe import Recipe
+from vfsurgery.recipes.stages import comparing
 from vfsurgery.scoring.evaluation import evaluate
 from vfsurgery.training import from_seed
 
@@ -29,22 +30,26 @@ name: tiny
 source: a table
 data: {name: cifar10, path: /nowhere}
 threads: 1
-pairs:
-  - name: net
-    model: vfsurgery.networks.demo:TinyConvNet
-    options: {width: 64}
-    training: {epochs: 100, milestones: [32000, 48000], warmup: 1, augment: true}
-    merges:
-      - {label: direct, matching: identity, renormalize: null}
-      - {label: k=7, matching: weights, renormalize: null, preserve: 7}
-      - {label: matched, matching: weights, renormalize: null, alpha: 0.3}
-      - {label: repaired, matching: weights, renormalize: repair}
-    published: {source a: 93.5, direct: 10, barrier aligned: 70.0}
-    expect: [direct < source a, source a within 0.5 of published]
+sources:
+  - {model: "vfsurgery.networks.demo:TinyConvNet", options: {width: 64}}
+  - {}
+stages:
+  - train: {epochs: 100, milestones: [32000, 48000], warmup: 1, augment: true}
+  - compare:
+      ways:
+        - direct: {merge: {matching: identity, renormalize: none}}
+        - k=7: {merge: {matching: weights, renormalize: none, preserve: 7}}
+        - matched: {merge: {matching: weights, renormalize: none, alpha: 0.3}}
+        - repaired: {merge: {matching: weights, renormalize: repair}}
+      published: {a: 93.5, direct: 10}
+      expect: [direct < a, a within 0.5 of published]
+  - barrier: {published: {barrier aligned: 70.0}}
 reduced:
-  data: {}
-  pairs:
-    - {name: net, options: {width: 4}, training: {epochs: 2}, alphas: 3}
+  data: {name: digits}
+  sources.0.options.width: 4
+  stages.train: {epochs: 2}
+  stages.barrier.alphas: 3
+  stages.compare.expect: [direct < a]
 """
 
 
@@ -59,7 +64,7 @@ def run(folder: Path, text: str, *options: object):
 def ran(tmp_path_factory):
     """The folder of the tiny recipe's reduced form, run once with one expectation that cannot hold, and the result."""
     folder = tmp_path_factory.mktemp("paper")
-    return folder, run(folder, TINY.replace("expect: [", "expect: [source a < direct, "), "--reduced")
+    return folder, run(folder, TINY.replace("expect: [direct < a]", "expect: [a < direct, direct < a]"), "--reduced")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -68,12 +73,13 @@ def test_recipes_of_the_paper_are_valid_in_both_forms(path):
     assert recipe.name == path.stem and recipe.source is not None
     assert f"vfsurgery run recipes/paper/{path.name} --reduced" in path.read_text()
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe and hash(recipe)
-    reduced = recipe.in_reduced_form()
-    assert reduced.data.name == "digits" and reduced.reduced is None
-    for full, small in zip(recipe.pairs, reduced.pairs, strict=True):
-        assert full.published and any(expected.points for expected in full.expectations)
-        assert small.expectations and not any(expected.points for expected in small.expectations)
-        counts = [sum(tensor.numel() for tensor in pair.build().parameters()) for pair in (full, small)]
+    reduced = Recipe.from_yaml(path, reduced=True)
+    assert reduced.data.name == "digits" and not reduced.reduced and reduced.name == f"{recipe.name}-reduced"
+    tables = [next(stage for stage in each.stages if stage.name == "compare") for each in (recipe, reduced)]
+    assert tables[0].published and any(expected.points for expected in tables[0].expectations)
+    assert tables[1].expectations and not any(expected.points for expected in tables[1].expectations)
+    for full, small in zip(recipe.sources, reduced.sources, strict=True):
+        counts = [sum(tensor.numel() for tensor in source.build().parameters()) for source in (full, small)]
         assert counts[1] < counts[0]
 
 
@@ -114,50 +120,45 @@ def test_layers_of_a_network_are_its_own():
 
 
 def test_reduced_form_changes_what_it_says_and_nothing_else():
-    recipe = Recipe.from_yaml(TINY)
-    reduced = recipe.in_reduced_form()
+    recipe, reduced = Recipe.from_yaml(TINY), Recipe.from_yaml(TINY, reduced=True)
     assert (reduced.name, reduced.data.name, reduced.threads) == ("tiny-reduced", "digits", 1)
-    pair, full = reduced.pairs[0], recipe.pairs[0]
-    assert (pair.options, pair.alphas, pair.training.epochs) == ({"width": 4}, 3, 2)
-    assert pair.training.milestones is None  # training is replaced as a whole
-    assert (pair.merges, pair.published, pair.seeds) == (full.merges, full.published, full.seeds)
-    assert pair.expect == ("direct < source a",)  # bands belong to the full form
-
-
-def test_reduced_merges_keep_the_published_rows_that_are_left():
-    merges = "merges: [{label: direct, matching: identity, renormalize: null}]"
-    pair = Recipe.from_yaml(TINY.replace("alphas: 3}", f"alphas: 3, {merges}}}")).in_reduced_form().pairs[0]
-    assert pair.merges[0].renormalize is None
-    assert pair.published == {"source a": 93.5, "direct": 10, "barrier aligned": 70.0}
-    with pytest.raises(RecipeError, match=r"in the reduced form, at pairs\[0\]: .*unknown row 'direct'"):
-        Recipe.from_yaml(TINY.replace("alphas: 3}", "alphas: 3, merges: [{label: one}]}"))
+    train, compare, line = reduced.stages
+    assert [source.options for source in reduced.sources] == [{"width": 4}] * 2  # the second has those of the first
+    assert (line.alphas, line.published, train.epochs) == (3, {"barrier aligned": 70.0}, 2)
+    assert train.milestones is None  # what is named is replaced as a whole
+    assert (compare.ways, compare.published) == (recipe.stages[1].ways, recipe.stages[1].published)
+    assert compare.expect == ("direct < a",)
+    other = Recipe.from_yaml(TINY, {"stages.train.epochs": 3}, reduced=True)  # --set has the last word
+    assert other.stages[0].epochs == 3 and other.stages[2].alphas == 3
 
 
 def test_recipe_without_a_reduced_form():
     with pytest.raises(RecipeError, match=r"tiny has no reduced form\n  remedy  leave --reduced out"):
-        Recipe.from_yaml(TINY[: TINY.index("reduced:")]).in_reduced_form()
+        Recipe.from_yaml(TINY[: TINY.index("reduced:")], reduced=True)
 
 
 WRONG = [
-    ("direct < source a", "dirct < source a", "unknown row 'dirct'; did you mean 'direct'? accepted: barrier aligned"),
-    ("direct < source a", "direct > source a", "'direct > source a' expects nothing: write LABEL < LABEL, or LABEL wi"),
-    ("direct < source a", "direct < ", "'direct <' expects nothing"),
-    ("source a within", "repaired within", "nothing is published for 'repaired', so it can be in no band around it"),
+    ("direct < a,", "dirct < a,", "unknown row 'dirct'; did you mean 'direct'? accepted: a, b, direct"),
+    ("direct < a,", "direct > a,", "'direct > a' expects nothing: write LABEL < LABEL, or LABEL wi"),
+    ("direct < a,", "direct < ,", "'direct <' expects nothing"),
+    ("a within", "repaired within", "nothing is published for 'repaired', so it can be in no band around it"),
     ("direct: 10", "dirct: 10", "unknown row 'dirct'; did you mean 'direct'?"),
-    ("direct: 10", "direct: ten", "a valid number, found 'ten' at pairs[0].published.direct"),
+    ("direct: 10", "direct: ten", "a valid number, found 'ten' at stages[1].compare.published.direct"),
+    ("aligned: 70.0", "alined: 70.0", "unknown row 'barrier alined'; did you mean 'barrier aligned'?"),
     ("path: /nowhere", "seed: 1", "cifar10 needs path, the folder that holds it at data"),
     (
         "path: /nowhere",
         "path: /nowhere, size: 16",
         "cifar10 has no size; accepted: calibration, mean, name, path, seed, std, tes",
     ),
-    ("data: {}", "data: {train: 5}", "digits has no train; accepted: name, seed, size at reduced.data"),
+    ("{name: digits}", "{name: digits, train: 5}", "in the reduced form, digits has no train; accepted: name, seed, s"),
     ("milestones: [32000, 48000], ", "", "warmup comes with milestones: a learning-rate cycle rises by itself"),
-    ("training: {epochs: 2}", "training: {epoch: 2}", "'epoch' at reduced.pairs[0].training.epoch remedy did you mea"),
-    ("{name: net, options", "{name: ent, options", "unknown reduced pair 'ent'; did you mean 'net'?"),
-    ("alphas: 3", "alphas: 4", "in the reduced form, at pairs[0].alphas: Value error, alphas is 4: only odd"),
-    ("renormalize: repair", "renormalize: repair, alpha: 0.3", "the last merge has alpha, but the line is measured"),
+    ("{epochs: 2}", "{epoch: 2}", "in the reduced form, unknown key 'epoch' at stages[0].train.epoch remedy did you m"),
+    ("stages.train: ", "stages.trian: ", "stages.trian leads nowhere: there is no single 'trian'"),
+    ("alphas: 3", "alphas: 4", "in the reduced form, alphas is 4: only odd numbers of points"),
+    ("expect: [direct < a]", "ways: [x: merge]", "in the reduced form, unknown row 'direct'"),
     ("threads: 1", "device: gpu", "unknown device 'gpu'; accepted: auto, cpu, cuda, cuda:N at device"),
+    ("reduced:", "reduced: 3\nrest:", "unknown key 'rest'"),
 ]
 
 
@@ -184,75 +185,88 @@ def test_missing_data_says_where_and_how_to_get_it(tmp_path):
 def test_a_failing_expectation_is_exit_code_1_and_named(ran):
     _, result = ran
     assert result.exit_code == 1
-    assert "FAILS  source a < direct  (" in result.stderr and "holds" not in result.stderr
-    assert "holds  direct < source a  (" in result.stdout
+    assert "FAILS  a < direct  (" in result.stderr and "holds" not in result.stderr
+    assert "holds  direct < a  (" in result.stdout
 
 
 def test_published_stands_beside_measured(ran):
     lines = ran[1].stdout.splitlines()
-    assert lines[1].split() == ["accuracy", "published", "to", "sources", "loss"]
-    row = next(line for line in lines if line.startswith("  direct "))
+    assert lines[lines.index("  2 compare") + 1].split()[:5] == ["accuracy", "published", "to", "sources", "loss"]
+    row = next(line for line in lines if line.startswith("    direct "))
     assert row.split()[2] == "10.00%"
     assert next(line for line in lines if "barrier aligned" in line).split()[-1] == "70.00%"
 
 
 def test_report_holds_the_expectations(ran):
     report = json.loads((ran[0] / "results" / "report.json").read_text())
-    pair = report["pairs"][0]
-    assert [(found["text"], found["holds"]) for found in pair["expectations"]] == [
-        ("source a < direct", False),
-        ("direct < source a", True),
+    run = report["runs"][0]
+    steps = {next(iter(step["stage"])): step["result"] for step in run["steps"]}
+    assert [(found["text"], found["holds"]) for found in run["expectations"]] == [
+        ("a < direct", False),
+        ("direct < a", True),
     ]
-    assert pair["expectations"][0]["found"] == [100 * pair["scores"][row]["accuracy"] for row in ("source a", "direct")]
-    assert report["recipe"]["pairs"][0]["published"]["direct"] == 10
-    assert len(pair["barrier"]["curves"]["aligned"]["alphas"]) == 3
+    scores = steps["compare"]["scores"]
+    assert run["expectations"][0]["found"] == [100 * scores[row]["accuracy"] for row in ("a", "direct")]
+    assert report["recipe"]["stages"][1]["compare"]["published"]["direct"] == 10
+    assert len(steps["barrier"]["curves"]["aligned"]["alphas"]) == 3
 
 
 def test_given_checkpoints_are_merged_instead_of_trained_ones(ran, tmp_path, monkeypatch):
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for seed, file in enumerate(files):
         save_state_dict(from_seed(lambda: TinyConvNet(4), 7 + seed).state_dict(), file)
-    monkeypatch.setattr("vfsurgery.recipes.experiments.train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr("vfsurgery.recipes.stages.surgery.train", lambda *args, **kwargs: pytest.fail("trained"))
     text = f"""\
 name: given
-pairs:
-  - name: net
-    model: vfsurgery.networks.demo:TinyConvNet
-    options: {{width: 4}}
-    checkpoints: [{files[0]}, {files[1]}]
-    alphas: 3
-    merges: [{{matching: identity, renormalize: null}}]
+data: {{}}
+sources:
+  - {{model: "vfsurgery.networks.demo:TinyConvNet", options: {{width: 4}}, checkpoint: {files[0]}}}
+  - {files[1]}
+stages:
+  - compare: {{ways: [naive: {{merge: {{matching: identity, renormalize: none}}}}]}}
 """
-    scores = Recipe.from_yaml(text).run(tmp_path / "results", progress=False).comparisons[0].scores
-    for seed, row in enumerate(["source a", "source b"]):
+    scores = Recipe.from_yaml(text).run(tmp_path / "results", progress=False).findings[0].said("compare").scores
+    for seed, row in enumerate("ab"):
         expected = evaluate(from_seed(lambda: TinyConvNet(4), 7 + seed), digits().test, progress=False)
         assert scores[row] == expected
     with pytest.raises(CheckpointError, match=r"does not fit TinyConvNet"):
         Recipe.from_yaml(text.replace("width: 4", "width: 5")).run(tmp_path / "other", progress=False)
 
 
-def test_a_matching_found_once_gives_the_rows_of_one_found_every_time():
-    a, b = (from_seed(lambda: TinyConvNet(4), seed) for seed in (0, 1))
+def compared(folder: Path, **ways: dict) -> dict:
+    """The scores of ways to merge two untrained networks."""
+    content = {
+        "name": "x",
+        "data": {},
+        "sources": [{"model": "vfsurgery.networks.demo:TinyConvNet", "options": {"width": 4}}, {}],
+        "stages": [{"compare": {"ways": [{label: {"merge": options}} for label, options in ways.items()]}}],
+    }
+    return Recipe.from_yaml(yaml.safe_dump(content)).run(folder, progress=False).findings[0].said("compare").scores
+
+
+def test_a_matching_found_once_gives_the_rows_of_one_found_every_time(tmp_path, monkeypatch):
     kept = {"matching": "zipit", "renormalize": None, "preserve": 2}
     merged = {"matching": "zipit", "renormalize": "rescale"}
-    images, test = digits().calibration, digits().test
-    options = {"calibration": images, "test": test, "alphas": 3, "progress": False}
-    together = compare_merges("x", a, b, {"kept": kept, "merged": merged, "last": merged}, **options)
-    alone = compare_merges("x", a, b, {"kept": kept, "last": merged}, **options)
-    assert together.scores["kept"].loss == pytest.approx(alone.scores["kept"].loss, rel=1e-5)
-    assert together.scores["merged"].loss == pytest.approx(together.scores["last"].loss, rel=1e-5)
-    assert together.scores["kept"].loss != pytest.approx(together.scores["last"].loss, rel=1e-3)
+    found: list[object] = []
+    original = comparing.match
+    monkeypatch.setattr(
+        comparing, "match", lambda *models, **options: found.append(options) or original(*models, **options)
+    )
+    together = compared(tmp_path / "together", kept=kept, merged=merged, last=merged)
+    assert len(found) == 1
+    alone = compared(tmp_path / "alone", kept=kept, last=merged)
+    assert len(found) == 1
+    assert together["kept"].loss == pytest.approx(alone["kept"].loss, rel=1e-5)
+    assert together["merged"].loss == pytest.approx(together["last"].loss, rel=1e-5)
+    assert together["kept"].loss != pytest.approx(together["last"].loss, rel=1e-3)
 
 
-def test_a_row_may_have_an_alpha_of_its_own():
-    a, b = (from_seed(lambda: TinyConvNet(4), seed) for seed in (0, 1))
+def test_a_row_may_have_an_alpha_of_its_own(tmp_path):
     plain = {"matching": "identity", "renormalize": None}
-    rows = {"a": {**plain, "alpha": 0.0}, "b": {**plain, "alpha": 1.0}, "middle": plain}
-    options = {"calibration": digits().calibration, "test": digits().test, "alphas": 3, "progress": False}
-    scores = compare_merges("x", a, b, rows, **options).scores
-    assert scores["a"].loss == pytest.approx(scores["source a"].loss, rel=1e-6)
-    assert scores["b"].loss == pytest.approx(scores["source b"].loss, rel=1e-6)
-    assert scores["middle"].loss != pytest.approx(scores["source a"].loss, rel=1e-3)
+    scores = compared(tmp_path, first={**plain, "alpha": 0.0}, second={**plain, "alpha": 1.0}, middle=plain)
+    assert scores["first"].loss == pytest.approx(scores["a"].loss, rel=1e-6)
+    assert scores["second"].loss == pytest.approx(scores["b"].loss, rel=1e-6)
+    assert scores["middle"].loss != pytest.approx(scores["a"].loss, rel=1e-3)
 
 
 def test_expectations_are_strict_and_nan_meets_none():

@@ -105,8 +105,8 @@ sources:
 stages:
   - prune: {sparsity: 0.5, method: last, options: {shift: 2}}
   - move-scale: {factor: 4.0}
-  - match: reversed
-  - merge: {masks: union}
+  - merge: {matching: reversed, masks: union}
+  - count-zeros: {text: zeros}
   - evaluate
 """
 
@@ -130,27 +130,31 @@ def test_a_recipe_has_everything_of_a_plugin_by_name(installed, tmp_path):
         merged = surgery.merge(moved, matching="reversed", masks="union", **options)
         written = load_file("{tmp_path}/out/theirs.safetensors")
         print(all(torch.equal(written[name], value) for name, value in merged.state_dict().items()))
-        print(len(data.test), [line.split()[-2] for line in done.findings[0].told[-1].lines])
+        scores = done.findings[0].said("evaluate").scores
+        print(len(data.test), [score.count for score in scores.values()])
+        zeros = sum(int((parameter == 0).sum()) for parameter in merged.parameters())
+        print(done.findings[0].said("count-zeros").lines == [f"{{zeros}} zeros"])
         print(surgery.report_of(merged).matching)
         """,
         installed,
         tmp_path,
     )
-    assert printed.splitlines() == ["True", "10 ['10', '10', '10', '10']", "reversed"]
+    assert printed.splitlines() == ["True", "10 [10, 10, 10, 10]", "True", "reversed"]
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_the_schema_lists_the_passes_of_plugins(installed, there):
+def test_the_schema_lists_the_passes_and_stages_of_plugins(installed, there):
     printed = run(
         """
         import json, subprocess, sys
         done = subprocess.run([sys.executable, "-m", "vfsurgery", "schema"], capture_output=True, text=True, check=True)
         names, section = json.loads(done.stdout)["$defs"]["Stage"]["anyOf"]
         print("move-scale" in names["enum"], section["properties"].get("move-scale", {}).get("properties"))
+        print("count-zeros" in names["enum"], "count-zeros" in section["properties"])
         """,
         *([installed] if there else []),
     )
-    expected = "True {'factor': {'default': 2.0, 'type': 'number'}}" if there else "False None"
+    expected = "True {'factor': {'type': 'number', 'default': 2.0}}\nTrue True" if there else "False None\nFalse False"
     assert printed.strip() == expected
 
 

@@ -10,31 +10,31 @@ import torch
 from torch import nn
 
 import vfsurgery as surgery
+from vfsurgery.data import digits
 from vfsurgery.errors import RecipeError
 from vfsurgery.networks.demo import TinyConvNet
-from vfsurgery.recipes import comparison
 from vfsurgery.recipes.expectations import Expectation
 from vfsurgery.recipes.ratio_rows import RatioRow
 from vfsurgery.recipes.recipe import Recipe
+from vfsurgery.recipes.stages import comparing
 from vfsurgery.training import from_seed
 
 TEXT = """\
 name: tiny
 threads: 1
-pairs:
-  - name: net
-    model: vfsurgery.networks.demo:TinyConvNet
-    options: {width: 4}
-    training: {epochs: 1}
-    alphas: 3
-    merges:
-      - {label: kept at 0.5, matching: identity, renormalize: null, preserve: 3}
-      - {label: unasked, matching: identity, renormalize: null}
-      - {label: direct, matching: identity, renormalize: null}
-    published: {source a: 90, ratio direct: 0.5, ratio unasked: 0.25}
-    expect:
-      - ratio direct < ratio kept at 0.5 at 0% < 1.5
-      - ratio direct within 0.5 of published
+data: {name: digits}
+sources: [{model: "vfsurgery.networks.demo:TinyConvNet", options: {width: 4}}, {}]
+stages:
+  - train: {epochs: 1}
+  - compare:
+      ways:
+        - kept at 0.5: {merge: {matching: identity, renormalize: none, preserve: 3}}
+        - unasked: {merge: {matching: identity, renormalize: none}}
+        - direct: {merge: {matching: identity, renormalize: none}}
+      published: {a: 90, ratio direct: 0.5, ratio unasked: 0.25}
+      expect:
+        - ratio direct < ratio kept at 0.5 at 0% < 1.5
+        - ratio direct within 0.5 of published
 """
 
 
@@ -55,7 +55,7 @@ def ran(tmp_path_factory):
         return surgery.diagnose(model, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "diagnose", counted)
+        patch.setattr(comparing, "diagnose", counted)
         run = Recipe.from_yaml(TEXT).run(folder, progress=False)
     return run, diagnosed
 
@@ -139,39 +139,43 @@ def test_numbers_alone_expect_nothing():
 
 def test_only_what_is_asked_for_is_diagnosed(ran):
     run, diagnosed = ran
-    assert len(diagnosed) == 2  # the last merge once, though its diagnosis is reported too
-    assert list(run.comparisons[0].diagnoses) == ["kept at 0.5", "direct"]
-    assert diagnosed[-1] is run.comparisons[0].merged
+    assert len(diagnosed) == 2
+    found = run.findings[0].said("compare")
+    assert list(found.values["diagnoses"]) == ["kept at 0.5", "direct"]
+    assert diagnosed[-1] is run.findings[0].bench.networks["merged"].model
 
 
 def test_ratios_are_those_of_the_diagnosis(ran):
-    run, _ = ran
-    found = run.comparisons[0]
+    run, diagnosed = ran
+    images = digits().calibration
+    sources = run.findings[0].bench.networks["merged"].origins
+    found = surgery.diagnose(diagnosed[-1], sources, images, progress=False)
     (chain, band) = run.outcomes()[0]
     assert chain.holds and chain.found[1:] == (1.0, 1.5)
-    assert chain.found[0] == band.found[0] == found.diagnosis.bound[-1] == found.diagnosis.ratios[-1]
+    assert chain.found[0] == band.found[0] == found.bound[-1] == found.ratios[-1]
     assert band.published == 0.5
 
 
 def test_ratios_stand_in_the_table_and_the_report(ran):
     run, _ = ran
-    ratio = run.comparisons[0].diagnosis.ratios[-1]
+    ratio = run.outcomes()[0][0].found[0]
     lines = [line.split() for line in str(run).splitlines()]
     assert ["ratio", "direct", f"{ratio:.3g}", "0.5"] in lines
     assert ["ratio", "kept", "at", "0.5", "at", "0%", "1"] in lines
     assert not any(line[:2] == ["ratio", "unasked"] for line in lines)
-    pair = json.loads((run.output / "report.json").read_text())["pairs"][0]
-    assert pair["ratios"] == {"ratio direct": ratio, "ratio kept at 0.5 at 0%": 1.0}
-    assert list(pair["diagnoses"]) == ["kept at 0.5", "direct"]
-    assert pair["diagnoses"]["direct"]["curves"]["bound"][-1] == ratio
+    steps = json.loads((run.output / "report.json").read_text())["runs"][0]["steps"]
+    found = next(step["result"] for step in steps if "compare" in step["stage"])
+    assert found["ratios"] == {"ratio direct": ratio, "ratio kept at 0.5 at 0%": 1.0}
+    assert list(found["diagnoses"]) == ["kept at 0.5", "direct"]
+    assert found["diagnoses"]["direct"]["curves"]["bound"][-1] == ratio
 
 
 WRONG = [
-    ("- ratio direct <", "- ratio dirct <", "unknown merge 'dirct'; did you mean 'direct'? accepted: direct, kept"),
-    ("at 0% <", "at 110% <", "unknown merge 'kept at 0.5 at 110%'; did you mean 'kept at 0.5'?"),
-    ("- ratio direct <", "- ratio ensemble <", "unknown merge 'ensemble'; accepted: direct, kept at 0.5, unasked"),
+    ("- ratio direct <", "- ratio dirct <", "unknown way 'dirct'; did you mean 'direct'? accepted: direct, kept"),
+    ("at 0% <", "at 110% <", "unknown way 'kept at 0.5 at 110%'; did you mean 'kept at 0.5'?"),
+    ("- ratio direct <", "- ratio ensemble <", "unknown way 'ensemble'; accepted: direct, kept at 0.5, unasked"),
     ("ratio direct within", "ratio kept at 0.5 within", "nothing is published for 'ratio kept at 0.5', so it can be"),
-    ("ratio unasked: 0.25", "ratio unaskd: 0.25", "unknown merge 'unaskd'; did you mean 'unasked'? accepted"),
+    ("ratio unasked: 0.25", "ratio unaskd: 0.25", "unknown way 'unaskd'; did you mean 'unasked'? accepted"),
 ]
 
 
@@ -181,9 +185,3 @@ def test_wrong_row_is_explained(old, new, message):
     with pytest.raises(RecipeError, match=r"^the recipe:") as caught:
         Recipe.from_yaml(TEXT.replace(old, new))
     assert message in " ".join(str(caught.value).split())
-
-
-def test_reduced_form_keeps_the_published_ratios_of_the_merges_that_are_left():
-    merges = "[{label: direct, matching: identity, renormalize: null}]"
-    text = TEXT + f"reduced:\n  pairs: [{{name: net, merges: {merges}, expect: [ratio direct < 1]}}]\n"
-    assert Recipe.from_yaml(text).in_reduced_form().pairs[0].published == {"source a": 90, "ratio direct": 0.5}

@@ -138,21 +138,20 @@ def test_recipes_that_train_the_same_network_share_it(tmp_path, monkeypatch):
 name: one
 resume: {tmp_path / "kept"}
 threads: 1
-pairs:
-  - name: net
-    model: vfsurgery.networks.demo:TinyResNet
-    options: {{width: 2}}
-    training: {{epochs: 1}}
-    alphas: 3
-    merges: [{{matching: identity, renormalize: null}}]
+data: {{}}
+sources: [{{model: "vfsurgery.networks.demo:TinyResNet", options: {{width: 2}}}}, {{}}]
+stages:
+  - train: {{epochs: 1}}
+  - merge: {{matching: identity, renormalize: none}}
+  - evaluate
 """
     first = Recipe.from_yaml(text).run(tmp_path / "one", progress=False)
     assert len(list((tmp_path / "kept").iterdir())) == 2
     monkeypatch.setattr("torch.optim.SGD.step", lambda *args: pytest.fail("trained"))
-    other = text.replace("name: one", "name: two").replace("name: net", "name: other")
-    assert (
-        Recipe.from_yaml(other).run(tmp_path / "two", progress=False).comparisons[0].scores
-        == first.comparisons[0].scores
-    )
-    with pytest.raises(pytest.fail.Exception, match="trained"):
-        Recipe.from_yaml(text.replace("epochs: 1", "epochs: 1, lr: 0.01")).run(tmp_path / "three", progress=False)
+    other = text.replace("name: one", "name: two").replace("identity", "weights").replace(", {}]", ", {name: other}]")
+    second = Recipe.from_yaml(other, {"data.calibration": None}).run(tmp_path / "two", progress=False)
+    scores = [run.findings[0].said("evaluate").scores for run in (first, second)]
+    assert scores[0]["a"] == scores[1]["a"] and scores[0]["b"] == scores[1]["other"]
+    for old, new in (("epochs: 1", "epochs: 1, lr: 0.01"), ("width: 2", "width: 3"), ("{}]", "{seed: 5}]")):
+        with pytest.raises(pytest.fail.Exception, match="trained"):
+            Recipe.from_yaml(text.replace(old, new)).run(tmp_path / "three", progress=False)

@@ -20,5 +20,5 @@ def test_quick_recipes_run(name, tmp_path):
 
 @pytest.mark.parametrize("name", QUICK_REDUCED)
 def test_reduced_recipes_run(name, tmp_path):
-    run = Recipe.from_yaml(RECIPES / f"{name}.yaml").in_reduced_form().run(tmp_path, progress=False)
+    run = Recipe.from_yaml(RECIPES / f"{name}.yaml", reduced=True).run(tmp_path, progress=False)
     assert run.outcomes() and run.failures == ()

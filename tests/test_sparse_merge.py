@@ -328,12 +328,9 @@ def test_the_command_line_knows_masks(checkpoints, tmp_path):
 
 RECIPE = """
 name: sparse
-pairs:
-  - name: conv
-    model: vfsurgery.networks.demo:TinyConvNet
-    checkpoints: [A, B]
-    alphas: 3
-    merges: [{matching: identity, renormalize: null, masks: reprune}]
+sources: [{model: "vfsurgery.networks.demo:TinyConvNet", checkpoint: A, input_size: [1, 8, 8]}, B]
+stages:
+  - merge: {matching: identity, renormalize: none, masks: reprune}
 """
 
 
@@ -341,9 +338,8 @@ def test_recipes_know_masks(checkpoints, tmp_path):
     text = RECIPE.replace("A", str(checkpoints[0])).replace("B", str(checkpoints[1]))
     recipe = Recipe.from_yaml(text)
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-    assert recipe.pairs[0].merges[0].row == "identity + masks reprune"
     run = recipe.run(tmp_path / "out", progress=False)
-    assert run.comparisons[0].report.masks.choice == "reprune"
+    assert run.findings[0].said("merge").values["masks"]["choice"] == "reprune"
     with pytest.raises(RecipeError, match="unknown choice of masks 'unoin'; did you mean 'union'"):
         Recipe.from_yaml(text.replace("reprune", "unoin"))
 

@@ -18,13 +18,13 @@ WIDTH, COLOURS = 900, 64
 
 def small_enough(recipe: Recipe) -> bool:
     """Whether a recipe trains on data that comes along."""
-    return recipe.data.name == "digits"
+    return recipe.data is not None and recipe.data.name == "digits"
 
 
 def draw(path: Path) -> None:
     """Run one recipe in a folder that is thrown away, but for a picture."""
     recipe = Recipe.from_yaml(path)
-    recipe = recipe if recipe.reduced is None else recipe.in_reduced_form()
+    recipe = Recipe.from_yaml(path, reduced=True) if recipe.reduced else recipe
     if not small_enough(recipe):
         print(path.name, "needs data of yours")
         return

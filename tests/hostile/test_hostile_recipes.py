@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from vfsurgery.cli import main
 from vfsurgery.errors import RecipeError
 from vfsurgery.recipes.recipe import Recipe
-from vfsurgery.recipes.stages.sections import Evaluate, Merge, Prune, Source, Stage
+from vfsurgery.recipes.sections import Source
+from vfsurgery.recipes.stage import STAGES
 
 STAGED = "name: staged\ndata: {name: digits}\nsources: ['vfsurgery.networks.demo:TinyConvNet', {}]\nstages: [merge]\n"
-TINY = "name: tiny\npairs:\n  - {name: conv, model: 'vfsurgery.networks.demo:TinyConvNet'}\n"
+TINY = "name: tiny\nruns:\n- {name: conv, sources: ['vfsurgery.networks.demo:TinyConvNet', {}], stages: [merge]}\n"
 
 
 def refused(text: str) -> str:
@@ -53,7 +54,7 @@ TAGS = [
 
 @pytest.mark.parametrize("tag", TAGS)
 @pytest.mark.parametrize(
-    "place", ["name: {}\npairs: []\n", "name: tiny\npairs:\n  - {{name: a, model: {} }}\n", "{}\n "]
+    "place", ["name: {}\nruns: []\n", "name: tiny\nsources:\n  - {{name: a, model: {} }}\n", "{}\n "]
 )
 def test_tags_make_nothing(tmp_path: Path, tag: str, place: str) -> None:
     message = refused(place.format(tag.format(canary=tmp_path / "canary")))
@@ -83,7 +84,7 @@ BOMBS = {
     "two to the hundred": laughs(19, 2) + "b: &b [*a18, *a18]\n",
     "maps": laughs(10, kind="map"),
     "merged": laughs(9) + "c: {<<: [*a8, *a8]}\n",
-    "in a pair": TINY + laughs(10),
+    "in a run": TINY + laughs(10),
     "an alias of itself": "a: &a [*a]\n",
     "a mapping in itself": "a: &a {b: *a}\n",
     "itself merged": "a: &a {<<: *a}\n",
@@ -104,16 +105,16 @@ def test_bombs_do_not_go_off(text: str) -> None:
 
 
 def test_aliases_that_stay_small_are_fine() -> None:
-    text = TINY.replace("model:", "training: &t {epochs: 3}, model:") + "  - {name: b, model: 'x:y', training: *t}\n"
-    assert [pair.training.epochs for pair in Recipe.from_yaml(text).pairs] == [3, 3]
+    text = STAGED.replace("[merge]", "[{train: &t {epochs: 3}}, {train: *t}, merge]")
+    assert [stage.epochs for stage in Recipe.from_yaml(text).stages[:2]] == [3, 3]
 
 
 VALUES = [
     *("seed: 9" + "9" * 5000, "seed: 9" + "9" * 40, "seed: 0x" + "f" * 6000, "seed: -1", "seed: 1.5", "seed: true"),
-    *("seed: 18446744073709551616", "threads: 0", "threads: 1000000000", "threads: -1", "alpha: .nan", "alpha: .inf"),
-    *("alpha: -.inf", "alpha: 1e999", "alpha: '0.5'", "alpha: 2001-99-99", "alpha: 2001-01-01", "alpha: 1:2:3"),
-    *("alpha: !!float x", "alpha: !!int ''", "seed: !!int x", "seed: !!timestamp x", "seed: !!binary '%%%'"),
-    *("seed: !!bool x", "seed: 0b", "seed: 0x", "alpha: !!float ''", "alpha: !!int '0x'"),
+    *("seed: 18446744073709551616", "threads: 0", "threads: 1000000000", "threads: -1", "seed: .nan", "seed: .inf"),
+    *("seed: -.inf", "seed: 1e999", "seed: '5'", "seed: 2001-99-99", "seed: 2001-01-01", "seed: 1.2:3"),
+    *("seed: !!float x", "seed: !!int ''", "seed: !!int x", "seed: !!timestamp x", "seed: !!binary '%%%'"),
+    *("seed: !!bool x", "seed: 0b", "seed: 0x", "seed: !!float ''", "seed: !!int '0x'"),
     *("device: cuda:9999999999999999999999", "device: /dev/sda", "device: 'cpu\\n'", "resume: [a]", "source: {a: 1}"),
     *("? [a, b]\n: 1", "? {a: b}\n: 1", "1: 2", "null: 2", "~: 2", "2001-01-01: x", ".nan: x", "true: x", "'': x"),
     *("seed: 0\nseed: 1", "'seed': 0\nseed: 1", "data: {seed: 1, seed: 2}", "? &k seed\n: 1\n? *k\n: 2"),
@@ -130,7 +131,7 @@ def test_values_that_are_none_here(line: str) -> None:
 
 
 def test_a_recipe_without_those_lines_is_read() -> None:
-    assert Recipe.from_yaml(TINY + "seed: 3\nalpha: 0.25\n").seed == 3
+    assert Recipe.from_yaml(TINY + "seed: 3\nthreads: 2\n").seed == 3
 
 
 NAMES = [
@@ -142,28 +143,28 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-@pytest.mark.parametrize("of", ["recipe", "pair", "source"])
+@pytest.mark.parametrize("of", ["recipe", "run", "source"])
 def test_names_become_files_and_nothing_else(name: str, of: str) -> None:
     content = yaml.safe_load(STAGED if of == "source" else TINY)
-    named = {"recipe": lambda: content, "pair": lambda: content["pairs"][0], "source": lambda: content["sources"][1]}
+    named = {"recipe": lambda: content, "run": lambda: content["runs"][0], "source": lambda: content["sources"][1]}
     named[of]()["name"] = name
     assert "name" in refused(yaml.safe_dump(content))
 
 
 @pytest.mark.parametrize("name", ["x.onnx", "x.safetensors", "X-1.pt2"])
 def test_names_of_outputs_that_are_fine(name: str) -> None:
-    assert Recipe.from_yaml(STAGED, {"outputs": [name]}).outputs == (name,)
+    recipe = Recipe.from_yaml(STAGED, {"stages": [{"merge": None}, {"export": [name]}]})
+    assert [*recipe.follow()][-1][-1].files == (name,)
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-@pytest.mark.parametrize("of", ["outputs", "stages.merge.export", "page"])
+@pytest.mark.parametrize("of", ["export", "page"])
 def test_files_of_stages_lie_in_their_folder(name: str, of: str) -> None:
     ending = ".html" if of == "page" else ".onnx"
     if not name.strip("a") and name:
         return  # together with the ending those are names
-    stages = {"outputs": ["merge"], "page": ["merge", {"diagnose": {"page": name + ending}}]}
-    content = {**yaml.safe_load(STAGED), "stages": stages.get(of, ["merge", {"export": [name + ending]}])}
-    refused(yaml.safe_dump(content | ({"outputs": name + ending} if of == "outputs" else {})))
+    stage = {"diagnose": {"page": name + ending}} if of == "page" else {"export": [name + ending]}
+    refused(yaml.safe_dump({**yaml.safe_load(STAGED), "stages": ["merge", stage]}))
 
 
 def test_many_stages_and_many_sources_are_read_in_moments() -> None:
@@ -172,12 +173,12 @@ def test_many_stages_and_many_sources_are_read_in_moments() -> None:
     many = {"sources": [content["sources"][0]] * 30, "stages": [{"train": {"epochs": 1}}] * 1000 + ["merge"]}
     recipe = Recipe.from_yaml(yaml.safe_dump(content | many))
     assert time.process_time() - began < 30
-    assert len(recipe.steps) == 1001 and [source.name for source in recipe.sources][25:] == [
+    assert len(recipe.steps) == 1002 and [source.name for source in recipe.sources][25:] == [
         "z",
         *(f"s{n}" for n in range(26, 30)),
     ]
     message = refused(yaml.safe_dump(content | {"sources": many["sources"], "stages": ["merge"] * 1000}))
-    assert "merge stands twice" in message
+    assert "there is one network left, and nothing to merge it with" in message
 
 
 ENCODINGS = {
@@ -217,9 +218,7 @@ def test_paths_that_are_no_files(path: str) -> None:
     assert str(caught.value).count("cannot read the recipe") == 1
 
 
-words = st.sampled_from([*Recipe.model_fields, *Recipe.model_fields["pairs"].annotation.__args__[0].model_fields]) | (
-    st.text(max_size=8)
-)
+words = st.sampled_from([*Recipe.model_fields, *Source.model_fields]) | st.text(max_size=8)
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.dates() | st.binary(max_size=4)
 )
@@ -253,7 +252,6 @@ def test_any_text_is_a_recipe_error(text: str) -> None:
         {},
         optional={
             "source": st.text(max_size=30),
-            "alpha": st.floats(0, 1),
             "seed": st.integers(0, 2**32 - 1),
             "resume": st.text(max_size=10),
             "device": st.sampled_from(["auto", "cpu", "cuda:3"]),
@@ -269,7 +267,9 @@ def test_any_text_is_a_recipe_error(text: str) -> None:
 )  # fmt: skip
 def test_every_recipe_is_written_and_read_again(outer: dict[str, Any], options: dict[str, Any], lr: float) -> None:
     content = {**yaml.safe_load(TINY), **outer}
-    content["pairs"][0] |= {"options": options, "training": {"lr": lr}}
+    source = {"model": "vfsurgery.networks.demo:TinyConvNet", "options": options}
+    content["data"], content["runs"][0]["sources"] = {}, [source, {}]
+    content["runs"][0]["stages"] = [{"train": {"lr": lr}}, "merge"]
     try:
         recipe = Recipe.from_yaml(yaml.safe_dump(content))
     except RecipeError:
@@ -279,8 +279,8 @@ def test_every_recipe_is_written_and_read_again(outer: dict[str, Any], options: 
     assert hash(Recipe.from_yaml(recipe.to_yaml())) == hash(recipe)
 
 
-parts = (Source, Stage, Prune, Merge, Evaluate)
-inside = st.sampled_from([name for part in parts for name in part.model_fields] + ["flops", "epochs", "repair", "fold"])
+own = [name for part in (Source, *(STAGES[name] for name in STAGES)) for name in part.model_fields]
+inside = st.sampled_from([*STAGES, *own, "flops", "repair", "fold", "merge.alpha", "x {alpha}"])
 shallow = (
     scalars | st.floats(0, 1) | st.sampled_from(["auto", "none", "a", "merged", "x.onnx", "weights", "a < merged"])
 )
@@ -322,24 +322,26 @@ before = st.one_of(
     ),
     st.sampled_from(["train", "evaluate", {"evaluate": {"data": "train"}}, {"apply": ["fold"]}, {"reset": {}}]),
 )
-merging = st.tuples(
-    st.fixed_dictionaries(
-        {"merge": st.fixed_dictionaries({"alpha": shares | st.dictionaries(patterns, shares, min_size=1)})}
-    ),
-    st.fixed_dictionaries({"match": st.sampled_from(["weights", "auto", {"cca": {"gamma": 0.25}}])}),
-    st.fixed_dictionaries(
-        {"preserve": st.integers(0, 99) | patterns | st.fixed_dictionaries({"flops": st.floats(1, 9)})}
-    ),
-    st.sampled_from([{"renormalize": ["reset", {"repair": {"factor": 0.5}}]}, {"renormalize": None}, "evaluate"]),
+options = {
+    "alpha": shares | st.dictionaries(patterns, shares, min_size=1),
+    "matching": st.sampled_from(["weights", "auto", {"cca": {"gamma": 0.25}}]),
+    "preserve": st.integers(0, 99) | patterns | st.fixed_dictionaries({"flops": st.floats(1, 9)}),
+    "renormalize": st.sampled_from([["reset", {"repair": {"factor": 0.5}}], None, "none", "auto"]),
+}
+merge = st.fixed_dictionaries({"merge": st.fixed_dictionaries({}, optional=options)})
+ways = st.lists(
+    st.tuples(st.text("xyz {}%", min_size=1, max_size=5), merge), min_size=1, max_size=3, unique_by=lambda w: w[0]
 )
+merging = merge | ways.map(lambda ways: {"compare": {"ways": [{f"w{label}": [way]} for label, way in ways]}})
 
 
 @quick
 @given(st.lists(before, max_size=3), merging, st.lists(st.text("abz019-_.", min_size=1, max_size=9), max_size=3))
 def test_every_recipe_with_stages_is_written_and_read_again(first: list[Any], merge: Any, files: list[str]) -> None:
     names = [f"x{file}.pt2" for file in dict.fromkeys(files)]
-    content = {**yaml.safe_load(STAGED), "stages": [*first, *merge, "diagnose"], "outputs": names}
+    export = [{"export": names}] if names else []
+    content = {**yaml.safe_load(STAGED), "stages": [*first, merge, "diagnose", *export]}
     recipe = Recipe.from_yaml(yaml.safe_dump(content))
     again = Recipe.from_yaml(recipe.to_yaml())
     assert again == recipe and hash(again) == hash(recipe) and again.to_yaml() == recipe.to_yaml()
-    assert len(recipe.steps) == len(first) + 2 + (merge[-1] == "evaluate")
+    assert len(recipe.steps) == len(first) + 3

@@ -1,4 +1,4 @@
-"""A small recipe with stages, and its networks."""
+"""A small recipe, and its networks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ sources:
   - {seed: 7}
 stages:
   - train: {epochs: 2}
-  - match: activations
-  - merge: {alpha: 0.4}
-  - renormalize: [rescale]
+  - merge: {matching: activations, alpha: 0.4, renormalize: [rescale]}
   - evaluate
 """
 

@@ -6,13 +6,19 @@ from vfsurgery.recipes.planning import plan
 from vfsurgery.recipes.recipe import Recipe
 
 MODEL = "vfsurgery.networks.demo:TinyConvNet"
+TRAIN = "{train: {epochs: 1}}"
+WAYS = "ways: [x: {merge: {matching: identity, renormalize: none}}]"
+CUT = "ways: ['{sparsity}': {prune: {}}], grid: {prune.sparsity: [0.5]}, columns: sparsity"
 RECIPES = {
-    "pair": f"pairs: [{{name: p, model: '{MODEL}', alphas: 3, training: {{epochs: 1}}}}]",
-    "sweep": f"sweeps: [{{name: s, model: '{MODEL}', sparsities: [0.5], training: {{epochs: 1}}}}]",
-    "soup": f"soups: [{{name: s, model: '{MODEL}', phases: 1, copies: 2, training: {{epochs: 1}}, "
-    "retraining: {epochs: 1}}]",
-    "stages": f"sources: ['{MODEL}', {{}}]\nstages: [merge, diagnose, {{export: [m.safetensors, m.pt2]}}]",
-    "stages of timm": "sources: [{model: 'timm:test_resnet', options: {in_chans: 1, num_classes: 10}}]\n"
+    "pair": f"sources: ['{MODEL}', {{}}]\n"
+    f"stages: [{TRAIN}, {{compare: {{{WAYS}}}}}, {{barrier: {{alphas: 3}}}}, diagnose]",
+    "sweep": f"sources: ['{MODEL}']\nstages: [{TRAIN}, {{compare: {{{CUT}}}}}, diagnose]",
+    "soup": f"sources: ['{MODEL}']\nstages: [{TRAIN}, {{soup: {{phases: 1, copies: 2, retraining: {{epochs: 1}}}}}}]",
+    "files": f"sources: ['{MODEL}', {{}}]\nstages: [merge, diagnose, {{export: [m.safetensors, m.pt2]}}]",
+    "preserved": f"sources: ['{MODEL}', {{}}]\nstages: [{{merge: {{preserve: 2}}}}]",
+    "runs": f"runs: [{{name: p, sources: ['{MODEL}', {{}}], stages: [merge, diagnose]}}, "
+    f"{{name: q, sources: ['{MODEL}', {{}}], stages: [fold]}}]",
+    "of timm": "sources: [{model: 'timm:test_resnet', options: {in_chans: 1, num_classes: 10}}]\n"
     "stages: [{prune: {sparsity: 0.5}}]",
 }
 

@@ -29,8 +29,7 @@ def test_a_plan_says_what_would_happen_and_makes_no_weights(monkeypatch):
 
     monkeypatch.setattr(nn.Parameter, "__new__", new)
     text = staged(
-        "merge",
-        {"preserve": {"flops": 1.5}},
+        {"merge": {"preserve": {"flops": 1.5}}},
         "diagnose",
         sources=["timm:resnet18", {}],
         data={"name": "cifar10", "path": "none"},
@@ -40,7 +39,7 @@ def test_a_plan_says_what_would_happen_and_makes_no_weights(monkeypatch):
     network = found.networks[0]
     assert (network.parameters, network.image, network.groups) == (11689512, (3, 32, 32), 12)
     assert network.networks == ("a", "b")
-    assert "flops x1." in found.steps[0].notes[0] and found.writes[:3] == ("diagnosis.html", "small.pt2", "report.json")
+    assert "flops x1." in found.steps[0].notes[0] and found.writes[:3] == ("small.html", "small.pt2", "report.json")
     assert json.loads(json.dumps(found.to_dict()))["memory"] > 2 * network.megabytes
 
 
@@ -95,10 +94,10 @@ def test_the_command_line(tmp_path):
     planned = vfsurgery("plan", "small.yaml", "--set", "sources.0.options.width=8", "--seed", "3")
     assert "18,370 parameters" in planned.stdout, planned.stderr
     assert json.loads(vfsurgery("plan", "small.yaml", "--json").stdout)["name"] == "small"
-    assert vfsurgery("check", "small.yaml").stdout == "small.yaml can run: 3 steps on 1 architectures\n"
+    assert vfsurgery("check", "small.yaml").stdout == "small.yaml can run: 4 steps on 1 architectures\n"
     wrong = vfsurgery("check", "small.yaml", "--set", "stages.merge.alpha=2")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: small.yaml:10: alpha must lie in [0, 1] but is 2")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: small.yaml:9: alpha must lie in [0, 1] but is 2")
     assert not (tmp_path / "out").exists()
     done = vfsurgery("run", "small.yaml", "--dtype", "float64", "--set", "stages.train.epochs=1")
-    assert "match + merge + renormalize" in done.stdout, done.stderr
+    assert "\n  2 merge\n    merge of 2 x TinyConvNet" in done.stdout, done.stderr
     assert load_state_dict(tmp_path / "out/small/small.safetensors")["fc.bias"].dtype == torch.float64

@@ -40,8 +40,8 @@ def test_merge_alone_is_the_one_line(tmp_path, data):
 
 def test_shares_by_layer(tmp_path):
     shares = {"convs.0": 0.0, "convs.1": 1.0, "*": [0.2, 0.8]}
-    stages = {"match": "identity"}, {"merge": {"alpha": shares}}, {"renormalize": None}
-    surgery.Recipe.from_yaml(staged(*stages)).run(tmp_path, progress=False)
+    stage = {"merge": {"matching": "identity", "alpha": shares, "renormalize": None}}
+    surgery.Recipe.from_yaml(staged(stage)).run(tmp_path, progress=False)
     found = load_state_dict(tmp_path / "small.safetensors")
     a, b = small(0, 0).state_dict(), small(7, 0).state_dict()
     assert torch.equal(found["convs.0.weight"], a["convs.0.weight"])
@@ -51,9 +51,10 @@ def test_shares_by_layer(tmp_path):
 
 def test_three_sources(tmp_path):
     sources = [{"model": "vfsurgery.networks.demo:TinyConvNet", "options": {"width": 4}}, {}, {"name": "third"}]
-    text = staged({"match": "weights"}, {"merge": {"weights": [0.5, 0.3, 0.2]}}, "evaluate", sources=sources)
-    run = surgery.Recipe.from_yaml(text).run(tmp_path, progress=False)
-    assert [line.split()[0] for line in run.findings[0].told[-1].lines] == ["a", "b", "third", "ensemble", "merged"]
+    merge = {"merge": {"matching": "weights", "weights": [0.5, 0.3, 0.2]}}
+    run = surgery.Recipe.from_yaml(staged(merge, "evaluate", sources=sources)).run(tmp_path, progress=False)
+    lines = run.findings[0].said("evaluate").lines[1:]
+    assert [line.split()[0] for line in lines] == ["a", "b", "third", "ensemble", "merged"]
     expected = surgery.merge(
         [small(seed, 0) for seed in range(3)],
         weights=[0.5, 0.3, 0.2],
@@ -72,8 +73,9 @@ def test_pruned_networks_keep_their_zeros_through_training_and_merge(tmp_path):
         {"export": "pruned.safetensors"},
         {"merge": {"masks": "keep"}},
         "diagnose",
+        {"export": "small.safetensors"},
     )
-    surgery.Recipe.from_yaml(staged(*stages, outputs=["small.safetensors"])).run(tmp_path, progress=False)
+    surgery.Recipe.from_yaml(staged(*stages)).run(tmp_path, progress=False)
     models = [TinyConvNet(width=4) for _ in range(3)]
     for model, file in zip(models, ("pruned_a", "pruned_b", "small"), strict=True):
         load_into(model, load_state_dict(tmp_path / f"{file}.safetensors"), file)
@@ -85,12 +87,13 @@ def test_pruned_networks_keep_their_zeros_through_training_and_merge(tmp_path):
 @pytest.mark.parametrize("kept", [True, False])
 def test_zeros_stay_in_a_training_behind_the_merge(tmp_path, kept):
     first = [{"prune": {"sparsity": 0.6, "method": "random"}}] if kept else []
-    stages = *first, {"match": "identity"}, "merge", {"train": {"epochs": 1}}, {"prune": {"sparsity": 0.7}}, "diagnose"
+    merge = {"merge": {"matching": "identity"}}
+    stages = *first, merge, {"train": {"epochs": 1}}, {"prune": {"sparsity": 0.7}}, "diagnose"
     run = surgery.Recipe.from_yaml(staged(*stages)).run(tmp_path, progress=False)
-    bench = run.findings[0].bench
-    dense, pruned = bench.origins["merged"][0], bench.networks["merged"]
+    net = run.findings[0].bench.networks["merged"]
+    dense, pruned = net.origins[0], net.model
     assert round(Masks.of(dense).sparsity, 2) == (0.6 if kept else 0.0)
-    assert round(Masks.of(pruned).sparsity, 2) == 0.7 and len(bench.origins["merged"]) == 1
+    assert round(Masks.of(pruned).sparsity, 2) == 0.7 and len(net.origins) == 1
 
 
 def test_a_pruned_network_is_repaired_by_what_it_was(tmp_path):
@@ -101,14 +104,15 @@ def test_a_pruned_network_is_repaired_by_what_it_was(tmp_path):
     pruned = surgery.prune(dense, 0.8)
     expected = surgery.renormalize(pruned, reference=dense, data=digits().calibration, progress=False)
     assert_same(load_state_dict(tmp_path / "small.safetensors"), expected.state_dict())
-    page = (tmp_path / "diagnosis.html").read_text()
-    assert "<html" in page and "(this network)" not in page  # its accuracy is measured after that
+    page = (tmp_path / "small.html").read_text()
+    assert "<html" in page and "before" in page  # of what was pruned, and of what it became
+    assert "(this network)" not in page  # its accuracy is measured after that
 
 
 def test_the_page_begins_with_the_accuracy_of_its_own_network(tmp_path):
     surgery.Recipe.from_yaml(staged("merge", "evaluate", "diagnose")).run(tmp_path, progress=False)
     rows = re.findall(
-        r"<tr( class=\"own\")?><td class=\"text\">([^<]*)</td><td style", (tmp_path / "diagnosis.html").read_text()
+        r"<tr( class=\"own\")?><td class=\"text\">([^<]*)</td><td style", (tmp_path / "small.html").read_text()
     )
     assert rows[0] == (' class="own"', "merged (this network)")
     assert {("", "a"), ("", "b")} <= {*rows[1:]} and not any(own for own, _ in rows[1:])
@@ -117,16 +121,15 @@ def test_the_page_begins_with_the_accuracy_of_its_own_network(tmp_path):
 def test_passes_of_your_own_are_stages(tmp_path, shrink):
     source = {"model": "vfsurgery.networks.demo:TinyConvNet", "options": {"width": 4}}
     recipe = surgery.Recipe.from_yaml(staged({"shrink": {"factor": 0.25}}, {"apply": ["shrink"]}, sources=[source]))
-    assert recipe.stages[0].kind == "apply" and surgery.Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert recipe.stages[0].name == "apply" and surgery.Recipe.from_yaml(recipe.to_yaml()) == recipe
     recipe.run(tmp_path, progress=False)
     found = load_state_dict(tmp_path / "small.safetensors")
     assert torch.equal(found["fc.weight"], small(0, 0).fc.weight * 0.125)
 
 
 def test_preserved_layers_are_written_whole(tmp_path):
-    text = staged({"match": "weights"}, "merge", {"preserve": 3})
-    run = surgery.Recipe.from_yaml(text).run(tmp_path, progress=False)
-    assert run.recipe.files == ("small.pt2",)
+    text = staged({"merge": {"matching": "weights", "preserve": 3}})
+    surgery.Recipe.from_yaml(text).run(tmp_path, progress=False)
     program = torch.export.load(tmp_path / "small.pt2").module()
     expected = surgery.merge(
         small(0, 0), small(7, 0), matching="weights", preserve=3, data=digits().calibration, progress=False
@@ -137,7 +140,7 @@ def test_preserved_layers_are_written_whole(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_another_precision(tmp_path, dtype):
-    text = staged("merge", {"renormalize": ["repair"]}, {"evaluate": {"flips": True}}, "diagnose", dtype=dtype)
+    text = staged({"merge": {"renormalize": ["repair"]}}, {"evaluate": {"flips": True}}, "diagnose", dtype=dtype)
     surgery.Recipe.from_yaml(text).run(tmp_path, progress=False)
     assert load_state_dict(tmp_path / "small.safetensors")["fc.weight"].dtype == getattr(torch, dtype)
 
@@ -149,8 +152,8 @@ def test_sources_from_files(tmp_path):
     first = {"model": "vfsurgery.networks.demo:TinyConvNet", "options": {"width": 4}, "checkpoint": str(paths[0])}
     for ema, seed in ((True, 2), (False, 1)):
         sources = [first, {"checkpoint": str(paths[1]), "ema": ema}]
-        text = staged({"match": "identity"}, {"merge": {"alpha": 1.0}}, {"renormalize": None}, sources=sources)
-        surgery.Recipe.from_yaml(text).run(tmp_path / "out", progress=False)
+        merge = {"merge": {"matching": "identity", "alpha": 1.0, "renormalize": None}}
+        surgery.Recipe.from_yaml(staged(merge, sources=sources)).run(tmp_path / "out", progress=False)
         assert_same(load_state_dict(tmp_path / "out/small.safetensors"), small(seed, 0).state_dict())
 
 
@@ -174,7 +177,5 @@ def test_what_is_expected(tmp_path):
 def test_the_report_has_every_step(ran):
     report = json.loads((ran.output / "report.json").read_text())
     steps = report["runs"][0]["steps"]
-    assert [next(iter(stage)) for step in steps for stage in step["stages"]] == [
-        *("train", "match", "merge", "renormalize", "evaluate")
-    ]
+    assert [next(iter(step["stage"])) for step in steps] == ["train", "merge", "evaluate", "export"]
     assert steps[1]["result"]["certificates"] and set(steps[2]["result"]["scores"]) == {"a", "b", "ensemble", "merged"}

@@ -14,6 +14,8 @@ from small import RECIPE, ROOT, staged
 import vfsurgery as surgery
 from vfsurgery.errors import RecipeError
 
+GRID = {"merge.alpha": [0.25, 0.5]}
+
 
 @pytest.mark.parametrize(
     "stage",
@@ -22,23 +24,22 @@ from vfsurgery.errors import RecipeError
         {"train": {"epochs": 3, "milestones": [1, 2]}},
         {"prune": {"sparsity": {"convs.0": 0.0, "*": 0.5}, "scope": "global"}},
         {"prune": {"pattern": "2:4", "method": "wanda"}},
-        {"renormalize": None},
-        {"renormalize": [{"repair": {"factor": 0.9}}, "rescale"]},
+        {"merge": {"renormalize": None}},
+        {"merge": {"renormalize": [{"repair": {"factor": 0.9}}, "rescale"]}},
         {"merge": {"alpha": {"convs.*": [0.1, 0.9], "fc": 0.3}}},
         {"merge": {"weights": {"fc": [[0.5, 0.5], [1.0, 0.0]]}, "pins": ["fc"]}},
-        {"preserve": {"flops": 1.5}},
-        {"match": {"cca": {"gamma": 0.3}}},
+        {"merge": {"preserve": {"flops": 1.5}}},
+        {"merge": {"matching": {"cca": {"gamma": 0.3}}}},
         {"fold": None},
+        {"compare": {"ways": [{"x": "merge"}, {"y {alpha}": [{"merge": {"matching": "weights"}}]}], "grid": GRID}},
+        {"compare": {"ways": [{"x": "merge"}], "published": {"x": 3, "ratio x": 0.5}, "expect": ["a < x < 99"]}},
         {"export": ["a.safetensors", "b.onnx"]},
         {"evaluate": {"data": "train", "expect": ["a < b"]}},
     ],
     ids=str,
 )
 def test_what_is_written_is_read_again(stage):
-    kind = stage if isinstance(stage, str) else next(iter(stage))
-    before = [{"merge": {}}] if kind == "renormalize" else []
-    after = [{"merge": {}}] if kind in ("preserve", "match") else []
-    recipe = surgery.Recipe.from_yaml(staged(*before, stage, *after))
+    recipe = surgery.Recipe.from_yaml(staged(stage))
     again = surgery.Recipe.from_yaml(recipe.to_yaml())
     assert again == recipe and hash(again) == hash(recipe) and again.to_yaml() == recipe.to_yaml()
     assert recipe != surgery.Recipe.from_yaml(RECIPE)
@@ -50,38 +51,39 @@ MERGE = {"merge": {}}
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        (["trian"], "unknown key 'trian' at stages[0].trian remedy did you mean 'train'?"),
+        (["trian"], "unknown stage 'trian'; did you mean 'train'?"),
         ([{"train": {"epoch": 3}}], "unknown key 'epoch' at stages[0].train.epoch remedy did you mean 'epochs'?"),
         ([{"train": {}, "merge": {}}], "a stage is its name, or one key with its options"),
-        (["match"], "the stage 'match' needs a value"),
-        ([{"match": "weights"}], "match says how to merge, but no merge stands beside it at stages[0]"),
-        ([MERGE, {"match": "weights"}, {"match": "cca"}], "match stands twice around one merge"),
-        ([MERGE, "evaluate", MERGE], "there is one network left, and nothing to merge it with at stages[2]"),
-        ([{"renormalize": "auto"}], "renormalize stands behind a merge, or behind prune"),
-        ([{"prune": {"sparsity": 0.5}}, {"renormalize": None}], "behind prune, renormalize none changes nothing"),
-        ([MERGE, "evaluate", {"repair": {"factor": 0.9}}], "repair goes by the sources: such passes stand in"),
-        ([{"apply": ["fold", "average"]}], "average goes by the sources"),
+        (["apply"], "the stage 'apply' needs a value at stages[0].apply"),
+        ([MERGE, "evaluate", MERGE], "there is one network left, and nothing to merge it with at stages[2].merge"),
+        ([{"renormalize": "auto"}], "renormalize stands behind prune: else nothing says to what"),
+        ([{"prune": {"sparsity": 0.5}}, {"renormalize": "none"}], "renormalize none changes nothing: leave it out"),
+        (
+            [MERGE, "evaluate", {"repair": {"factor": 0.9}}],
+            "repair compares with the sources of a merge: write it into",
+        ),
+        ([{"apply": ["fold", "average"]}], "average compares with the sources of a merge"),
         (["diagnose"], "diagnose compares a network with what it was made from"),
-        ([{"match": "weight"}, MERGE], "unknown matcher 'weight'; did you mean 'weights'?"),
-        ([{"match": {"cca": {"gama": 1.0}}}, MERGE], "matcher 'cca' has no option 'gama'"),
+        ([{"merge": {"matching": "weight"}}], "unknown matcher 'weight'; did you mean 'weights'?"),
+        ([{"merge": {"matching": {"cca": {"gama": 1.0}}}}], "matcher 'cca' has no option 'gama'"),
         ([{"merge": {"alpha": 1.5}}], "alpha must lie in [0, 1] but is 1.5"),
         ([{"merge": {"alpha": "half"}}], "shares are numbers"),
-        ([{"merge": {"weights": [0.2, 0.3, 0.5]}}], "3 weights were given for 2 models at stages[0]"),
-        ([{"merge": {"weights": 0.5}}], "weights are one number for each of 2 sources, not 0.5 at stages[0]"),
+        ([{"merge": {"weights": [0.2, 0.3, 0.5]}}], "3 weights were given for 2 models at stages[0].merge"),
+        ([{"merge": {"weights": 0.5}}], "weights are one number for each of 2 sources, not 0.5 at stages[0].merge"),
         ([{"merge": {"weights": {"fc": 0.5}}}], "weights are one number for each of 2 sources, not 0.5"),
         ([{"merge": {"weights": [[0.5, 0.5], 0.3]}}], "weights are one number for each of 2 sources, not 0.3"),
         ([{"merge": {"alpha": [0.5, [0.3]]}}], "[0.3] is no share"),
         ([{"merge": {"masks": "kept"}}], "unknown choice of masks 'kept'; did you mean 'keep'?"),
-        ([MERGE, {"renormalize": ["repiar"]}], "unknown renormalization 'repiar'; did you mean 'repair'?"),
-        ([MERGE, {"renormalize": {"repair": {"factor": "x"}}}], "pass 'repair': factor must be float but is 'x'"),
+        ([{"merge": {"renormalize": ["repiar"]}}], "unknown renormalization 'repiar'; did you mean 'repair'?"),
+        ([{"merge": {"renormalize": {"repair": {"factor": "x"}}}}], "pass 'repair': factor must be float but is 'x'"),
         ([{"apply": "fould"}], "unknown pass 'fould'; did you mean 'fold'?"),
-        ([MERGE, {"preserve": -1}], "write a number of layers, a module path, or a budget"),
-        ([MERGE, {"preserve": {"flop": 2}}], "unknown budget 'flop'; did you mean 'flops'?"),
-        ([MERGE, {"preserve": {1: 2}}], "unknown budget '1'"),
-        ([MERGE, {"preserve": {}}], "a budget says flops, params or both"),
-        ([MERGE, {"preserve": ""}], "write a number of layers, a module path, or a budget"),
-        ([MERGE, {"preserve": {"flops": 0.5}}], "max_flops=0.5 is no budget"),
-        ([MERGE, {"preserve": 2}, {"export": "x.safetensors"}], "write x.safetensors as .pt2 or .onnx"),
+        ([{"merge": {"preserve": -1}}], "write a number of layers, a module path, or a budget"),
+        ([{"merge": {"preserve": {"flop": 2}}}], "unknown budget 'flop'; did you mean 'flops'?"),
+        ([{"merge": {"preserve": {1: 2}}}], "unknown budget '1'"),
+        ([{"merge": {"preserve": {}}}], "a budget says flops, params or both"),
+        ([{"merge": {"preserve": ""}}], "write a number of layers, a module path, or a budget"),
+        ([{"merge": {"preserve": {"flops": 0.5}}}], "max_flops=0.5 is no budget"),
+        ([{"merge": {"preserve": 2}}, {"export": "x.safetensors"}], "write x.safetensors as .pt2 or .onnx"),
         ([{"export": "../x.onnx"}], "'../x.onnx' is no plain file name"),
         ([{"export": "x.pkl"}], "networks are written into files that end in .safetensors, .pt2, .onnx"),
         ([{"prune": {"method": "magnitude"}}], "write sparsity, as in 0.9, or pattern"),
@@ -92,12 +94,15 @@ MERGE = {"merge": {}}
         ([{"prune": {"pattern": "2:4", "scope": "layer"}}], "scope='layer' and pattern='2:4' exclude each other"),
         ([{"prune": {"sparsity": 0.5, "method": "wanda", "options": {"x": 3}}}], "unknown option of wanda 'x'"),
         ([{"prune": {"sparsity": 0.5, "options": {"block": 3}}}], "unknown option of magnitude 'block'"),
-        ([MERGE, {"evaluate": {"expect": ["merge < a"]}}], "unknown row in stages[1] 'merge'; did you mean 'merged'?"),
-        ([{"evaluate": {"expect": ["a within 2 of published"]}}], "nothing is published for stages"),
+        ([MERGE, {"evaluate": {"expect": ["merge < a"]}}], "unknown row 'merge'; did you mean 'merged'?"),
+        (
+            [{"evaluate": {"expect": ["a within 2 of published"]}}],
+            "nothing is published for 'a', so it can be in no band around it",
+        ),
         ([{"evaluate": {"flips": True}}], "flips are counted between sources and what they were merged into"),
         ([{"export": "x.pt2"}, "train", {"export": "x.pt2"}], "x_a.pt2 would be written twice: give one of"),
         ([{"export": "x.pt2"}, MERGE, {"export": "x_b.pt2"}], "x_b.pt2 would be written twice: give one of"),
-        ([{"prune": {"sparsity": 0.5}}, "diagnose", "diagnose"], "diagnosis_a.html would be written twice"),
+        ([{"prune": {"sparsity": 0.5}}, "diagnose", "diagnose"], "small_a.html would be written twice"),
         ([{"diagnose": {"page": "/tmp/x.html"}}], "String should match pattern"),
     ],
     ids=str,
@@ -112,18 +117,13 @@ def test_wrong_stages_are_explained(stages, message):
     ("changes", "message"),
     [
         ({"sources": None}, "sources and stages come together"),
-        ({"pairs": [{"name": "p", "model": "m:n"}]}, "a recipe has stages, or else pairs, sweeps and soups"),
         ({"data": None}, "evaluate needs data at stages[0]"),
         ({"sources": ["timm:resnet18", {"name": "a"}]}, "two entries have the source name 'a'"),
         ({"sources": ["m:n", {"name": "merged"}]}, "no source may be called 'merged'"),
         ({"sources": ["m:n", {"name": "ensemble"}]}, "no source may be called 'ensemble'"),
-        ({"outputs": ["x.onnx", "x.onnx"]}, "x_a.onnx would be written twice"),
         ({"sources": [{"model": "m:n", "checkpoint": "a.pt", "pretrained": True}]}, "leave one of the two out"),
         ({"sources": [{"checkpoint": "a.pt"}]}, "a required key is missing at sources[0].model"),
-        ({"alpha": 0.3}, "alpha stands in the stage: write merge: {alpha: ...}"),
-        ({"resume": "kept"}, "resume is for pairs, sweeps and soups: stages go on with --resume"),
         ({"dtype": "int8"}, "Input should be 'float32', 'float64', 'float16' or 'bfloat16'"),
-        ({"outputs": ["a/b.onnx"]}, "'a/b.onnx' is no plain file name"),
     ],
     ids=str,
 )
@@ -136,15 +136,15 @@ def test_wrong_recipes_with_stages_are_explained(changes, message):
 def test_errors_name_the_file_and_the_line(tmp_path):
     path = tmp_path / "wrong.yaml"
     path.write_text(RECIPE.replace("alpha: 0.4", "alfa: 0.4"))
-    with pytest.raises(RecipeError, match=r"wrong\.yaml:10: unknown key 'alfa'\n  at      stages\[2\]\.merge\.alfa"):
+    with pytest.raises(RecipeError, match=r"wrong\.yaml:9: unknown key 'alfa'\n  at      stages\[1\]\.merge\.alfa"):
         surgery.Recipe.from_yaml(path)
-    path.write_text(RECIPE.replace("  - merge: {alpha: 0.4}\n", ""))
-    with pytest.raises(RecipeError, match=r"wrong\.yaml:9: match says how to merge"):
+    path.write_text(RECIPE.replace("  - evaluate\n", "  - diagnose\n  - prune: {sparsity: 0.5}\n  - merge\n"))
+    with pytest.raises(RecipeError, match=r"wrong\.yaml:12: there is one network left"):
         surgery.Recipe.from_yaml(path)
 
 
 def test_values_may_be_changed_by_their_path():
-    changes = {"stages.train.epochs": 5, "stages.2.merge.alpha": 0.1, "sources.0.options.width": 6, "seed": 3}
+    changes = {"stages.train.epochs": 5, "stages.1.merge.alpha": 0.1, "sources.0.options.width": 6, "seed": 3}
     recipe = surgery.Recipe.from_yaml(RECIPE, changes)
     assert recipe == surgery.Recipe.from_yaml(
         RECIPE.replace("epochs: 2", "epochs: 5").replace("0.4", "0.1").replace("width: 4", "width: 6") + "seed: 3\n"
@@ -153,7 +153,7 @@ def test_values_may_be_changed_by_their_path():
         ("stages.tran.epochs", "there is no single 'tran'\n  remedy  did you mean 'train'?"),
         ("stages.9.train", "there is no single '9'"),
         ("name.first", "name is 'small'\n  remedy   write name=VALUE"),
-        ("stages.4.data", "stages.4 is 'evaluate'\n  remedy   write stages.4=VALUE"),
+        ("stages.2.data", "stages.2 is 'evaluate'\n  remedy   write stages.2=VALUE"),
         (".".join("a" * 5000), "a path of 5000 keys leads nowhere"),
         ("stages.train.epoch", "unknown key 'epoch'"),
     ):

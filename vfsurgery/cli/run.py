@@ -42,8 +42,7 @@ def read_recipe(recipe: Path, changes: tuple[str, ...], reduced: bool, **given: 
     """The recipe with all changes."""
     import_from_here()
     wanted = dict(map(read_change, changes)) | {key: value for key, value in given.items() if value is not None}
-    read = Recipe.from_yaml(recipe, wanted)
-    return read.in_reduced_form() if reduced else read
+    return Recipe.from_yaml(recipe, wanted, reduced=reduced)
 
 
 @click.command(epilog=EPILOG)
@@ -55,9 +54,9 @@ def read_recipe(recipe: Path, changes: tuple[str, ...], reduced: bool, **given: 
 def run(ctx: click.Context, output: Path | None, resume: bool, quiet: bool, **options: Any) -> None:
     """Run what the YAML file RECIPE describes.
 
-    With stages, its networks go through them one after another. With pairs, sweeps or soups, networks are trained,
-    merged or pruned in several ways and compared in tables. Weights, plots, pages and report.json are written into
-    the output folder once all of it is done. Exits with 1 when something that the recipe expects does not hold.
+    Its sources go through its stages one after another: they are trained, merged or pruned, in several ways that
+    are compared in a table, or in one. Weights, plots, pages and report.json are written into the output folder
+    once all of it is done. Exits with 1 when something that the recipe expects does not hold.
 
     A run that was cut off goes on with --resume, and ends in the same files.
 

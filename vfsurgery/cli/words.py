@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import click
 
-KEYS = {"matching": "match", "example_inputs": "input_size"}
+KEYS = {"example_inputs": "input_size"}
 """Arguments of functions that recipes call otherwise."""
 
 RECIPE_KEYS = (

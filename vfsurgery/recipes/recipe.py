@@ -1,4 +1,4 @@
-"""Experiments written down in YAML: which networks to train, how to merge or prune them, what to compare and write."""
+"""Surgery written down in YAML: the networks to begin with, and what is done to them, stage by stage."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,57 +18,37 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic.json_schema import PydanticJsonSchemaWarning
 
-from vfsurgery.checkpoints import PROGRAM, WEIGHTS, load_into, load_state_dict, write_text
+from vfsurgery.checkpoints import write_text
 from vfsurgery.errors import RecipeError, explain
 from vfsurgery.hub.cards import CLASSIFICATION, Card, check_card
 from vfsurgery.hub.loading import write_config
-from vfsurgery.recipes.comparison import Comparison
+from vfsurgery.recipes.bench import Bench, Lab
 from vfsurgery.recipes.expectations import Outcome
-from vfsurgery.recipes.experiments import (
-    Finding,
-    Lab,
-    PairFinding,
-    SoupFinding,
-    SweepFinding,
-    run_pair,
-    run_soup,
-    run_sweep,
-)
-from vfsurgery.recipes.pruning_sections import PruningSweep, ReducedSweep, Soup
+from vfsurgery.recipes.running import Finding, Runner
 from vfsurgery.recipes.sections import (
     AsTuple,
-    Experiment,
+    FrozenDict,
     Images,
     Name,
-    Pair,
-    ReducedPair,
     Section,
     Seed,
-    Threads,
-    given,
+    Source,
+    complete_sources,
+    frozen,
+    plain,
     refuse_repeated,
-    refuse_unknown,
 )
-from vfsurgery.recipes.stages.bench import DTYPES, Bench
-from vfsurgery.recipes.stages.running import StagesFinding, run_steps
-from vfsurgery.recipes.stages.sections import FileNames, Source, Stage, check_weights, complete_sources
-from vfsurgery.recipes.stages.steps import RESERVED, Step, check_files, files_of, steps_of
-from vfsurgery.recipes.stages.store import Store
-from vfsurgery.recipes.text import changed, parse, read_text
-from vfsurgery.recipes.wording import describe, written_path
+from vfsurgery.recipes.stage import RESERVED, SCHEMA, Misplaced, Place, Stage, Stages, read, schemas
+from vfsurgery.recipes.store import Store
+from vfsurgery.recipes.text import changed, line_of, parse, read_text
+from vfsurgery.recipes.wording import describe
 from vfsurgery.stats.threads import threads
 from vfsurgery.training import from_seed
 
 STEPS = ".stages"
 """Folder below that of the results, for what a run that is cut off has finished."""
 
-KINDS: Mapping[str, type] = {
-    "pairs": PairFinding,
-    "sweeps": SweepFinding,
-    "soups": SoupFinding,
-    "runs": StagesFinding,
-}
-"""Under which key of the report each kind of finding stands."""
+Sources = Annotated[tuple[Source, ...], BeforeValidator(complete_sources)]
 
 
 def _known_device(name: str) -> str:
@@ -76,29 +57,40 @@ def _known_device(name: str) -> str:
     return name
 
 
-class Reduced(Section):
-    """What a smaller form of the recipe changes, for machines without a GPU."""
+class Run(Section):
+    """Sources, and the stages that they go through; the names of all files begin with its name."""
 
-    data: Images | None = None
-    threads: Threads | None = None
-    pairs: Annotated[tuple[ReducedPair, ...], AsTuple] = ()
-    sweeps: Annotated[tuple[ReducedSweep, ...], AsTuple] = ()
+    name: Name
+    sources: Annotated[Sources, Field(min_length=1)]
+    stages: Annotated[Stages, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [source.name for source in self.sources]
+        refuse_repeated("source", names)
+        if taken := next((name for name in names if name in RESERVED), None):
+            raise ValueError(f"no source may be called {taken!r}: a row of its own has that name")
+        return self
+
+    @property
+    def steps(self) -> tuple[Stage, ...]:
+        """The stages, and where none of them exports, an export of the networks of the end."""
+        exports = any(stage.name == "export" for stage in self.stages)
+        return self.stages if exports else (*self.stages, read("export"))
 
 
 class Recipe(Section):
-    """Data, and experiments on it: pairs of models to merge, networks to prune.
+    """Networks, and what is done to them, one stage after another; or several such ``runs``, one after another.
 
-    Or ``sources`` and ``stages``: networks, and what is done to them, one after another.
-
-    An experiment's ``model`` may name any importable factory, which is then called: run only recipes that you trust.
+    A ``model`` may name any importable factory, which is then called: run only recipes that you trust.
 
     >>> recipe = Recipe.from_yaml('''
     ... name: tiny
-    ... pairs:
-    ...   - {name: conv, model: "vfsurgery.networks.demo:TinyConvNet", training: {epochs: 1}}
+    ... sources: ["vfsurgery.networks.demo:TinyConvNet", {seed: 7}]
+    ... stages: [merge: {matching: weights}]
     ... ''')
-    >>> recipe.pairs[0].training.epochs
-    1
+    >>> [str(stage) for stage in recipe.steps]
+    ['merge', 'export']
     >>> Recipe.from_yaml(recipe.to_yaml()) == recipe
     True
     """
@@ -106,255 +98,198 @@ class Recipe(Section):
     name: Name
     source: str | None = None
     data: Images | None = None
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     seed: Seed = 0
-    threads: Threads | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     device: Annotated[str, AfterValidator(_known_device)] = "cpu"
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
     resume: str | None = None
-    pairs: Annotated[tuple[Pair, ...], AsTuple] = ()
-    sweeps: Annotated[tuple[PruningSweep, ...], AsTuple] = ()
-    soups: Annotated[tuple[Soup, ...], AsTuple] = ()
-    sources: Annotated[tuple[Source, ...], BeforeValidator(complete_sources)] = ()
-    stages: Annotated[tuple[Stage, ...], AsTuple] = ()
-    outputs: FileNames = ()
-    reduced: Reduced | None = None
+    sources: Sources = ()
+    stages: Stages = ()
+    runs: Annotated[tuple[Run, ...], AsTuple] = ()
+    reduced: Annotated[dict[str, Any], AfterValidator(frozen)] = FrozenDict()
 
     @model_validator(mode="after")
-    def _names_differ(self) -> Self:
-        refuse_repeated("experiment", [experiment.name for experiment in self.experiments])
-        names = [source.name for source in self.sources]
-        refuse_repeated("source", names)
-        if taken := next((name for name in names if name in RESERVED), None):
-            raise ValueError(f"no source may be called {taken!r}: a row of its own has that name")
-        if not self.experiments and not self.stages:
-            raise ValueError("there is nothing to do: a recipe has sources and stages, or pairs, sweeps or soups")
-        return self
-
-    @model_validator(mode="after")
-    def _stages_can_run(self) -> Self:
-        if bool(self.stages) != bool(self.sources):
+    def _can_run(self) -> Self:
+        if self.runs and (self.sources or self.stages):
+            raise ValueError("sources and stages stand in the runs, where a recipe has several")
+        if not self.runs and not (self.sources or self.stages):
+            raise ValueError("there is nothing to do: a recipe has sources and stages, or several runs of them")
+        if not self.runs and not (self.sources and self.stages):
             raise ValueError("sources and stages come together: networks, and what is done to them")
-        if self.stages and self.experiments:
-            raise ValueError("a recipe has stages, or else pairs, sweeps and soups: make two of this one")
-        if self.dtype != "float32" and not self.stages:
-            raise ValueError("dtype is for recipes with stages: pairs, sweeps and soups are computed in float32")
-        if self.stages and self.alpha != 0.5:
-            raise ValueError("alpha stands in the stage: write merge: {alpha: ...}")
-        if self.stages and self.resume is not None:
-            raise ValueError("resume is for pairs, sweeps and soups: stages go on with --resume")
-        if self.outputs and not self.stages:
-            raise ValueError("outputs are for recipes with stages: pairs, sweeps and soups name their files themselves")
-        for step in self.steps:
-            if self.data is None and step.needs_data:
-                raise ValueError(f"stages[{step.place}]: {step.kind} needs data")
-            if step.kind == "merge" and step.value.weights is not None:
-                check_weights(step.value.weights, len(self.sources), f"stages[{step.place}]")
-        check_files(self.steps, self.files)
+        refuse_repeated("run", [run.name for run in self.runs])
+        list(self.follow())
         return self
 
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """What the stages become: those of one merge run at once."""
-        return tuple(steps_of(self.stages, [source.name for source in self.sources]))
+    @cached_property
+    def parts(self) -> tuple[Run, ...]:
+        """The runs, or the only one."""
+        return self.runs or (Run(name=self.name, sources=self.sources, stages=self.stages),)
 
-    @property
-    def experiments(self) -> tuple[Experiment, ...]:
-        """Pairs, sweeps and soups, in the order in which they run."""
-        return (*self.pairs, *self.sweeps, *self.soups)
-
-    @model_validator(mode="after")
-    def _reduced_form_is_a_recipe(self) -> Self:
-        if self.reduced is not None:
-            for kind, changes, known in (
-                ("pair", self.reduced.pairs, self.pairs),
-                ("sweep", self.reduced.sweeps, self.sweeps),
-            ):
-                names = [experiment.name for experiment in known]
-                refuse_unknown(f"reduced {kind}", [change.name for change in changes], names)
-            try:
-                self.in_reduced_form()
-            except ValidationError as error:
-                problem = error.errors()[0]
-                where = written_path(problem["loc"]) or "the recipe"
-                raise ValueError(f"in the reduced form, at {where}: {problem['msg']}") from None
-        return self
-
-    def in_reduced_form(self) -> Self:
-        """Return the smaller recipe that ``reduced`` describes; its name ends in ``-reduced``.
+    def follow(self) -> Iterator[tuple[Run, Stage, Place, Place]]:
+        """Every stage of every run, with what there is before and behind it.
 
         Raises:
-            RecipeError: There is no ``reduced``.
+            Misplaced: a stage cannot stand where it stands.
         """
-        if self.reduced is None:
-            raise RecipeError(
-                explain(f"{self.name} has no reduced form", remedy="leave --reduced out, or describe one")
-            )
-        pairs = {change.name: change for change in self.reduced.pairs}
-        sweeps = {change.name: change for change in self.reduced.sweeps}
-        content = self.model_dump(mode="json", exclude={"reduced"})
-        content |= given(self.reduced)
-        content["name"] = f"{self.name}-reduced"
-        content["pairs"] = [pairs.get(pair.name, ReducedPair(name=pair.name)).changed(pair) for pair in self.pairs]
-        content["sweeps"] = [sweeps.get(one.name, ReducedSweep(name=one.name)).changed(one) for one in self.sweeps]
-        return type(self).model_validate(content)
+        files: tuple[str, ...] = ()
+        for number, run in enumerate(self.parts):
+            names = tuple(source.name for source in run.sources)
+            at = Place(run.name, names, names, self.data is not None, files=files)
+            for place, stage in enumerate(run.steps):
+                try:
+                    behind = stage.checked(at)
+                except ValueError as error:
+                    above = ("runs", number) if self.runs else ()
+                    raise Misplaced(error, *above, "stages", place, stage.name) from None
+                yield run, stage, at, behind
+                at, files = behind, behind.files
+
+    @property
+    def steps(self) -> tuple[Stage, ...]:
+        """All stages in the order in which they run, with the exports that are implied where none is written."""
+        return tuple(stage for run in self.parts for stage in run.steps)
 
     @classmethod
-    def from_yaml(cls, source: str | Path, changes: Mapping[str, object] | None = None) -> Self:
+    def from_yaml(
+        cls, source: str | Path, changes: Mapping[str, object] | None = None, *, reduced: bool = False
+    ) -> Self:
         """Read a recipe from a file, or from text: a string with a line break is text, all else is a path.
 
         Args:
             source: See above.
             changes: Values to put in the place of what is written, by their path: keys with dots between them, entries
                 of lists by their place, their ``name``, or for stages by their key, as in ``stages.train.epochs``.
+            reduced: Whether to put in those of ``reduced`` first; the name then ends in ``-reduced``.
 
         Raises:
             RecipeError: No such file, no YAML, an unknown key (the nearest spelling is offered) or a wrong value; names
-                the file and the line.
+                the file and the line. Or there is no ``reduced``.
         """
         if isinstance(source, str) and "\n" in source:
             place, text = "the recipe", source
         else:
             place, text = str(source), read_text(Path(source))
-        content = parse(text, place, cls.model_fields)
-        for path, value in (changes or {}).items():
-            content = changed(content, path, value)
+        written = parse(text, place, cls.model_fields)
+        read = cls._validated(_changed(written, {} if reduced else changes), place, text)
+        if reduced and not read.reduced:
+            remedy = "leave --reduced out, or describe one"
+            raise RecipeError(explain(f"{read.name} has no reduced form", remedy=remedy))
+        small = {**written, "name": f"{written['name']}-reduced", "reduced": {}}
+        for path, value in read.reduced.items():
+            try:
+                small = changed(small, path, plain(value))
+            except RecipeError as error:
+                raise RecipeError(f"{place}:{line_of(text, ('reduced', path))}: {error}") from None
+        small = cls._validated(_changed(small, changes if reduced else {}), place, text, reduced=True)
+        return small if reduced else read
+
+    @classmethod
+    def _validated(cls, content: Mapping[str, Any], place: str, text: str, reduced: bool = False) -> Self:
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise RecipeError(describe(error, cls, place, text)) from None
-
-    def _run_stages(self, output: Path, device: torch.device, progress: bool, resume: bool) -> RecipeRun:
-        start = time.perf_counter()
-        first = self.sources[0]
-        bench = Bench(
-            {source.name: source for source in self.sources},
-            None if self.data is None else self.data.load(first.model, first.untrained),
-            device,
-            DTYPES[self.dtype],
-            self.seed,
-            self.to_yaml(),
-            progress,
-            None if self.data is None else self.data.model_dump(mode="json"),
-        )
-        with threads(self.threads):
-            finding = run_steps(self.name, self.steps, bench, Store(output / STEPS, resume), self.files)
-        run = RecipeRun(self, (finding,), output, time.perf_counter() - start)
-        run.write()
-        return run
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """What the networks of the end are written into; where nothing is said or exported, one file of our name."""
-        exports = any(stage.kind == "export" for stage in self.stages)
-        return self.outputs or (() if exports else (f"{self.name}{PROGRAM if self._preserves else WEIGHTS}",))
-
-    @property
-    def writes(self) -> tuple[str, ...]:
-        """Names of all networks and pages that stages have written."""
-        return (*(file for step in self.steps for file in step.writes), *files_of(self.files, self.steps[-1].made))
-
-    @property
-    def _preserves(self) -> bool:
-        return any(stage.kind == "preserve" and stage.value for stage in self.stages)
+            raise RecipeError(describe(error, cls, place, text, reduced)) from None
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """The JSON schema of recipes, by which editors complete and check them; ``vfsurgery schema`` prints it."""
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PydanticJsonSchemaWarning)  # of defaults that are empty mappings
-            schema = cls.model_json_schema()
-        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+            schema, own = cls.model_json_schema(), schemas()
+        text = json.dumps({**schema, "$defs": {**schema["$defs"], **own}})
+        stage = json.dumps({"$ref": "#/$defs/Stage"})
+        return {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            **json.loads(text.replace(json.dumps(SCHEMA), stage)),
+        }
 
     def to_yaml(self) -> str:
         """Write every option down, defaults included."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.safe_dump(plain(self.model_dump(mode="json")), sort_keys=False)
 
     def run(self, output: str | Path | None = None, progress: bool = True, *, resume: bool = False) -> RecipeRun:
-        """Train, merge, compare, and write the results once all of them are there.
+        """Do what the stages say, and write the results once all of them are there.
 
         Args:
             output: Folder for the results, made when missing; ``out/<name>`` by default.
             progress: Whether to show bars for what takes more than a second.
-            resume: Whether to take over what an earlier run into the same folder has finished: every step whose
+            resume: Whether to take over what an earlier run into the same folder has finished: every stage whose
                 sources, options and code are the same, and every epoch of a training.
 
         Raises:
-            SurgeryError: A model cannot be built, ``output`` is a file, or a merge fails; nothing is written then.
+            SurgeryError: A model cannot be built, ``output`` is a file, or a stage fails; nothing is written then.
         """
+        start = time.perf_counter()
         output = Path(output) if output is not None else Path("out") / self.name
         _check_folder(output)
         check_card(output)
-        device = _device(self.device)
-        if self.stages:
-            return self._run_stages(output, device, progress, resume)
-        for experiment in self.experiments:
-            model = from_seed(experiment.build, 0)  # every misspelt model is met before the first minute of training
-            for path in experiment.files:
-                load_into(model, load_state_dict(path), path)
-        start = time.perf_counter()
-        first = self.experiments[0]
-        data = self.data or Images()
-        kept = self.resume or (str(output / STEPS) if resume else None)
-        splits = data.load(first.model, first.build)
-        lab = Lab(data, splits, device, self.seed, self.alpha, self.threads, kept, progress=progress)
-        with threads(self.threads):
-            findings = (
-                *(run_pair(pair, lab) for pair in self.pairs),
-                *(run_sweep(one, lab) for one in self.sweeps),
-                *(run_soup(one, lab) for one in self.soups),
+        device, first = _device(self.device), self.parts[0].sources[0]
+        splits = self.data and self.data.load(first.model, partial(from_seed, first.untrained, 0))
+        labs = [
+            Lab(
+                run=run.name,
+                sections={source.name: source for source in run.sources},
+                splits=splits,
+                data=self.data,
+                device=device,
+                dtype=getattr(torch, self.dtype),
+                seed=self.seed,
+                recipe=self.to_yaml(),
+                progress=progress,
+                trainings=None if self.resume is None else Path(self.resume),
             )
-        run = RecipeRun(self, findings, output, time.perf_counter() - start)
+            for run in self.parts
+        ]
+        store = Store(output / STEPS, resume)
+        findings: list[Finding] = []
+        with threads(self.threads):
+            loaded = labs[0].load()
+            for lab in labs[1:]:
+                lab.load()  # what cannot be built or read is met before the first minute of training
+            store.prepare()  # a recipe that cannot begin has emptied nothing
+            for lab, part in zip(labs, self.parts, strict=True):
+                networks, notes = loaded if lab is labs[0] else lab.load()
+                findings.append(Runner(lab, store).run(part.steps, Bench(lab, networks), notes))
+        run = RecipeRun(self, tuple(findings), output, time.perf_counter() - start)
         run.write()
         return run
 
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """What running a recipe gave: one finding per experiment, printed as tables; the files lie in ``output``."""
+    """What running a recipe gave: one finding per run, printed as tables; the files lie in ``output``."""
 
     recipe: Recipe
     findings: tuple[Finding, ...]
     output: Path
     seconds: float
 
-    @property
-    def comparisons(self) -> tuple[Comparison, ...]:
-        """What merging the pairs gave."""
-        return tuple(found.comparison for found in self.findings if isinstance(found, PairFinding))
-
     def outcomes(self) -> tuple[tuple[Outcome, ...], ...]:
-        """Experiment by experiment, which expectations hold."""
+        """Run by run, which expectations hold."""
         return tuple(finding.outcomes() for finding in self.findings)
 
     @property
     def failures(self) -> tuple[Outcome, ...]:
-        """The expectations that do not hold, of all experiments."""
+        """The expectations that do not hold, of all runs."""
         return tuple(outcome for held in self.outcomes() for outcome in held if not outcome.holds)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the weights, as plain JSON values."""
-        plain: dict[str, Any] = {"recipe": self.recipe.model_dump(mode="json"), "seconds": self.seconds}
-        for kind, made in KINDS.items():
-            plain[kind] = [
-                {**finding.to_dict(), "expectations": [outcome.to_dict() for outcome in finding.outcomes()]}
-                for finding in self.findings
-                if isinstance(finding, made)
-            ]
-        return plain
+        runs = [finding.to_dict() for finding in self.findings]
+        return {"recipe": self.recipe.model_dump(mode="json"), "seconds": self.seconds, "runs": runs}
 
     def write(self) -> None:
-        """Write the files of each experiment, and for all ``report.json`` and a card."""
-        text = self.recipe.to_yaml()
-        for finding in self.findings:
-            finding.write(self.output / finding.name, text)
+        """Write the files of each run, and for all ``report.json`` and a card."""
+        for write in (write for finding in self.findings for write in finding.bench.writes):
+            write.to(self.output / write.file)
         write_text(self.output / "report.json", json.dumps(self.to_dict(), indent=2) + "\n")
         self._card().write(self.output)
 
     def _card(self) -> Card:
         """What the folder says about itself; a single network of timm also gets the file with which timm loads it."""
-        data = (self.recipe.data or Images()).name
-        networks = [each for found in self.findings for each in found.described(data)]
+        data = "" if self.recipe.data is None else self.recipe.data.name
+        networks = [each for found in self.findings for each in found.networks(data)]
         cards = [network for network, _ in networks]
         if len(networks) == 1:
             written = cards[0].written
@@ -381,15 +316,21 @@ class RecipeRun:
 def base_models(recipe: Recipe) -> list[str]:
     """Hub names of the models that a recipe starts from.
 
-    >>> base_models(Recipe.from_yaml("name: a\\npairs: [{name: b, model: 'timm:hf-hub:timm/resnet18.a1_in1k'}]"))
+    >>> text = "name: a\\nsources: ['timm:hf-hub:timm/resnet18.a1_in1k']\\nstages: [fold]"
+    >>> base_models(Recipe.from_yaml(text))
     ['timm/resnet18.a1_in1k']
     """
-    models = [each.model for each in (*recipe.experiments, *recipe.sources)]
-    names = [model for model in models if model.startswith(_ON_THE_HUB)]
+    names = [source.model for run in recipe.parts for source in run.sources if source.model.startswith(_ON_THE_HUB)]
     return sorted({name.removeprefix(_ON_THE_HUB).partition("@")[0] for name in names})
 
 
 _ON_THE_HUB = "timm:hf-hub:"
+
+
+def _changed(content: Any, changes: Mapping[str, object] | None) -> Any:
+    for path, value in (changes or {}).items():
+        content = changed(content, path, value)
+    return content
 
 
 def _device(name: str) -> torch.device:

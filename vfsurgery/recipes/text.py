@@ -96,8 +96,8 @@ def line_of(text: str, location: Sequence[int | str]) -> int:
     return line + 1
 
 
-def changed(content: Mapping[str, Any], path: str, value: object) -> dict[str, Any]:
-    """A recipe's content with one value in the place of another.
+def changed(content: Any, path: str, value: object) -> Any:
+    """A recipe's content, or part of it, with one value in the place of another.
 
     Args:
         content: As :func:`parse` returns it; stays as it is.

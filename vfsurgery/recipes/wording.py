@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from vfsurgery.checkpoints.refusals import printable
 from vfsurgery.errors import did_you_mean, explain
+from vfsurgery.recipes.stage import STAGES
 from vfsurgery.recipes.text import line_of
 
-_TUPLE = "tuple[str, ...]"
-_STAGE = re.compile(r"stages\[(\d+)\]: ")
+EXPERIMENT = "write sources, and stages: [train: ..., {new}]; several experiments are a list of runs"
+MOVED = {
+    "pairs": EXPERIMENT.format(new="compare: {ways: [LABEL: [merge: ...]]}, barrier, diagnose"),
+    "sweeps": EXPERIMENT.format(new="compare: {ways: [LABEL: [prune: ...]], grid: {prune.sparsity: [...]}}, diagnose"),
+    "soups": EXPERIMENT.format(new="soup: ..."),
+    "alpha": "it stands in the stage: write merge: {alpha: ...}",
+    "outputs": "write a last stage: export: [...]",
+}
+"""Keys of whole recipes that there were, and what took their place."""
 
 
-def describe(error: ValidationError, schema: type[BaseModel], place: str, text: str) -> str:
+def describe(error: ValidationError, schema: type[BaseModel], place: str, text: str, reduced: bool = False) -> str:
     """The message for the first thing wrong, with its line and key path; the paths of all others follow.
 
     Args:
@@ -22,53 +31,67 @@ def describe(error: ValidationError, schema: type[BaseModel], place: str, text: 
         schema: The class that the recipe is read into.
         place: The recipe's file, or words for it.
         text: The recipe.
+        reduced: Whether it is wrong in the reduced form, whose values stand elsewhere.
     """
     # a misspelt key first: it is often why another one is missing
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     fact = f"{first['msg'].removeprefix('Value error, ')}, found {printable(repr(first['input']))}"
-    remedy, location = None, first["loc"]
+    remedy, location = None, _location(first)
     if first["type"] == "extra_forbidden":
-        fact = f"unknown key {printable(repr(first['loc'][-1]))}"
-        remedy = did_you_mean(str(first["loc"][-1]), _section(schema, first["loc"][:-1]).model_fields)
+        key = str(location[-1])
+        fact, remedy = f"unknown key {printable(repr(location[-1]))}", did_you_mean(key, _keys(schema, location[:-1]))
+        if len(location) == 1 and key in MOVED:
+            fact, remedy = f"there is no key {key!r} any more", MOVED[key]
     elif first["type"] == "missing":
         fact = "a required key is missing"
     elif first["type"] == "value_error":
-        fact, location = _own(first["msg"].removeprefix("Value error, "), location)
+        fact = first["msg"].removeprefix("Value error, ")
     elif first["type"].startswith("float") and _is_number(first["input"]):
         remedy = "YAML reads 1e-3 as text: write 1.0e-3, without quotes"
     path = written_path(location)
     others = dict.fromkeys(
-        other for problem in problems[1:] if (other := written_path(problem["loc"])) and other != path
+        other for problem in problems[1:] if (other := written_path(_location(problem))) and other != path
     )
-    where = f"{place}:{line_of(text, location)}"
-    return explain(f"{where}: {fact}", at=path, remedy=remedy, also=", ".join(others) or None)
+    where = f"{place}:{line_of(text, ('reduced',) if reduced else location)}: {'in the reduced form, ' * reduced}"
+    return explain(f"{where}{fact}", at=path, remedy=remedy, also=", ".join(others) or None)
 
 
 def written_path(location: tuple[int | str, ...]) -> str | None:
-    """As in ``pairs[0].training.epochs``; the names that pydantic adds for members of a union are left out.
+    """As in ``stages[0].train.epochs``; the names that pydantic adds for members of a union are left out.
 
-    >>> written_path(("pairs", 0, "merges", "str"))
-    'pairs[0].merges'
+    >>> written_path(("stages", 0, "soup", "weight_decay", "tuple[float, ...]"))
+    'stages[0].soup.weight_decay'
     """
-    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in location if step not in ("str", _TUPLE)]
+    kept = [step for step in location if isinstance(step, int) or not (step in _PLAIN or step.startswith(_MEMBERS))]
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in kept]
     return printable("".join(steps).removeprefix(".")) or None
 
 
-def _own(message: str, location: tuple[int | str, ...]) -> tuple[str, tuple[int | str, ...]]:
-    """A message of ours, and where it belongs: what checks all stages at once begins with the place of one."""
-    found = _STAGE.match(message)
-    return (message, location) if found is None else (message[found.end() :], ("stages", int(found[1])))
+_PLAIN, _MEMBERS = ("str", "float", "int"), ("tuple[", "dict[", "function-", "constrained-")
 
 
-def _section(schema: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The class of the mapping at ``location``."""
+def _location(problem: Any) -> tuple[int | str, ...]:
+    """Where it is: what checks a whole list says by itself which entry it means."""
+    return (*problem["loc"], *getattr(problem.get("ctx", {}).get("error"), "location", ()))
+
+
+def _keys(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the mapping at ``location``."""
     for step in location:
-        if isinstance(step, str):
-            annotation = schema.model_fields[step].annotation
-            members = getattr(annotation, "__args__", (annotation,))
-            schema = next(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
-    return schema
+        if isinstance(step, str) and step in STAGES:
+            schema = STAGES[step]
+        elif isinstance(step, str) and step in schema.model_fields:
+            schema = next(_models(schema.model_fields[step].annotation), schema)
+    return [*schema.model_fields]
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections in a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for member in get_args(annotation):
+        yield from _models(member)
 
 
 def _is_number(value: object) -> bool:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from vfsurgery.checkpoints import atomic
-from vfsurgery.scoring.curves import Curves
 from vfsurgery.scoring.diagnosis import Diagnosis
 from vfsurgery.scoring.evaluation import Barrier
+from vfsurgery.scoring.sweeps import Sweep
 from vfsurgery.shown import draw
 
 if TYPE_CHECKING:
@@ -70,40 +70,36 @@ def draw_diagnosis(found: Diagnosis, path: str | Path) -> Path:
     return _save(figure, path)
 
 
-@draw.register(Curves)
-def draw_sweep(found: Curves, path: str | Path, published: Mapping[str, Sequence[float | None]] | None = None) -> Path:
-    """Draw accuracy over sparsity: for each method dashed as pruned, solid as renormalized, and the dense network.
+@draw.register(Sweep)
+def draw_sweep(found: Sweep, path: str | Path) -> Path:
+    """Draw accuracy along a sweep: curves that go on from others solid, those others dashed.
 
     Args:
         found: The sweep.
         path: The file; its ending is the format, PNG without one.
-        published: Accuracies (%) from elsewhere, by method and by ``METHOD renormalized``, one per sparsity; crosses.
 
     Raises:
         CheckpointError: The file cannot be written; nothing is left of it then.
     """
     figure = _figure(8.6, 4.8)
-    sweep_panel(found, published)(figure.subplots())
+    sweep_panel(found)(figure.subplots())
     return _save(figure, path)
 
 
-def sweep_panel(found: Curves, published: Mapping[str, Sequence[float | None]] | None = None) -> Draw:
+def sweep_panel(found: Sweep) -> Draw:
     """The panel of :func:`draw_sweep`."""
+    lifted = any(course.behind for course in found.courses.values())
 
     def panel(axes: Axes) -> None:
-        for number, (method, cells) in enumerate(found.curves.items()):
-            colour, places = PALETTE[number % len(PALETTE)], [100 * cell.sparsity for cell in cells]
-            for label, style in ((method, "--"), (f"{method} renormalized", "-")):
-                scores = [cell.pruned if style == "--" else cell.renormalized for cell in cells]
-                heights = [100 * score.accuracy for score in scores]
-                axes.plot(places, heights, style, color=colour, marker="o", label=label, **POINTS)
-                known = (published or {}).get(label)
-                if known is not None:
-                    heights = [math.nan if height is None else height for height in known]
-                    text = f"{label}, published"
-                    axes.plot(places, heights, "x" if style == "--" else "+", color=colour, markersize=8, label=text)
-        axes.axhline(100 * found.dense.accuracy, color="black", linestyle=":", linewidth=1.2, label="dense")
-        axes.set_xlabel("sparsity (%)", fontsize=11)
+        for label, course in found.courses.items():
+            colour, style = PALETTE[course.number % len(PALETTE)], "--" if lifted and not course.behind else "-"
+            axes.plot(found.places, _heights(course.accuracies), style, color=colour, marker="o", label=label, **POINTS)
+            if course.published:
+                mark, heights = "x" if style == "--" else "+", _heights(course.published)
+                axes.plot(found.places, heights, mark, color=colour, markersize=8, label=f"{label}, published")
+        for label, score in found.first.items():
+            axes.axhline(100 * score.accuracy, color="black", linestyle=":", linewidth=1.2, label=label)
+        axes.set_xlabel(f"{found.axis} (%)" if found.unit else found.axis, fontsize=11)
         axes.set_ylabel("accuracy (%)", fontsize=11)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
@@ -111,6 +107,10 @@ def sweep_panel(found: Curves, published: Mapping[str, Sequence[float | None]] |
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
 
     return panel
+
+
+def _heights(figures: Sequence[float | None]) -> list[float]:
+    return [math.nan if figure is None else figure for figure in figures]
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -17,11 +17,11 @@ from vfsurgery.checkpoints import write_text
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.records.report import MergeReport, Report
 from vfsurgery.rendering.figures import Draw, barrier_panels, diagnosis_panels, draw_costs, svg, sweep_panel
-from vfsurgery.scoring.curves import Curves
 from vfsurgery.scoring.diagnosis import CostRow, Diagnosis
 from vfsurgery.scoring.evaluation import Barrier, Score
 from vfsurgery.scoring.flip_rates import Flips
 from vfsurgery.scoring.layers import LayerDiagnosis
+from vfsurgery.scoring.sweeps import Sweep
 from vfsurgery.scoring.verdict import VANISHED
 from vfsurgery.shown import write_page
 
@@ -47,7 +47,7 @@ def diagnosis_page(
     flips: Flips | None = None,
     cost_curve: Sequence[CostRow] | None = None,
     before: Diagnosis | None = None,
-    sweep: Curves | None = None,
+    sweep: Sweep | None = None,
 ) -> Path:
     """What :meth:`vfsurgery.scoring.diagnosis.Diagnosis.page` does.
 

@@ -26,10 +26,10 @@ from vfsurgery.data.batches import Batches, Data
 from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.errors import IncompatibleModelsError, OptionError, explain
 from vfsurgery.records.report import Report, Unpaired
-from vfsurgery.scoring.curves import Curves
 from vfsurgery.scoring.evaluation import Barrier, Score
 from vfsurgery.scoring.flip_rates import Flips
 from vfsurgery.scoring.layers import LayerDiagnosis
+from vfsurgery.scoring.sweeps import Sweep
 from vfsurgery.scoring.verdict import VANISHED, Remedy, State, first_below, in_words, state_of
 from vfsurgery.shown import Shown, draw, write_page
 from vfsurgery.stats.layers import BATCH_NORM, Reading
@@ -160,7 +160,7 @@ class Diagnosis(Shown):
         flips: Flips | None = None,
         cost_curve: Sequence[CostRow] | None = None,
         before: Diagnosis | None = None,
-        sweep: Curves | None = None,
+        sweep: Sweep | None = None,
     ) -> Path:
         """Write one HTML file that needs nothing beside it, neither files nor a network.
 

@@ -1,1 +1,5 @@
-"""Recipes as lists of stages: sources go through them one after another, and every step can be resumed."""
+"""The stages that recipes have: each is one class, entered by one decorator."""
+
+from vfsurgery.recipes.stages import comparing as comparing
+from vfsurgery.recipes.stages import looking as looking
+from vfsurgery.recipes.stages import surgery as surgery

@@ -1,4 +1,4 @@
-"""A pass from a function, a matcher, a pruner, a data set, and a module with its coupling rule."""
+"""A pass from a function, a matcher, a pruner, a data set, a stage of recipes, and a module with its coupling rule."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from vfsurgery.data.datasets import DATA
 from vfsurgery.groups.axes import tie_all
 from vfsurgery.matching import MATCHERS, Matching, Problem
 from vfsurgery.pruning import PRUNERS, Pruning
+from vfsurgery.recipes.bench import Bench, Told
+from vfsurgery.recipes.stage import Stage, stage
 
 
 @surgery.register_pass(preserves_function=True)
@@ -76,3 +78,15 @@ class Softsign(nn.Module):
 def softsign(op):
     """Each element by itself."""
     yield from tie_all(op.input, op.output)
+
+
+@stage("count-zeros", images=False, kept=False)
+class CountZeros(Stage):
+    """Say how many parameters of the networks are zero."""
+
+    text: str = "parameters are zero"
+
+    def work(self, bench: Bench) -> tuple[dict[str, nn.Module], Told]:
+        """Count."""
+        counts = [sum(int((each == 0).sum()) for each in model.parameters()) for model in bench.models.values()]
+        return {}, Told(lines=[f"{count} {self.text}" for count in counts])

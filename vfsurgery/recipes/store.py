@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from vfsurgery.checkpoints import load_into, load_state_dict, save_state_dict
+from vfsurgery.checkpoints import WEIGHTS, load_into, load_state_dict, save_state_dict
 from vfsurgery.errors import CheckpointError, SurgeryError, explain
 from vfsurgery.hub.cards import Summary
-from vfsurgery.scoring.evaluation import Score
+from vfsurgery.recipes.bench import Told
 
 RECORD, LARGEST = "record.json", 2**28
 """The file of a step's plain values, and the most bytes that are read of one."""
@@ -33,34 +32,16 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class Record(BaseModel):
-    """What a step said, as plain values; anything else in its file is damage."""
+class Record(Told):
+    """What a stage said, with what its networks' files and cards say; anything else in its file is damage."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
-    lines: list[str]
-    values: dict[str, Any]
     metadata: dict[str, dict[str, str]]
     summaries: dict[str, Summary]
-    scores: dict[str, Score]
 
-
-@dataclass(frozen=True)
-class Kept:
-    """One step's folder, with the weights of networks by their name, and its record."""
-
-    folder: Path
-    record: Record
-
-    def load(self, name: str, model: nn.Module) -> nn.Module:
-        """Bring one network's weights into ``model``, which has random ones, and return it.
-
-        Raises:
-            CheckpointError: the file is damaged or does not fit.
-        """
-        path = self.folder / f"{name}.safetensors"
-        load_into(model, load_state_dict(path), path)
-        return model.eval()
+    @property
+    def key(self) -> str:
+        """The hash of all of it, which stands beside it: a record that was changed is none."""
+        return digest(self.model_dump_json())
 
 
 @dataclass(frozen=True)
@@ -90,15 +71,27 @@ class Store:
         for left in self.folder.glob("*.partial"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def find(self, key: str) -> Kept | None:
+    def find(self, key: str) -> Record | None:
         """What was kept under a key, if it can be read."""
         path = self.folder / key / RECORD
         try:
             if not self.reads or not path.is_file() or path.stat().st_size > LARGEST:  # a pipe would never end
                 return None
-            return Kept(path.parent, Record.model_validate_json(path.read_bytes()))
+            whole, _, text = path.read_text(encoding="utf-8").partition("\n")
+            record = Record.model_validate_json(text)
+            return record if record.key == whole else None
         except (OSError, ValueError):
             return None
+
+    def load(self, key: str, name: str, model: nn.Module) -> nn.Module:
+        """Bring the weights of one network of a step into ``model``, which has random ones, and return it.
+
+        Raises:
+            CheckpointError: the file is damaged or does not fit.
+        """
+        path = self.folder / key / f"{name}{WEIGHTS}"
+        load_into(model, load_state_dict(path), path)
+        return model.eval()
 
     def keep(self, key: str, record: Record, networks: Mapping[str, nn.Module]) -> None:
         """Keep a step, whole or not at all.
@@ -109,8 +102,8 @@ class Store:
         try:
             with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial", ignore_cleanup_errors=True) as made:
                 for name, model in networks.items():
-                    save_state_dict(model.state_dict(), Path(made) / f"{name}.safetensors")
-                (Path(made) / RECORD).write_text(record.model_dump_json(), encoding="utf-8")
+                    save_state_dict(model.state_dict(), Path(made) / f"{name}{WEIGHTS}")
+                (Path(made) / RECORD).write_text(f"{record.key}\n{record.model_dump_json()}", encoding="utf-8")
                 target = self.folder / key
                 if target.exists():
                     shutil.rmtree(target)

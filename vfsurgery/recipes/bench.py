@@ -1,0 +1,229 @@
+"""What lies on the bench while a recipe runs, as frozen values: networks, what is known of them, what is to be written.
+
+A stage makes a new bench of the one before. So several ways can begin at one bench, and none disturbs another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from vfsurgery.checkpoints import FileRecord, load_into, provenance
+from vfsurgery.data import Splits
+from vfsurgery.hub.cards import Summary
+from vfsurgery.recipes.sections import Images, Source, fitting
+from vfsurgery.records.report import Report
+from vfsurgery.records.results import report_of
+from vfsurgery.scoring.evaluation import Barrier, Score, compare, evaluate, first_images
+from vfsurgery.scoring.flip_rates import Flips
+from vfsurgery.tracing.examples import BATCH, random_images
+from vfsurgery.training import from_seed
+
+
+class Told(BaseModel):
+    """What a stage says: lines for the terminal, plain values for the report, figures by row, all fit to be kept.
+
+    ``rows`` are what expectations look at, accuracies in percent; ``goes_on`` is the way that a comparison chose, and
+    ``chain`` what was made on it. What is to be written and what was made are not kept.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", ser_json_inf_nan="constants")
+
+    lines: list[str] = []
+    values: dict[str, Any] = {}
+    rows: dict[str, float] = {}
+    scores: dict[str, Score] = {}
+    flips: Flips | None = None
+    barrier: Barrier | None = None
+    goes_on: str | None = None
+    writes: Annotated[list[Any], Field(exclude=True)] = []
+    chain: Annotated[list[Any], Field(exclude=True)] = []
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What all stages of one run share; ``trainings`` is a folder that keeps those of sources for other recipes."""
+
+    run: str
+    sections: Mapping[str, Source]
+    splits: Splits | None
+    data: Images | None
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    recipe: str
+    progress: bool
+    trainings: Path | None = None
+
+    @cached_property
+    def files(self) -> dict[str, FileRecord]:
+        """The checkpoints of sources by their names, hashed once: they may be large."""
+        named = {name: each.checkpoint for name, each in self.sections.items()}
+        return {name: FileRecord.of(Path(file)) for name, file in named.items() if file is not None}
+
+    @property
+    def origins(self) -> list[FileRecord | str]:
+        """Where the weights of sources come from."""
+        made = [each for each in self.sections.values() if each.checkpoint is None]
+        words = [
+            f"{each.model}, {'its published weights' if each.pretrained else f'from seed {each.seed}'}" for each in made
+        ]
+        return [*self.files.values(), *words]
+
+    def part(self, name: str) -> Any:
+        """The images for training, calibration or the test."""
+        assert self.splits is not None  # the recipe is checked for that
+        return getattr(self.splits, name)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What merging, pruning and passes are given alike."""
+        calibration = None if self.splits is None else self.splits.calibration
+        return {"data": calibration, "seed": self.seed, "progress": self.progress}
+
+    def example(self, model: nn.Module) -> Tensor | None:
+        """Two images: of the data, or of the size that the sources are said to take."""
+        if self.splits is not None:
+            return first_images(model, self.splits.calibration)
+        size = next(iter(self.sections.values())).input_size
+        return None if size is None else random_images((BATCH, *size), model)
+
+    def load(self) -> tuple[dict[str, Net], list[str]]:
+        """Every source with its weights, and notes on what was left out of a file.
+
+        Raises:
+            SurgeryError: a model cannot be built, or a checkpoint does not fit.
+        """
+        networks: dict[str, Net] = {}
+        notes: list[str] = []
+        with fitting(self.sections.values()):
+            for name, section in self.sections.items():
+                model = from_seed(section.build, section.seed)
+                if (file := section.checkpoint) is not None:
+                    notes += [f"{file}: {note}" for note in load_into(model, section.weights(), file)]
+                networks[name] = Net(model.to(self.device, self.dtype).eval(), section)
+        return networks, notes
+
+    def untrained(self, name: str) -> nn.Module:
+        """A network of the class that a name has, with random weights."""
+        section = self.sections.get(name) or next(iter(self.sections.values()))
+        return from_seed(section.untrained, 0).to(self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network, and what is known of it.
+
+    ``source`` says where it comes from as long as nothing was done to it; ``origins`` are those that it was made from,
+    and ``before`` what it was before it was renormalized; training keeps its zeros where it is ``sparse``.
+    """
+
+    model: nn.Module
+    source: Source | None = None
+    origins: tuple[nn.Module, ...] = ()
+    before: nn.Module | None = None
+    sparse: bool = False
+    report: Report | None = None
+    summary: Summary | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def become(self, model: nn.Module, **known: Any) -> Net:
+        """The same network with other weights, and with what else is known now."""
+        return replace(self, **{"model": model, "source": None, "before": None, "report": None, **known})
+
+    def reported(self, lab: Lab) -> Net:
+        """With the report of what made it just now, and what a file and a card say of that."""
+        report = report_of(self.model)
+        metadata = provenance(report, lab.recipe, [*lab.files.values()])
+        return replace(self, report=report, summary=Summary.of(report), metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The figures that were measured last, for the pages and cards of networks that have not changed since.
+
+    ``rows`` are all of them, accuracies in percent, and ``scores`` are those that a page shows. ``measured`` has for a
+    row the networks whose change makes it false, none for what lies beside; ``own`` has the row of a network.
+    ``figures`` are the line between sources, flips and a sweep: like rows without a score, they are of ``subject``.
+    """
+
+    rows: Mapping[str, float] = field(default_factory=dict[str, float])
+    scores: Mapping[str, Score] = field(default_factory=dict[str, Score])
+    published: Mapping[str, float] = field(default_factory=dict[str, float])
+    measured: Mapping[str, Sequence[nn.Module]] = field(default_factory=dict[str, Sequence[nn.Module]])
+    own: Mapping[str, str] = field(default_factory=dict[str, str])
+    subject: nn.Module | None = None
+    figures: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def beside(self, name: str, model: nn.Module, bench: Bench) -> Shown:
+        """What may be shown with a network: its row if it is the very one that was measured, and those of others."""
+        now = [net.model for net in (*bench.ends.values(), *bench.networks.values())]
+        mine = self.subject is model
+
+        def holds(row: str) -> bool:
+            allowed = [model] if row == self.own.get(name) else now
+            measured = all(any(each is one for one in allowed) for each in self.measured.get(row, ()))
+            return measured if row in self.scores else mine
+
+        rows = {row: value for row, value in self.rows.items() if holds(row)}
+        scores = {row: score for row, score in self.scores.items() if row in rows}
+        return replace(self, rows=rows, scores=scores, figures=self.figures if mine else {})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The networks by name as they are, the sources as they went into a merge, figures, and what is to be written.
+
+    ``keep`` gives the file that keeps a network's training; ``shared`` is what several ways have in common.
+    """
+
+    lab: Lab
+    networks: Mapping[str, Net]
+    ends: Mapping[str, Net] = field(default_factory=dict[str, Net])
+    shown: Shown = field(default_factory=Shown)
+    writes: tuple[Write, ...] = ()
+    keep: Callable[[str], Path] | None = None
+    shared: Any = None
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The networks without what is known of them."""
+        return {name: net.model for name, net in self.networks.items()}
+
+    @property
+    def first(self) -> dict[str, nn.Module]:
+        """Those that all began with: the sources of the merge, where there was one."""
+        return {name: net.model for name, net in (self.ends or self.networks).items()}
+
+    def wrote(self, *writes: Write) -> Bench:
+        """With more to be written."""
+        return replace(self, writes=(*self.writes, *writes))
+
+    def score(self, part: str) -> dict[str, Score]:
+        """Of the networks that all began with, their ensemble if they are several, and what was made of them."""
+        data, progress = self.lab.part(part), self.lab.progress
+        several = len(self.first) > 1
+        scores = compare(self.first, data, progress=progress) if several else {}
+        others = ({} if several else self.first) | (self.models if self.ends else {})
+        return scores | {name: evaluate(model, data, progress=progress) for name, model in others.items()}
+
+
+@dataclass(frozen=True)
+class Write:
+    """A file to be written when all has succeeded; ``caption`` says what a picture shows.
+
+    Of a file of a network, ``name`` and ``net`` say which one it is.
+    """
+
+    file: str
+    to: Callable[[Path], object]
+    caption: str = ""
+    name: str = ""
+    net: Net | None = None

@@ -1,0 +1,204 @@
+"""Values in a recipe that are more than a number or text: passes and matchers with options, shares, boundaries, files.
+
+They are checked when a recipe is read, and kept as plain values, so that a recipe can be written again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import string
+from collections.abc import Mapping
+from typing import Annotated, Any, cast
+
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
+
+from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS
+from vfsurgery.matching import MATCHERS, Matcher
+from vfsurgery.merging.budget import Budget
+from vfsurgery.merging.shares import plan_shares
+from vfsurgery.passes import NORMALIZATIONS, PASSES, Pass, build_pass
+from vfsurgery.passes.mask import CHOICES
+from vfsurgery.passes.options import build
+from vfsurgery.pruning import PRUNERS, Pruner
+from vfsurgery.recipes.sections import AsTuple, frozen, plain, refuse_unknown
+
+FORMATS = (WEIGHTS, PROGRAM, ONNX)
+NONE = "none"
+"""Stands for no normalization."""
+
+
+def _one_entry(value: Any, kind: str) -> tuple[str, dict[str, Any]]:
+    """Name and options from ``name``, or ``{name: {option: value}}``."""
+    if isinstance(value, str):
+        return value, {}
+    if isinstance(value, Mapping) and len(cast("Mapping[Any, Any]", value)) == 1:
+        ((name, options),) = cast("Mapping[Any, Any]", value).items()
+        if isinstance(name, str) and (options is None or isinstance(options, Mapping)):
+            return name, plain(options or {})
+    raise ValueError(f"a {kind} is written as its name, or as {{name: {{option: value}}}}")
+
+
+def build_matcher(entry: Any) -> str | Matcher:
+    """What ``matching`` says, as :func:`~vfsurgery.merge` takes it.
+
+    >>> build_matcher({"cca": {"gamma": 0.5}}).gamma
+    0.5
+    """
+    name, options = _one_entry(entry, "matcher")
+    refuse_unknown("matcher", (name,), ["auto", *MATCHERS])
+    return build(cast("type[Matcher]", MATCHERS[name]), options, "matcher") if options else name
+
+
+def built_matcher(entry: Any) -> Matcher | None:
+    """The matcher, and nothing where it is chosen when it runs."""
+    matcher = build_matcher(entry)
+    return matcher if not isinstance(matcher, str) else None if matcher == "auto" else MATCHERS[matcher]()
+
+
+def build_passes(entries: Any) -> list[Pass]:
+    """What ``apply`` says.
+
+    >>> build_passes(("reset", {"repair": {"factor": 0.9}}))[1].factor
+    0.9
+    """
+    built: list[Pass] = []
+    for entry in entries:
+        name, options = _one_entry(entry, "pass")
+        refuse_unknown("pass", (name,), PASSES)
+        built.append(build_pass(name, options))
+    return built
+
+
+def build_normalizations(entries: Any) -> str | list[Pass] | None:
+    """What ``renormalize`` says, as :func:`~vfsurgery.merge` takes it."""
+    return entries if entries == "auto" else build_passes(entries) or None
+
+
+def build_pruner(method: str, options: Mapping[str, Any]) -> Pruner:
+    """A pruner by its name; options that it does not have are refused.
+
+    >>> build_pruner("magnitude", {}).name
+    'magnitude'
+    """
+    refuse_unknown(f"option of {method}", tuple(options), inspect.signature(PRUNERS[method]).parameters)
+    return PRUNERS[method](**options)
+
+
+def name_of(entry: Any) -> str:
+    """The name in ``name`` or ``{name: {option: value}}``."""
+    return entry if isinstance(entry, str) else next(iter(entry))
+
+
+def _several(value: Any) -> Any:
+    return frozen(value if isinstance(value, list | tuple) else [value])
+
+
+def _normalizations(value: Any) -> Any:
+    if value in ("auto", NONE, None):
+        return value if value == "auto" else ()
+    entries = _several(value)
+    for entry in entries:
+        refuse_unknown("renormalization", (_one_entry(entry, "renormalization")[0],), NORMALIZATIONS)
+    build_passes(entries)
+    return entries
+
+
+def _applied(value: Any) -> Any:
+    entries = _several(value)
+    for one in build_passes(entries):
+        if one.needs_sources:
+            raise ValueError(f"{one.name} compares with the sources of a merge: write it into renormalize of the merge")
+    return entries
+
+
+def _matched(value: Any) -> Any:
+    build_matcher(value)
+    return frozen(value)
+
+
+def _preserved(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        budget = cast("Mapping[Any, Any]", value)
+        refuse_unknown("budget", [str(name) for name in budget], ("flops", "params"))
+        if all(limit is None for limit in budget.values()):
+            raise ValueError("a budget says flops, params or both, as in {flops: 1.2}")
+        Budget(**budget).check()
+    elif value == "" or isinstance(value, bool) or not isinstance(value, str | int) or str(value)[0] == "-":
+        raise ValueError("write a number of layers, a module path, or a budget as in {flops: 1.2}")
+    return frozen(value)
+
+
+def _shares(value: Any, depth: int = 0) -> None:
+    if isinstance(value, Mapping) and depth == 0:
+        for item in cast("Mapping[Any, Any]", value).values():
+            _shares(item, depth=1)
+    elif isinstance(value, list | tuple):
+        for item in cast("list[Any]", value):
+            _shares(item, depth=1)
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("shares are numbers, lists of numbers along the depth, or mappings from layers to either")
+
+
+def _alpha(value: Any) -> Any:
+    _shares(value)
+    plan_shares(2, value, None)
+    return frozen(value)
+
+
+def _weights(value: Any) -> Any:
+    if value is not None:
+        _shares(value)
+    return frozen(value)
+
+
+def _choice(masks: str) -> str:
+    refuse_unknown("choice of masks", (masks,), CHOICES)
+    return masks
+
+
+def _pruner(method: str) -> str:
+    refuse_unknown("pruner", (method,), PRUNERS)
+    return method
+
+
+def _file_name(name: str) -> str:
+    """Refuse names of files that would lie elsewhere, or are of no format that networks are written in."""
+    if not name.endswith(FORMATS):
+        raise ValueError(f"networks are written into files that end in {', '.join(FORMATS)}; found {name!r}")
+    if not name[0].isalnum() or set(name) - set(string.ascii_letters + string.digits + "_.-") or len(name) > 100:
+        raise ValueError(f"{name!r} is no plain file name: letters, digits, _ . and -; folders are given by --output")
+    return name
+
+
+_NUMBER = {"type": "number", "minimum": 0, "maximum": 1}
+_NUMBERS = [_NUMBER, {"type": "array"}]
+_SHARES = [*_NUMBERS, {"type": "object", "additionalProperties": {"anyOf": _NUMBERS}}]
+_NULL = {"type": "null"}
+_PASS = [{"type": "string"}, {"type": "object", "minProperties": 1, "maxProperties": 1}]
+_PASSES = [*_PASS, {"type": "array", "items": {"anyOf": _PASS}}]
+_LIMITS = {name: {"type": "number", "minimum": 1} for name in ("flops", "params")}
+_BUDGET = {"type": "object", "additionalProperties": False, "properties": _LIMITS}
+
+
+def _any_of(*members: Any) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [*members]})
+
+
+Alpha = Annotated[Any, BeforeValidator(_alpha), _any_of(*_SHARES)]
+Weights = Annotated[Any, BeforeValidator(_weights), _any_of(*_SHARES, _NULL)]
+MatcherEntry = Annotated[Any, BeforeValidator(_matched), _any_of(*_PASS)]
+Boundary = Annotated[Any, BeforeValidator(_preserved), _any_of({"type": "integer", "minimum": 0}, _PASS[0], _BUDGET)]
+Normalizations = Annotated[
+    Any,
+    BeforeValidator(_normalizations),
+    PlainSerializer(lambda entries: NONE if entries == () else plain(entries)),
+    _any_of(*_PASSES, _NULL),
+]
+Passes = Annotated[Any, BeforeValidator(_applied), _any_of(*_PASSES)]
+Masks = Annotated[str, AfterValidator(_choice)]
+PrunerName = Annotated[str, AfterValidator(_pruner)]
+FileNames = Annotated[
+    tuple[Annotated[str, AfterValidator(_file_name)], ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    AsTuple,
+]

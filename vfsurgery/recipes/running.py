@@ -1,0 +1,222 @@
+"""Running the stages of a recipe, each once: what an earlier run kept is taken over."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from vfsurgery.checkpoints import file_hash
+from vfsurgery.data.datasets import find_data
+from vfsurgery.errors import SurgeryError
+from vfsurgery.hub.cards import Network, Summary, described
+from vfsurgery.hub.loading import Written, is_of_timm
+from vfsurgery.recipes.bench import Bench, Lab, Told
+from vfsurgery.recipes.expectations import Outcome
+from vfsurgery.recipes.stage import MERGED, Stage
+from vfsurgery.recipes.stages.comparing import Compare, Done
+from vfsurgery.recipes.store import Record, Store, digest, loads
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage that was run, what it said, and whether an earlier run did it.
+
+    ``number`` is its place in the list, from 1; none, where it stands in the way of a comparison.
+    """
+
+    stage: Stage
+    told: Told
+    taken_over: bool
+    number: int | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one list of stages gave, step by step, and the bench at its end."""
+
+    name: str
+    all_steps: tuple[Step, ...]
+    bench: Bench
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Those of the list, without those in the ways of comparisons."""
+        return tuple(step for step in self.all_steps if step.number is not None)
+
+    def said(self, name: str) -> Told:
+        """What the last stage of a name said, as in ``finding.said("compare").scores``."""
+        return next(step.told for step in reversed(self.all_steps) if step.stage.name == name)
+
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Which expectations hold."""
+        return tuple(outcome for step in self.all_steps for outcome in step.stage.outcomes(step.told))
+
+    def lines(self) -> list[str]:
+        """A heading and what it says of itself, for every stage of the list."""
+        found: list[str] = []
+        for step in self.steps:
+            found.append(f"  {step.number} {step.stage}{' (taken over)' if step.taken_over else ''}")
+            found += [f"    {line}" for line in step.told.lines]
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """What every stage says, as plain values."""
+        steps = [
+            {"stage": {step.stage.name: step.stage.dump()}, "number": step.number, "result": step.told.values}
+            for step in self.all_steps
+        ]
+        return {"name": self.name, "steps": steps, "expectations": [outcome.to_dict() for outcome in self.outcomes()]}
+
+    def networks(self, data: str) -> list[tuple[Network, nn.Module]]:
+        """Every network that is written, with what a card says of it: figures, as far as they are of this network."""
+        bench, lab = self.bench, self.bench.lab
+        first = next(iter(lab.sections.values()))
+        images = None if lab.splits is None else lab.splits.calibration
+        count = f"{len(images)} " if isinstance(images, Sized) else ""
+        found: list[tuple[Network, nn.Module]] = []
+        for each in bench.writes:
+            if each.net is not None:
+                model, shown = each.net.model, bench.shown.beside(each.name, each.net.model, bench)
+                own = shown.rows.get(shown.own.get(each.name, ""))
+                network = Network(
+                    name=each.file,
+                    written=Written((each.file,), first.model, first.options, of_timm=is_of_timm(model)),
+                    summary=each.net.summary or Summary(),
+                    sources=described(lab.origins),
+                    results=shown.rows,
+                    published={row: figure for row, figure in shown.published.items() if row in shown.rows},
+                    measured="Accuracies and barriers in percent." if shown.rows else "",
+                    accuracy=None if own is None else own / 100,
+                    statistics="" if images is None else f"of {count}calibration images of {data}",
+                    pictures={one.caption: one.file for one in bench.writes if one.caption},
+                )
+                found.append((network, model))
+        return found
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs stages one after another, and keeps what each gives."""
+
+    lab: Lab
+    store: Store
+
+    def run(self, stages: Sequence[Stage], bench: Bench, notes: Sequence[str]) -> Finding:
+        """Run a whole list; ``notes`` are said by its first stage.
+
+        Raises:
+            SurgeryError: a stage fails; those before it are kept.
+        """
+        key, steps = digest(_origin(self.lab)), list[Step]()
+        for number, stage in enumerate(stages, start=1):
+            own, later = self._key(key, stage), stages[number:]
+            step, after = self._step(stage, number, own, bench, later, notes if number == 1 else ())
+            steps.append(step)
+            if isinstance(stage, Compare):
+                row = stage.row(step.told.goes_on)
+                for place, one in enumerate(row.stages):
+                    key = self._key(key, one)
+                    done = step.told.chain[place] if step.told.chain else None
+                    more, bench = self._step(one, None, key, bench, [*row.stages[place + 1 :], *later], done=done)
+                    steps.append(more)
+                bench = stage.after(bench, {}, step.told)
+            else:
+                bench, key = after, own if stage.changes else key
+        return Finding(self.lab.run, tuple(steps), bench)
+
+    def _key(self, before: str, stage: Stage) -> str:
+        """The hash of all that decides what a stage gives: what was before, its options, the code of others in it."""
+        return digest(before, {stage.name: stage.dump()}, _code(map(type, stage.parts())))
+
+    def _step(
+        self,
+        stage: Stage,
+        number: int | None,
+        key: str,
+        bench: Bench,
+        later: Sequence[Stage],
+        notes: Sequence[str] = (),
+        done: Done | None = None,
+    ) -> tuple[Step, Bench]:
+        """One stage: taken over from an earlier run, as it was done on the way of a comparison, or run now."""
+        if done is None and not self._is_asked_for(stage, key, later):
+            taken = self._taken_over(stage, key, bench)
+            if taken is not None:
+                return Step(stage, taken[0], True, number), taken[1]
+        if done is None:
+            done = Done.of(stage, replace(bench, keep=lambda name: self.store.training(key, name)))
+            done.told.lines = [*notes, *done.told.lines]
+        after = replace(done.bench, keep=None, shared=None)
+        if stage.kept:
+            self._keep(key, done.models, done.told, after)
+        return Step(stage, done.told, False, number), after
+
+    def _is_asked_for(self, stage: Stage, key: str, later: Iterable[Stage]) -> bool:
+        """Whether what follows looks at how a network was made, which is not kept: then it is made again."""
+        for one in later if stage.changes and stage.reports else ():
+            if one.needs_report and not (one.kept and self.store.find(self._key(key, one))):
+                return True
+            if one.changes or isinstance(one, Compare):
+                return False
+        return False
+
+    def _keep(self, key: str, models: Mapping[str, nn.Module], told: Told, after: Bench) -> None:
+        if all(loads(model, self.lab.untrained(name)) for name, model in models.items()):
+            nets = {name: after.networks[name] for name in models}
+            record = Record(
+                **{name: value for name, value in told if name not in ("writes", "chain")},
+                metadata={name: dict(net.metadata) for name, net in nets.items()},
+                summaries={name: net.summary for name, net in nets.items() if net.summary is not None},
+            )
+            self.store.keep(key, record, models)
+        self.store.forget_trainings(key)
+
+    def _taken_over(self, stage: Stage, key: str, bench: Bench) -> tuple[Told, Bench] | None:
+        """What a stage gave in an earlier run; ``None`` where it cannot be read any more."""
+        record = self.store.find(key) if stage.kept else None
+        if record is None or isinstance(stage, Compare):
+            return record and (record, bench)
+        names = [MERGED] if stage.joins else [*bench.networks] if stage.changes else []
+        try:
+            models = {name: self.store.load(key, name, self.lab.untrained(name)) for name in names}
+        except SurgeryError:
+            return None
+        after = stage.after(bench, models, record)
+        known = {name: {"metadata": record.metadata[name], "summary": record.summaries.get(name)} for name in names}
+        nets = {name: replace(net, **known.get(name, {})) for name, net in after.networks.items()}
+        return record, replace(after, networks=nets)
+
+
+def _origin(lab: Lab) -> dict[str, Any]:
+    """What decides the networks that a list of stages begins with, and what its stages give besides their options."""
+    files = {name: {"checkpoint": file.sha256} for name, file in lab.files.items()}
+    return {
+        "sources": [each.model_dump(mode="json") | files.get(name, {}) for name, each in lab.sections.items()],
+        "data": None if lab.data is None else lab.data.model_dump(mode="json"),
+        "code of data": [] if lab.data is None else _code([find_data(lab.data.name)]),
+        "seed": lab.seed,
+        "threads": torch.get_num_threads(),
+        "device": lab.device.type,
+        "dtype": str(lab.dtype),
+        "versions": {package: version(package) for package in ("vfsurgery", "torch", "torchvision", "timm", "scipy")},
+    }
+
+
+def _code(used: Iterable[Any]) -> list[str]:
+    """Hashes of the code of what others wrote: it may change under the same name."""
+    files = {_file_of(each) for each in used if not each.__module__.startswith("vfsurgery.")}
+    return sorted(file_hash(file) for file in files if file is not None)
+
+
+def _file_of(written: Any) -> str | None:
+    """The file of a class or function; what was typed into an interpreter has none."""
+    try:
+        return inspect.getsourcefile(written)
+    except (TypeError, OSError):
+        return None

@@ -1,0 +1,385 @@
+"""The stage that tries several ways, tables them, and goes on with one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import Annotated, Any, Self, cast
+
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
+from torch import nn
+
+from vfsurgery.errors import RecipeError
+from vfsurgery.matching import Given
+from vfsurgery.merging.merge import match
+from vfsurgery.pruning import prune_each
+from vfsurgery.recipes.bench import Bench, Lab, Shown, Told, Write
+from vfsurgery.recipes.entries import build_matcher
+from vfsurgery.recipes.ratio_rows import PREFIX, RatioRow
+from vfsurgery.recipes.sections import AsTuple, Frozen, FrozenDict, frozen, plain, refuse_repeated, refuse_unknown
+from vfsurgery.recipes.stage import Misplaced, Place, Stage, read_stages, relocated, stage
+from vfsurgery.recipes.stages.looking import Scoring
+from vfsurgery.recipes.stages.surgery import Merge, Prune
+from vfsurgery.recipes.table import scores_of
+from vfsurgery.recipes.text import changed
+from vfsurgery.scoring.diagnosis import diagnose
+from vfsurgery.scoring.evaluation import evaluate, first_images
+from vfsurgery.scoring.sweeps import Course, Sweep
+
+LAST, GAIN = "last", "gain"
+_AXIS = re.compile(r"\{(\w+)(%?)\}")
+
+
+def _way(value: Any) -> Any:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value) or len(value) != 1:
+        raise ValueError("a way is its label with stages, as in '- repaired: [merge: {renormalize: repair}]'")
+    return frozen(value)
+
+
+def _axis(value: Any) -> Any:
+    """The values of an axis by the text that labels have for them."""
+    if isinstance(value, list | tuple):
+        value = {f"{each:g}" if isinstance(each, float) else str(each): each for each in cast("list[Any]", value)}
+    if not isinstance(value, Mapping):
+        raise ValueError("the grid has lists of values, or values by the text that stands for them in labels")
+    return FrozenDict({str(text): frozen(each) for text, each in cast("Mapping[Any, Any]", value).items()})
+
+
+_ONE_KEY = {"type": "object", "minProperties": 1, "maxProperties": 1}
+Ways = Annotated[tuple[Annotated[Any, BeforeValidator(_way), WithJsonSchema(_ONE_KEY)], ...], AsTuple]
+Axis = Annotated[Any, BeforeValidator(_axis), WithJsonSchema({"type": ["array", "object"]})]
+Figures = Annotated[tuple[float | None, ...], AsTuple]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of the table.
+
+    ``where`` is its way in the recipe, ``base`` the row that it goes on from; with columns, ``course`` is the row of
+    the table that it stands in, and ``column`` the place in it.
+    """
+
+    label: str
+    stages: tuple[Stage, ...]
+    where: tuple[str, int, str]
+    base: str | None
+    course: str
+    column: int | None
+
+    def follow(self, at: Place) -> Place:
+        """What there is at the end of it.
+
+        Raises:
+            ValueError: its stages cannot stand there.
+        """
+        for number, one in enumerate(self.stages):
+            try:
+                if not one.changes:
+                    raise ValueError(f"{one} looks at networks and makes none: put it behind compare")
+                at = one.checked(at)
+            except ValueError as error:
+                raise Misplaced(error, *self.where, number, one.name) from None
+        if len(at.networks) > 1:
+            raise Misplaced(f"it leaves {len(at.networks)} networks: a way ends in one, as by a merge", *self.where)
+        return at
+
+
+@stage("compare")
+class Compare(Scoring):
+    """Several ways from here on, a row for each; one of them goes on.
+
+    ``grid`` has values by their path in the stages of a way. A way whose label has ``{alpha}`` runs once for each value
+    of the axis whose path ends in ``alpha``; ``{alpha%}`` writes it in percent. ``then`` adds a row to every row, with
+    more stages. ``columns`` names the axis that goes to the right. The one that goes on is the ``last``, one by its
+    label, or by ``gain`` the one that is lifted most by ``then``.
+    """
+
+    ways: Annotated[Ways, Field(min_length=1)]
+    grid: Annotated[dict[str, Axis], Frozen] = FrozenDict()
+    then: Ways = ()
+    columns: str | None = None
+    goes_on: str = LAST
+    published: Annotated[dict[str, float | Figures], Frozen] = FrozenDict()  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @model_validator(mode="after")
+    def _rows_are_there(self) -> Self:
+        refuse_repeated("axis", [*self.axes])
+        refuse_unknown("axis", () if self.columns is None else (self.columns,), self.axes)
+        for way in (*self.ways, *self.then):
+            refuse_unknown("axis", [found[1] for label in way for found in _AXIS.finditer(label)], self.axes)
+        labels = [row.label for row in self.rows]
+        refuse_repeated("row", labels)
+        if self.goes_on == GAIN and not self.then:
+            raise ValueError("goes_on: gain chooses by what then brings, and there is no then")
+        refuse_unknown("row", (self.goes_on,), [LAST, GAIN, *labels])
+        for label, figures in self.published.items():
+            if isinstance(figures, tuple):
+                refuse_unknown("curve", (label,), {row.course for row in self.rows if row.column is not None})
+                if len(figures) != len(self.values):
+                    wanted = f"{len(figures)} values for {len(self.values)} of {self.columns}"
+                    raise ValueError(f"published {label!r} has {wanted}")
+        return self
+
+    @cached_property
+    def axes(self) -> Mapping[str, tuple[str, Mapping[str, Any]]]:
+        """Path and values of every axis, by the name that labels have for it."""
+        return {path.rpartition(".")[2]: (path, values) for path, values in self.grid.items()}
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Of the columns, by their text."""
+        return {} if self.columns is None else self.axes[self.columns][1]
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """All rows behind those of the sources, in the order in which they are made."""
+        return tuple(self._expanded())
+
+    def _expanded(self) -> Iterator[Row]:
+        for number, way in enumerate(self.ways):
+            ((name, written),) = way.items()
+            used = [*dict.fromkeys(found[1] for found in _AXIS.finditer(name))]
+            for values in product(*(self.axes[axis][1].items() for axis in used)):
+                texts = dict(zip(used, values, strict=True))
+                stages = plain(written)
+                stages = stages if isinstance(stages, list) else [stages]
+                for axis, (_, value) in texts.items():
+                    try:
+                        stages = changed(stages, self.axes[axis][0], plain(value))
+                    except RecipeError as error:
+                        raise Misplaced(error, "grid", self.axes[axis][0]) from None
+                where, label = ("ways", number, name), _filled(name, texts)
+                own = _read(stages, where)
+                course = " ".join(_filled(name, {**texts, self.columns: ("", None)}).split())
+                column = [*self.values].index(texts[self.columns][0]) if self.columns in texts else None
+                yield Row(label, own, where, None, course, column)
+                for place, then in enumerate(self.then):
+                    ((more, further),) = then.items()
+                    where = ("then", place, more)
+                    stages = (*own, *_read(further, where))
+                    yield Row(f"{label} {more}", stages, where, label, f"{course} {more}", column)
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        found: dict[str, float] = {}
+        places = {(row.course, row.column): row.label for row in self.rows}
+        for label, figures in self.published.items():
+            if isinstance(figures, tuple):
+                each = {places[label, number]: figure for number, figure in enumerate(figures)}
+                found |= {row: figure for row, figure in each.items() if figure is not None}
+            else:
+                found[label] = figures
+        return found
+
+    @property
+    def ratios(self) -> tuple[RatioRow, ...]:
+        """Rows ``ratio LABEL`` that expectations name, each once; they cost a pass over the calibration data."""
+        labels = [row.label for row in self.rows]
+        named = dict.fromkeys(row for expectation in self.expectations for row in expectation.rows)
+        found = (RatioRow.parse(row, labels) for row in named if row not in labels)
+        return tuple(row for row in found if row is not None)
+
+    def parts(self) -> Sequence[Any]:
+        return [part for row in self.rows for one in row.stages for part in one.parts()]
+
+    def check_row(self, row: str, rows: Sequence[str]) -> None:
+        labels = [one.label for one in self.rows]
+        if row not in rows and RatioRow.parse(row, labels) is None:
+            if row.startswith(PREFIX):
+                refuse_unknown("way", (row.removeprefix(PREFIX),), labels)
+            refuse_unknown("row", (row,), rows)
+
+    def follow(self, at: Place) -> Place:
+        rows = (*at.rows, *(row.label for row in self.rows))
+        refuse_repeated("row", rows)
+        self.check_rows(rows)
+        behind = {row.label: row.follow(at) for row in self.rows}
+        last = next(row for row in reversed(self.rows) if self.goes_on in (LAST, GAIN, row.label))
+        self.check_flips(behind[last.label])
+        return behind[last.label].writing([f"{at.run}_sweep.png"] if self.columns else ())
+
+    def notes(self, at: Place, cost: Callable[..., list[str]]) -> list[str]:
+        return [
+            " | ".join([row.label, *(note for one in row.stages for note in one.notes(at, cost))]) for row in self.rows
+        ]
+
+    def words(self) -> str:
+        return f"{len(self.rows)} ways, goes on with {self.goes_on}"
+
+    def row(self, label: str | None) -> Row:
+        """The row of a label."""
+        return next(row for row in self.rows if row.label == label)
+
+    def work(self, bench: Bench) -> tuple[dict[str, nn.Module], Told]:
+        lab, bench = bench.lab, replace(bench, keep=None)
+        ahead = {LAST: self.rows[-1].label, GAIN: None}.get(self.goes_on, self.goes_on)
+        shared = Shared([one for row in self.rows if row.label != ahead for one in row.stages])
+        told = Told(scores=bench.score(self.data))
+        asked, found = {ratio.merge for ratio in self.ratios}, dict[str, Any]()
+        chain, best = list[Done](), 0.0
+        for row in self.rows:
+            # what goes on is made with nothing shared: its report is to say all of itself
+            chain = _along(row, replace(bench, shared=None if row.label == ahead else shared), chain)
+            (net,) = chain[-1].bench.networks.values()
+            score = told.scores[row.label] = evaluate(net.model, lab.part(self.data), progress=lab.progress)
+            if row.label in asked:
+                images = lab.part("calibration")
+                found[row.label] = diagnose(net.model, net.origins, images, progress=lab.progress)
+            gain = 0.0 if row.base is None else score.accuracy - told.scores[row.base].accuracy
+            if row.label == ahead or (ahead is None and row.base and (told.goes_on is None or gain > best)):
+                told.goes_on, told.chain, best = row.label, chain, gain
+        told.rows = ratios = {ratio.label: ratio.of(found[ratio.merge]) for ratio in self.ratios}
+        sweep, figures = self._sweep(told), self.figures
+        told.values = {"goes_on": told.goes_on, "ratios": ratios, "diagnoses": _curves(found)}
+        lines = scores_of(told.scores, bench.first, figures, ratios) if sweep is None else sweep.lines()
+        self.scored(told, told.chain[-1].bench, [*lines])
+        return {}, told
+
+    def after(self, bench: Bench, models: Mapping[str, nn.Module], told: Told) -> Bench:
+        # behind the way that goes on: all rows are shown with its network, its own one only as long as it stays
+        ((name, net),) = bench.networks.items()
+        row, sweep, scores = self.row(told.goes_on), self._sweep(told), told.scores
+        if sweep is not None:  # a page has them as a figure
+            scores = {label: scores[label] for label in (*sweep.first, row.base, row.label) if label is not None}
+        figures = {"flips": told.flips, "sweep": sweep}
+        own, measured = {name: row.label}, {row.label: [net.model]}
+        bench = replace(bench, shown=Shown(told.rows, scores, self.figures, measured, own, net.model, figures))
+        plots = [] if sweep is None else [sweep.plot]
+        return bench.wrote(
+            *(Write(f"{bench.lab.run}_sweep.png", plot, f"accuracy over {self.columns}") for plot in plots)
+        )
+
+    def _sweep(self, told: Told) -> Sweep | None:
+        if self.columns is None:
+            return None
+        rows: dict[str, list[Row]] = {}
+        for row in self.rows:
+            rows.setdefault(row.course, []).append(row)
+        colours = [course for course, cells in rows.items() if cells[0].base is None]
+        found: dict[str, Course] = {}
+        for course, cells in rows.items():
+            scores = {row.column: told.scores[row.label] for row in cells}
+            figures = self.published.get(course, ())
+            base = cells[0].base
+            colour = colours.index(course if base is None else self.row(base).course)
+            found[course] = Course(
+                tuple(scores.get(number) for number in range(len(self.values))),
+                figures if isinstance(figures, tuple) else (),
+                colour,
+                base is not None,
+            )
+        first = {label: score for label, score in told.scores.items() if label not in {row.label for row in self.rows}}
+        return Sweep(self.columns, tuple(map(float, self.values.values())), first, found)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A stage that was run: what it made and said, and the bench behind it."""
+
+    stage: Stage
+    models: Mapping[str, nn.Module]
+    told: Told
+    bench: Bench
+
+    @classmethod
+    def of(cls, one: Stage, bench: Bench) -> Self:
+        """Run it; the networks that it makes have reports of it."""
+        models, told = one.work(bench)
+        after = bench if isinstance(one, Compare) else one.after(bench, models, told)
+        if one.changes and one.reports:
+            after = replace(after, networks={name: net.reported(bench.lab) for name, net in after.networks.items()})
+        return cls(one, models, told, after)
+
+
+def _along(row: Row, start: Bench, before: Sequence[Done]) -> list[Done]:
+    """Run the stages of a row; a beginning that the row before has too is taken from there."""
+    done: list[Done] = []
+    for number, one in enumerate(row.stages):
+        if number < len(before) and before[number].stage == one:
+            done.append(before[number])
+        else:
+            before = ()
+            done.append(Done.of(one, done[-1].bench if done else start))
+    return done
+
+
+class Shared:
+    """What several ways have in common and is costly: a matching of one name, the saliencies of one pruner."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._stages = stages
+        self._found: dict[Any, Any] = {}
+
+    def matching(self, merge: Merge, models: Sequence[nn.Module], lab: Lab) -> Given | None:
+        """What several merges ask for, found once; ``"auto"`` chooses for each merge anew."""
+
+        def asked(one: Stage) -> Any:
+            return (one.matching, one.pins, one.leaf, one.masks) if isinstance(one, Merge) else None
+
+        if merge.matching == "auto" or merge.masks or [*map(asked, self._stages)].count(asked(merge)) < 2:
+            return None
+        key = asked(merge), *map(id, models)
+        if key not in self._found:
+            options: dict[str, Any] = {
+                "matching": build_matcher(merge.matching),
+                "pins": merge.pins,
+                "leaf": merge.leaf,
+            }
+            if lab.splits is not None:
+                options["example_inputs"] = first_images(models[0], lab.splits.calibration)
+            self._found[key] = Given(match([*models], **lab.common, **options))
+        return self._found[key]
+
+    def pruned(self, prune: Prune, model: nn.Module, lab: Lab) -> nn.Module | None:
+        """The next one of what a pruner makes for several sparsities."""
+
+        def asked(one: Stage) -> Any:
+            return one.model_copy(update={"sparsity": None}) if isinstance(one, Prune) else None
+
+        key = asked(prune), id(model)
+        if key not in self._found:
+            wanted: list[Any] = [
+                *dict.fromkeys(cast("Prune", one).sparsity for one in self._stages if asked(one) == key[0])
+            ]
+            if (
+                len(wanted) < 2
+                or prune.pattern is not None
+                or not all(isinstance(each, float) and each for each in wanted)
+            ):
+                return None
+            self._found[key] = wanted, prune_each(model, [*wanted], **prune.arguments(), **lab.common)
+        wanted, each = self._found[key]
+        if not wanted or wanted.pop(0) != prune.sparsity:
+            wanted.clear()
+            return None
+        return next(each)
+
+
+def _read(stages: Any, where: tuple[str, int, str]) -> tuple[Stage, ...]:
+    try:
+        return read_stages(stages)
+    except ValidationError as error:
+        raise relocated(error, *where) from None
+
+
+def _filled(label: str, texts: Mapping[Any, tuple[str, Any]]) -> str:
+    """A label with the values of axes.
+
+    >>> _filled("{method} {sparsity%}", {"method": ("x", "x"), "sparsity": ("0.8", 0.8)})
+    'x 80%'
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        text, value = texts[found[1]]
+        return f"{100 * value:.4g}%" if found[2] and isinstance(value, float | int) else text
+
+    return _AXIS.sub(fill, label)
+
+
+def _curves(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of diagnoses, what is told of them."""
+    plain = {label: diagnosis.to_dict() for label, diagnosis in found.items()}
+    return {label: {key: one[key] for key in ("state", "depths", "curves")} for label, one in plain.items()}
