@@ -80,23 +80,22 @@ class Finding:
         images = None if lab.splits is None else lab.splits.calibration
         count = f"{len(images)} " if isinstance(images, Sized) else ""
         found: list[tuple[Network, nn.Module]] = []
-        for each in bench.writes:
-            if each.net is not None:
-                model, shown = each.net.model, bench.shown.beside(each.name, each.net.model, bench)
-                own = shown.rows.get(shown.own.get(each.name, ""))
-                network = Network(
-                    name=each.file,
-                    written=Written((each.file,), first.model, first.options, of_timm=is_of_timm(model)),
-                    summary=each.net.summary or Summary(),
-                    sources=described(lab.origins),
-                    results=shown.rows,
-                    published={row: figure for row, figure in shown.published.items() if row in shown.rows},
-                    measured="Accuracies and barriers in percent." if shown.rows else "",
-                    accuracy=None if own is None else own / 100,
-                    statistics="" if images is None else f"of {count}calibration images of {data}",
-                    pictures={one.caption: one.file for one in bench.writes if one.caption},
-                )
-                found.append((network, model))
+        for file, name, net in [(each.file, each.name, each.net) for each in bench.writes if each.net is not None]:
+            shown = bench.shown.beside(name, net.model, bench)
+            own = shown.rows.get(shown.own.get(name, ""))
+            network = Network(
+                name=file,
+                written=Written((file,), first.model, first.options, of_timm=is_of_timm(net.model)),
+                summary=net.summary or Summary(),
+                sources=described(lab.origins),
+                results=shown.rows,
+                published={row: figure for row, figure in shown.published.items() if row in shown.rows},
+                measured="Accuracies and barriers in percent." if shown.rows else "",
+                accuracy=None if own is None else own / 100,
+                statistics="" if images is None else f"of {count}calibration images of {data}",
+                pictures={one.caption: one.file for one in bench.writes if one.caption},
+            )
+            found.append((network, net.model))
         return found
 
 

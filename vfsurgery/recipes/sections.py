@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Self, TypeVar, cast
 
@@ -199,7 +199,7 @@ class Source(Section):
 
 
 @contextmanager
-def fitting(sources: Iterable[Source]) -> Iterator[None]:
+def fitting(sources: Iterable[Source]) -> Generator[None]:
     """Where a checkpoint does not fit, say first whether the files only tell other numbers of classes apart."""
     try:
         yield

@@ -108,6 +108,8 @@ class Compare(Scoring):
     def _rows_are_there(self) -> Self:
         refuse_repeated("axis", [*self.axes])
         refuse_unknown("axis", () if self.columns is None else (self.columns,), self.axes)
+        if not all(isinstance(value, float | int) for value in self.values.values()):
+            raise ValueError(f"columns are numbers, and {self.columns} has other values")
         for way in (*self.ways, *self.then):
             refuse_unknown("axis", [found[1] for label in way for found in _AXIS.finditer(label)], self.axes)
         labels = [row.label for row in self.rows]
@@ -222,7 +224,8 @@ class Compare(Scoring):
         chain, best = list[Done](), 0.0
         for row in self.rows:
             # what goes on is made with nothing shared: its report is to say all of itself
-            chain = _along(row, replace(bench, shared=None if row.label == ahead else shared), chain)
+            alone = row.label == ahead
+            chain = _along(row, bench if alone else replace(bench, shared=shared), () if alone else chain)
             (net,) = chain[-1].bench.networks.values()
             score = told.scores[row.label] = evaluate(net.model, lab.part(self.data), progress=lab.progress)
             if row.label in asked:
@@ -242,36 +245,33 @@ class Compare(Scoring):
         # behind the way that goes on: all rows are shown with its network, its own one only as long as it stays
         ((name, net),) = bench.networks.items()
         row, sweep, scores = self.row(told.goes_on), self._sweep(told), told.scores
-        if sweep is not None:  # a page has them as a figure
+        if sweep is not None:  # a page has the others as a figure
             scores = {label: scores[label] for label in (*sweep.first, row.base, row.label) if label is not None}
+            bench = bench.wrote(Write(f"{bench.lab.run}_sweep.png", sweep.plot, f"accuracy over {self.columns}"))
         figures = {"flips": told.flips, "sweep": sweep}
         own, measured = {name: row.label}, {row.label: [net.model]}
-        bench = replace(bench, shown=Shown(told.rows, scores, self.figures, measured, own, net.model, figures))
-        plots = [] if sweep is None else [sweep.plot]
-        return bench.wrote(
-            *(Write(f"{bench.lab.run}_sweep.png", plot, f"accuracy over {self.columns}") for plot in plots)
-        )
+        return replace(bench, shown=Shown(told.rows, scores, self.figures, measured, own, net.model, figures))
 
     def _sweep(self, told: Told) -> Sweep | None:
         if self.columns is None:
             return None
         rows: dict[str, list[Row]] = {}
         for row in self.rows:
-            rows.setdefault(row.course, []).append(row)
+            if row.column is not None:
+                rows.setdefault(row.course, []).append(row)
         colours = [course for course, cells in rows.items() if cells[0].base is None]
         found: dict[str, Course] = {}
         for course, cells in rows.items():
             scores = {row.column: told.scores[row.label] for row in cells}
-            figures = self.published.get(course, ())
-            base = cells[0].base
-            colour = colours.index(course if base is None else self.row(base).course)
+            listed, base = self.published.get(course), cells[0].base
             found[course] = Course(
                 tuple(scores.get(number) for number in range(len(self.values))),
-                figures if isinstance(figures, tuple) else (),
-                colour,
+                listed if isinstance(listed, tuple) else (),
+                colours.index(course if base is None else self.row(base).course),
                 base is not None,
             )
-        first = {label: score for label, score in told.scores.items() if label not in {row.label for row in self.rows}}
+        inside = {row.label for cells in rows.values() for row in cells}
+        first = {label: score for label, score in told.scores.items() if label not in inside}
         return Sweep(self.columns, tuple(map(float, self.values.values())), first, found)
 
 
@@ -310,52 +310,45 @@ class Shared:
     """What several ways have in common and is costly: a matching of one name, the saliencies of one pruner."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
-        self._stages = stages
-        self._found: dict[Any, Any] = {}
+        self._merges = [_matched(one) for one in stages if isinstance(one, Merge)]
+        self._prunes = [one for one in stages if isinstance(one, Prune)]
+        self._found: dict[Any, Any] = {}  # with the models that it is of, so that no other has their ids
 
     def matching(self, merge: Merge, models: Sequence[nn.Module], lab: Lab) -> Given | None:
         """What several merges ask for, found once; ``"auto"`` chooses for each merge anew."""
-
-        def asked(one: Stage) -> Any:
-            return (one.matching, one.pins, one.leaf, one.masks) if isinstance(one, Merge) else None
-
-        if merge.matching == "auto" or merge.masks or [*map(asked, self._stages)].count(asked(merge)) < 2:
+        if merge.matching == "auto" or merge.masks or self._merges.count(_matched(merge)) < 2:
             return None
-        key = asked(merge), *map(id, models)
+        key = _matched(merge), *map(id, models)
         if key not in self._found:
-            options: dict[str, Any] = {
-                "matching": build_matcher(merge.matching),
-                "pins": merge.pins,
-                "leaf": merge.leaf,
-            }
+            options: dict[str, Any] = {"pins": merge.pins, "leaf": merge.leaf, **lab.common}
             if lab.splits is not None:
                 options["example_inputs"] = first_images(models[0], lab.splits.calibration)
-            self._found[key] = Given(match([*models], **lab.common, **options))
-        return self._found[key]
+            found = match([*models], matching=build_matcher(merge.matching), **options)
+            self._found[key] = Given(found), models
+        return self._found[key][0]
 
     def pruned(self, prune: Prune, model: nn.Module, lab: Lab) -> nn.Module | None:
-        """The next one of what a pruner makes for several sparsities."""
-
-        def asked(one: Stage) -> Any:
-            return one.model_copy(update={"sparsity": None}) if isinstance(one, Prune) else None
-
-        key = asked(prune), id(model)
+        """The next one of what a pruner makes for several sparsities, in the order in which they are asked for."""
+        key = _pruned(prune), id(model)
         if key not in self._found:
-            wanted: list[Any] = [
-                *dict.fromkeys(cast("Prune", one).sparsity for one in self._stages if asked(one) == key[0])
-            ]
-            if (
-                len(wanted) < 2
-                or prune.pattern is not None
-                or not all(isinstance(each, float) and each for each in wanted)
-            ):
+            wanted = [*dict.fromkeys(one.sparsity for one in self._prunes if _pruned(one) == key[0])]
+            shares = [share for share in wanted if isinstance(share, float) and share]
+            if len(wanted) < 2 or len(shares) < len(wanted) or prune.pattern is not None:
                 return None
-            self._found[key] = wanted, prune_each(model, [*wanted], **prune.arguments(), **lab.common)
-        wanted, each = self._found[key]
+            self._found[key] = wanted, prune_each(model, shares, **prune.arguments(), **lab.common), model
+        wanted, each, _ = self._found[key]
         if not wanted or wanted.pop(0) != prune.sparsity:
             wanted.clear()
             return None
         return next(each)
+
+
+def _matched(merge: Merge) -> tuple[Any, ...]:
+    return merge.matching, merge.pins, merge.leaf, merge.masks
+
+
+def _pruned(prune: Prune) -> Prune:
+    return prune.model_copy(update={"sparsity": None})
 
 
 def _read(stages: Any, where: tuple[str, int, str]) -> tuple[Stage, ...]:
