@@ -132,6 +132,12 @@ def test_reduced_form_changes_what_it_says_and_nothing_else():
     assert other.stages[0].epochs == 3 and other.stages[2].alphas == 3
 
 
+def test_what_is_wrong_in_the_reduced_form_has_its_line():
+    line = TINY[: TINY.index("  stages.train: {epochs: 2}")].count("\n") + 1
+    with pytest.raises(RecipeError, match=rf"^the recipe:{line}: in the reduced form, unknown key 'epoch'"):
+        Recipe.from_yaml(TINY.replace("{epochs: 2}", "{epoch: 2}"))
+
+
 def test_recipe_without_a_reduced_form():
     with pytest.raises(RecipeError, match=r"tiny has no reduced form\n  remedy  leave --reduced out"):
         Recipe.from_yaml(TINY[: TINY.index("reduced:")], reduced=True)

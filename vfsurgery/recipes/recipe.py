@@ -171,7 +171,9 @@ class Recipe(Section):
             place, text = str(source), read_text(Path(source))
         written = parse(text, place, cls.model_fields)
         read = cls._validated(_changed(written, {} if reduced else changes), place, text)
-        if reduced and not read.reduced:
+        if not read.reduced and not reduced:
+            return read
+        if not read.reduced:
             remedy = "leave --reduced out, or describe one"
             raise RecipeError(explain(f"{read.name} has no reduced form", remedy=remedy))
         small = {**written, "name": f"{written['name']}-reduced", "reduced": {}}
@@ -180,11 +182,13 @@ class Recipe(Section):
                 small = changed(small, path, plain(value))
             except RecipeError as error:
                 raise RecipeError(f"{place}:{line_of(text, ('reduced', path))}: {error}") from None
-        small = cls._validated(_changed(small, changes if reduced else {}), place, text, reduced=True)
-        return small if reduced else read
+        found = cls._validated(_changed(small, changes if reduced else {}), place, text, read.reduced)
+        return found if reduced else read
 
     @classmethod
-    def _validated(cls, content: Mapping[str, Any], place: str, text: str, reduced: bool = False) -> Self:
+    def _validated(
+        cls, content: Mapping[str, Any], place: str, text: str, reduced: Mapping[str, Any] | None = None
+    ) -> Self:
         try:
             return cls.model_validate(content)
         except ValidationError as error:

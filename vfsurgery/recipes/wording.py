@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -23,7 +23,9 @@ MOVED = {
 """Keys of whole recipes that there were, and what took their place."""
 
 
-def describe(error: ValidationError, schema: type[BaseModel], place: str, text: str, reduced: bool = False) -> str:
+def describe(
+    error: ValidationError, schema: type[BaseModel], place: str, text: str, reduced: Collection[str] | None = None
+) -> str:
     """The message for the first thing wrong, with its line and key path; the paths of all others follow.
 
     Args:
@@ -31,7 +33,7 @@ def describe(error: ValidationError, schema: type[BaseModel], place: str, text: 
         schema: The class that the recipe is read into.
         place: The recipe's file, or words for it.
         text: The recipe.
-        reduced: Whether it is wrong in the reduced form, whose values stand elsewhere.
+        reduced: Of an error in the reduced form, the paths whose values it has.
     """
     # a misspelt key first: it is often why another one is missing
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
@@ -53,8 +55,11 @@ def describe(error: ValidationError, schema: type[BaseModel], place: str, text: 
     others = dict.fromkeys(
         other for problem in problems[1:] if (other := written_path(_location(problem))) and other != path
     )
-    where = f"{place}:{line_of(text, ('reduced',) if reduced else location)}: {'in the reduced form, ' * reduced}"
-    return explain(f"{where}{fact}", at=path, remedy=remedy, also=", ".join(others) or None)
+    if reduced is not None:
+        steps = {*map(str, location)}
+        own = [key for key in reduced if {step for step in key.split(".") if not step.isdecimal()} <= steps]
+        fact, location = f"in the reduced form, {fact}", ("reduced", *own[-1:])
+    return explain(f"{place}:{line_of(text, location)}: {fact}", at=path, remedy=remedy, also=", ".join(others) or None)
 
 
 def written_path(location: tuple[int | str, ...]) -> str | None:
