@@ -84,11 +84,6 @@ def build_pruner(method: str, options: Mapping[str, Any]) -> Pruner:
     return PRUNERS[method](**options)
 
 
-def name_of(entry: Any) -> str:
-    """The name in ``name`` or ``{name: {option: value}}``."""
-    return entry if isinstance(entry, str) else next(iter(entry))
-
-
 def _several(value: Any) -> Any:
     return frozen(value if isinstance(value, list | tuple) else [value])
 
