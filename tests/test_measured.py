@@ -91,7 +91,7 @@ def test_page_card_plot_and_report_of_a_pair_have_the_figure_of_the_file(kind, t
 
 def test_the_choice_of_a_pair_is_one_and_not_two(tmp_path, monkeypatch):
     """The plot goes by the matching and the steps that the file came to, not by a second choice."""
-    from vfsurgery import evaluation
+    from vfsurgery.scoring import evaluation
 
     asked: list[object] = []
     original = evaluation.merge
