@@ -138,7 +138,7 @@ def test_all_that_the_grammar_has_is_drawn():
         *("MultiheadAttention", "scaled_dot_product", "softmax", "LSTM", "GRU", "torch.cat", "chunk", "split", "relu_"),
         *("where", "masked_fill", "persistent=False", "int64", "int32", "float()", "self.training", "alias", "encoder"),
         *("register_forward_hook", "register_full_backward_hook", "{'logits'", "Result(", "> 0)", "never", "unread"),
-        *(".weight = self.", "Dropout", "groups=2", "index_select", "chunk(2"),
+        *(".weight = self.", "Dropout", "groups=2", "index_select", "chunk(2", "len(", ".size(0)", ".shape[0]"),
     ):
         assert word in text, word
 
