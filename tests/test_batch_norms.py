@@ -161,6 +161,42 @@ def test_the_last_call_alone_is_not_enough(how, monkeypatch):
     assert how == "regress" or error(merged, a) > 0.05  # its last layer makes up for some of it
 
 
+class Preceded(Pyramid):
+    """The head behind a norm of its own, and two layers more behind the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(self.stem, nn.BatchNorm2d(6))
+        self.out = nn.Sequential(nn.Linear(24, 6), nn.ReLU(), nn.Linear(6, 4))
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """The model with the statistics of what its eval mode gives its norms, which stand in the order of their calls."""
+    with torch.no_grad():
+        for norm in (model.stem[1], model.norm):
+            norm.momentum = None
+            norm.reset_running_stats()
+            norm.train()
+            model(X)
+            norm.eval()
+    return model
+
+
+@pytest.mark.parametrize("stale_alone", [True, False])
+def test_regress_looks_ahead_from_the_statistics_that_it_has_set(stale_alone, monkeypatch):
+    """Norms before the repeated one have theirs by then; those of the few images of a batch are others."""
+    if not stale_alone:
+        monkeypatch.setattr(
+            "vfsurgery.passes.regress.OnBatches", lambda graph, norms: OnBatches(graph, batch_norm_nodes(graph))
+        )
+    a = settled(trained(Preceded))
+    b = planted(a, surgery.find_groups(a, X[:2]))
+    data = [part.contiguous() for part in X.split(8)]
+    merged = surgery.merge(a, b, data=data, matching="weights", renormalize="regress", progress=False)
+    assert (error(merged, a) < 1e-9) == stale_alone
+    assert torch.allclose(merged.norm.running_var.sort()[0], a.norm.running_var.sort()[0], rtol=1e-6) == stale_alone
+
+
 def test_calls_weigh_the_same_however_much_they_see():
     """Pooled, the calls of the large level would count sixteen times and the distance of the means would be spread."""
     model = trained(Pyramid)

@@ -20,6 +20,7 @@ class Draft:
     """A network in the making."""
 
     rng: random.Random
+    spelling: random.Random  # a stream of its own: how a step is written does not change which steps are drawn
     input: Value
     statements: list[Statement] = field(default_factory=list)
     wiring: list[str] = field(default_factory=list)
@@ -30,6 +31,10 @@ class Draft:
         """A name that is not taken."""
         self.count += 1
         return f"{stem}{self.count}"
+
+    def batch_size(self) -> str:
+        """How many inputs ``{x}`` holds, in one of the ways that people write it."""
+        return self.spelling.choice(["{x}.shape[0]", "{x}.size(0)", "len({x})"])
 
     def add(
         self,
@@ -149,12 +154,14 @@ def pooling(d: Draft, x: Value) -> Value | None:
 
 
 @step("map", weight=1)
-def shuffle_channels(d: Draft, x: Value) -> Value:
+def shuffle_channels(d: Draft, x: Value) -> Value | None:
+    if x.units % 2:
+        return None
     sizes = "*{x}.shape[2:]"
     return d.add(
         x,
         x.shape,
-        f"{{y}} = {{x}}.view({{x}}.shape[0], 2, {x.units // 2}, {sizes}).transpose(1, 2).reshape({{x}}.shape)",
+        f"{{y}} = {{x}}.view({d.batch_size()}, 2, {x.units // 2}, {sizes}).transpose(1, 2).reshape({{x}}.shape)",
     )
 
 
@@ -220,7 +227,8 @@ def to_tokens(d: Draft, x: Value) -> Value | None:
         places *= size
     if places > 36:
         return None
-    return d.add(x, (places, x.units), "{y} = {x}.flatten(2).transpose(1, 2)", kind="tokens")
+    flat = d.spelling.choice(["flatten(2)", f"reshape({d.batch_size()}, {x.units}, -1)"])
+    return d.add(x, (places, x.units), f"{{y}} = {{x}}.{flat}.transpose(1, 2)", kind="tokens")
 
 
 @step("map", weight=1)
@@ -229,7 +237,8 @@ def to_vector(d: Draft, x: Value) -> Value:
     for size in x.shape[1:]:
         numbers *= size
     if numbers <= MOST_NUMBERS and d.rng.random() < 0.5:
-        return d.add(x, (numbers,), "{y} = {x}.flatten(1)", kind="vector")
+        flat = d.spelling.choice(["flatten(1)", f"reshape({d.batch_size()}, -1)"])
+        return d.add(x, (numbers,), f"{{y}} = {{x}}.{flat}", kind="vector")
     return d.add(x, (x.units,), f"{{y}} = {{x}}.mean({tuple(range(2, 2 + x.spatial))})", kind="vector")
 
 
@@ -295,9 +304,9 @@ def packed_attention(d: Draft, x: Value) -> Value:
         x,
         x.shape,
         [
-            f"q, k, v = self.{qkv}({{x}}).reshape({{x}}.shape[0], -1, 3, 2, {head}).permute(2, 0, 3, 1, 4).unbind(0)",
+            f"q, k, v = self.{qkv}({{x}}).reshape({d.batch_size()}, -1, 3, 2, {head}).permute(2, 0, 3, 1, 4).unbind(0)",
             f"v = {spelled}",
-            f"{{y}} = {{x}} + self.{proj}(v.transpose(1, 2).reshape({{x}}.shape[0], -1, {inner}))",
+            f"{{y}} = {{x}} + self.{proj}(v.transpose(1, 2).reshape({d.batch_size()}, -1, {inner}))",
         ],
         [
             f"self.{qkv} = nn.Linear({x.units}, {3 * inner}, bias={d.rng.random() < 0.5})",
@@ -339,7 +348,7 @@ def class_token(d: Draft, x: Value) -> Value | None:
     return d.add(
         x,
         (x.shape[0] + 1, x.units),
-        f"{{y}} = torch.cat([self.{name}.expand({{x}}.shape[0], -1, -1), {{x}}], 1)",
+        f"{{y}} = torch.cat([self.{name}.expand({d.batch_size()}, -1, -1), {{x}}], 1)",
         [f"self.{name} = nn.Parameter(torch.randn(1, 1, {x.units}))"],
     )
 
@@ -537,7 +546,7 @@ def draw(seed: int) -> Program:
         (3, *(side for _ in range(spatial))) if spatial else rng.choice([(5, 6), (6, 8)]),
         "map" if spatial else "tokens",
     )
-    d = Draft(rng, x)
+    d = Draft(rng, random.Random(f"spelling {seed}"), x)
     value = convolution(d, x) if spatial else linear(d, x)
     for _ in range(rng.randint(3, 10)):
         choices = STEPS[value.kind]

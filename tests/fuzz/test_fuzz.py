@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 
@@ -106,6 +107,13 @@ def test_each_law_finds_a_planted_fault(law, fault, monkeypatch):
     assert any((laws.broken_law(draw(seed), (law,)) or "").startswith(law.__name__) for seed in range(200))
 
 
+def test_batch_sizes_that_a_trace_takes_for_constants_are_found(monkeypatch):
+    monkeypatch.setattr("vfsurgery.tracing.tracer._recording_lengths", contextlib.nullcontext)
+    monkeypatch.setattr("vfsurgery.stats.together.bound_to", lambda graph_module: None)
+    written = (draw(seed) for seed in range(200) if "len(" in draw(seed).source)
+    assert any(laws.broken_law(program, (laws.sources_stay_as_they_are,)) for program in written)
+
+
 def test_every_law_has_its_fault():
     marks = next(m for m in test_each_law_finds_a_planted_fault.pytestmark if m.name == "parametrize")
     assert [law for law, _ in marks.args[1]] == [*laws.LAWS]
@@ -138,7 +146,7 @@ def test_all_that_the_grammar_has_is_drawn():
         *("MultiheadAttention", "scaled_dot_product", "softmax", "LSTM", "GRU", "torch.cat", "chunk", "split", "relu_"),
         *("where", "masked_fill", "persistent=False", "int64", "int32", "float()", "self.training", "alias", "encoder"),
         *("register_forward_hook", "register_full_backward_hook", "{'logits'", "Result(", "> 0)", "never", "unread"),
-        *(".weight = self.", "Dropout", "groups=2", "index_select", "chunk(2"),
+        *(".weight = self.", "Dropout", "groups=2", "index_select", "chunk(2", "len(", ".size(0)", ".shape[0]"),
     ):
         assert word in text, word
 

@@ -13,8 +13,9 @@ al., 2023) and with the inputs that the merged model really has. No labels are n
 solve per layer. The ridge, in units of the mean variance of ``x``, is chosen for each layer on held-out batches.
 
 BatchNorm layers are recalibrated on the way, on the merged model's exact statistics; one that is called several times
-when its first call comes, by looking ahead as far as the last, with the layers in between as they are then. Layers that
-are no dense matrix (depthwise and grouped convolutions, scales of other norms) get REPAIR's two numbers per unit.
+when its first call comes, by looking ahead as far as the last, with the layers in between as they are then, their norms
+on the statistics of each batch. Layers that are no dense matrix (depthwise and grouped convolutions, scales of other
+norms) get REPAIR's two numbers per unit.
 """
 
 from __future__ import annotations
@@ -165,8 +166,9 @@ class _Fit:
             set_running(norm, [_moments(self.merged.of(node.all_input_nodes[0]), 1)])
         else:
             norms = list(batch_norm_nodes(self.graph_module).items())
-            last = [name for name, _ in norms].index(calls[-1])
-            ahead = OnBatches(self.graph_module, dict(norms[: last + 1]))
+            first, last = ([name for name, _ in norms].index(calls[place]) for place in (0, -1))
+            between = {layer for _, layer in norms[first : last + 1]}  # layers that end before have theirs by now
+            ahead = OnBatches(self.graph_module, {name: layer for name, layer in norms[: last + 1] if layer in between})
             for images in self.merged.batches:
                 ahead.run(images)
             set_running(norm, [ahead.moments[call] for call in calls])
