@@ -296,21 +296,22 @@ def test_run_prints_tables_and_writes(tmp_path, monkeypatch):
         "from vfsurgery.networks.demo import TinyResNet\ndef net(): return TinyResNet(width=2)\n"
     )
     (tmp_path / "small.yaml").write_text(
-        "name: small\nthreads: 1\npairs:\n  - {name: net, model: nets_to_run:net, training: {epochs: 1}}\n"
+        "name: net\nthreads: 1\ndata: {name: digits}\nsources: [nets_to_run:net, {}]\n"
+        "stages: [train: {epochs: 1}, merge, evaluate]\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     result = call("run", "small.yaml", "--output", "results")
     assert result.exit_code == 0, result.output
-    assert re.search(r"^net\n +accuracy +to sources +loss\n  source a .*\n  source b ", result.stdout)
+    assert re.search(r"accuracy +to sources +loss .*\n +a .*\n +b .*\n +ensemble .*\n +merged ", result.stdout)
     assert (tmp_path / "results" / "net.safetensors").exists()
 
 
 def test_wrong_recipe_is_wrong_usage(tmp_path):
-    (tmp_path / "small.yaml").write_text("name: small\npiars: []\n")
+    (tmp_path / "small.yaml").write_text("name: small\nsoruces: []\n")
     result = call("run", tmp_path / "small.yaml", "--output", tmp_path / "results")
     assert result.exit_code == 2
-    assert "small.yaml:2: unknown key 'piars' at piars remedy did you mean 'pairs'?" in flat(result.stderr)
+    assert "small.yaml:2: unknown key 'soruces' at soruces remedy did you mean 'sources'?" in flat(result.stderr)
     assert not (tmp_path / "results").exists()
 
 

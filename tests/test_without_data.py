@@ -193,7 +193,7 @@ def test_it_brings_much_back_of_a_trained_pair():
         default = surgery.merge(a, b, example_inputs=torch.randn(2, 1, 8, 8), progress=False)
     plain = surgery.merge(a, b, example_inputs=torch.randn(2, 1, 8, 8), renormalize=None, progress=False)
     scores = [surgery.evaluate(model, splits.test, progress=False).accuracy for model in (plain, default)]
-    assert scores[0] < 0.6 and scores[1] > 0.75
+    assert scores[1] > max(scores[0] + 0.3, 0.6)
 
 
 class ByKeyword(nn.Module):

@@ -41,7 +41,7 @@ from vfsurgery.passes.mask import aligned_members
 from vfsurgery.passes.preserve import standalone
 from vfsurgery.records.report import Certificate, GroupMatch, MergeReport, Preserved, Trial, version_of
 from vfsurgery.stats.collect import Site, Survey, group_sites, survey
-from vfsurgery.stats.precision import batches_for
+from vfsurgery.stats.precision import batches_for, image_dtype
 from vfsurgery.stats.together import examples_of, in_bound_runs, note_on
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.bound import refuse_bound
@@ -271,6 +271,7 @@ class Merging:
 
         Raises:
             CertificateError: the result's outputs are not finite.
+            OptionError: the same, after maps of units.
         """
         if self.units:
             self.survey()
@@ -303,14 +304,19 @@ class Merging:
         if _is_finite(result, self.inputs) or not _is_finite(self.sources[0].model, self.inputs):
             return
         mapped = sum(_mapped(matching.permutations) for matching in matchings)
-        raise CertificateError(
-            explain(
-                "the merged network gives outputs that are not finite",
-                renormalization=", ".join(step.name for step in passes) or "none",
-                because=f"{mapped} groups are mapped by matrices, which may enlarge activations" if mapped else None,
-                remedy="statistics measured on data keep activations in bounds: renormalize='reset', 'repair' or "
-                "'regress'; so do permutations: matching='activations' or 'weights'; half precision overflows early",
+        fact, steps = "the merged network gives outputs that are not finite", ", ".join(step.name for step in passes)
+        if mapped:
+            raise OptionError(
+                explain(
+                    fact,
+                    renormalization=steps or "none",
+                    because=f"{mapped} groups are mapped by matrices, which may enlarge activations",
+                    remedy="measure statistics on data: renormalize='reset', 'repair' or 'regress'; or match by "
+                    "permutations: matching='activations' or 'weights'",
+                )
             )
+        raise CertificateError(
+            explain(fact, renormalization=steps or "none", remedy="half precision overflows early: merge in float32")
         )
 
     def finish(self, merged: nn.Module, context: Context, inplace: bool, preserved: bool) -> nn.Module:
@@ -386,8 +392,14 @@ class Merging:
 
 
 def _is_finite(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
-    with borrowed(model, {}), torch.no_grad():
-        return all(bool(x.isfinite().all()) for x in tensors_of(model(*inputs)))
+    """Whether outputs on the example are; also true where the model does not take the precision of the example."""
+    dtype = image_dtype(model)
+    try:
+        with borrowed(model, {}), torch.no_grad():
+            outputs = model(*(x.to(dtype) if x.is_floating_point() else x for x in inputs))
+    except Exception:  # whatever a forward may raise
+        return True
+    return all(bool(x.isfinite().all()) for x in tensors_of(outputs))
 
 
 def _mapped(orders: Mapping[str, Order]) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vfsurgery.data.batches import Batches
 from vfsurgery.discovery.verification import randomize
-from vfsurgery.errors import SurgeryError
+from vfsurgery.errors import CertificateError, SurgeryError
 from vfsurgery.matching import MATCHERS
 from vfsurgery.merging.work import Merging
 from vfsurgery.passes import NORMALIZATIONS, Pass, Regress
@@ -132,7 +132,7 @@ class _Table:
 
 
 def _told(error: Exception) -> tuple[Outcome, str]:
-    known = isinstance(error, SurgeryError)
+    known = isinstance(error, SurgeryError) and not isinstance(error, CertificateError)
     return ("refused", _first_line(error)) if known else ("fails", f"{type(error).__name__}: {_first_line(error)}")
 
 
