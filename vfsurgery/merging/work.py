@@ -42,8 +42,7 @@ from vfsurgery.passes.preserve import standalone
 from vfsurgery.records.report import Certificate, GroupMatch, MergeReport, Preserved, Trial, version_of
 from vfsurgery.stats.collect import Site, Survey, group_sites, survey
 from vfsurgery.stats.precision import batches_for, image_dtype
-from vfsurgery.stats.together import examples_of, in_bound_runs, note_on
-from vfsurgery.tracing.borrowed import borrowed
+from vfsurgery.stats.together import examples_of, in_bound_runs, note_on, outputs_of
 from vfsurgery.tracing.bound import refuse_bound
 from vfsurgery.tracing.computed import settle
 from vfsurgery.tracing.copies import forget_kept, fresh
@@ -59,7 +58,6 @@ from vfsurgery.tracing.sources import (
     eval_mode,
     write_into,
 )
-from vfsurgery.tracing.values import tensors_of
 
 MERGE_PARTS = (
     "  a part that can be recorded can be merged alone: merge(a.PART, b.PART, example_inputs=..., inplace=True)"
@@ -394,12 +392,8 @@ class Merging:
 def _is_finite(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
     """Whether outputs on the example are; also true where the model does not take the precision of the example."""
     dtype = image_dtype(model)
-    try:
-        with borrowed(model, {}), torch.no_grad():
-            outputs = model(*(x.to(dtype) if x.is_floating_point() else x for x in inputs))
-    except Exception:  # whatever a forward may raise
-        return True
-    return all(bool(x.isfinite().all()) for x in tensors_of(outputs))
+    outputs = outputs_of(model, tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs))
+    return outputs is None or all(bool(x.isfinite().all()) for x in outputs)
 
 
 def _mapped(orders: Mapping[str, Order]) -> int:

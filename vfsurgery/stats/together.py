@@ -43,7 +43,7 @@ def examples_of(
         inputs = (images[:BATCH],)
         if are_tokens(images):
             _refuse_tokens(model, images)
-        if len(images) > BATCH and _outputs(model, inputs) is None and _outputs(model, (images,)) is not None:
+        if len(images) > BATCH and outputs_of(model, inputs) is None and outputs_of(model, (images,)) is not None:
             inputs = (images,)
     else:
         inputs = example_inputs_of(model, given)
@@ -78,10 +78,10 @@ def images_together(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     count = len(inputs[0]) if inputs and inputs[0].ndim else 1
     if count == 1:
         return 1
-    whole = _outputs(model, inputs)
+    whole = outputs_of(model, inputs)
     if whole is None:
         return 1
-    rest = _outputs(model, tuple(x[1:] if x.ndim and len(x) == count else x for x in inputs))
+    rest = outputs_of(model, tuple(x[1:] if x.ndim and len(x) == count else x for x in inputs))
     if rest is None:
         return count
     pairs = [
@@ -99,7 +99,7 @@ def _differ(x: Tensor, y: Tensor) -> bool:
     return not bool(((x - y).abs().masked_fill(x == y, 0.0) <= DIFFERENT * scale).all())
 
 
-def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor] | None:
+def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor] | None:
     """What a model returns in eval mode; nothing where it cannot run."""
     try:
         return _run(model, inputs)
