@@ -11,7 +11,12 @@ from torch import Tensor, fx, nn
 import vfsurgery as surgery
 from vfsurgery.discovery.verification import TOLERANCE
 from vfsurgery.matching import Matcher, WeightMatching
-from vfsurgery.merging.work import Merging
+from vfsurgery.merging.aligned import match_sources
+from vfsurgery.merging.combined import Terms, combine
+from vfsurgery.merging.finished import finish
+from vfsurgery.merging.prepared import prepare
+from vfsurgery.merging.shares import Shares
+from vfsurgery.merging.surveyed import Way, plan_survey
 from vfsurgery.passes import Preserve
 from vfsurgery.passes.cut import Boundaries
 
@@ -94,16 +99,20 @@ class Sweep:
 
     def __init__(self, models: list[nn.Module], matcher: Matcher | None = None) -> None:
         self.shares = tuple(SHARES) if len(models) == 3 else (0.5, 0.5)
-        self.work = Merging.prepare(models, None, X[:2], 0, False)
-        self.cuts = Boundaries(self.work.sources[0].graph_module)
-        with self.work.running():
-            self.matchings = self.work.match(matcher or WeightMatching())
+        self.grouped = prepare(models, None, X[:2], progress=False)
+        self.cuts = Boundaries(self.grouped.graph_module)
+        matcher = matcher or WeightMatching()
+        self.surveyed = plan_survey(self.grouped, [Way(matcher, ())])
+        with self.grouped.running():
+            self.matched = match_sources(self.surveyed, matcher)
 
     def __call__(self, boundary: int | str, form: str = "auto", shares: tuple[float, ...] = ()) -> fx.GraphModule:
-        with self.work.running():
-            kept = Preserve(boundary=boundary, form=form)
-            merged, context = self.work.combine(shares or self.shares, self.matchings, (), kept)
-            return self.work.finish(merged, context, inplace=False, preserved=True)
+        with self.grouped.running():
+            terms = Terms(Shares(shares or self.shares, {}), Preserve(boundary=boundary, form=form))
+            merged = combine(self.surveyed, self.matched, (), terms)
+            found = finish(self.grouped, merged, inplace=False, preserved=True)
+            assert isinstance(found, fx.GraphModule)
+            return found
 
 
 def merge(models: list[nn.Module], boundary: int | str, form: str = "auto", **options: Any) -> nn.Module:

@@ -97,7 +97,7 @@ def test_statistics_are_those_of_single_images(kind: type[Tokens]) -> None:
 
 def test_larger_batches_would_take_parts_of_several_images_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: nothing raises, and the statistics are wrong."""
-    monkeypatch.setattr("vfsurgery.merging.work.in_bound_runs", lambda batches, graph_module: batches)
+    monkeypatch.setattr("vfsurgery.merging.prepared.in_bound_runs", lambda batches, graph_module: batches)
     data = [images() for _ in range(3)]
     merged = surgery.merge(net(Number, 0), net(Number, 1), data=data, renormalize="reset", matching="weights",
                            progress=False)  # fmt: skip

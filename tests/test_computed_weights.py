@@ -109,7 +109,7 @@ def test_the_mean_of_layers_with_spectral_norm_has_spectral_norm_one(kind: Wrap)
 
 
 def test_without_settling_the_mean_is_scaled_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vfsurgery.merging.work.settle", lambda *given: None)
+    monkeypatch.setattr("vfsurgery.merging.combined.settle", lambda *given: None)
     kind = parametrizations.spectral_norm
     merged = surgery.merge(net(kind), net(kind, seed=1), example_inputs=X, renormalize=None, progress=False)
     norm = float(torch.linalg.matrix_norm(merged.b.weight.detach().flatten(1), 2))

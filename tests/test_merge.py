@@ -42,7 +42,7 @@ from vfsurgery.errors import (
 )
 from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, random_permutations
 from vfsurgery.matching import Given
-from vfsurgery.merging import work as merging
+from vfsurgery.merging import prepared as merging
 from vfsurgery.passes import Context, Pass, Rescale
 from vfsurgery.tracing.sources import canonical_state, check_weights
 

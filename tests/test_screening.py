@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import vfsurgery as surgery
 from vfsurgery.data.batches import Batches
 from vfsurgery.data.holdout import first
-from vfsurgery.merging import choosing
-from vfsurgery.merging import work as merging
+from vfsurgery.merging import choosing, surveyed
 from vfsurgery.passes.agreement import Known, judge
 from vfsurgery.stats.collect import Site, group_sites, survey
 from vfsurgery.stats.correlation import Centred
@@ -27,7 +26,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some hundred images are many."""
     monkeypatch.setattr(choosing, "SCREENED", 100)
     monkeypatch.setattr(choosing, "JUDGED_ON", 60)
-    monkeypatch.setattr(merging, "SURVEYED", 200)
+    monkeypatch.setattr(surveyed, "SURVEYED", 200)
 
 
 def merged_by_auto() -> nn.Module:
@@ -68,14 +67,13 @@ def test_the_figures_of_what_is_kept_are_those_of_the_model_returned():
 @pytest.mark.usefixtures("few")
 def test_passes_see_few_images_until_one_way_is_kept(monkeypatch):
     seen: list[int] = []
-    original: Callable[..., Any] = merging.Merging.combine
+    original: Callable[..., Any] = choosing.combine
 
-    def counting(work: Any, *given: Any) -> Any:
-        data = given[4] if len(given) > 4 else None
-        seen.append(sum(len(x) for x, _ in data or work.data))
-        return original(work, *given)
+    def counting(sources: Any, matched: Any, passes: Any, terms: Any, data: Any) -> Any:
+        seen.append(sum(len(x) for x, _ in data or sources.data))
+        return original(sources, matched, passes, terms, data)
 
-    monkeypatch.setattr(merging.Merging, "combine", counting)
+    monkeypatch.setattr(choosing, "combine", counting)
     merged_by_auto()
     assert seen == [100, 100, 100, 400]
 

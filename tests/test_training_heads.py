@@ -15,7 +15,7 @@ import vfsurgery as surgery
 from vfsurgery.discovery.verification import without_chance
 from vfsurgery.errors import CertificateError, IncompatibleModelsError
 from vfsurgery.groups import GroupSet, PermutationGroup, permute_tensor, random_permutations
-from vfsurgery.merging import work as merging
+from vfsurgery.merging import prepared as merging
 from vfsurgery.tracing.sources import canonical_state
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

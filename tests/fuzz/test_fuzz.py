@@ -16,7 +16,7 @@ from torch import nn
 from vfsurgery.discovery.rules import registry
 from vfsurgery.discovery.verification import Verification
 from vfsurgery.matching import Matching, WeightMatching
-from vfsurgery.merging import work as merging
+from vfsurgery.merging import aligned as merging
 from vfsurgery.passes import Repair
 from vfsurgery.tracing.sources import Source, canonical_state
 

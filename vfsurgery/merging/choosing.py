@@ -15,23 +15,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from dataclasses import dataclass, replace
 
-from torch import fx, nn
+from torch import fx
 
 from vfsurgery.data.batches import Batches, named
 from vfsurgery.data.holdout import first
 from vfsurgery.discovery.recording import hidden_norms
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet
-from vfsurgery.matching import ActivationMatching, CCAMatching, Matcher, Matching, ZipMatching
+from vfsurgery.matching import ActivationMatching, CCAMatching, Matcher, ZipMatching
+from vfsurgery.merging.aligned import Certified, certify_sources, match_sources
+from vfsurgery.merging.combined import Combined, Terms, combine
+from vfsurgery.merging.prepared import Grouped
 from vfsurgery.merging.sparse import MaskPlan
-from vfsurgery.merging.work import Merging
-from vfsurgery.passes import Context, Pass, Preserve, Regress, Repair, Rescale
+from vfsurgery.merging.surveyed import Surveyed, Way, plan_survey
+from vfsurgery.passes import Pass, Regress, Repair, Rescale
 from vfsurgery.passes.agreement import Judgement, Known, best_of, judge
 from vfsurgery.passes.base import calibration_images
-from vfsurgery.records.report import Certificate, Trial
+from vfsurgery.records.report import Trial
 from vfsurgery.stats.batch_norms import batch_norm_nodes
 
 MAPPABLE = 0.5
@@ -47,34 +49,18 @@ WITHOUT_LOGITS = "chosen by architecture: without logits there is nothing to jud
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to merge."""
+class Choice:
+    """The way that was kept and what it came to, what was tried (nothing where there was one way), and notes on that.
 
-    matcher: Matcher
-    passes: tuple[Pass, ...]
-
-    @property
-    def is_dear(self) -> bool:
-        """Whether it takes several times as long as others: it fits every layer."""
-        return any(isinstance(step, Regress) for step in self.passes)
-
-    def __str__(self) -> str:
-        return f"{self.matcher.name} + {', '.join(step.name for step in self.passes) or 'no renormalization'}"
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What one way came to."""
+    ``surveyed`` has the statistics of the sources without correlations.
+    """
 
     way: Way
-    model: nn.Module
-    matchings: Sequence[Matching]
-    certificates: tuple[Certificate, ...]
-    context: Context
-
-
-Matched: TypeAlias = tuple[Sequence[Matching], tuple[Certificate, ...], tuple[str, ...]]
-"""The matchings of a matcher, their certificates, and notes for the report."""
+    surveyed: Surveyed
+    certified: Certified
+    combined: Combined
+    trials: tuple[Trial, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def sensible(
@@ -119,9 +105,7 @@ def sensible(
     return found
 
 
-def choose(
-    work: Merging, ways: Sequence[Way], shares: tuple[float, ...], preserve: Preserve | None
-) -> tuple[Merged, tuple[Trial, ...]]:
+def choose(grouped: Grouped, ways: Sequence[Way], terms: Terms) -> Choice:
     """Merge in every way and keep the best; a single one is not judged.
 
     Where there are many images, ways are compared on the first of them, and the best one is made anew with all.
@@ -131,57 +115,54 @@ def choose(
     Raises:
         SurgeryError: no way succeeds; it is the first one's error.
     """
-    for way in ways:
-        work.plan(way.matcher, way.passes, judged=len(ways) > 1)
-    judged_on = None if work.held_out is None else first(work.held_out, JUDGED_ON) or work.held_out
-    choice = _Choice(work, shares, preserve, judged_on)
+    surveyed = plan_survey(grouped, ways, judged=len(ways) > 1)
+    contest = _Contest(surveyed, ways, terms)
     if len(ways) == 1:
-        return choice.merge(ways[0]), ()
-    few = None if work.data is None else first(work.data, SCREENED)
-    best = choice.compare(ways, few)
-    if not choice.judgements:
-        best = best if few is None else choice.merge(best.way)
-        best.context.notes.append(WITHOUT_LOGITS)
-        return best, ()
-    place = choice.best(choice.judgements)
+        return contest.merge(ways[0])
+    few = None if surveyed.data is None else first(surveyed.data, SCREENED)
+    best = contest.compare(few)
+    if not contest.judgements:
+        best = best if few is None else contest.merge(best.way)
+        return replace(best, notes=(WITHOUT_LOGITS,))
+    place, notes = contest.best(contest.judgements), []
     way = ways[place]
     if few is not None:
         with named(f"{way} on all images"):
-            best = choice.attempt(place, way)
-        best.context.notes.append(f"ways compared with statistics of {SCREENED} images; the one kept has those of all")
+            best = contest.attempt(place, way)
+        notes = [f"ways compared with statistics of {SCREENED} images; the one kept has those of all"]
     elif best.way is not way:  # one that was let go has come to be the best after all
-        best = choice.merge(way)
-    best.context.notes.extend(f"failed, {way}: {str(error).splitlines()[0]}" for way, error in choice.failures)
-    return best, tuple(replace(trial, kept=number == place) for number, trial in choice.trials.items())
+        best = contest.merge(way)
+    notes += [f"failed, {way}: {str(error).splitlines()[0]}" for way, error in contest.failures]
+    trials = tuple(replace(trial, kept=number == place) for number, trial in contest.trials.items())
+    return replace(best, trials=trials, notes=tuple(notes))
 
 
-@dataclass
-class _Choice:
+class _Contest:
     """Merges in several ways, what they have in common, and what came of them."""
 
-    work: Merging
-    shares: tuple[float, ...]
-    preserve: Preserve | None
-    judged_on: Batches | None
-    trials: dict[int, Trial] = field(default_factory=dict[int, Trial])
-    judgements: dict[int, Judgement] = field(default_factory=dict[int, Judgement])
-    failures: list[tuple[Way, SurgeryError]] = field(default_factory=list[tuple[Way, SurgeryError]])
-    mapped: set[int] = field(default_factory=set[int])
-    _matched: dict[str, Matched] = field(default_factory=dict[str, Matched])
-    _known: Known = field(default_factory=Known)
+    def __init__(self, surveyed: Surveyed, ways: Sequence[Way], terms: Terms) -> None:
+        self.surveyed, self.ways, self.terms = surveyed, ways, terms
+        self.judged_on = None if surveyed.held_out is None else first(surveyed.held_out, JUDGED_ON) or surveyed.held_out
+        self.trials: dict[int, Trial] = {}
+        self.judgements: dict[int, Judgement] = {}
+        self.failures: list[tuple[Way, SurgeryError]] = []
+        self._mapped: set[int] = set()
+        self._certified: dict[str, Certified] = {}
+        self._unmatched = {way.matcher.name for way in ways}
+        self._known = Known()
 
-    def compare(self, ways: Sequence[Way], data: Batches | None) -> Merged:
+    def compare(self, data: Batches | None) -> Choice:
         """Try all ways on some data; the best so far is returned, or the first one where there are no logits.
 
         Raises:
             SurgeryError: no way succeeds; it is the first one's error.
         """
-        best: Merged | None = None
-        for place, way in enumerate(ways):
-            if way.is_dear and self._is_outdone(way, ways):
+        best: Choice | None = None
+        for place, way in enumerate(self.ways):
+            if way.is_dear and self._is_outdone(way):
                 continue
             try:
-                with named(f"trying {place + 1} of {len(ways)}: {way}"):
+                with named(f"trying {place + 1} of {len(self.ways)}: {way}"):
                     merged = self.attempt(place, way, data)
             except SurgeryError as error:
                 self.failures.append((way, error))
@@ -196,39 +177,43 @@ class _Choice:
 
     def best(self, judgements: Mapping[int, Judgement]) -> int:
         """The best of some ways; where nothing speaks for one, one whose sources are certified."""
-        return best_of(judgements, self.mapped)
+        return best_of(judgements, self._mapped)
 
-    def _is_outdone(self, way: Way, ways: Sequence[Way]) -> bool:
+    def _is_outdone(self, way: Way) -> bool:
         """Whether another matcher, which the dear step may follow too, did better with what is cheap."""
-        rivals = [other.matcher.name for other in ways if other.passes == way.passes]
-        cheap = {place: each for place, each in self.judgements.items() if not ways[place].is_dear}
-        known = {place: each for place, each in cheap.items() if ways[place].matcher.name in rivals}
-        return bool(known) and ways[self.best(known)].matcher.name != way.matcher.name
+        rivals = [other.matcher.name for other in self.ways if other.passes == way.passes]
+        cheap = {place: each for place, each in self.judgements.items() if not self.ways[place].is_dear}
+        known = {place: each for place, each in cheap.items() if self.ways[place].matcher.name in rivals}
+        return bool(known) and self.ways[self.best(known)].matcher.name != way.matcher.name
 
-    def attempt(self, place: int, way: Way, data: Batches | None = None) -> Merged:
+    def attempt(self, place: int, way: Way, data: Batches | None = None) -> Choice:
         """Merge in one way and judge the result on held-out images; without logits there is no judgement."""
         started = time.perf_counter()
         merged = self.merge(way, data)
-        sources = [source.graph_module for source in self.work.sources]
-        images = calibration_images(self.judged_on, "agreement with the ensemble", self.work.progress)
-        judgement = judge(merged.model, sources, self.shares, images, self._known)
+        grouped = self.surveyed.grouped
+        sources = [source.graph_module for source in grouped.sources]
+        images = calibration_images(self.judged_on, "agreement with the ensemble", grouped.progress)
+        judgement = judge(merged.combined.model, sources, self.terms.shares.overall, images, self._known)
         if judgement is not None:
             self.judgements[place] = judgement
-            if any(certificate.mapped for certificate in merged.certificates):
-                self.mapped.add(place)
+            if merged.certified.mapped:
+                self._mapped.add(place)
             before = self.trials[place].seconds if place in self.trials else 0.0
             self.trials[place] = _trial(way, judgement, before + time.perf_counter() - started)
         return merged
 
-    def merge(self, way: Way, data: Batches | None = None) -> Merged:
+    def merge(self, way: Way, data: Batches | None = None) -> Choice:
         """Merge in one way; ``data`` is what its passes see, by default all."""
-        if way.matcher.name not in self._matched:
-            matchings = self.work.match(way.matcher)
-            self._matched[way.matcher.name] = matchings, *self.work.certify(matchings)
-        matchings, certificates, notes = self._matched[way.matcher.name]
-        model, context = self.work.combine(self.shares, matchings, way.passes, self.preserve, data)
-        context.notes[:0] = notes
-        return Merged(way, model, matchings, certificates, context)
+        name = way.matcher.name
+        if name not in self._certified:
+            matched = match_sources(self.surveyed, way.matcher)
+            self._certified[name] = certify_sources(self.surveyed, matched)
+            self._unmatched.discard(name)
+            if not self._unmatched:
+                self.surveyed = self.surveyed.without_correlations()
+        certified = self._certified[name]
+        combined = combine(self.surveyed, certified, way.passes, self.terms, data)
+        return Choice(way, self.surveyed, certified, combined)
 
 
 def _trial(way: Way, judgement: Judgement, seconds: float) -> Trial:

@@ -11,11 +11,15 @@ from torch import fx, nn
 from vfsurgery.data.batches import Data
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain, warn
 from vfsurgery.matching import MATCHERS, Given, Identity, Matcher, Orders
+from vfsurgery.merging.aligned import match_sources
 from vfsurgery.merging.budget import Budget, plan_prefix
-from vfsurgery.merging.choosing import Way, choose, sensible
+from vfsurgery.merging.choosing import choose, sensible
+from vfsurgery.merging.combined import Terms
+from vfsurgery.merging.finished import finish, report_on
+from vfsurgery.merging.prepared import prepare
 from vfsurgery.merging.shares import Alpha, Weights, plan_shares
-from vfsurgery.merging.sparse import plan_masks
-from vfsurgery.merging.work import Merging
+from vfsurgery.merging.sparse import MaskPlan, plan_masks
+from vfsurgery.merging.surveyed import Way, can_judge, plan_survey
 from vfsurgery.passes import Pass, Preserve
 from vfsurgery.passes.normalizations import Renormalization, normalizations
 from vfsurgery.records.results import remember, way_of
@@ -60,12 +64,13 @@ def match(
         A tuple of such mappings for more than two sources (one for each after the first), and for matchers that map the
         first source too (one for each). Hand it to ``matching=Given(...)`` to merge several times with one matching.
     """
-    work = Merging.prepare(_networks(_sources(a, b)), data, example_inputs, seed, progress, leaf, pins)
-    matcher = _masked(work, None, (1 / len(work.sources),) * len(work.sources), matching, _matcher(matching, data))
-    with work.running():
-        work.plan(matcher, ())
-        found = tuple(dict(matching.permutations) for matching in work.match(matcher))
-    return found[0] if len(found) == 1 else found
+    models, matcher = _networks(_sources(a, b)), _matcher(matching, data)
+    grouped = prepare(models, data, example_inputs, leaf=leaf, pins=pins, seed=seed, progress=progress)
+    zeros = plan_masks(models, None, plan_shares(len(models), 0.5, None).over(grouped.graph_module).overall)
+    matcher = _suiting(zeros, matching, matcher)
+    with grouped.running():
+        found = match_sources(plan_survey(grouped, [Way(matcher, ())]), matcher).orders.permutations
+    return found[0] if isinstance(found, tuple) and len(found) == 1 else found
 
 
 def merge(
@@ -167,30 +172,36 @@ def merge(
                 remedy="leave inplace out",
             )
         )
-    work = Merging.prepare(models, data, example_inputs, seed, progress, leaf, pins)
-    graph_module = work.sources[0].graph_module
-    passes = normalizations(renormalize, graph_module, work.groups, data)
-    shares = work.share(planned)
-    matcher = _masked(work, masks, shares, matching, matcher, passes)
+    grouped = prepare(models, data, example_inputs, leaf=leaf, pins=pins, seed=seed, progress=progress)
+    graph_module, shares = grouped.graph_module, planned.over(grouped.graph_module)
+    passes = normalizations(renormalize, graph_module, grouped.groups, data)
+    zeros = plan_masks(models, masks, shares.overall)
+    if zeros is not None:
+        zeros.refuse(passes)
+    matcher = _suiting(zeros, matching, matcher)
     ways = [Way(matcher, passes)]
-    if (matching == "auto" or renormalize == "auto") and work.can_judge():
+    if (matching == "auto" or renormalize == "auto") and can_judge(grouped.data):
         tried = None if matching == "auto" and matcher != Identity() else matcher
-        ways = sensible(graph_module, work.groups, tried, passes, fixed=renormalize != "auto", masks=work.masks)
-    with work.running():
-        kept = plan_prefix(graph_module, work.inputs, sum(planned.used), preserve, budget)
-        best, trials = choose(work, ways, shares, kept and kept[0])
+        ways = sensible(graph_module, grouped.groups, tried, passes, fixed=renormalize != "auto", masks=zeros)
+    with grouped.running():
+        kept, told = plan_prefix(graph_module, grouped.inputs, sum(planned.used), preserve, budget) or (None, None)
+        choice = choose(grouped, ways, Terms(shares, kept, zeros))
         if renormalize == "auto" and data is None and sum(planned.used) > 1:
             _warn_of_norms(graph_module)  # once nothing else can fail, and before a is written to
-        merged = work.finish(best.model, best.context, inplace, preserved=kept is not None)
-    way, preserved = best.way, kept and kept[1]
-    if renormalize == "auto" and data is not None and not way.passes:
-        best.context.notes.append("nothing is renormalized: no layer takes a scale and a shift, or keeps statistics")
-    report = work.report(way.matcher, best.matchings, way.passes, best.certificates, best.context, preserved, trials)
-    if work.masks is not None:
-        report = replace(report, masks=work.masks.record(merged))
-    orders = Given(tuple(dict(matching.permutations) for matching in best.matchings))
-    alone = None if work.layer_weights else shares[-1]
-    remember(merged, report, Made(orders, way.passes, kept[0] if kept else 0, masks, alone))
+        merged = finish(grouped, choice.combined, inplace, preserved=kept is not None)
+    notes = {
+        f"shares by layer: {planned}": bool(shares.by_name),
+        "matching identity: the sources' masks are equal, so their units correspond already": matching == "auto"
+        and matcher == Identity(),
+        "nothing is renormalized: no layer takes a scale and a shift, or keeps statistics": renormalize == "auto"
+        and data is not None
+        and not choice.way.passes,
+    }
+    report = report_on(choice, tuple(note for note, holds in notes.items() if holds), told)
+    if zeros is not None:
+        report = replace(report, masks=zeros.record(merged))
+    alone = None if shares.by_name else shares.overall[-1]
+    remember(merged, report, Made(choice.certified.orders, choice.way.passes, kept or 0, masks, alone))
     return as_given(merged, given[0])
 
 
@@ -243,23 +254,9 @@ def _matcher(matching: Matchings, data: Data | None) -> Matcher:
     return matcher
 
 
-def _masked(
-    work: Merging,
-    choice: str | None,
-    shares: tuple[float, ...],
-    matching: Matchings,
-    matcher: Matcher,
-    passes: tuple[Pass, ...] = (),
-) -> Matcher:
-    """Plan what becomes of the sources' zeros, and return the matcher that suits them."""
-    work.masks = plan_masks([source.model for source in work.sources], choice, shares)
-    if work.masks is None:
-        return matcher
-    work.masks.refuse(passes)
-    if matching != "auto" or not work.masks.equal:
-        return matcher
-    work.notes.append("matching identity: the sources' masks are equal, so their units correspond already")
-    return Identity()
+def _suiting(zeros: MaskPlan | None, matching: Matchings, matcher: Matcher) -> Matcher:
+    """No matching where nobody asked for one and the sources' masks are equal: their units correspond already."""
+    return Identity() if matching == "auto" and zeros is not None and zeros.equal else matcher
 
 
 def _warn_of_norms(graph_module: fx.GraphModule) -> None:

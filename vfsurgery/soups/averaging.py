@@ -19,9 +19,9 @@ from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.discovery.recording import record
 from vfsurgery.errors import DataError, OptionError, TraceError, did_you_mean, explain
 from vfsurgery.groups import GroupSet
+from vfsurgery.merging.prepared import common_device
 from vfsurgery.merging.shares import shares_of
 from vfsurgery.merging.sparse import MaskPlan, plan_masks, refuse_hooks
-from vfsurgery.merging.work import common_device
 from vfsurgery.passes import Context, KeepZeros, Reset
 from vfsurgery.passes.mask import Choice, Support, check_zeros
 from vfsurgery.records.report import MergedMasks, Report

@@ -108,7 +108,6 @@ def certify(
     groups: GroupSet,
     orders: Mapping[str, Permutation],
     inputs: tuple[Tensor, ...],
-    scratch: Mapping[str, Tensor],
 ) -> Certificate:
     """Compare an aligned source with itself and refuse a difference.
 
@@ -118,7 +117,6 @@ def certify(
         groups: The groups of its architecture.
         orders: The order of units it was brought into.
         inputs: What both are run on.
-        scratch: Tensors by state-dict key into which reordered ones are written, so that no memory is needed for them.
 
     Raises:
         CertificateError: the outputs differ by more than the tolerance; names the group that broke them.
@@ -126,10 +124,10 @@ def certify(
     dtype, both = precision_of(source), in_training(source.graph_module) is not None
     certificate = Certificate(number, 0.0, TOLERANCE[dtype], str(dtype).removeprefix("torch."))
     for training in (False, True) if both else (False,):
-        error = _comparison(source, groups, inputs, scratch, dtype, training)
+        error = _comparison(source, groups, inputs, dtype, training)
         found = error(orders)
         if training and found > certificate.tolerance:  # BatchNorm of a small batch multiplies rounding
-            error = _comparison(source, groups, inputs, {}, torch.float64, training)
+            error = _comparison(source, groups, inputs, torch.float64, training)
             found = error(orders)
         certificate = replace(certificate, error=max(found, certificate.error), training=training)
         if certificate.error > certificate.tolerance:
@@ -145,7 +143,6 @@ def _comparison(
     source: Source,
     groups: GroupSet,
     inputs: tuple[Tensor, ...],
-    scratch: Mapping[str, Tensor],
     dtype: torch.dtype,
     training: bool,
 ) -> Comparison:
@@ -154,14 +151,8 @@ def _comparison(
     given = tuple(raised(x, dtype) for x in (several(inputs) if training else inputs))
     expected = outputs_of(source.model, state, given, dtype, training=training)
 
-    def permute(name: str, chosen: Mapping[str, Permutation]) -> Tensor:
-        permuted, place = permute_tensor(name, state[name], groups, chosen), scratch.get(name)
-        if permuted is state[name] or place is None or permuted.dtype != place.dtype:
-            return permuted
-        return place.copy_(permuted)
-
     def error(chosen: Mapping[str, Permutation]) -> float:
-        permuted = {name: permute(name, chosen) for name in state}
+        permuted = {name: permute_tensor(name, tensor, groups, chosen) for name, tensor in state.items()}
         return relative_error(outputs_of(source.model, permuted, given, dtype, training=training), expected)
 
     return error

@@ -25,7 +25,11 @@ from vfsurgery.data.batches import Batches
 from vfsurgery.discovery.verification import randomize
 from vfsurgery.errors import CertificateError, SurgeryError
 from vfsurgery.matching import MATCHERS
-from vfsurgery.merging.work import Merging
+from vfsurgery.merging.aligned import certify_sources, match_sources
+from vfsurgery.merging.combined import Terms, combine
+from vfsurgery.merging.prepared import prepare
+from vfsurgery.merging.shares import Shares
+from vfsurgery.merging.surveyed import Way, plan_survey
 from vfsurgery.passes import NORMALIZATIONS, Pass, Regress
 from vfsurgery.passes.normalizations import normalizations
 from vfsurgery.stats.batch_norms import is_batch_norm
@@ -43,6 +47,7 @@ RIDGE = 0.1
 """Of the regression; to choose one takes several times as long."""
 MOST_FLOPS = 3e12
 """Floating-point operations above which the regression of a pair is left out; about five minutes on one core."""
+HALVES = Terms(Shares((0.5, 0.5), {}))
 UNTRIED = "takes too long for this table"
 Outcome: TypeAlias = Literal["runs", "refused", "fails"]
 
@@ -78,22 +83,20 @@ class _Table:
         self.spec, self.subject, self.images = spec, subject, images
         data = list(images.split(BATCH))
         self.data = Batches(data)
-        self.work = Merging.prepare(models, data, None, 0, False)
+        self.grouped = prepare(models, data, progress=False)
         self.passes: dict[str, tuple[Pass, ...] | str] = {}
         for name, choice in ways().items():
             self.passes[name] = self._passes(choice)
-        with self.work.running():
-            for matcher in MATCHERS:
-                for passes in self.passes.values():
-                    if not isinstance(passes, str):
-                        self.work.plan(MATCHERS[matcher](), passes)
+        with self.grouped.running():
+            columns = [passes for passes in self.passes.values() if not isinstance(passes, str)]
+            ways_to_merge = [Way(MATCHERS[name](), passes) for name in MATCHERS for passes in columns]
+            self.surveyed = plan_survey(self.grouped, ways_to_merge)
 
     def row(self, matcher: str) -> Iterator[Cell]:
         """The cells of one matcher."""
-        with self.work.running():
+        with self.grouped.running():
             try:
-                matchings = self.work.match(MATCHERS[matcher]())
-                self.work.certify(matchings)
+                certified = certify_sources(self.surveyed, match_sources(self.surveyed, MATCHERS[matcher]()))
             except Exception as error:
                 yield from (Cell(self.spec, self.subject, matcher, way, *_told(error)) for way in ways())
                 return
@@ -103,15 +106,15 @@ class _Table:
                     yield dataclasses.replace(cell, outcome="refused", reason=passes)
                     continue
                 try:
-                    merged, _ = self.work.combine((0.5, 0.5), matchings, passes)
-                    yield dataclasses.replace(cell, reason=self._checked(merged))
+                    merged = combine(self.surveyed, certified, passes, HALVES)
+                    yield dataclasses.replace(cell, reason=self._checked(merged.model))
                 except Exception as error:
                     outcome, reason = _told(error)
                     yield dataclasses.replace(cell, outcome=outcome, reason=reason)
 
     def _passes(self, choice: Any) -> tuple[Pass, ...] | str:
         """The passes of one column, or why there are none."""
-        graph_module, groups = self.work.sources[0].graph_module, self.work.groups
+        graph_module, groups = self.grouped.graph_module, self.grouped.groups
         try:
             passes = normalizations(choice, graph_module, groups, self.data)
         except SurgeryError as error:
@@ -122,7 +125,7 @@ class _Table:
         return (cheap,) if cheap.flops(graph_module, groups) <= MOST_FLOPS else UNTRIED
 
     def _checked(self, merged: nn.Module) -> str:
-        source = self.work.sources[0].model
+        source = self.grouped.sources[0].model
         found, expected = (tensors_of(model(self.images[:2])) for model in (merged, source))
         if [x.shape for x in found] != [x.shape for x in expected]:
             raise AssertionError("outputs of another shape")
