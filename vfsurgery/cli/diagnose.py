@@ -11,12 +11,14 @@ from vfsurgery.cli.options import (
     EPILOG,
     compute_options,
     data_options,
+    example_input,
     find_device,
     import_from_here,
     load_images,
     load_models,
     model_options,
 )
+from vfsurgery.data.imagined import stand_in
 from vfsurgery.errors import CheckpointError, OptionError, explain
 from vfsurgery.scoring.diagnosis import diagnose
 
@@ -56,9 +58,10 @@ def diagnose_checkpoint(
     if output is not None and output.resolve() in [path.resolve() for path in (merged, *sources)]:
         raise CheckpointError(explain(f"{output} would be overwritten by the page", remedy="name another file with -o"))
     network, *others = load_models((merged, *sources), model, num_classes, key, find_device(device))
-    images = load_images(model, network, seed=seed, **data)
+    example = example_input(data["input_size"], find_device(device))
+    images = stand_in(others, load_images(model, network, seed=seed, **data), example, seed=seed, progress=not quiet)
     if images is None:
-        raise OptionError(explain("a diagnosis needs images", remedy="--data imagefolder:PATH, or --data digits"))
+        raise OptionError(explain("a diagnosis needs images", remedy="--data imagefolder:PATH, or --data imagined"))
     found = diagnose(network, others, images, progress=not quiet)
     click.echo(found.to_json() if as_json else str(found))
     if output is not None:

@@ -54,7 +54,7 @@ class Job:
 
     output: Path
     networks: Sequence[nn.Module]
-    images: Data | None
+    images: Data | str | None
     example: Tensor | None
     card: CardRequest | None
     options: Mapping[str, Any]
@@ -90,7 +90,7 @@ class Job:
         """Refuse to do ``what`` without images."""
         if self.images is None:
             raise OptionError(
-                explain(f"{what} needs images", remedy="--data imagefolder:PATH, or --data digits; some hundred do")
+                explain(f"{what} needs images", remedy="--data imagefolder:PATH, some hundred images do; or --data imagined")
             )
 
     def finish(self, result: nn.Module, **metadata: str) -> None:

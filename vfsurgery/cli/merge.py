@@ -40,8 +40,13 @@ from vfsurgery.tracing.examples import example_inputs_of
 @click.option("--max-flops", type=float, metavar="X", help="Keep as many as cost X times the FLOPs of one source.")
 @click.option("--max-params", type=float, metavar="X", help="The same for parameters.")
 @click.option("--masks", help="What the result of pruned sources keeps: keep, intersect, union or reprune.")
+@click.option(
+    "--imagine/--no-imagine",
+    default=True,
+    help="Without --data: imagine images, or use weights alone.  [default: imagine]",
+)
 @output_options(
-    "Decides random orders.",
+    "Decides random orders and imagined images.",
     ".safetensors, .pt2 or .onnx",
     click.option("--ema/--no-ema", default=True, help="Whether to take moving averages of weights.  [default: ema]"),
     click.option("--max-shard-size", metavar="SIZE", help="Split weights into files of at most that, as in 5GB."),
@@ -96,6 +101,7 @@ def merge_files(a: Path, b: Path, output: Path, **options: Any) -> tuple[MergeRe
         max_flops=max_flops,
         max_params=max_params,
         masks=options["masks"],
+        imagine=options["imagine"],
         example_inputs=job.example,
         seed=options["seed"],
         progress=not options["quiet"],
@@ -112,8 +118,9 @@ def _inputs(job: Job) -> tuple[Tensor, ...]:
     if job.output.suffix == WEIGHTS:
         return ()
     first = job.networks[0]
-    images = first_images(first, job.images) if job.example is None and job.images is not None else job.example
-    return example_inputs_of(first, images)
+    if job.example is not None or job.images is None or isinstance(job.images, str):
+        return example_inputs_of(first, job.example)
+    return example_inputs_of(first, first_images(first, job.images))
 
 
 def _boundary(preserve: str | None) -> int | str:

@@ -24,6 +24,7 @@ from vfsurgery.checkpoints import (
 )
 from vfsurgery.checkpoints.reading import Checkpoint
 from vfsurgery.data import loader
+from vfsurgery.data.imagined import IMAGINED
 from vfsurgery.data.datasets import CALIBRATION, find_data, load_for, options_of, read_name
 from vfsurgery.errors import CheckpointError, OptionError, explain
 from vfsurgery.networks.architectures import FORMS, build_model
@@ -109,8 +110,8 @@ def data_options(command: C) -> C:
         click.option(
             "--data",
             metavar="NAME[:PATH]",
-            help="Calibration images, those for training: imagefolder:PATH, cifar10:PATH, cifar100:PATH or digits. "
-            "Without, weights alone are used.",
+            help="Calibration images, those for training: imagefolder:PATH, cifar10:PATH, cifar100:PATH or digits; "
+            "or imagined: made from the network.",
         ),
         click.option(
             "--limit", default=CALIBRATION, show_default=True, type=COUNT, help="Draw at most so many images."
@@ -236,10 +237,15 @@ def load_images(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
     seed: int,
-) -> DataLoader[Any] | None:
-    """The images for calibration that ``--data`` names, as the model expects them: those that a recipe would read."""
-    if data is None:
-        return None
+) -> DataLoader[Any] | str | None:
+    """The images for calibration that ``--data`` names, as the model expects them: those that a recipe would read.
+
+    Those that are to be imagined are left to the function that takes them, which knows of which networks.
+    """
+    if data == IMAGINED and (mean is not None or std is not None):
+        raise OptionError(explain("imagined images are made as the network expects them", remedy="no --mean, no --std"))
+    if data is None or data == IMAGINED:
+        return data
     name, path = read_name(data)
     known = options_of(find_data(name))
     given: dict[str, Any] = {"path": path, "mean": mean, "std": std}

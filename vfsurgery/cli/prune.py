@@ -10,6 +10,7 @@ import click
 from vfsurgery.checkpoints import WEIGHTS
 from vfsurgery.cli.jobs import Job, output_options
 from vfsurgery.cli.options import EPILOG, data_options, model_options, say, steps
+from vfsurgery.data.imagined import stand_in
 from vfsurgery.pruning import PRUNERS, prune
 from vfsurgery.pruning.renormalizing import passes_named, renormalize
 from vfsurgery.records.results import report_of
@@ -68,6 +69,7 @@ def prune_checkpoint(
         job.need_images(f"--renormalize {restore}")
     if PRUNERS[method]().needs_data:
         job.need_images(f"--method {method}")
+    images = stand_in([dense], job.images, job.example, seed=options["seed"], progress=progress)
     pruned = prune(
         dense,
         sparsity,
@@ -75,7 +77,7 @@ def prune_checkpoint(
         scope=scope,
         pattern=pattern,
         exclude=exclude,
-        data=job.images,
+        data=images,
         seed=options["seed"],
         progress=progress,
     )
@@ -84,7 +86,7 @@ def prune_checkpoint(
         pruned = renormalize(
             pruned,
             reference=dense,
-            data=job.images,
+            data=images,
             renormalize=choice,
             example_inputs=job.example,
             progress=progress,
@@ -105,7 +107,7 @@ def prune_checkpoint(
 def renormalize_checkpoint(compressed: Path, reference: Path, output: Path, *, choice: str, **options: Any) -> None:
     """Give the units of the checkpoint COMPRESSED the statistics that they have in REFERENCE, the one it was made from.
 
-    Zeros stay zeros, and size and speed stay as they are. Needs --data; 64 images help already.
+    Zeros stay zeros, and size and speed stay as they are. 64 images help already; without --data they are imagined.
 
     \b
     Examples:
@@ -114,7 +116,6 @@ def renormalize_checkpoint(compressed: Path, reference: Path, output: Path, *, c
     """
     passes = passes_named(steps(choice))
     job = Job.begin((compressed, reference), output, (WEIGHTS,), options)
-    job.need_images("renormalize")
     network, dense = job.networks
     repaired = renormalize(
         network,

@@ -49,8 +49,9 @@ def match(
     a: nn.Module | Sequence[nn.Module],
     b: nn.Module | None = None,
     *,
-    data: Data | None = None,
+    data: Data | str | None = None,
     matching: Matchings = "auto",
+    imagine: bool = True,
     example_inputs: ExampleInputs | None = None,
     leaf: Leaf | Sequence[Leaf] = (),
     pins: str | Sequence[str] = (),
@@ -64,8 +65,13 @@ def match(
         A tuple of such mappings for more than two sources (one for each after the first), and for matchers that map the
         first source too (one for each). Hand it to ``matching=Given(...)`` to merge several times with one matching.
     """
-    models, matcher = _networks(_sources(a, b)), _matcher(matching, data)
-    grouped = prepare(models, data, example_inputs, leaf=leaf, pins=pins, seed=seed, progress=progress)
+    models = _networks(_sources(a, b))
+    imagine = imagine and asks_for_images(matching)
+    _matcher(matching, imagine or data is not None)
+    grouped = prepare(
+        models, data, example_inputs, leaf=leaf, pins=pins, imagine=imagine, seed=seed, progress=progress
+    )
+    matcher = _matcher(matching, grouped.data is not None)
     zeros = plan_masks(models, None, plan_shares(len(models), 0.5, None).over(grouped.graph_module).overall)
     matcher = _suiting(zeros, matching, matcher)
     with grouped.running():
@@ -77,7 +83,7 @@ def merge(
     a: nn.Module | Sequence[nn.Module],
     b: nn.Module | None = None,
     *,
-    data: Data | None = None,
+    data: Data | str | None = None,
     alpha: Alpha = 0.5,
     weights: Weights | None = None,
     matching: Matchings = "auto",
@@ -86,6 +92,7 @@ def merge(
     max_flops: float | None = None,
     max_params: float | None = None,
     masks: str | None = None,
+    imagine: bool = True,
     example_inputs: ExampleInputs | None = None,
     leaf: Leaf | Sequence[Leaf] = (),
     pins: str | Sequence[str] = (),
@@ -104,7 +111,8 @@ def merge(
         a: The first source (the *reference*, whose order of units is kept), or a list of all sources.
         b: The second source; left out when ``a`` is a list.
         data: Calibration images, labels ignored: a loader, a dataset, or any iterable of images or (images, labels)
-            that can be read more than once. A few thousand images are enough.
+            that can be read more than once. A few thousand images are enough. ``"imagined"`` for images that
+            :func:`~vfsurgery.imagine` makes of the sources; see ``imagine``.
         alpha: Share of b, from 0 (a itself) to 1; other values are refused. ``[0.2, 0.8]`` goes from one to the other
             along the depth of the network; ``{"layer1": 0.2, "layer[23]": [0.2, 0.8], "*.bias": 0.5}`` sets shares by
             module path, parameter name or pattern: the first that fits a parameter decides, and where none fits,
@@ -131,6 +139,8 @@ def merge(
             source's weights are zero, else zeros mean nothing. Nothing that follows gives a pruned weight a value,
             which is asserted; ``"regress"`` would, and is refused. Preserved layers keep their source's zeros. See
             docs/sparse.md.
+        imagine: Whether images are imagined where there is no ``data`` and images would help; docs/without_data.md says
+            what they are. Otherwise, and for models that do not take images, weights alone are used.
         example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured. A model
             that does not compute each image by itself (frames of a clip in the batch) is run on whole batches of their
             size.
@@ -162,7 +172,8 @@ def merge(
     given = _sources(a, b)
     models = _networks(given)
     planned = plan_shares(len(models), alpha, weights)
-    matcher = _matcher(matching, data)
+    imagine = imagine and asks_for_images(matching, renormalize)
+    _matcher(matching, imagine or data is not None)
     budget = Budget(max_flops, max_params)
     if inplace and (preserve or budget != Budget()):
         raise OptionError(
@@ -172,9 +183,15 @@ def merge(
                 remedy="leave inplace out",
             )
         )
-    grouped = prepare(models, data, example_inputs, leaf=leaf, pins=pins, seed=seed, progress=progress)
-    graph_module, shares = grouped.graph_module, planned.over(grouped.graph_module)
-    passes = normalizations(renormalize, graph_module, grouped.groups, data)
+    grouped = prepare(
+        models, data, example_inputs, leaf=leaf, pins=pins, imagine=imagine, seed=seed, progress=progress
+    )
+    matcher, graph_module, shares = (
+        _matcher(matching, grouped.data is not None),
+        grouped.graph_module,
+        planned.over(grouped.graph_module),
+    )
+    passes = normalizations(renormalize, graph_module, grouped.groups, grouped.data is not None)
     zeros = plan_masks(models, masks, shares.overall)
     if zeros is not None:
         zeros.refuse(passes)
@@ -186,7 +203,7 @@ def merge(
     with grouped.running():
         kept, told = plan_prefix(graph_module, grouped.inputs, sum(planned.used), preserve, budget) or (None, None)
         choice = choose(grouped, ways, Terms(shares, kept, zeros))
-        if renormalize == "auto" and data is None and sum(planned.used) > 1:
+        if renormalize == "auto" and grouped.data is None and sum(planned.used) > 1:
             _warn_of_norms(graph_module)  # once nothing else can fail, and before a is written to
         merged = finish(grouped, choice.combined, inplace, preserved=kept is not None)
     notes = {
@@ -194,7 +211,7 @@ def merge(
         "matching identity: the sources' masks are equal, so their units correspond already": matching == "auto"
         and matcher == Identity(),
         "nothing is renormalized: no layer takes a scale and a shift, or keeps statistics": renormalize == "auto"
-        and data is not None
+        and grouped.data is not None
         and not choice.way.passes,
     }
     report = report_on(choice, tuple(note for note, holds in notes.items() if holds), told)
@@ -241,15 +258,23 @@ def _networks(given: Sequence[nn.Module]) -> list[nn.Module]:
     return models
 
 
-def _matcher(matching: Matchings, data: Data | None) -> Matcher:
+def asks_for_images(matching: Matchings, renormalize: Renormalization = None) -> bool:
+    """Whether images are of any use: not where everything that is asked for works on weights."""
+    steps = renormalize if isinstance(renormalize, Sequence) and not isinstance(renormalize, str) else [renormalize]
+    asked = [MATCHERS.get(matching) if isinstance(matching, str) else matching]
+    asked += [NORMALIZATIONS.get(step) if isinstance(step, str) else step for step in steps]
+    return "auto" in (matching, renormalize) or any(getattr(each, "needs_data", False) for each in asked)
+
+
+def _matcher(matching: Matchings, has_data: bool) -> Matcher:
     if matching == "auto":
-        matching = "weights" if data is None else "activations"
+        matching = "activations" if has_data else "weights"
     if isinstance(matching, str) and matching not in MATCHERS:
         raise OptionError(explain(f"unknown matching {matching!r}", remedy=did_you_mean(matching, ["auto", *MATCHERS])))
     matcher = MATCHERS[matching]() if isinstance(matching, str) else matching
     if not isinstance(matcher, Matcher) or isinstance(matcher, type):
         raise OptionError(explain(f"matching is no matcher but {matching!r}", accepted=", ".join(["auto", *MATCHERS])))
-    if matcher.needs_data and data is None:
+    if matcher.needs_data and not has_data:
         raise DataError(explain(f"matching={matcher.name!r} needs data", remedy="pass data=, or matching='weights'"))
     return matcher
 

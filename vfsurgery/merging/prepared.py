@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.imagined import Imagined, stand_in
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import hidden_norms, record_or_export
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, TraceError, explain
@@ -85,18 +86,19 @@ class Grouped(Traced):
 
 def prepare(
     models: Sequence[nn.Module],
-    data: Data | None = None,
+    data: Data | str | None = None,
     given: ExampleInputs | None = None,
     *,
     leaf: Leaf | Sequence[Leaf] = (),
     pins: str | Sequence[str] = (),
+    imagine: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> Grouped:
     """Check, trace and group the sources of a merge; arguments and errors as for :func:`~vfsurgery.merge`."""
     clock = Clock()
     with clock("trace and groups"):
-        traced = trace_sources(models, data, given, leaf, seed, progress, clock)
+        traced = trace_sources(models, data, given, leaf, imagine, seed, progress, clock)
         groups = discover(traced.graph_module, pins=pins)
     pinned = (f"pinned by the user: {pattern}" for pattern in listed(pins))
     traced = replace(traced, notes=(*traced.notes, *pinned))
@@ -105,9 +107,10 @@ def prepare(
 
 def trace_sources(
     models: Sequence[nn.Module],
-    data: Data | None,
+    data: Data | str | None,
     given: ExampleInputs | None,
     leaf: Leaf | Sequence[Leaf],
+    imagine: bool,
     seed: int,
     progress: bool,
     clock: Clock,
@@ -117,6 +120,7 @@ def trace_sources(
     device = common_device(models)
     check_same_architecture(models)
     check_weights(models)
+    data = stand_in(models, data, given, unasked=imagine, seed=seed, progress=progress)
     batches = None if data is None else batches_for(models[0], data, device)
     inputs, batches = examples_of(models[0], batches, given)
     if batches is not None and len(inputs) > 1:
@@ -137,7 +141,8 @@ def trace_sources(
     batches = in_bound_runs(batches, sources[0].graph_module)
     modes = tuple(module.training for module in models[0].modules())
     kept = (f"kept as one node by the user: {getattr(entry, '__name__', entry)}" for entry in listed(leaf))
-    notes = (*kept, *_exported(sources[0]), *note_on(batches))
+    imagined = [str(data.report)] if isinstance(data, Imagined) else []
+    notes = (*kept, *_exported(sources[0]), *note_on(batches), *imagined)
     return Traced(models[0], sources, inputs, batches, modes, notes, seed, progress, clock)
 
 

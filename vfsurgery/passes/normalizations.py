@@ -7,7 +7,6 @@ from typing import TypeAlias
 
 from torch import fx
 
-from vfsurgery.data.batches import Data
 from vfsurgery.discovery.recording import hidden_norms
 from vfsurgery.errors import DataError, OptionError, explain
 from vfsurgery.groups import GroupSet
@@ -23,7 +22,7 @@ Renormalization: TypeAlias = str | Pass | Sequence[str | Pass] | None
 
 
 def normalizations(
-    choice: Renormalization, graph_module: fx.GraphModule, groups: GroupSet, data: Data | None
+    choice: Renormalization, graph_module: fx.GraphModule, groups: GroupSet, has_data: bool
 ) -> tuple[Pass, ...]:
     """The passes that a choice stands for in a network.
 
@@ -34,7 +33,7 @@ def normalizations(
     if choice is None:
         return ()
     if choice == "auto":
-        step = _default_normalization(graph_module, data is not None)
+        step = _default_normalization(graph_module, has_data)
         choice = () if step is None or not step.applies(graph_module, groups) else step
     steps: Iterable[str | Pass] = [choice] if isinstance(choice, str) or not isinstance(choice, Sequence) else choice
     passes = tuple(NORMALIZATIONS[step]() if isinstance(step, str) else step for step in steps)
@@ -52,7 +51,7 @@ def normalizations(
         if not isinstance(step, Pass):
             accepted = ", ".join(["auto", *NORMALIZATIONS])
             raise OptionError(explain(f"renormalize holds no pass but {step!r}", accepted=f"None, {accepted}"))
-        if step.needs_data and data is None:
+        if step.needs_data and not has_data:
             raise DataError(
                 explain(
                     f"renormalize={step.name!r} needs data",

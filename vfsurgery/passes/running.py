@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.imagined import stand_in
 from vfsurgery.data.holdout import split
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import record
@@ -95,7 +96,7 @@ def run_passes(
     *,
     sources: Sequence[nn.Module] = (),
     weights: Sequence[float] | None = None,
-    data: Data | None = None,
+    data: Data | str | None = None,
     example_inputs: Tensor | Sequence[Tensor] | None = None,
     leaf: Leaf | Sequence[Leaf] = (),
     pins: str | Sequence[str] = (),
@@ -111,7 +112,8 @@ def run_passes(
         sources: Models of the same parameters that passes may go by, units in the same order: what a pruned network
             was before, for example.
         weights: Shares of the sources, summing to one; by default equal.
-        data: Calibration images, as for :func:`~vfsurgery.merge`.
+        data: Calibration images, as for :func:`~vfsurgery.merge`; ``"imagined"`` for images made from the sources, or
+            from the model where there are none.
         example_inputs: As for :func:`~vfsurgery.trace`; by default two of ``data``'s images, else as configured.
         leaf: As for :func:`~vfsurgery.trace`.
         pins: As for :func:`~vfsurgery.find_groups`.
@@ -145,6 +147,7 @@ def run_passes(
     check_weights([model, *sources])
     check_same_architecture([model, *sources])
     device = next(iter(canonical_state(model).values())).device
+    data = stand_in(sources or [model], data, example_inputs, seed=seed, progress=progress)
     batches = None if data is None else batches_for(model, data, device)
     dtype = image_dtype(model) if batches is None else batches.dtype
     if example_inputs is not None:

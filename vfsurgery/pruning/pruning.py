@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.imagined import stand_in
 from vfsurgery.errors import DataError, InvalidWeightsError, OptionError, did_you_mean, explain
 from vfsurgery.pruning.base import PRUNERS, Pruner, Pruning, Scope
 from vfsurgery.pruning.layers import Layout, prunable, stored_weight
@@ -33,7 +34,7 @@ def prune(
     scope: Scope | None = None,
     pattern: str | None = None,
     exclude: str | Sequence[str] = (),
-    data: Data | None = None,
+    data: Data | str | None = None,
     inplace: bool = False,
     allow_empty: bool = False,
     memory: float = 2.0,
@@ -62,6 +63,7 @@ def prune(
             number of inputs (per group) that is no multiple of 4 stay dense.
         exclude: Layers to leave dense: module paths, names of weights, or patterns of either.
         data: Calibration images for pruners that need some, as for ``merge``; labels matter to some of them.
+            ``"imagined"`` for images that :func:`~vfsurgery.imagine` makes of the model.
         inplace: Write the result into ``model``, whose tensors keep their storage, once all has succeeded.
         allow_empty: Accept that a layer loses all of its weights, as a global threshold may have it.
         memory: GiB that the statistics of a pruner may take.
@@ -120,7 +122,7 @@ def prune_each(
     method: str | Pruner = "magnitude",
     scope: Scope | None = None,
     exclude: str | Sequence[str] = (),
-    data: Data | None = None,
+    data: Data | str | None = None,
     allow_empty: bool = False,
     memory: float = 2.0,
     seed: int = 0,
@@ -176,7 +178,7 @@ def prune_each(
 
 
 def _begin(
-    model: nn.Module, schedule: Schedule, layouts: Mapping[str, Layout], data: Data | None, seed: int, **options: Any
+    model: nn.Module, schedule: Schedule, layouts: Mapping[str, Layout], data: Data | str | None, seed: int, **options: Any
 ) -> Pruning:
     """What pruners work on: a private copy of the model, and the weights in it that have a goal."""
     own = copied(model)
@@ -184,7 +186,7 @@ def _begin(
         model=own,
         weights={name: own.get_parameter(name) for name in schedule.goals},
         layouts=layouts,
-        data=_batches(own, data),
+        data=_batches(own, stand_in([own], data, seed=seed, progress=options["progress"])),
         generator=torch.Generator().manual_seed(seed),
         dense=dict(schedule.dense),
         **options,
@@ -289,12 +291,12 @@ def _weights(model: nn.Module, exclude: str | Sequence[str]) -> dict[str, Tensor
 
 
 def _check(
-    model: nn.Module, pruner: Pruner, scope: str | None, pattern: str | None, data: Data | None, schedule: Schedule
+    model: nn.Module, pruner: Pruner, scope: str | None, pattern: str | None, data: Data | str | None, schedule: Schedule
 ) -> None:
     """Refuse what cannot work before anything is copied."""
     check_scope(scope, pattern)
     if pruner.needs_data and data is None:
-        raise DataError(explain(f"method {pruner.name!r} needs data", remedy="pass data=, some hundred images"))
+        raise DataError(explain(f"method {pruner.name!r} needs data", remedy="pass data=, some hundred images, or data='imagined'"))
     weights = {name: stored_weight(model, name).detach() for name in schedule.goals}
     name = first_not_finite(weights)
     if name is not None:

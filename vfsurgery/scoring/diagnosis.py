@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.imagined import stand_in
 from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.errors import IncompatibleModelsError, OptionError, explain
 from vfsurgery.records.report import Report, Unpaired
@@ -223,7 +224,7 @@ class Diagnosis(Shown):
 
 
 def diagnose(
-    model: nn.Module, sources: nn.Module | Sequence[nn.Module], data: Data, *, progress: bool = True
+    model: nn.Module, sources: nn.Module | Sequence[nn.Module], data: Data | str, *, progress: bool = True
 ) -> Diagnosis:
     """Measure, layer by layer, how much of the sources' features a merged or pruned network keeps.
 
@@ -236,6 +237,7 @@ def diagnose(
         model: The merged, partly merged or pruned network, of any class.
         sources: The networks that it was made from; of a pruned network, the one before pruning.
         data: Images, labels ignored; see :mod:`vfsurgery.data.batches`. The paper takes the training images.
+            ``"imagined"`` for images that :func:`~vfsurgery.imagine` makes of the sources.
         progress: Show a bar when it takes over a second.
 
     Raises:
@@ -257,7 +259,7 @@ def diagnose(
         raise OptionError(
             explain("there is no source to compare with", remedy="sources=[a, b], or the network before pruning")
         )
-    batches = Batches(data)
+    batches = Batches(stand_in(networks[1:], data, progress=progress))
     readings = [Reading(each) for each in networks]
     seen = 0
     with torch.random.fork_rng(_cuda(networks)), eval_mode(*networks):

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vfsurgery.data.batches import Batches, Data, are_tokens
+from vfsurgery.data.imagined import stand_in
 from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, explain
-from vfsurgery.merging.merge import ExampleInputs, Made, Matchings, made, merge
+from vfsurgery.merging.merge import ExampleInputs, Made, Matchings, asks_for_images, made, merge
 from vfsurgery.passes.agreement import judged
 from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.shown import Shown, draw
@@ -296,11 +297,12 @@ def barrier(
     b: nn.Module,
     data: Data,
     *,
-    calibration: Data | None = None,
+    calibration: Data | str | None = None,
     alphas: int | Sequence[float] = 11,
     matching: Matchings = "auto",
     renormalize: Renormalization = "auto",
     masks: str | None = None,
+    imagine: bool = True,
     through: nn.Module | None = None,
     example_inputs: ExampleInputs | None = None,
     seed: int = 0,
@@ -320,11 +322,13 @@ def barrier(
         a: The reference.
         b: The source that is aligned to it.
         data: Labelled batches to score on.
-        calibration: Images for matching and renormalization; their labels are not looked at.
+        calibration: Images for matching and renormalization; their labels are not looked at. As ``data`` of
+            :func:`vfsurgery.merge`.
         alphas: How many evenly spaced values, an odd number, or the values: rising, with 0, 0.5 and 1 among them.
         matching: As for :func:`vfsurgery.merge`.
         renormalize: As for :func:`vfsurgery.merge`; ``None`` leaves the renormalized curve out.
         masks: As for :func:`vfsurgery.merge`, for all curves.
+        imagine: As for :func:`vfsurgery.merge`.
         through: A model that :func:`vfsurgery.merge` returned of ``a`` and ``b``, whose share of ``b`` becomes one of
             ``alphas``. Its matching, normalizations, masks and preserved layers are then taken, and the arguments for
             these not looked at.
@@ -338,8 +342,12 @@ def barrier(
     """
     points = _alphas(alphas)
     if example_inputs is None:
-        example_inputs = first_images(a, data if calibration is None else calibration)
-    options: dict[str, Any] = {"example_inputs": example_inputs, "seed": seed, "progress": False}
+        example_inputs = first_images(a, data if calibration is None or isinstance(calibration, str) else calibration)
+    asks = asks_for_images(matching, renormalize) if through is None else asks_for_images("weights", made(through).passes)
+    calibration = stand_in(
+        [a, b], calibration, example_inputs, unasked=imagine and asks, seed=seed, progress=progress
+    )
+    options: dict[str, Any] = {"example_inputs": example_inputs, "imagine": False, "seed": seed, "progress": False}
     if through is None:
         chosen = {"matching": matching, "renormalize": renormalize, "masks": masks}
         through = merge(a, b, data=calibration, **chosen, **options)

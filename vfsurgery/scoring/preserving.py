@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.imagined import stand_in
 from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.matching import Given
-from vfsurgery.merging.merge import ExampleInputs, Matchings, match, merge
+from vfsurgery.merging.merge import ExampleInputs, Matchings, asks_for_images, match, merge
 from vfsurgery.passes.cut import Boundaries
 from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.records.results import merge_report_of
@@ -80,12 +81,13 @@ def preserve_curve(
     b: nn.Module,
     data: Data,
     *,
-    calibration: Data | None = None,
+    calibration: Data | str | None = None,
     boundaries: Sequence[int | str] | None = None,
     alpha: float = 0.5,
     matching: Matchings = "auto",
     renormalize: Renormalization = "auto",
     masks: str | None = None,
+    imagine: bool = True,
     example_inputs: ExampleInputs | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -96,13 +98,15 @@ def preserve_curve(
         a: The reference.
         b: The source that is aligned to it.
         data: Images to compare predictions on; with labels, accuracy is measured too.
-        calibration: Images for matching and renormalization; their labels are not looked at.
+        calibration: Images for matching and renormalization; their labels are not looked at. As ``data`` of
+            :func:`vfsurgery.merge`.
         boundaries: As ``preserve`` of :func:`vfsurgery.merge`; by default 0 and every number of layers from 2 (1 is the
             same as 0).
         alpha: As for :func:`vfsurgery.merge`.
         matching: As for :func:`vfsurgery.merge`.
         renormalize: As for :func:`vfsurgery.merge`.
         masks: As for :func:`vfsurgery.merge`.
+        imagine: As for :func:`vfsurgery.merge`.
         example_inputs: As for :func:`vfsurgery.merge`; ``None`` takes the first images of the data.
         seed: Of the matching.
         progress: Show a bar when it takes over a second.
@@ -121,7 +125,9 @@ def preserve_curve(
     wanted = [cut.boundary for cut in cuts if cut.boundary != 1] if boundaries is None else list(boundaries)
     if not wanted:
         raise OptionError(explain("boundaries= is empty", remedy="leave it out for all of them"))
-    options: dict[str, Any] = {"example_inputs": inputs, "seed": seed, "progress": False}
+    asks = imagine and asks_for_images(matching, renormalize)
+    calibration = stand_in([a, b], calibration, inputs, unasked=asks, seed=seed, progress=progress)
+    options: dict[str, Any] = {"example_inputs": inputs, "imagine": False, "seed": seed, "progress": False}
     found = Given(match(a, b, data=calibration, matching=matching, **options))
     options["masks"] = masks
     expected = _Expected.of(a, b, alpha, data)

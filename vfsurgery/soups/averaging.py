@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.imagined import stand_in
 from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.discovery.recording import record
 from vfsurgery.errors import DataError, OptionError, TraceError, did_you_mean, explain
@@ -95,12 +96,12 @@ class SoupReport(Report):
 def soup(
     models: Sequence[nn.Module],
     *,
-    data: Data | None = None,
+    data: Data | str | None = None,
     mask: str | None = "same",
     greedy: bool = True,
     weights: Sequence[float] | None = None,
     recalibrate: bool = True,
-    calibration: Data | None = None,
+    calibration: Data | str | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Average models of one ancestor as they are, unit by unit: ``sum_i w_i theta_i``.
@@ -124,7 +125,7 @@ def soup(
         weights: Shares of all models, summing to one, where ``greedy`` is off; equal ones by default.
         recalibrate: Whether BatchNorm statistics are measured anew; averaged ones are wrong.
         calibration: Images for that, labels ignored; some hundred training images are better than ``data``, the
-            default, on which accuracies then are judged, too.
+            default, on which accuracies then are judged, too. ``"imagined"`` for images made from the models.
         progress: Show a bar when it takes over a second.
 
     Returns:
@@ -149,10 +150,11 @@ def soup(
     >>> surgery.report_of(mixed).masks.result
     0.5
     """
-    images = data if calibration is None else calibration
-    started, given = time.perf_counter(), _checked(models, images)
     if greedy:
         _refuse_greedy(data, weights)
+    images = stand_in(models, data if calibration is None else calibration, progress=progress)
+    data = images if data is None or isinstance(data, str) else data
+    started, given = time.perf_counter(), _checked(models, images)
     shares = shares_of(len(given), 0.5, weights)
     plan = _plan(given, mask, shares)
     pot = Pot.of(given[0], plan, images, recalibrate, progress)
@@ -338,15 +340,15 @@ def _plan(models: Sequence[nn.Module], mask: str | None, shares: Sequence[float]
     return plan
 
 
-def _refuse_greedy(data: Data | None, weights: Sequence[float] | None) -> None:
+def _refuse_greedy(data: Data | str | None, weights: Sequence[float] | None) -> None:
     if weights is not None:
         raise OptionError(
             explain("weights= is for the average of all models", remedy="greedy=False, or leave weights out")
         )
-    if data is None:
+    if data is None or isinstance(data, str):
         raise DataError(
             explain(
-                "a greedy soup compares accuracies, and there is no data",
+                f"a greedy soup compares accuracies, and there {'is no data' if data is None else 'are no labels'}",
                 remedy="pass data= with labels, or greedy=False to average all models",
             )
         )

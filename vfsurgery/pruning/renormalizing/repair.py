@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.imagined import Imagined, stand_in
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import hidden_norms, record_or_export
 from vfsurgery.errors import (
@@ -72,7 +73,7 @@ def renormalize(
     compressed: nn.Module,
     *,
     reference: nn.Module,
-    data: Data | None = None,
+    data: Data | str | None = None,
     renormalize: Choice = "auto",
     keep: Keep | None = None,
     example_inputs: ExampleInputs | None = None,
@@ -94,7 +95,7 @@ def renormalize(
         compressed: The network to repair.
         reference: The network that it was made from, in any precision.
         data: Calibration images as for :func:`~vfsurgery.merging.merge.merge`, labels ignored. One batch of 64 is
-        enough.
+            enough. ``"imagined"``, and without any, images are made from the reference: docs/without_data.md.
         renormalize: ``"auto"``, ``"repair"``, ``"rescale"``, ``"reshift"``, ``"reset"``, a pass such as
             ``Repair(sequential=True)``, or a list of those run in order. ``"auto"`` is REPAIR of all layers, the output
             layer included, after RESET where a BatchNorm has no scale and shift of its own. It runs each of the two
@@ -131,11 +132,18 @@ def renormalize(
     given = compressed
     compressed, reference = network(compressed, "the compressed model"), network(reference, "the reference")
     check_reference(compressed, reference, inplace)
+    data = stand_in([reference], data, example_inputs, unasked=True, progress=progress)
     if data is None:
-        raise DataError(explain("renormalize needs data", remedy="pass data=; one batch of 64 images does"))
+        raise DataError(
+            explain(
+                "renormalize needs data, and the reference does not take images that could be imagined",
+                remedy="pass data=; one batch of 64 images does",
+            )
+        )
     device = device_of(compressed)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         work = _Work.prepare(compressed, reference, data, example_inputs, keep, progress)
+        work.notes += [str(data.report)] if isinstance(data, Imagined) else []
         context, names = work.run(passes or work.sensible())
     result = work.deliver(compressed, context, inplace)
     remember(result, work.report(compressed, reference, names, context))

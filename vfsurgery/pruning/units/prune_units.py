@@ -33,7 +33,7 @@ def prune_units(
     saliency: str | Saliency = "magnitude",
     scope: str = "group",
     removed: str = "drop",
-    data: Data | None = None,
+    data: Data | str | None = None,
     renormalize: Renormalization = "auto",
     exclude: str | Sequence[str] = (),
     floor: float = 0.1,
@@ -58,7 +58,7 @@ def prune_units(
             each saliency divided by its group's mean, and leaves each group at least the share ``floor``.
         removed: ``"drop"`` leaves removed units out; ``"fold"`` merges each into the survivor that it is most
             correlated with on ``data``, at every layer that reads it (ZipIt!'s map with one source).
-        data: Calibration images, as for :func:`~vfsurgery.merge`.
+        data: Calibration images, as for :func:`~vfsurgery.merge`; ``"imagined"`` for images made from the model.
         renormalize: How statistics of the units that are left are restored on ``data``: ``"reset"``, ``"repair"``,
             ``"rescale"``, ``"reshift"``, a pass, ``None``, or ``"auto"``: what suits the architecture, and nothing
             without data.
@@ -88,11 +88,11 @@ def prune_units(
     _check_options(fraction, saliency, scope, removed, floor, multiple_of)
     if data is None and (saliency == "activation" or removed == "fold"):
         option = "saliency='activation'" if saliency == "activation" else "removed='fold'"
-        raise DataError(explain(f"{option} needs data", remedy="pass data=, or leave the option out"))
+        raise DataError(explain(f"{option} needs data", remedy="pass data=, or data='imagined', or leave the option out"))
     model = network(model)
     work = Shrinking.prepare(model, data, example_inputs, progress)
     restoring = None if data is None and renormalize == "auto" else renormalize
-    passes = normalizations(restoring, work.source.graph_module, work.groups, data)
+    passes = normalizations(restoring, work.source.graph_module, work.groups, work.data is not None)
     check_restoring(passes)
     devices = [work.source.device] if work.source.device.type == "cuda" else []
     quota = Quota(fraction, scope, floor, multiple_of)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.imagined import stand_in
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import record
 from vfsurgery.discovery.verification import keep_signals_alive, precision_of, randomize
@@ -65,13 +66,14 @@ class Shrinking:
     _lively: tuple[Source, tuple[Tensor, ...]] | None = None
 
     @staticmethod
-    def prepare(model: nn.Module, data: Data | None, given: ExampleInputs | None, progress: bool) -> Shrinking:
+    def prepare(model: nn.Module, data: Data | str | None, given: ExampleInputs | None, progress: bool) -> Shrinking:
         """Check, trace and group the model."""
         started = time.perf_counter()
         for name in prunable(model):
             stored_weight(model, name, excludable=False)  # refuses what hooks or parametrizations compute
         check_weights([model])
         device = next(model.parameters()).device
+        data = stand_in([model], data, given, progress=progress)
         batches = None if data is None else batches_for(model, data, device)
         inputs, batches = examples_of(model, batches, given)
         try:

@@ -82,7 +82,6 @@ class _Table:
     def __init__(self, spec: str, subject: str, models: list[nn.Module], images: Tensor) -> None:
         self.spec, self.subject, self.images = spec, subject, images
         data = list(images.split(BATCH))
-        self.data = Batches(data)
         self.grouped = prepare(models, data, progress=False)
         self.passes: dict[str, tuple[Pass, ...] | str] = {}
         for name, choice in ways().items():
@@ -116,7 +115,7 @@ class _Table:
         """The passes of one column, or why there are none."""
         graph_module, groups = self.grouped.graph_module, self.grouped.groups
         try:
-            passes = normalizations(choice, graph_module, groups, self.data)
+            passes = normalizations(choice, graph_module, groups, has_data=True)
         except SurgeryError as error:
             return _first_line(error)
         cheap = Regress(ridge=RIDGE, images=IMAGES)
