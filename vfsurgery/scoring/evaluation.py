@@ -19,12 +19,12 @@ from vfsurgery.data.batches import Batches, Data, are_tokens
 from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, explain
 from vfsurgery.merging.merge import ExampleInputs, Made, Matchings, made, merge
-from vfsurgery.passes.agreement import judged
 from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.shown import Shown, draw
 from vfsurgery.stats.precision import accepted_dtype, batches_for
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.sources import eval_mode
+from vfsurgery.tracing.values import judged
 from vfsurgery.tracing.wrappers import checked
 
 ENSEMBLE = "ensemble"

@@ -1,0 +1,6 @@
+"""Calibration images made from the networks themselves, without one real image."""
+
+from vfsurgery.stats.imagined.images import Imagined as Imagined
+from vfsurgery.stats.imagined.imagining import imagine as imagine
+from vfsurgery.stats.imagined.report import ImagineReport as ImagineReport
+from vfsurgery.stats.imagined.report import NormReport as NormReport
