@@ -25,6 +25,7 @@ FLOORS = (
     {"merging", "pruning/renormalizing", "pruning/units"},
     {"passes", "training"},
     {"discovery/verification", "matching", "pruning"},
+    {"stats/imagined"},
     {"checkpoints", "discovery"},
     {"discovery/rules", "records", "stats"},
     {"data", "tracing"},

@@ -77,3 +77,6 @@ from vfsurgery.soups import soup as soup
 from vfsurgery.soups.phases import Retraining as Retraining
 from vfsurgery.soups.phases import SparseSoup as SparseSoup
 from vfsurgery.soups.phases import sparse_soup as sparse_soup
+from vfsurgery.stats.imagined import Imagined as Imagined
+from vfsurgery.stats.imagined import ImagineReport as ImagineReport
+from vfsurgery.stats.imagined import imagine as imagine

@@ -18,9 +18,9 @@ from vfsurgery.cli.options import (
     load_models,
     model_options,
 )
-from vfsurgery.data.imagined import stand_in
 from vfsurgery.errors import CheckpointError, OptionError, explain
 from vfsurgery.scoring.diagnosis import diagnose
+from vfsurgery.stats.imagined import stand_in
 
 
 @click.command("diagnose", epilog=EPILOG)

@@ -90,7 +90,7 @@ class Job:
         """Refuse to do ``what`` without images."""
         if self.images is None:
             raise OptionError(
-                explain(f"{what} needs images", remedy="--data imagefolder:PATH, some hundred images do; or --data imagined")
+                explain(f"{what} needs images", remedy="--data imagefolder:PATH, some hundred do; or --data imagined")
             )
 
     def finish(self, result: nn.Module, **metadata: str) -> None:

@@ -24,10 +24,10 @@ from vfsurgery.checkpoints import (
 )
 from vfsurgery.checkpoints.reading import Checkpoint
 from vfsurgery.data import loader
-from vfsurgery.data.imagined import IMAGINED
 from vfsurgery.data.datasets import CALIBRATION, find_data, load_for, options_of, read_name
 from vfsurgery.errors import CheckpointError, OptionError, explain
 from vfsurgery.networks.architectures import FORMS, build_model
+from vfsurgery.stats.imagined import IMAGINED
 from vfsurgery.stats.threads import threads
 
 C = TypeVar("C", bound=Callable[..., object])

@@ -10,10 +10,10 @@ import click
 from vfsurgery.checkpoints import WEIGHTS
 from vfsurgery.cli.jobs import Job, output_options
 from vfsurgery.cli.options import EPILOG, data_options, model_options, say, steps
-from vfsurgery.data.imagined import stand_in
 from vfsurgery.pruning import PRUNERS, prune
 from vfsurgery.pruning.renormalizing import passes_named, renormalize
 from vfsurgery.records.results import report_of
+from vfsurgery.stats.imagined import stand_in
 
 
 @click.command("prune", epilog=EPILOG)

@@ -17,6 +17,7 @@ from vfsurgery.merging.surveyed import Surveyed
 from vfsurgery.passes import Average, Context, Fold, KeepZeros, Pass, Pipeline, Preserve
 from vfsurgery.passes.fitting import fits
 from vfsurgery.passes.mask import aligned_members
+from vfsurgery.passes.renormalize import Renormalize
 from vfsurgery.stats.precision import image_dtype
 from vfsurgery.stats.together import outputs_of
 from vfsurgery.tracing.computed import settle
@@ -56,7 +57,7 @@ def combine(
 
     Raises:
         CertificateError: the result's outputs are not finite.
-        OptionError: the same, after maps of units.
+        OptionError: the same, after maps of units or steps that scale them.
     """
     moments = surveyed.moments()  # before there is a copy in memory
     grouped, shares = surveyed.grouped, terms.shares
@@ -102,14 +103,15 @@ def _check_outputs(result: nn.Module, surveyed: Surveyed, matched: Matched, pass
     if _is_finite(result, inputs) or not _is_finite(surveyed.grouped.sources[0].model, inputs):
         return
     fact, steps = "the merged network gives outputs that are not finite", ", ".join(step.name for step in passes)
-    if matched.mapped:
+    maps = f"{matched.mapped} groups are mapped by matrices, which may enlarge activations"
+    if matched.mapped or any(isinstance(step, Renormalize) for step in passes):
         raise OptionError(
             explain(
                 fact,
                 renormalization=steps or "none",
-                because=f"{matched.mapped} groups are mapped by matrices, which may enlarge activations",
-                remedy="measure statistics on data: renormalize='reset', 'repair' or 'regress'; or match by "
-                "permutations: matching='activations' or 'weights'",
+                because=maps if matched.mapped else "layers are scaled up one by one, and in deep networks it adds up",
+                remedy="measure statistics on data: renormalize='reset', 'repair' or 'regress'"
+                + ("; or match by permutations: matching='activations' or 'weights'" if matched.mapped else ""),
             )
         )
     raise CertificateError(

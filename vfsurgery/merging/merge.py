@@ -20,7 +20,7 @@ from vfsurgery.merging.prepared import prepare
 from vfsurgery.merging.shares import Alpha, Weights, plan_shares
 from vfsurgery.merging.sparse import MaskPlan, plan_masks
 from vfsurgery.merging.surveyed import Way, can_judge, plan_survey
-from vfsurgery.passes import Pass, Preserve
+from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
 from vfsurgery.passes.normalizations import Renormalization, normalizations
 from vfsurgery.records.results import remember, way_of
 from vfsurgery.stats.batch_norms import batch_norm_nodes
@@ -68,9 +68,7 @@ def match(
     models = _networks(_sources(a, b))
     imagine = imagine and asks_for_images(matching)
     _matcher(matching, imagine or data is not None)
-    grouped = prepare(
-        models, data, example_inputs, leaf=leaf, pins=pins, imagine=imagine, seed=seed, progress=progress
-    )
+    grouped = prepare(models, data, example_inputs, leaf=leaf, pins=pins, imagine=imagine, seed=seed, progress=progress)
     matcher = _matcher(matching, grouped.data is not None)
     zeros = plan_masks(models, None, plan_shares(len(models), 0.5, None).over(grouped.graph_module).overall)
     matcher = _suiting(zeros, matching, matcher)
@@ -183,9 +181,7 @@ def merge(
                 remedy="leave inplace out",
             )
         )
-    grouped = prepare(
-        models, data, example_inputs, leaf=leaf, pins=pins, imagine=imagine, seed=seed, progress=progress
-    )
+    grouped = prepare(models, data, example_inputs, leaf=leaf, pins=pins, imagine=imagine, seed=seed, progress=progress)
     matcher, graph_module, shares = (
         _matcher(matching, grouped.data is not None),
         grouped.graph_module,
@@ -261,8 +257,8 @@ def _networks(given: Sequence[nn.Module]) -> list[nn.Module]:
 def asks_for_images(matching: Matchings, renormalize: Renormalization = None) -> bool:
     """Whether images are of any use: not where everything that is asked for works on weights."""
     steps = renormalize if isinstance(renormalize, Sequence) and not isinstance(renormalize, str) else [renormalize]
-    asked = [MATCHERS.get(matching) if isinstance(matching, str) else matching]
-    asked += [NORMALIZATIONS.get(step) if isinstance(step, str) else step for step in steps]
+    asked: list[object] = [MATCHERS[matching] if isinstance(matching, str) and matching in MATCHERS else matching]
+    asked += [NORMALIZATIONS[step] if isinstance(step, str) and step in NORMALIZATIONS else step for step in steps]
     return "auto" in (matching, renormalize) or any(getattr(each, "needs_data", False) for each in asked)
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.imagined import Imagined, stand_in
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import hidden_norms, record_or_export
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, TraceError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.merging.sparse import refuse_hooks
+from vfsurgery.stats.imagined import Imagined, stand_in
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.stats.together import examples_of, in_bound_runs, note_on
 from vfsurgery.tracing.copies import fresh

@@ -7,47 +7,26 @@ probabilities decides, which sees how sure the model is of each image. Labels ar
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar, cast
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vfsurgery.data.batches import are_tokens
 from vfsurgery.stats.precision import taken_by
-from vfsurgery.tracing.values import tensors_of
+from vfsurgery.tracing.values import judged
 
 K = TypeVar("K", bound=Hashable)
 
 TIE = 1e-3
 """Cross-entropies that differ by no more than this share of them speak for neither."""
-LOGITS = "logits"
-"""What a result is called by which several ones are judged, where they have names."""
 
 
 def first_output(model: nn.Module, images: Tensor) -> Tensor | None:
     """What a model is judged by, of all that it returns; see :func:`judged`."""
     return judged(model(taken_by(model, images)))
-
-
-def judged(output: object) -> Tensor | None:
-    """The logits in what a model returns: what has that name, else the first tensor; ``None`` where there is none.
-
-    >>> judged({"features": torch.zeros(2, 3), "logits": torch.ones(2, 5)}).shape
-    torch.Size([2, 5])
-    """
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        output = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    named = cast("Mapping[str, object]", output).get(LOGITS) if isinstance(output, Mapping) else None
-    named = getattr(output, LOGITS, named)
-    if isinstance(named, Tensor):
-        return named
-    if isinstance(output, Mapping | tuple | list):
-        inside = cast("Mapping[str, object]", output).values() if isinstance(output, Mapping) else output
-        return next((found for each in cast("Iterable[object]", inside) if (found := judged(each)) is not None), None)
-    return next(iter(tensors_of(output)), None)
 
 
 def class_logits(model: nn.Module, images: Tensor) -> Tensor | None:

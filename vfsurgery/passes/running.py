@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.imagined import stand_in
 from vfsurgery.data.holdout import split
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import record
@@ -26,6 +25,7 @@ from vfsurgery.passes.renormalize import Renormalize
 from vfsurgery.records.report import Report
 from vfsurgery.records.results import remember
 from vfsurgery.stats.collect import Site, Survey, survey
+from vfsurgery.stats.imagined import stand_in
 from vfsurgery.stats.precision import batches_for, image_dtype
 from vfsurgery.stats.together import examples_of, in_bound_runs
 from vfsurgery.tracing.bound import refuse_bound

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.imagined import stand_in
 from vfsurgery.errors import DataError, InvalidWeightsError, OptionError, did_you_mean, explain
 from vfsurgery.pruning.base import PRUNERS, Pruner, Pruning, Scope
 from vfsurgery.pruning.layers import Layout, prunable, stored_weight
@@ -20,6 +19,7 @@ from vfsurgery.pruning.report import PrunedLayer, PruneReport
 from vfsurgery.pruning.schedule import Schedule, by_pattern, by_sparsity, check_scope, read_pattern
 from vfsurgery.pruning.selection import select
 from vfsurgery.records.results import remember
+from vfsurgery.stats.imagined import stand_in
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.sources import eval_mode, first_not_finite
@@ -178,7 +178,12 @@ def prune_each(
 
 
 def _begin(
-    model: nn.Module, schedule: Schedule, layouts: Mapping[str, Layout], data: Data | str | None, seed: int, **options: Any
+    model: nn.Module,
+    schedule: Schedule,
+    layouts: Mapping[str, Layout],
+    data: Data | str | None,
+    seed: int,
+    **options: Any,
 ) -> Pruning:
     """What pruners work on: a private copy of the model, and the weights in it that have a goal."""
     own = copied(model)
@@ -291,12 +296,19 @@ def _weights(model: nn.Module, exclude: str | Sequence[str]) -> dict[str, Tensor
 
 
 def _check(
-    model: nn.Module, pruner: Pruner, scope: str | None, pattern: str | None, data: Data | str | None, schedule: Schedule
+    model: nn.Module,
+    pruner: Pruner,
+    scope: str | None,
+    pattern: str | None,
+    data: Data | str | None,
+    schedule: Schedule,
 ) -> None:
     """Refuse what cannot work before anything is copied."""
     check_scope(scope, pattern)
     if pruner.needs_data and data is None:
-        raise DataError(explain(f"method {pruner.name!r} needs data", remedy="pass data=, some hundred images, or data='imagined'"))
+        raise DataError(
+            explain(f"method {pruner.name!r} needs data", remedy="pass data=, some hundred images, or data='imagined'")
+        )
     weights = {name: stored_weight(model, name).detach() for name in schedule.goals}
     name = first_not_finite(weights)
     if name is not None:

@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.imagined import stand_in
 from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.errors import IncompatibleModelsError, OptionError, explain
 from vfsurgery.records.report import Report, Unpaired
@@ -33,6 +32,7 @@ from vfsurgery.scoring.layers import LayerDiagnosis
 from vfsurgery.scoring.sweeps import Sweep
 from vfsurgery.scoring.verdict import VANISHED, Remedy, State, first_below, in_words, state_of
 from vfsurgery.shown import Shown, draw, write_page
+from vfsurgery.stats.imagined import stand_in
 from vfsurgery.stats.layers import BATCH_NORM, Reading
 from vfsurgery.tracing.sources import eval_mode
 from vfsurgery.tracing.wrappers import network

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vfsurgery.data.batches import Batches, Data, are_tokens
-from vfsurgery.data.imagined import stand_in
 from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, explain
 from vfsurgery.merging.merge import ExampleInputs, Made, Matchings, asks_for_images, made, merge
-from vfsurgery.passes.agreement import judged
 from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.shown import Shown, draw
+from vfsurgery.stats.imagined import stand_in
 from vfsurgery.stats.precision import accepted_dtype, batches_for
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.sources import eval_mode
+from vfsurgery.tracing.values import judged
 from vfsurgery.tracing.wrappers import checked
 
 ENSEMBLE = "ensemble"
@@ -343,10 +343,10 @@ def barrier(
     points = _alphas(alphas)
     if example_inputs is None:
         example_inputs = first_images(a, data if calibration is None or isinstance(calibration, str) else calibration)
-    asks = asks_for_images(matching, renormalize) if through is None else asks_for_images("weights", made(through).passes)
-    calibration = stand_in(
-        [a, b], calibration, example_inputs, unasked=imagine and asks, seed=seed, progress=progress
+    asks = (
+        asks_for_images(matching, renormalize) if through is None else asks_for_images("weights", made(through).passes)
     )
+    calibration = stand_in([a, b], calibration, example_inputs, unasked=imagine and asks, seed=seed, progress=progress)
     options: dict[str, Any] = {"example_inputs": example_inputs, "imagine": False, "seed": seed, "progress": False}
     if through is None:
         chosen = {"matching": matching, "renormalize": renormalize, "masks": masks}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.imagined import stand_in
 from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import OptionError, explain
@@ -21,6 +20,7 @@ from vfsurgery.passes.cut import Boundaries
 from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.records.results import merge_report_of
 from vfsurgery.scoring.evaluation import first_images, logits_of
+from vfsurgery.stats.imagined import stand_in
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.sources import eval_mode
 

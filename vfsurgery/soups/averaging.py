@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.imagined import stand_in
 from vfsurgery.data.batches import progress as progress_bar
 from vfsurgery.discovery.recording import record
 from vfsurgery.errors import DataError, OptionError, TraceError, did_you_mean, explain
@@ -30,6 +29,7 @@ from vfsurgery.records.results import remember
 from vfsurgery.scoring.evaluation import device_of, evaluate, first_images
 from vfsurgery.stats.batch_norms import is_batch_norm
 from vfsurgery.stats.collect import Survey
+from vfsurgery.stats.imagined import stand_in
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.copies import copied, fresh

@@ -102,12 +102,13 @@ def _differ(x: Tensor, y: Tensor) -> bool:
 def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor] | None:
     """What a model returns in eval mode; nothing where it cannot run."""
     try:
-        return _run(model, inputs)
+        return run_kept(model, inputs)
     except Exception:
         return None
 
 
-def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+def run_kept(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """What a model returns in eval mode, after which it is what it was; raises whatever its forward does."""
     devices = {x.device for x in inputs if x.device.type == "cuda"}
     with borrowed(model, {}), torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
         model.eval()
@@ -117,7 +118,7 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def _refuse_tokens(model: nn.Module, tokens: Tensor) -> None:
     """Say that a model takes no integers, or not these; a trace, which computes no values, would not."""
     try:
-        _run(model, (tokens,))
+        run_kept(model, (tokens,))
     except Exception as error:
         raise DataError(
             explain(

@@ -63,34 +63,58 @@ def random_images(shape: tuple[int, ...], model: nn.Module, seed: int = 0) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(inexact[0].device, dtype)
 
 
-def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
+def normalization_of(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation, per channel, that pixels in [0, 1] are normalized with, from the model's configuration.
+
+    ``None`` where the model does not say. There may be another number of channels than the model has been built for.
+
+    >>> import torchvision
+    >>> normalization_of(torchvision.models.resnet18(num_classes=3))
+    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    """
+    said = [_timm_config(model, name) for name in ("mean", "std")]
+    if None in said:
+        presets = [weight.value.transforms() for weight in _torchvision_weights(model)[:1]]
+        said = [getattr(preset, name, None) for preset in presets for name in ("mean", "std")]
+    found = [tuple(map(float, values)) for values in said if values is not None]
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+def _timm_config(model: nn.Module, name: str) -> Any:
     config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    if config is None:
-        return None
-    size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
+def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
+    size = _timm_config(model, "input_size")
     return tuple(size) if size else None
 
 
-def _torchvision_size(model: nn.Module) -> tuple[int, ...] | None:
-    """The crop size of the published weights with the most similar number of parameters in the model's module."""
+def _torchvision_weights(model: nn.Module) -> list[Any]:
+    """The published weights in the model's module, those with the most similar number of parameters first."""
     module = sys.modules.get(type(model).__module__)
     if module is None or not module.__name__.startswith("torchvision.models"):
-        return None
+        return []
     weights = [
         member
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, enum.Enum) and value.__name__.endswith("_Weights")
         for member in value
     ]
-    if module.__name__.startswith("torchvision.models.optical_flow"):  # pairs of frames, of no fixed size
-        return FLOW_SIZE
     count = sum(p.numel() for p in model.parameters())
-    weights.sort(key=lambda weight: abs(weight.value.meta.get("num_params", 0) - count))
-    for weight in weights:
+    return sorted(weights, key=lambda weight: abs(weight.value.meta.get("num_params", 0) - count))
+
+
+def _torchvision_size(model: nn.Module) -> tuple[int, ...] | None:
+    """The crop size of the published weights with the most similar number of parameters in the model's module."""
+    name = type(model).__module__
+    if name.startswith("torchvision.models.optical_flow"):  # pairs of frames, of no fixed size
+        return FLOW_SIZE
+    for weight in _torchvision_weights(model):
         keywords = getattr(weight.value.transforms, "keywords", {})
         crop = keywords.get("crop_size", keywords.get("resize_size"))  # segmentation takes images whole
         if crop is not None:
             side = min(crop) if isinstance(crop, list | tuple) else crop
-            frames = (max(FRAMES, weight.value.meta.get("min_temporal_size", 0)),) if "video" in module.__name__ else ()
+            frames = (max(FRAMES, weight.value.meta.get("min_temporal_size", 0)),) if "video" in name else ()
             return (3, *frames, side, side)
     return None

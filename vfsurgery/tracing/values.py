@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +15,9 @@ RETURNS_INPUT = "vfsurgery_returns_input"
 """Key in ``node.meta``: the module returned its only argument itself, as stochastic depth does in eval mode."""
 PRESERVED = "preserved"
 """Key in ``node.meta``: the node computes for one source what that source computes, with weights of its own."""
+
+LOGITS = "logits"
+"""What a result is called by which several ones are judged, where they have names."""
 
 KEPT_WHOLE: set[Any] = set()
 """Functions that have a coupling rule: where ``torch.fx.wrap`` marks one, it stays a single node of the trace."""
@@ -98,3 +101,21 @@ def takes_single_images(graph: fx.Graph) -> bool:
     values = [node.meta.get(VALUE) for node in graph.nodes if node.op not in ("get_attr", "output")]
     sizes = {value.shape[:1] for value in values if isinstance(value, TensorValue)}
     return len(sizes) == 1 and sizes != {()}
+
+
+def judged(output: object) -> Tensor | None:
+    """The logits in what a model returns: what has that name, else the first tensor; ``None`` where there is none.
+
+    >>> judged({"features": torch.zeros(2, 3), "logits": torch.ones(2, 5)}).shape
+    torch.Size([2, 5])
+    """
+    if is_dataclass(output) and not isinstance(output, type):
+        output = {field.name: getattr(output, field.name) for field in fields(output)}
+    named = cast("Mapping[str, object]", output).get(LOGITS) if isinstance(output, Mapping) else None
+    named = getattr(output, LOGITS, named)
+    if isinstance(named, Tensor):
+        return named
+    if isinstance(output, Mapping | tuple | list):
+        inside = cast("Mapping[str, object]", output).values() if isinstance(output, Mapping) else output
+        return next((found for each in cast("Iterable[object]", inside) if (found := judged(each)) is not None), None)
+    return next(iter(tensors_of(output)), None)

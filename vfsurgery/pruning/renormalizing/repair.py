@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.imagined import Imagined, stand_in
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import hidden_norms, record_or_export
 from vfsurgery.errors import (
@@ -54,6 +53,7 @@ from vfsurgery.records.report import version_of
 from vfsurgery.records.results import remember
 from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.stats.collect import Survey, survey
+from vfsurgery.stats.imagined import Imagined, stand_in
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.stats.together import examples_of, in_bound_runs, note_on
 from vfsurgery.tracing.computed import PlainCopy, fake_quantized, plain_copy, refresh

@@ -88,7 +88,9 @@ def prune_units(
     _check_options(fraction, saliency, scope, removed, floor, multiple_of)
     if data is None and (saliency == "activation" or removed == "fold"):
         option = "saliency='activation'" if saliency == "activation" else "removed='fold'"
-        raise DataError(explain(f"{option} needs data", remedy="pass data=, or data='imagined', or leave the option out"))
+        raise DataError(
+            explain(f"{option} needs data", remedy="pass data=, or data='imagined', or leave the option out")
+        )
     model = network(model)
     work = Shrinking.prepare(model, data, example_inputs, progress)
     restoring = None if data is None and renormalize == "auto" else renormalize

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.imagined import stand_in
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import record
 from vfsurgery.discovery.verification import keep_signals_alive, precision_of, randomize
@@ -32,6 +31,7 @@ from vfsurgery.pruning.units.restore import restore
 from vfsurgery.pruning.units.saliency import Saliency, activities, by_user, magnitudes
 from vfsurgery.pruning.units.teams import Teams
 from vfsurgery.stats.correlation import CrossMoments
+from vfsurgery.stats.imagined import stand_in
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.stats.together import examples_of, in_bound_runs
 from vfsurgery.tracing.copies import copied, fresh

@@ -21,7 +21,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.data.batches import Batches
 from vfsurgery.discovery.verification import randomize
 from vfsurgery.errors import CertificateError, SurgeryError
 from vfsurgery.matching import MATCHERS

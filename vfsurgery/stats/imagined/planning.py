@@ -1,0 +1,164 @@
+"""What is to be imagined, decided before any work: which networks are asked, what they remember, what it costs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from vfsurgery.discovery.recording import record_or_export
+from vfsurgery.errors import DataError, InvalidWeightsError, OptionError, TraceError, explain
+from vfsurgery.stats.batch_norms import is_batch_norm
+from vfsurgery.stats.imagined.aims import Watched
+from vfsurgery.stats.precision import image_dtype
+from vfsurgery.stats.together import images_together, run_kept
+from vfsurgery.tracing.bound import bound_to
+from vfsurgery.tracing.copies import fresh
+from vfsurgery.tracing.precision import in_precision, is_inexact, real
+from vfsurgery.tracing.sources import canonical_state, check_finite
+from vfsurgery.tracing.values import floats_per_image
+from vfsurgery.tracing.wrappers import network
+
+STEERED, SHARE = 200, 5
+"""So many images are steered at least, and one in so many; the rest stay leaves, which cost nothing."""
+LEAST_STEERED = 32
+"""Of fewer, the statistics say more of chance than of the networks."""
+BATCH = 200
+"""Images whose statistics are looked at together."""
+MOST_FLOPS = {"cpu": 2e13}
+"""Floating-point operations that ``how="auto"`` spends at most, by device; some minutes."""
+MOST_FLOPS_ELSEWHERE = 2e15
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which networks are asked, and what will be done.
+
+    ``flops`` are those of one image through all networks, there and back. ``batch`` is the number of images that may be
+    computed together, ``steered`` how many will be moved. ``why`` says why there is nothing to move images to.
+    """
+
+    sources: tuple[Watched, ...]
+    dtype: torch.dtype
+    flops: float
+    batch: int
+    steered: int
+    why: str = ""
+
+
+def networks_of(models: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """The networks themselves; of those in half precision copies in float32.
+
+    Raises:
+        OptionError: there is none, or one is no network.
+        InvalidWeightsError: one holds NaN or infinite values, or none at all.
+    """
+    given = [models] if isinstance(models, nn.Module) else [*models]
+    if not given:
+        raise OptionError(explain("there is no network to imagine images for", remedy="imagine(model), or ([a, b])"))
+    found: list[nn.Module] = []
+    for number, each in enumerate(given):
+        name = f"source {number}"
+        model = network(each, name)
+        tensors = [*model.parameters(), *model.buffers()]
+        if any(tensor.is_meta for tensor in tensors):
+            remedy = "load weights"
+            raise InvalidWeightsError(explain(f"{name} is on the meta device and holds no values", remedy=remedy))
+        check_finite(name, canonical_state(model))
+        if any(is_inexact(tensor) and real(tensor.dtype).itemsize < 4 for tensor in tensors):
+            model = in_precision(copy.deepcopy(model), torch.float32)
+        found.append(model)
+    return found
+
+
+def plan(models: Sequence[nn.Module], example: Tensor, count: int, how: str, steps: int, memory: float) -> Plan:
+    """Run the networks on the example, trace them, and see what there is to aim at and what that costs.
+
+    Raises:
+        DataError: a network does not run on the example.
+        OptionError: ``how="statistics"`` and there is nothing to aim at, or no memory for two images.
+        TraceError: ``how="statistics"``, and a network cannot be recorded.
+    """
+    dtype = image_dtype(models[0]) or torch.float32
+    examples = [example.to(device_of(model), image_dtype(model) or torch.float32) for model in models]
+    for model, own in zip(models, examples, strict=True):
+        _check_runs(model, own)
+    try:
+        graphs = [record_or_export(fresh(model, (own,)), (own,)) for model, own in zip(models, examples, strict=True)]
+    except TraceError as error:
+        if how == "statistics":
+            raise
+        return Plan((), dtype, 0.0, BATCH, 0, f"a network cannot be traced: {str(error).splitlines()[0]}")
+    sources = tuple(Watched(graph.eval()) for graph in graphs)
+    flops = 2 * sum(_flops(source, own) for source, own in zip(sources, examples, strict=True))  # there and back
+    batch = min(BATCH, max(int(memory * GIB / sum(map(_bytes, graphs))), 0))
+    alone = Plan(sources, dtype, flops, max(batch, 1), 0)
+    if how == "leaves":
+        return alone
+    why = _nothing_to_aim_at(models[0], sources, examples)
+    wanted = min(count, max(STEERED, -(-count // SHARE)))
+    steered = wanted
+    if not why and batch < min(wanted, 2):
+        need = 2 * sum(map(_bytes, graphs)) / GIB
+        why = f"two images take {need:.3g} GiB on their way there and back, and memory={memory:g}"
+    if not why and how == "auto":
+        most = MOST_FLOPS.get(device_of(models[0]).type, MOST_FLOPS_ELSEWHERE)
+        steered = min(wanted, int(most / max(flops * steps, 1)))
+        if steered < min(wanted, LEAST_STEERED):
+            why = f"each of {steps} steps of an image takes {flops:.1e} FLOPs, and {most:.0e} are spent unasked"
+    if why and how == "statistics":
+        remedy = "give more memory=" if "memory=" in why else "how='leaves' needs none"
+        raise OptionError(explain("there are no statistics to move images to", because=why, remedy=remedy))
+    return replace(alone, why=why) if why else replace(alone, steered=steered)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network lives."""
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def _check_runs(model: nn.Module, example: Tensor) -> None:
+    try:
+        run_kept(model, (example,))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a forward may raise
+        raise DataError(
+            explain(
+                f"{type(model).__name__} does not run on images of {tuple(example.shape[1:])}",
+                cause=str(error).partition("\n")[0],
+                remedy="pass example_inputs= of the size that it takes",
+            )
+        ) from error
+
+
+def _nothing_to_aim_at(model: nn.Module, sources: Sequence[Watched], examples: Sequence[Tensor]) -> str:
+    """Why images cannot be moved to statistics; empty if they can."""
+    if not any(source.aims for source in sources):
+        norms = [module for module in model.modules() if is_batch_norm(module)]
+        if not norms:
+            return "there is no BatchNorm layer"
+        if all(norm.running_var is None for norm in norms):
+            return "the BatchNorm layers keep no running statistics"
+        return "the BatchNorm layers have never been trained: means are 0 and variances 1 throughout"
+    if any(bound_to(source.graph_module) for source in sources) or images_together(model, (examples[0],)) > 1:
+        return "the network does not compute each image by itself"
+    return ""
+
+
+def _bytes(graph_module: fx.GraphModule) -> int:
+    """What an image's activations take that are kept for the way back, and as much again for their gradients."""
+    return 2 * 4 * sum(map(floats_per_image, graph_module.graph.nodes)) or 1
+
+
+def _flops(source: Watched, example: Tensor) -> float:
+    """Of one image, forward."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton's part of torch
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        source.look(example)
+    return counter.get_total_flops() / len(example)

@@ -1,0 +1,112 @@
+"""Imagined images in the place of data that is not there: what ``data="imagined"`` and no data at all come to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from vfsurgery.data.batches import Data
+from vfsurgery.errors import DataError, ExampleInputError, explain
+from vfsurgery.stats.imagined.imagining import imagine
+from vfsurgery.stats.imagined.pixels import example_of
+from vfsurgery.stats.imagined.planning import MOST_FLOPS, MOST_FLOPS_ELSEWHERE, device_of
+from vfsurgery.stats.precision import image_dtype
+from vfsurgery.stats.together import outputs_of
+from vfsurgery.tracing.examples import ExampleInputs
+
+IMAGINED = "imagined"
+"""What users say instead of data."""
+READ = 4
+"""How often all images are run through each network, about, in what they are imagined for."""
+MOST, LEAST = 1000, 32
+"""Images that are imagined unasked: as many as are affordable, and none if fewer are."""
+
+
+@overload
+def stand_in(
+    models: Sequence[nn.Module],
+    data: Data | str,
+    given: ExampleInputs | None = None,
+    *,
+    unasked: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> Data: ...
+
+
+@overload
+def stand_in(
+    models: Sequence[nn.Module],
+    data: Data | str | None,
+    given: ExampleInputs | None = None,
+    *,
+    unasked: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> Data | None: ...
+
+
+def stand_in(
+    models: Sequence[nn.Module],
+    data: Data | str | None,
+    given: ExampleInputs | None = None,
+    *,
+    unasked: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> Data | None:
+    """The data as it was given, or images imagined in its place.
+
+    Args:
+        models: The networks to imagine them for.
+        data: ``"imagined"`` asks for them.
+        given: An example of the images, as for :func:`~vfsurgery.stats.imagined.imagining.imagine`.
+        unasked: Whether no data asks for them too, where the networks take images and running some is affordable.
+        seed: Of the images.
+        progress: Show how far it is, once it lasts over a second.
+
+    Returns:
+        Data; ``None`` if there was none and none is imagined.
+
+    Raises:
+        DataError: the data is another word.
+        SurgeryError: as for ``imagine``, if images were asked for.
+    """
+    if isinstance(data, str) and data != IMAGINED:
+        raise DataError(
+            explain(
+                f"data={data!r} is no data",
+                remedy="pass images: a loader, a dataset or a tensor; or the word 'imagined'",
+            )
+        )
+    if data is None and unasked:
+        count = _affordable(models, given)
+        return imagine(models, count, example_inputs=given, seed=seed, progress=progress) if count else None
+    if isinstance(data, str):
+        return imagine(models, example_inputs=given, seed=seed, progress=progress)
+    return data
+
+
+def _affordable(models: Sequence[nn.Module], given: ExampleInputs | None) -> int:
+    """How many images can be run through all networks several times; none where they take no images."""
+    try:
+        example = example_of(models[0], given)
+    except (DataError, ExampleInputError):
+        return 0
+    flops = _flops(models[0], example)
+    most = MOST_FLOPS.get(device_of(models[0]).type, MOST_FLOPS_ELSEWHERE)
+    count = 0 if flops is None else int(most / max(READ * len(models) * flops, 1))
+    return min(count, MOST) if count >= LEAST else 0
+
+
+def _flops(model: nn.Module, example: Tensor) -> float | None:
+    """Of one image, forward; ``None`` where the network does not run on it."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton's part of torch
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if outputs_of(model, (example[:1].to(device_of(model), image_dtype(model)),)) is None:
+            return None
+    return counter.get_total_flops()
