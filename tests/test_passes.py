@@ -469,7 +469,7 @@ class NoBias(nn.Module):
 
 def test_a_shift_that_has_nowhere_to_go_is_refused() -> None:
     models = [lively(NoBias(), seed) for seed in (1, 2)]
-    with pytest.raises(SurgeryError, match=r"(?s)a shift has nowhere to go.*remedy  use renormalize='rescale'"):
+    with pytest.raises(SurgeryError, match=r"(?s)repair found no layer to correct.*is called without a bias"):
         operate([Average(), Repair(), Fold()], models, images(16))
     operate([Average(), Rescale(), Fold()], models, images(16))
 
@@ -585,6 +585,57 @@ def test_a_layer_used_twice_is_no_producer() -> None:
     model = lively(Shared())
     found = [p.path for p in find_producers(surgery.trace(model, images(2)), groups_of(model))]
     assert found == ["first", "fc"]
+
+
+class Biases(nn.Module):
+    """A layer whose bias is put together from parts, as for queries, keys and values; two that share one; others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts, self.one, self.two = (nn.Conv2d(i, 4, 1, bias=False) for i in (3, 4, 4))
+        self.low, self.high, self.common = (nn.Parameter(torch.randn(size)) for size in (2, 2, 4))
+        self.own, self.fc = nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.conv2d(x, self.parts.weight, torch.cat((self.low, self.high))).relu()
+        x = nn.functional.conv2d(x, self.one.weight, self.common).relu()
+        x = nn.functional.conv2d(x, self.two.weight, self.common).relu()
+        return self.fc(self.own(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("step", ["repair", "rescale", "regress", "closed-form-repair", "bias-removal"])
+def test_layers_whose_bias_is_not_theirs_alone_are_no_producers(step: str) -> None:
+    a, b = (lively(Biases(), seed) for seed in (1, 2))
+    found = [p.path for p in find_producers(surgery.trace(a, images(2)), groups_of(a))]
+    assert found == ["own", "fc"]
+    merged = surgery.merge(a, b, data=images(64), renormalize=step, matching="weights", progress=False)
+    plain = surgery.merge(a, b, data=images(64), renormalize=None, matching="weights", progress=False)
+    changed = {n for n, t in plain.state_dict().items() if not torch.equal(t, merged.state_dict()[n])}
+    assert changed or step == "bias-removal"  # which finds by trying that none is best
+    assert changed <= {"own.weight", "own.bias", "fc.weight", "fc.bias"}
+
+
+class Called(nn.Linear):
+    """A linear layer whose forward is traced through."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("step", ["repair", "reshift", "rescale", "regress", "closed-form-repair"])
+def test_a_call_without_bias_is_scaled_and_not_shifted(step: str) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(
+            nn.Flatten(), Called(432, 6, bias=False), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 5)
+        )
+
+    a, b = (lively(network(), seed) for seed in (1, 2))
+    options = {"data": images(64), "matching": "weights", "progress": False}
+    merged = surgery.merge(a, b, renormalize=step, **options)
+    assert list(merged.state_dict()) == list(a.state_dict())
+    plain = surgery.merge(a, b, renormalize=None, **options)
+    changed = {n for n, t in plain.state_dict().items() if not torch.equal(t, merged.state_dict()[n])}
+    assert ("1.weight" in changed) == (step == "rescale") and changed & {"3.weight", "3.bias"}
 
 
 class Rename(Pass):

@@ -70,7 +70,7 @@ def fold_affine(graph_module: fx.GraphModule, producer: Producer, affine: Affine
     if not bool(affine.shift.any()):
         return None
     owner = graph_module.get_submodule(producer.path)
-    if not isinstance(owner, nn.Module) or "bias" not in owner._parameters:
+    if not producer.takes_shift or not isinstance(owner, nn.Module) or "bias" not in owner._parameters:
         raise SurgeryError(
             explain(
                 "a shift has nowhere to go: the layer takes no bias",

@@ -1,10 +1,10 @@
 """Producers: the layers whose output units can be scaled and shifted by changing their own weight and bias.
 
 A convolution or linear layer absorbs ``s * y + t`` as ``W' = s W``, ``b' = s b + t`` (per output unit); a normalization
-layer with an affine part as ``w' = s w``, ``b' = s b + t``. A layer whose weight serves several nodes is no producer,
-nor is one whose output goes into a BatchNorm and nowhere else: that norm undoes any scale and shift. Layers of
-preserved prefixes are none: they keep the scale and shift of their source. Neither are layers that only parameters go
-through, to make a weight or a table of positions: they have no activations.
+layer with an affine part as ``w' = s w``, ``b' = s b + t``. A layer whose weight or bias serves several nodes is no
+producer, nor is one whose bias the forward computes, nor one whose output goes into a BatchNorm and nowhere else: that
+norm undoes any scale and shift. Layers of preserved prefixes are none: they keep the scale and shift of their source.
+Neither are layers that only parameters go through, to make a weight or a table of positions: they have no activations.
 
 A norm whose module goes on after it, with an activation as timm's do, is one too: its units are read and corrected
 inside the module, in front of what follows. It is none where its weight and bias do more than that.
@@ -47,7 +47,8 @@ class Producer:
 
     ``rows`` is the dim of ``weight`` that its output units lie on, ``dim`` that of the node's value. ``depth`` counts
     the weight layers on the longest path from the input up to and including this one. ``inside`` if its units are read
-    inside its module, before what follows there.
+    inside its module, before what follows there. It ``takes_shift`` unless it is a call in the forward without a bias:
+    one that is created is not in that call.
     """
 
     node: str
@@ -62,6 +63,7 @@ class Producer:
     feeds_norm: bool
     is_output: bool
     inside: bool = False
+    takes_shift: bool = True
 
     @property
     def site(self) -> Site:
@@ -90,7 +92,7 @@ class Producer:
 def find_producers(graph_module: fx.GraphModule, groups: GroupSet, *, shared: bool = False) -> list[Producer]:
     """All producers of a traced model in graph order; with ``shared`` also uses of weights that serve several."""
     ops = list(OpReader(graph_module))
-    uses = Counter(_weight(op) for op in ops)
+    uses = Counter(name for op in ops for name in (_weight(op), _bias(op)) if name is not None)
     depths = weight_depths(graph_module)
     reached = reached_by_input(graph_module.graph)
     found: list[Producer] = []
@@ -105,7 +107,9 @@ def find_producers(graph_module: fx.GraphModule, groups: GroupSet, *, shared: bo
             continue
         if op.input.kind != "node" or op.input.name not in reached:
             continue
-        bias = op.param("bias", 2 if is_layer(op) else 3)
+        given, bias = op.param("bias", 2 if is_layer(op) else 3), _bias(op)
+        if given is not None and (bias is None or (uses[bias] > 1 and not shared)):
+            continue
         tensor = op.param("weight", 1 if is_layer(op) else 2)
         assert tensor is not None
         rows = 1 if op.key in TRANSPOSED else 0
@@ -123,7 +127,7 @@ def find_producers(graph_module: fx.GraphModule, groups: GroupSet, *, shared: bo
                 node=op.node.name,
                 path=op.path,
                 weight=weight,
-                bias=None if bias is None else bias.name,
+                bias=bias,
                 rows=rows,
                 dim=dim,
                 units=tensor.shape[rows],
@@ -132,6 +136,7 @@ def find_producers(graph_module: fx.GraphModule, groups: GroupSet, *, shared: bo
                 feeds_norm=_feeds_batch_norm(op.node, graph_module),
                 is_output=not grouped,
                 inside=extent == "inside",
+                takes_shift=bias is not None or op.node.op == "call_module",
             )
         )
     return found
@@ -193,6 +198,14 @@ def _weight(op: Op) -> str | None:
     if not (is_layer(op) or op.module is not None or op.key in FUNCTIONAL_NORM):
         return None
     tensor = op.param("weight", 1 if is_layer(op) else 2)
+    return tensor.name if tensor is not None and tensor.kind == "parameter" else None
+
+
+def _bias(op: Op) -> str | None:
+    """Its own, as a parameter; none where the forward computes it, as of parts for queries, keys and values."""
+    if _weight(op) is None:
+        return None
+    tensor = op.param("bias", 2 if is_layer(op) else 3)
     return tensor.name if tensor is not None and tensor.kind == "parameter" else None
 
 

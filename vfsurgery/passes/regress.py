@@ -85,7 +85,7 @@ class Regress(Pass):
         norms = batch_norm_nodes(graph_module)
         ops = {op.node.name: op for op in OpReader(graph_module)}
         layers = {calls[0]: (norm, calls) for norm, calls in calls_of(norms).items()}
-        producers = {name: p for name, p in producers.items() if name not in norms and not p.inside}
+        producers = {name: p for name, p in producers.items() if name not in norms and _is_fitted(p)}
         steps = [node.name for node in graph_module.graph.nodes if node.name in producers or node.name in layers]
         dense = {name for name in producers if _is_dense(ops[name])}
         if not dense:
@@ -107,14 +107,14 @@ class Regress(Pass):
     def applies(self, graph_module: fx.GraphModule, groups: GroupSet) -> bool:
         """Whether there are layers to fit."""
         ops = {op.node.name: op for op in OpReader(graph_module)}
-        return any(_is_dense(ops[p.node]) and not p.inside for p in find_producers(graph_module, groups))
+        return any(_is_dense(ops[p.node]) and _is_fitted(p) for p in find_producers(graph_module, groups))
 
     def flops(self, graph_module: fx.GraphModule, groups: GroupSet) -> float:
         """About how many floating-point operations the fits take, runs of the networks not counted."""
         ops = {op.node.name: op for op in OpReader(graph_module)}
         total = 0.0
         for producer in find_producers(graph_module, groups):
-            if _is_dense(ops[producer.node]):
+            if _is_dense(ops[producer.node]) and _is_fitted(producer):
                 columns = tensor_of(graph_module, producer.weight)[0].numel()
                 shape = ops[producer.node].output.shape
                 positions = torch.Size(shape).numel() // (shape[0] * producer.units)
@@ -274,6 +274,11 @@ class _Fit:
 def _wanted(columns: int) -> int:
     """How many samples a matrix of so many columns is fitted on."""
     return max(SAMPLES * columns, LEAST_SAMPLES)
+
+
+def _is_fitted(producer: Producer) -> bool:
+    """Whether a layer can be given what it should put out, its mean included where no norm undoes that."""
+    return not producer.inside and (producer.takes_shift or producer.feeds_norm)
 
 
 def _is_dense(op: Op) -> bool:

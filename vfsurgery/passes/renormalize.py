@@ -62,6 +62,8 @@ class Renormalize(Pass):
     name: ClassVar[str] = "renormalize"
     needs_data: ClassVar[bool] = True
     needs_sources: ClassVar[bool] = True
+    shifts: ClassVar[bool] = True
+    """Whether it shifts units, which a layer has to take."""
     include_output: bool = False
     average: bool = False
     factor: float = 1.0
@@ -104,8 +106,8 @@ class Renormalize(Pass):
             raise OptionError(
                 explain(
                     f"{self.name} found no layer to correct",
-                    because="each layer makes the output, computes its weight or uses it in several places, or is read "
-                    "by a BatchNorm alone",
+                    because="each layer makes the output, computes its weight or bias or shares it, is called without "
+                    "a bias, or is read by a BatchNorm alone",
                     remedy="use renormalize='auto', which leaves out what does not apply, or renormalize=None",
                 )
             )
@@ -131,8 +133,8 @@ class Renormalize(Pass):
 
     def targets(self, graph_module: fx.GraphModule, groups: GroupSet) -> list[Producer]:
         """The layers to correct, in graph order."""
-        producers = find_producers(graph_module, groups)
-        return [p for p in producers if not p.feeds_norm and (self.include_output or not p.is_output)]
+        wanted = (p for p in find_producers(graph_module, groups) if self.include_output or not p.is_output)
+        return [p for p in wanted if not p.feeds_norm and (p.takes_shift or not self.shifts)]
 
     def goal(self, aligned: Sequence[Moments], weights: Sequence[float]) -> Goal:
         """From the moments of the aligned sources and their shares to what the merged units should have."""
@@ -240,6 +242,7 @@ class Rescale(Measured):
     """Give every unit the standard deviation of its sources, and leave its mean to follow."""
 
     name: ClassVar[str] = "rescale"
+    shifts: ClassVar[bool] = False
 
     def correct(self, moments: Moments, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """``s = goal std / std``, no shift."""
