@@ -28,7 +28,13 @@ def residuals() -> tuple[nn.Module, nn.Module]:
 
 
 def blind(a: nn.Module, b: nn.Module, **options: object) -> nn.Module:
-    given = {"matching": "weights", "example_inputs": images(2).double(), "progress": False, **options}
+    given = {
+        "matching": "weights",
+        "imagine": False,
+        "example_inputs": images(2).double(),
+        "progress": False,
+        **options,
+    }
     return surgery.merge(a, b, **given)
 
 
