@@ -28,14 +28,8 @@ def residuals() -> tuple[nn.Module, nn.Module]:
 
 
 def blind(a: nn.Module, b: nn.Module, **options: object) -> nn.Module:
-    given = {
-        "matching": "weights",
-        "imagine": False,
-        "example_inputs": images(2).double(),
-        "progress": False,
-        **options,
-    }
-    return surgery.merge(a, b, **given)
+    given = {"matching": "weights", "example_inputs": images(2).double(), **options}
+    return surgery.merge(a, b, imagine=False, progress=False, **given)
 
 
 def test_without_data_batch_norm_is_warned_of_at_the_line_of_the_user():

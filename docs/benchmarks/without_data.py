@@ -28,6 +28,7 @@ from renormalize_pruned import pruned_copy
 from schemes import sources_of as demo_sources
 from timing import Stopwatch, begin
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from transformers import sources_of as digits_sources
 
 import vfsurgery as surgery
@@ -39,6 +40,7 @@ CIFAR = ("tv_resnet18", "vgg11_half")
 DEMO = {"digits_plain": "plain", "digits_residual": "residual"}
 TIMM = {"digits_vit": "vit", "digits_convnext": "convnext", "digits_groupnorm": "groupnorm"}
 FEW = (16, 64, 256)
+EPOCHS = 40
 BITS = (8, 4)
 SPARSITIES = (0.3, 0.4, 0.5)
 SIDE, CROPS = 224, 200
@@ -66,8 +68,15 @@ def load(name: str, shared: Path, cache: Path, test: int) -> Pair:
     if name in DEMO:
         models = demo_sources(DEMO[name], (0, 1), cache / "schemes", splits)
     else:
-        models = digits_sources(TIMM[name], 2, 40, cache / "transformers", splits.train)
-    return Pair((models[0], models[1]), splits.calibration.tensors[0], [splits.test.tensors])
+        models = digits_sources(TIMM[name], 2, EPOCHS, cache / "transformers", tensors(splits.train))
+    (images, _), test = tensors(splits.calibration).tensors, tensors(splits.test).tensors
+    return Pair((models[0], models[1]), images, [(test[0], test[1])])
+
+
+def tensors(part: object) -> TensorDataset:
+    """A part of digits, which lies in tensors."""
+    assert isinstance(part, TensorDataset)
+    return part
 
 
 def cell(scores: Sequence[float]) -> str:
