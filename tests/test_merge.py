@@ -548,12 +548,12 @@ CASES: dict[str, Case] = {
         r"(?s)inplace=True and preserve=2 exclude each other.*remedy +leave inplace out",
     ),
     "activations without data": (
-        lambda a: (a, net("chain", 2)), {**EXAMPLE, "matching": "activations"}, DataError,
-        r"(?s)matching='activations' needs data.*remedy  pass data=, or matching='weights'",
+        lambda a: (a, net("chain", 2)), {**EXAMPLE, "matching": "activations", "imagine": False}, DataError,
+        r"(?s)matching='activations' needs data.*remedy  pass data=, or data='imagined', or matching='weights'",
     ),
     "repair without data": (
-        lambda a: (a, net("chain", 2)), {**EXAMPLE, "renormalize": "repair"}, DataError,
-        r"(?s)renormalize='repair' needs data.*remedy  pass data=, or renormalize='auto', or renormalize=None",
+        lambda a: (a, net("chain", 2)), {**EXAMPLE, "renormalize": "repair", "imagine": False}, DataError,
+        r"(?s)renormalize='repair' needs data.*remedy  pass data=, or data='imagined', or renormalize='auto', or",
     ),
     "orders of another size": (
         lambda a: (a, net("chain", 2)), {**EXAMPLE, "matching": Given({"g0": Permutation((1, 0))})}, OptionError,

@@ -170,7 +170,7 @@ def merge(
     given = _sources(a, b)
     models = _networks(given)
     planned = plan_shares(len(models), alpha, weights)
-    imagine = imagine and asks_for_images(matching, renormalize)
+    imagine = asks_for_images(matching, renormalize) and imagine
     _matcher(matching, imagine or data is not None)
     budget = Budget(max_flops, max_params)
     if inplace and (preserve or budget != Budget()):
@@ -255,10 +255,14 @@ def _networks(given: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def asks_for_images(matching: Matchings, renormalize: Renormalization = None) -> bool:
-    """Whether images are of any use: not where everything that is asked for works on weights."""
+    """Whether images are of any use: not where everything that is asked for works on weights.
+
+    Raises:
+        OptionError: there is no such renormalization.
+    """
     steps = renormalize if isinstance(renormalize, Sequence) and not isinstance(renormalize, str) else [renormalize]
     asked: list[object] = [MATCHERS[matching] if isinstance(matching, str) and matching in MATCHERS else matching]
-    asked += [NORMALIZATIONS[step] if isinstance(step, str) and step in NORMALIZATIONS else step for step in steps]
+    asked += [NORMALIZATIONS[step] if isinstance(step, str) and step != "auto" else step for step in steps]
     return "auto" in (matching, renormalize) or any(getattr(each, "needs_data", False) for each in asked)
 
 
@@ -271,7 +275,8 @@ def _matcher(matching: Matchings, has_data: bool) -> Matcher:
     if not isinstance(matcher, Matcher) or isinstance(matcher, type):
         raise OptionError(explain(f"matching is no matcher but {matching!r}", accepted=", ".join(["auto", *MATCHERS])))
     if matcher.needs_data and not has_data:
-        raise DataError(explain(f"matching={matcher.name!r} needs data", remedy="pass data=, or matching='weights'"))
+        remedy = "pass data=, or data='imagined', or matching='weights'"
+        raise DataError(explain(f"matching={matcher.name!r} needs data", remedy=remedy))
     return matcher
 
 
@@ -286,5 +291,6 @@ def _warn_of_norms(graph_module: fx.GraphModule) -> None:
     if norms:
         warn(
             f"a merge of networks with BatchNorm ({norms} layers) loses most of its accuracy without data: statistics "
-            "can only be guessed from the weights; pass data=, some hundred training images, labels are not looked at"
+            "can only be guessed from the weights; pass data=, some hundred training images, labels are not "
+            "looked at; or data='imagined'"
         )

@@ -55,7 +55,7 @@ def normalizations(
             raise DataError(
                 explain(
                     f"renormalize={step.name!r} needs data",
-                    remedy="pass data=, or renormalize='auto', or renormalize=None",
+                    remedy="pass data=, or data='imagined', or renormalize='auto', or renormalize=None",
                 )
             )
     check_order(passes)
