@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +16,8 @@ from vfsurgery.checkpoints import FileRecord
 from vfsurgery.cli.records import as_text
 from vfsurgery.hub.cards import CLASSIFICATION, Card, Network, Summary, check_card, described
 from vfsurgery.hub.loading import TIMM_WEIGHTS, Written, is_of_timm, write_config
-from vfsurgery.records.results import report_of
+from vfsurgery.records.results import Report, report_of
+from vfsurgery.stats.imagined import IMAGINED, NO_REAL_IMAGE
 
 CARD_OPTION = click.option("--card", is_flag=True, help="Write a model card, README.md, beside the result.")
 
@@ -57,7 +58,7 @@ class CardRequest:
             written=written,
             summary=Summary.of(report_of(result)),
             sources=described(self.sources),
-            statistics=_statistics(options),
+            statistics=_statistics(options, report_of(result)),
         )
         return Card(
             title=name,
@@ -92,8 +93,11 @@ def _word(name: str, value: Any) -> str:
     return value.name if isinstance(value, Path) else str(as_text(name, value))
 
 
-def _statistics(options: Mapping[str, Any]) -> str:
+def _statistics(options: Mapping[str, Any], report: Report) -> str:
     """Which images were used, if any."""
+    notes: Iterable[str] = getattr(report, "notes", ())
+    if options["data"] == IMAGINED or any(NO_REAL_IMAGE in note for note in notes):
+        return f"of images imagined from the networks; {NO_REAL_IMAGE}"
     if options["data"] is None:
         return "none: the weights alone"
     return f"of at most {options['limit']} images of {options['data']}, labels not looked at"

@@ -8,6 +8,9 @@ from typing import Any
 
 from vfsurgery.shown import Shown
 
+NO_REAL_IMAGE = "no real image was used"
+"""What reports and cards say."""
+
 
 @dataclass(frozen=True, slots=True)
 class NormReport:
@@ -93,7 +96,7 @@ class ImagineReport(Shown):
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.size))
-        lines = [f"{self.images} imagined images of {shape}, seed {self.seed}; no real image was used"]
+        lines = [f"{self.images} imagined images of {shape}, seed {self.seed}; {NO_REAL_IMAGE}"]
         if self.steered:
             lines.append(f"{self.steered} of them steered towards BatchNorm statistics in {self.steps} steps")
         if self.before is not None and self.after is not None:
