@@ -52,7 +52,7 @@ ONLY_IN = {
         *(f"cli/{name}.py" for name in ("__init__", "cards", "diagnose", "groups", "jobs", "merge", "options")),
         *(f"cli/{name}.py" for name in ("prune", "push", "replay", "run", "words", "zoo")),
     ],
-    "tqdm": ["data/batches.py"],
+    "tqdm": ["data/progress.py"],
     "matplotlib": ["rendering/figures.py"],
     "jinja2": ["hub/cards.py", "rendering/page.py"],
 }

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.batches import progress as progress_bar
+from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.errors import IncompatibleModelsError, OptionError, explain
 from vfsurgery.records.report import Report, Unpaired
 from vfsurgery.scoring.evaluation import Barrier, Score

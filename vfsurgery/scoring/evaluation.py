@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vfsurgery.data.batches import Batches, Data, are_tokens
-from vfsurgery.data.batches import progress as progress_bar
+from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, explain
 from vfsurgery.merging.merge import ExampleInputs, Made, Matchings, asks_for_images, made, merge
 from vfsurgery.passes.normalizations import Renormalization

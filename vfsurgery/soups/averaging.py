@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.batches import progress as progress_bar
+from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.discovery.recording import record
 from vfsurgery.errors import DataError, OptionError, TraceError, did_you_mean, explain
 from vfsurgery.groups import GroupSet
