@@ -47,17 +47,9 @@ from vfsurgery.tracing.bound import find_bound
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.failures import is_users, not_recorded, shown
 from vfsurgery.tracing.followers import reads_of_mode
-from vfsurgery.tracing.hooks import (
-    NO_HOOKS,
-    REMOVE,
-    Hooks,
-    computes_weights,
-    is_twin,
-    recorded_around,
-    without_global_hooks,
-    without_hooks,
-)
+from vfsurgery.tracing.hooks import NO_HOOKS, REMOVE, Hooks, computes_weights, recorded_around
 from vfsurgery.tracing.transformers import TRANSFORMERS, one_by_one
+from vfsurgery.tracing.unhooked import is_twin, without_global_hooks, without_hooks
 from vfsurgery.tracing.values import KEPT_WHOLE, RETURNS_INPUT, VALUE, abstract, fields_of, is_record
 
 FACTORIES = "arange empty eye full linspace ones rand randint randn randperm tensor tril_indices triu_indices zeros"
