@@ -119,10 +119,16 @@ def record_forward(
     return Recording(graph, skeleton, (*guards, *([f"images in a batch == {bound}"] * bool(bound))), bool(asked), bound)
 
 
+class GuardingTracer(fx.Tracer):
+    """A tracer that notes in ``guards`` what the example run decides."""
+
+    guards: list[str]
+
+
 class ValueProxy(fx.Proxy):
     """A proxy that knows its value in the example run, and answers with it where Python needs an answer."""
 
-    def __init__(self, node: fx.Node, tracer: ValueTracer) -> None:
+    def __init__(self, node: fx.Node, tracer: GuardingTracer) -> None:
         super().__init__(node, tracer)
         self.value: Any = None
 
@@ -131,7 +137,7 @@ class ValueProxy(fx.Proxy):
 
     def _decided(self, question: str, answer: Any) -> Any:
         """An answer that is fixed in the graph from now on."""
-        cast(ValueTracer, self.tracer).guards.append(f"{question} == {answer!r}")
+        cast(GuardingTracer, self.tracer).guards.append(f"{question} == {answer!r}")
         return answer
 
     def __bool__(self) -> bool:
@@ -187,7 +193,7 @@ class ValueProxy(fx.Proxy):
         return ValueProxy if value is None or isinstance(value, Tensor) else type(value)
 
 
-class ValueTracer(fx.Tracer):
+class ValueTracer(GuardingTracer):
     """An ``fx.Tracer`` whose proxies carry the values of one example run on fake tensors."""
 
     proxy_buffer_attributes = True
@@ -203,7 +209,7 @@ class ValueTracer(fx.Tracer):
         self.leaves, self.model, self.hooks = leaves, model, hooks
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.inputs = tuple(self.mode.from_tensor(x) for x in example_inputs)
-        self.guards: list[str] = []
+        self.guards = []
         self._computing = False
 
     def is_computing(self) -> bool:
