@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.tracing.borrowed import set_mode
 from vfsurgery.tracing.copies import copied, forget_kept
+from vfsurgery.tracing.graph_modules import put_over
 from vfsurgery.tracing.ops import canonical_parameters
-from vfsurgery.tracing.tracer import put_over
 
 
 @dataclass(frozen=True)

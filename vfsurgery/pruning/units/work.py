@@ -37,9 +37,9 @@ from vfsurgery.stats.together import examples_of, in_bound_runs
 from vfsurgery.tracing.compatibility import check_weights
 from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.examples import ExampleInputs
+from vfsurgery.tracing.graph_modules import put_over
 from vfsurgery.tracing.precision import Precise, in_precision, raised, raised_dtype
 from vfsurgery.tracing.sources import Source
-from vfsurgery.tracing.tracer import put_over
 
 TOO_SMALL = "too few units to lose one"
 
