@@ -87,9 +87,10 @@ def renormalize(
         InvalidWeightsError: a network holds NaN or infinite values, or ``inplace`` would change the reference.
         SurgeryError: a weight would underflow to zero or overflow in the network's precision; names it.
 
+    >>> from copy import deepcopy
     >>> from torch.nn.utils import prune
     >>> dense = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> sparse = copied(dense)
+    >>> sparse = deepcopy(dense)
     >>> for layer in (sparse[0], sparse[2]):
     ...     _ = prune.l1_unstructured(layer, "weight", amount=0.5)
     >>> data = [torch.randn(64, 4)]
