@@ -41,7 +41,7 @@ MOST_ENTRIES = 26
 ONLY_IN = {
     "scipy": ["matching/assignment.py"],
     "yaml": ["recipes/recipe.py", "recipes/text.py"],
-    "networkx": [f"discovery/{name}.py" for name in ("nesting", "roles", "unification")],
+    "networkx": [f"discovery/{name}.py" for name in ("components", "nesting", "roles")],
     "pydantic": [
         "passes/options.py",
         *(f"recipes/{name}.py" for name in ("bench", "entries", "recipe", "sections", "stage")),
