@@ -220,28 +220,28 @@ class GroupSet(Shown):
 
     def __str__(self) -> str:
         whole = self.listing()
-        return whole if whole.count("\n") < SCREEN else self._summary()
+        if whole.count("\n") < SCREEN:
+            return whole
+        groups = [f"{group}, {len(group.members)} members" for group in self.groups]
+        return "\n".join([*self._lines(groups, SHOWN), "all of it: .listing()"])
 
     __repr__ = __str__
 
-    def _headline(self) -> str:
-        return (
+    def _lines(self, groups: Sequence[str], most: int | None = None) -> Iterator[str]:
+        """The table, whose groups are given as lines; ``most`` lines of each part, if not all."""
+        yield (
             f"{len(self.groups)} permutation groups, {sum(g.units for g in self.groups)} units; "
             f"{self.coverage:.1%} of {self.parameter_count:,} parameters lie in a group"
         )
-
-    def _summary(self) -> str:
-        """What fits on a screen: a line for each of the first groups, pinned axes, ops without a rule and notes."""
-        lines = [self._headline()]
-        lines += _first([f"{group}, {len(group.members)} members" for group in self.groups], "groups")
+        yield from _first(groups, "groups", most)
         if self.pinned:
-            lines.append(f"pinned: {len(self.pinned)} axes")
-            lines += _first([f"    {pin}" for pin in self.pinned], "axes")
+            yield f"pinned: {len(self.pinned)} axes"
+            yield from _first([f"    {pin}" for pin in self.pinned], "axes", most)
         if self.unknown_ops:
-            lines.append("ops without a coupling rule (all that they touch is pinned):")
-            lines += _first([f"    {op}" for op in self.unknown_ops], "ops")
-            lines.append(f"    {UNKNOWN_OP_REMEDY}")
-        return "\n".join([*lines, *_first(self.notes, "notes"), "all of it: .listing()"])
+            yield "ops without a coupling rule (all that they touch is pinned):"
+            yield from _first([f"    {op}" for op in self.unknown_ops], "ops", most)
+            yield f"    {UNKNOWN_OP_REMEDY}"
+        yield from _first(self.notes, "notes", most)
 
     def listing(self) -> str:
         """The whole table as text, however long: every group with its members, every pinned axis, every op and note.
@@ -253,24 +253,15 @@ class GroupSet(Shown):
             fc.weight[0]
             fc.bias[0]
         """
-        lines = [self._headline()]
-        for group in self.groups:
-            lines.append(str(group))
-            lines.extend(f"    {member}" for member in group.members)
-        if self.pinned:
-            lines.append(f"pinned: {len(self.pinned)} axes")
-            lines.extend(f"    {pin}" for pin in self.pinned)
-        if self.unknown_ops:
-            lines.append("ops without a coupling rule (all that they touch is pinned):")
-            lines.extend(f"    {op}" for op in self.unknown_ops)
-            lines.append(f"    {UNKNOWN_OP_REMEDY}")
-        return "\n".join([*lines, *self.notes])
+        groups = [line for group in self.groups for line in (str(group), *(f"    {m}" for m in group.members))]
+        return "\n".join(self._lines(groups))
 
 
-def _first(lines: Sequence[str], what: str) -> list[str]:
-    """The first lines, and how many more there are."""
-    rest = len(lines) - SHOWN
-    return [*lines[:SHOWN], *([f"    ... and {rest} more {what}"] if rest > 0 else [])]
+def _first(lines: Sequence[str], what: str, most: int | None) -> list[str]:
+    """The first ``most`` lines, and how many more there are; all without a number."""
+    if most is None or len(lines) <= most:
+        return [*lines]
+    return [*lines[:most], f"    ... and {len(lines) - most} more {what}"]
 
 
 def random_permutations(groups: GroupSet, generator: torch.Generator) -> dict[str, Permutation]:
