@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from vfsurgery.data.batches import BATCH_SIZE, Batches, progress
+from vfsurgery.data.batches import BATCH_SIZE, Batches
+from vfsurgery.data.progress import progress
 from vfsurgery.errors import DataError
 
 IMAGES = torch.randn(300, 3, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vfsurgery as surgery
 from vfsurgery.errors import IncompatibleModelsError
-from vfsurgery.tracing.sources import same_values
+from vfsurgery.tracing.constants import same_values
 
 X = torch.randn(32, 3, generator=torch.Generator().manual_seed(0)).double()
 

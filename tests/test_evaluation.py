@@ -23,7 +23,8 @@ from vfsurgery.errors import CheckpointError, DataError, IncompatibleModelsError
 from vfsurgery.groups import permute_tensor, random_permutations
 from vfsurgery.matching import Problem, WeightMatching
 from vfsurgery.networks.demo import TinyConvNet, TinyResNet
-from vfsurgery.scoring.evaluation import Barrier, Curve, Score, barrier, compare, evaluate, evaluate_ensemble
+from vfsurgery.scoring.barriers import Barrier, Curve, barrier
+from vfsurgery.scoring.evaluation import Score, compare, evaluate, evaluate_ensemble
 
 CLASSES = 10
 IMAGES = torch.randn(150, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -294,16 +295,16 @@ def test_barrier_measures_every_curve_from_source_to_source(factory: Callable[[]
 
 
 def test_auto_is_chosen_once_at_the_midpoint(monkeypatch) -> None:
-    from vfsurgery.scoring import evaluation
+    from vfsurgery.scoring import barriers
 
     tried: list[object] = []
-    merge = evaluation.merge
+    merge = barriers.merge
 
     def counted(*models: nn.Module, **options: Any) -> nn.Module:
         tried.append(options["renormalize"])
         return merge(*models, **options)
 
-    monkeypatch.setattr(evaluation, "merge", counted)
+    monkeypatch.setattr(barriers, "merge", counted)
     calibration = torch.cat([IMAGES] * (100 // len(IMAGES) + 1))
     barrier(net(0), net(1), (IMAGES, LABELS), calibration=calibration, alphas=(0, 0.3, 0.5, 1), progress=False)
     assert tried.count("auto") == 1

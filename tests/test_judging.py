@@ -14,7 +14,7 @@ from tiny_nets import images, net
 from torch import Tensor, nn
 
 import vfsurgery as surgery
-from vfsurgery.data import batches, digits
+from vfsurgery.data import digits, progress
 from vfsurgery.data.batches import Batches, Data
 from vfsurgery.data.holdout import every_for
 from vfsurgery.hub.cards import Card, Network, Summary
@@ -204,12 +204,12 @@ def test_both_numbers_stand_in_text_notebook_page_card_and_json(tmp_path):
 def test_bars_name_the_way_that_is_tried(monkeypatch):
     shown: list[str] = []
 
-    class Bar(batches.tqdm):
+    class Bar(progress.tqdm):
         def __init__(self, *arguments: object, **options: object) -> None:
             shown.append(str(options["desc"]))
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(batches, "tqdm", Bar)
+    monkeypatch.setattr(progress, "tqdm", Bar)
     surgery.merge(net("chain", 1), net("chain", 2), data=images(150), progress=False)
     regressions = {label for label in shown if label.endswith("+ regress: regression of the layers")}
     assert len(regressions) == 1  # behind the matcher that did best, and behind no other

@@ -41,7 +41,7 @@ MOST_ENTRIES = 26
 ONLY_IN = {
     "scipy": ["matching/assignment.py"],
     "yaml": ["recipes/recipe.py", "recipes/text.py"],
-    "networkx": [f"discovery/{name}.py" for name in ("nesting", "roles", "unification")],
+    "networkx": [f"discovery/{name}.py" for name in ("components", "nesting", "roles")],
     "pydantic": [
         "passes/options.py",
         *(f"recipes/{name}.py" for name in ("bench", "entries", "recipe", "sections", "stage")),
@@ -52,7 +52,7 @@ ONLY_IN = {
         *(f"cli/{name}.py" for name in ("__init__", "cards", "diagnose", "groups", "jobs", "merge", "options")),
         *(f"cli/{name}.py" for name in ("prune", "push", "replay", "run", "words", "zoo")),
     ],
-    "tqdm": ["data/batches.py"],
+    "tqdm": ["data/progress.py"],
     "matplotlib": ["rendering/figures.py"],
     "jinja2": ["hub/cards.py", "rendering/page.py"],
 }

@@ -91,16 +91,16 @@ def test_page_card_plot_and_report_of_a_pair_have_the_figure_of_the_file(kind, t
 
 def test_the_choice_of_a_pair_is_one_and_not_two(tmp_path, monkeypatch):
     """The plot goes by the matching and the steps that the file came to, not by a second choice."""
-    from vfsurgery.scoring import evaluation
+    from vfsurgery.scoring import barriers
 
     asked: list[object] = []
-    original = evaluation.merge
+    original = barriers.merge
 
     def recording(*models: nn.Module, **options: object) -> nn.Module:
         asked.append((options["matching"], options["renormalize"]))
         return original(*models, **options)
 
-    monkeypatch.setattr(evaluation, "merge", recording)
+    monkeypatch.setattr(barriers, "merge", recording)
     Recipe.from_yaml(pair(LAST["chosen"])).run(tmp_path, progress=False)
     assert asked and all("auto" not in choice for choice in asked)
 

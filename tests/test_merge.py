@@ -44,7 +44,8 @@ from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, random_per
 from vfsurgery.matching import Given
 from vfsurgery.merging import prepared as merging
 from vfsurgery.passes import Context, Pass, Rescale
-from vfsurgery.tracing.sources import canonical_state, check_weights
+from vfsurgery.tracing.compatibility import check_weights
+from vfsurgery.tracing.sources import canonical_state
 
 SAME = TOLERANCE[torch.float32]
 """Relative output error of two float32 networks that compute the same."""

@@ -19,8 +19,8 @@ from vfsurgery.errors import OptionError
 from vfsurgery.groups import GroupSet, Permutation, permute_tensor, random_permutations
 from vfsurgery.matching import Given
 from vfsurgery.matching.assignment import assign
-from vfsurgery.matching.nested import BlockAssignment, whole_order
-from vfsurgery.matching.weights import FamilyProblem, families
+from vfsurgery.matching.family_orders import FamilyProblem
+from vfsurgery.matching.nested import BlockAssignment, families, whole_order
 from vfsurgery.stats.collect import group_sites
 from vfsurgery.tracing.sources import canonical_state
 

@@ -15,8 +15,9 @@ from torch import nn
 import vfsurgery as surgery
 from vfsurgery.errors import CheckpointError, OptionError
 from vfsurgery.rendering.page import wiring
+from vfsurgery.scoring.barriers import Barrier, Curve
 from vfsurgery.scoring.diagnosis import Diagnosis
-from vfsurgery.scoring.evaluation import Barrier, Curve, Score
+from vfsurgery.scoring.evaluation import Score
 from vfsurgery.scoring.flip_rates import FlipRates, Flips
 
 VOID = {"meta", "link", "br", "img", "path", "use", "rect", "line"}

@@ -64,9 +64,9 @@ from vfsurgery.recipes.recipe import Recipe as Recipe
 from vfsurgery.records.report import MergeReport as MergeReport
 from vfsurgery.records.report import Report as Report
 from vfsurgery.records.results import report_of as report_of
+from vfsurgery.scoring.barriers import barrier as barrier
 from vfsurgery.scoring.diagnosis import Diagnosis as Diagnosis
 from vfsurgery.scoring.diagnosis import diagnose as diagnose
-from vfsurgery.scoring.evaluation import barrier as barrier
 from vfsurgery.scoring.evaluation import evaluate as evaluate
 from vfsurgery.scoring.flip_rates import Flips as Flips
 from vfsurgery.scoring.flip_rates import flips as flips

@@ -108,7 +108,7 @@ def test_each_law_finds_a_planted_fault(law, fault, monkeypatch):
 
 
 def test_batch_sizes_that_a_trace_takes_for_constants_are_found(monkeypatch):
-    monkeypatch.setattr("vfsurgery.tracing.tracer._recording_lengths", contextlib.nullcontext)
+    monkeypatch.setattr("vfsurgery.tracing.tracer.recording_lengths", contextlib.nullcontext)
     monkeypatch.setattr("vfsurgery.stats.together.bound_to", lambda graph_module: None)
     written = (draw(seed) for seed in range(200) if "len(" in draw(seed).source)
     assert any(laws.broken_law(program, (laws.sources_stay_as_they_are,)) for program in written)

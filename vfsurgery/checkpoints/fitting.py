@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vfsurgery.checkpoints.refusals import listing, printable
 from vfsurgery.errors import CheckpointError, IncompatibleModelsError, explain
-from vfsurgery.tracing.sources import differing_heads
+from vfsurgery.tracing.compatibility import differing_heads
 
 COUNTERS = ".num_batches_tracked"
 """Ending of entries that checkpoints of torch before 0.4.1 and of other libraries lack: nothing that is computed in

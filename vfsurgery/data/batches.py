@@ -10,26 +10,14 @@ Numbers of tokens, int64 or int32 of shape ``(N, length)``, are accepted in plac
 from __future__ import annotations
 
 import functools
-import sys
-import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, Self, TypeAlias, TypeGuard, TypeVar, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, Self, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
-from tqdm import TqdmWarning
 
 from vfsurgery.errors import DataError, explain
-
-with warnings.catch_warnings():
-    # in notebooks without ipywidgets it warns of that, and falls back to bars of text, which do as well
-    warnings.simplefilter("ignore", TqdmWarning)
-    from tqdm.auto import tqdm
-
-T = TypeVar("T")
 
 Data: TypeAlias = Iterable[Any] | Dataset[Any]
 """What users may pass as data; the module's docstring lists the kinds."""
@@ -146,37 +134,6 @@ class Batches:
                 f"no batch of the data has {self.together} images, which the model computes together",
                 remedy=f"pass batches of {self.together} images, or example_inputs= of the smallest that it takes",
             )
-
-
-def progress(iterable: Iterable[T], label: str, total: int | None = None, enabled: bool = True) -> Iterable[T]:
-    """Wrap ``iterable`` so that work lasting over a second shows a bar on stderr, gone when done.
-
-    >>> list(progress([1, 2, 3], "counting", enabled=False))
-    [1, 2, 3]
-    """
-    return tqdm(iterable, desc=_full(label), total=total, disable=not enabled, delay=1, leave=False, file=sys.stderr)
-
-
-_DOING: ContextVar[str] = ContextVar("doing", default="")
-
-
-@contextmanager
-def named(doing: str) -> Generator[None]:
-    """Have all bars say first what they are part of; an empty text changes nothing.
-
-    >>> with named("trying 3 of 6: cca + regress"):
-    ...     _full("regression of the layers")
-    'trying 3 of 6: cca + regress: regression of the layers'
-    """
-    token = _DOING.set(_full(doing) if doing else _DOING.get())
-    try:
-        yield
-    finally:
-        _DOING.reset(token)
-
-
-def _full(label: str) -> str:
-    return ": ".join(part for part in (_DOING.get(), label) if part)
 
 
 def _as_batches(source: object, size: int) -> Iterable[Any]:
@@ -352,20 +309,3 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
 
 def _error(fact: str, **details: object) -> DataError:
     return DataError(explain(fact, **details))
-
-
-@contextmanager
-def progress_line(label: str, enabled: bool = True) -> Generator[Callable[[str], None]]:
-    """Show what a step of unknown length is at, once it lasts over a second; the value says what to show.
-
-    >>> with progress_line("matching", enabled=False) as advance:
-    ...     advance("group g0")
-    """
-    label = _full(label)
-    with tqdm(desc=label, disable=not enabled, delay=1, leave=False, file=sys.stderr, bar_format="{desc}") as line:
-
-        def advance(message: str) -> None:
-            line.set_description_str(f"{label}: {message}", refresh=False)
-            line.update()
-
-        yield advance

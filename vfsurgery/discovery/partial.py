@@ -24,8 +24,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vfsurgery.discovery.components import Components
 from vfsurgery.discovery.recording import record
-from vfsurgery.discovery.unification import INPUT, OUTPUT, Discovery
+from vfsurgery.discovery.unification import INPUT, OUTPUT, Unification
 from vfsurgery.errors import SurgeryError, TraceError
 from vfsurgery.groups import GroupSet, PermutationGroup, PinnedAxis
 from vfsurgery.tracing.borrowed import set_mode
@@ -192,7 +193,7 @@ class Search:
         for call in shapes:
             inputs = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in call or ())
             try:
-                found.append(Discovery(record(module, inputs), pins=pins).group_set())
+                found.append(Components(Unification(record(module, inputs), pins=pins)).group_set())
             except SurgeryError:
                 return None
         return found[0] if all(other.groups == found[0].groups for other in found) else None

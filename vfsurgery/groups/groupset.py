@@ -19,8 +19,8 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from vfsurgery.groups.permutations import Permutation
 from vfsurgery.shown import Shown
 
 UNKNOWN_OP_REMEDY = "register a rule with @surgery.rule, see docs/write_a_rule.md; leaf= and pins= are other ways out"
@@ -220,28 +220,28 @@ class GroupSet(Shown):
 
     def __str__(self) -> str:
         whole = self.listing()
-        return whole if whole.count("\n") < SCREEN else self._summary()
+        if whole.count("\n") < SCREEN:
+            return whole
+        groups = [f"{group}, {len(group.members)} members" for group in self.groups]
+        return "\n".join([*self._lines(groups, SHOWN), "all of it: .listing()"])
 
     __repr__ = __str__
 
-    def _headline(self) -> str:
-        return (
+    def _lines(self, groups: Sequence[str], most: int | None = None) -> Iterator[str]:
+        """The table, whose groups are given as lines; ``most`` lines of each part, if not all."""
+        yield (
             f"{len(self.groups)} permutation groups, {sum(g.units for g in self.groups)} units; "
             f"{self.coverage:.1%} of {self.parameter_count:,} parameters lie in a group"
         )
-
-    def _summary(self) -> str:
-        """What fits on a screen: a line for each of the first groups, pinned axes, ops without a rule and notes."""
-        lines = [self._headline()]
-        lines += _first([f"{group}, {len(group.members)} members" for group in self.groups], "groups")
+        yield from _first(groups, "groups", most)
         if self.pinned:
-            lines.append(f"pinned: {len(self.pinned)} axes")
-            lines += _first([f"    {pin}" for pin in self.pinned], "axes")
+            yield f"pinned: {len(self.pinned)} axes"
+            yield from _first([f"    {pin}" for pin in self.pinned], "axes", most)
         if self.unknown_ops:
-            lines.append("ops without a coupling rule (all that they touch is pinned):")
-            lines += _first([f"    {op}" for op in self.unknown_ops], "ops")
-            lines.append(f"    {UNKNOWN_OP_REMEDY}")
-        return "\n".join([*lines, *_first(self.notes, "notes"), "all of it: .listing()"])
+            yield "ops without a coupling rule (all that they touch is pinned):"
+            yield from _first([f"    {op}" for op in self.unknown_ops], "ops", most)
+            yield f"    {UNKNOWN_OP_REMEDY}"
+        yield from _first(self.notes, "notes", most)
 
     def listing(self) -> str:
         """The whole table as text, however long: every group with its members, every pinned axis, every op and note.
@@ -253,77 +253,15 @@ class GroupSet(Shown):
             fc.weight[0]
             fc.bias[0]
         """
-        lines = [self._headline()]
-        for group in self.groups:
-            lines.append(str(group))
-            lines.extend(f"    {member}" for member in group.members)
-        if self.pinned:
-            lines.append(f"pinned: {len(self.pinned)} axes")
-            lines.extend(f"    {pin}" for pin in self.pinned)
-        if self.unknown_ops:
-            lines.append("ops without a coupling rule (all that they touch is pinned):")
-            lines.extend(f"    {op}" for op in self.unknown_ops)
-            lines.append(f"    {UNKNOWN_OP_REMEDY}")
-        return "\n".join([*lines, *self.notes])
+        groups = [line for group in self.groups for line in (str(group), *(f"    {m}" for m in group.members))]
+        return "\n".join(self._lines(groups))
 
 
-def _first(lines: Sequence[str], what: str) -> list[str]:
-    """The first lines, and how many more there are."""
-    rest = len(lines) - SHOWN
-    return [*lines[:SHOWN], *([f"    ... and {rest} more {what}"] if rest > 0 else [])]
-
-
-@dataclass(frozen=True)
-class Permutation:
-    """An order for the units of one group: unit ``r`` of the result is unit ``order[r]`` of the input.
-
-    Validated when made: ``order`` must name every unit exactly once.
-
-    >>> Permutation((2, 0, 1)).inverse().order
-    (1, 2, 0)
-    """
-
-    order: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if sorted(self.order) != list(range(len(self.order))):
-            raise ValueError(f"not a permutation of {len(self.order)} units: {self.order[:8]}…")
-
-    @staticmethod
-    def identity(size: int) -> Permutation:
-        """The order that changes nothing."""
-        return Permutation(tuple(range(size)))
-
-    @staticmethod
-    def random(size: int, generator: torch.Generator) -> Permutation:
-        """A uniformly random order, drawn from ``generator`` alone."""
-        return Permutation(tuple(torch.randperm(size, generator=generator).tolist()))
-
-    @property
-    def size(self) -> int:
-        """Number of units."""
-        return len(self.order)
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether it changes nothing."""
-        return self.order == tuple(range(self.size))
-
-    @property
-    def moved(self) -> int:
-        """How many units change their place."""
-        return sum(old != new for new, old in enumerate(self.order))
-
-    def inverse(self) -> Permutation:
-        """The order that undoes this one."""
-        inverse = [0] * self.size
-        for new, old in enumerate(self.order):
-            inverse[old] = new
-        return Permutation(tuple(inverse))
-
-
-Permutations = Mapping[str, Permutation]
-"""For each group's name the order of its units; a group left out keeps its order."""
+def _first(lines: Sequence[str], what: str, most: int | None) -> list[str]:
+    """The first ``most`` lines, and how many more there are; all without a number."""
+    if most is None or len(lines) <= most:
+        return [*lines]
+    return [*lines[:most], f"    ... and {len(lines) - most} more {what}"]
 
 
 def random_permutations(groups: GroupSet, generator: torch.Generator) -> dict[str, Permutation]:
@@ -333,71 +271,3 @@ def random_permutations(groups: GroupSet, generator: torch.Generator) -> dict[st
     {}
     """
     return {group.name: group.random(generator) for group in groups}
-
-
-Entries = tuple[tuple[PermutationGroup, Member], ...]
-
-
-def gather_index(entries: Entries, dim: int, size: int, orders: Permutations) -> np.ndarray | None:
-    """Positions to gather along ``dim`` (of length ``size``) so that all given orders are applied; ``None`` for none.
-
-    Groups that share an axis (the product ``groups x channels`` of a grouped convolution) act on different
-    coordinates of it, so their orders commute; only a nested one waits until the outer one has moved its blocks.
-    Members whose blocks lie along another dim are left to :func:`permute_tensor`.
-    """
-    index: np.ndarray | None = None
-    for group, member in sorted(entries, key=lambda entry: entry[0].outer != ""):
-        order = orders.get(group.name)
-        if member.dim != dim or member.block_dim >= 0 or order is None or order.is_identity:
-            continue
-        places = member.positions()
-        step = np.arange(size)
-        step[places] = places[member.order(order)]
-        index = step if index is None else index[step]
-    return index
-
-
-def permute_tensor(name: str, tensor: Tensor, groups: GroupSet, orders: Permutations) -> Tensor:
-    """Reorder the units of one state-dict entry; the input is returned itself where nothing moves.
-
-    Args:
-        name: The entry's state-dict key.
-        tensor: The entry, any shape and dtype.
-        groups: The groups of its architecture.
-        orders: One order per group name; ``new[r] = old[order[r]]``.
-    """
-    entries = groups.by_parameter.get(name, ())
-    found = {
-        dim: gather_index(entries, dim, tensor.shape[dim], orders) for dim in {member.dim for _, member in entries}
-    }
-    indices = {dim: torch.from_numpy(index).to(tensor.device) for dim, index in found.items() if index is not None}
-    if len(indices) == 1:
-        tensor = tensor.index_select(*indices.popitem())
-    elif indices:
-        tensor = _gather(tensor, indices)
-    for group, member in entries:
-        order = orders.get(group.name)
-        if member.block_dim >= 0 and order is not None and not order.is_identity:
-            tensor = _permute_blocks(tensor, member, order, groups.blocks_of(name, member, group))
-    return tensor
-
-
-def _gather(tensor: Tensor, indices: Mapping[int, Tensor]) -> Tensor:
-    """Reorder several dims at once: one by one would need memory for another tensor of this size."""
-    first, last = min(indices), max(indices)
-    grid = [indices.get(dim, torch.arange(tensor.shape[dim], device=tensor.device)) for dim in range(first, last + 1)]
-    shaped = [index.view(-1, *[1] * (last - first - place)) for place, index in enumerate(grid)]
-    return tensor[(*[slice(None)] * first, *shaped)]
-
-
-def _permute_blocks(tensor: Tensor, member: Member, order: Permutation, blocks: np.ndarray) -> Tensor:
-    """Reorder units along ``member.dim`` by another order for each block of indices along ``member.block_dim``."""
-    places = member.positions()
-    index = np.tile(np.arange(tensor.shape[member.dim]), (tensor.shape[member.block_dim], 1))
-    for block, rows in enumerate(blocks):
-        own = np.asarray(order.order[block * member.size : (block + 1) * member.size]) - block * member.size
-        index[np.ix_(rows, places.reshape(-1))] = places[own].reshape(-1)
-    shape = [1] * tensor.ndim
-    shape[member.block_dim], shape[member.dim] = index.shape
-    gather = torch.from_numpy(index if member.block_dim < member.dim else index.T.copy()).reshape(shape)
-    return torch.take_along_dim(tensor, gather.to(tensor.device), member.dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vfsurgery.data.batches import progress_line
+from vfsurgery.data.progress import progress_line
 from vfsurgery.discovery.maps import Order, UnitMap, permutations_of
 from vfsurgery.discovery.verification import certify, drift
 from vfsurgery.groups import Permutation

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from vfsurgery.data.batches import Batches, named
+from vfsurgery.data.batches import Batches
 from vfsurgery.data.holdout import first
+from vfsurgery.data.progress import named
 from vfsurgery.discovery.recording import hidden_norms
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet

@@ -19,11 +19,12 @@ from vfsurgery.merging.sparse import refuse_hooks
 from vfsurgery.stats.imagined import Imagined, stand_in
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.stats.together import examples_of, in_bound_runs, note_on
+from vfsurgery.tracing.compatibility import check_same_architecture, check_same_graph, check_weights
 from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.examples import ExampleInputs
 from vfsurgery.tracing.exported import EXPORTED
 from vfsurgery.tracing.selection import Leaf, listed
-from vfsurgery.tracing.sources import Source, check_same_architecture, check_same_graph, check_weights, eval_mode
+from vfsurgery.tracing.sources import Source, eval_mode
 
 MERGE_PARTS = (
     "  a part that can be recorded can be merged alone: merge(a.PART, b.PART, example_inputs=..., inplace=True)"

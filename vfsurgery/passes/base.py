@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from vfsurgery.data.batches import Batches, progress
+from vfsurgery.data.batches import Batches
+from vfsurgery.data.progress import progress
 from vfsurgery.discovery.maps import Order
 from vfsurgery.errors import DataError, explain
 from vfsurgery.groups import GroupSet

@@ -21,10 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vfsurgery.passes.cut import Cut
 from vfsurgery.tracing.borrowed import borrowed
-from vfsurgery.tracing.hooks import Hooks, unwatched
+from vfsurgery.tracing.hooks import Hooks
 from vfsurgery.tracing.ops import canonical_parameters
 from vfsurgery.tracing.sources import eval_mode
 from vfsurgery.tracing.transformers import one_by_one
+from vfsurgery.tracing.unhooked import unwatched
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode

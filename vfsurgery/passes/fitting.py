@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from vfsurgery.tracing.hooks import is_twin
+from vfsurgery.tracing.unhooked import is_twin
 
 
 def fits(model: nn.Module, graph_module: fx.GraphModule, recorded: fx.GraphModule) -> bool:

@@ -27,7 +27,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, fx
 
-from vfsurgery.data.batches import progress
+from vfsurgery.data.progress import progress
 from vfsurgery.discovery.maps import map_units
 from vfsurgery.errors import DataError, OptionError, explain
 from vfsurgery.groups import GroupSet

@@ -29,19 +29,12 @@ from vfsurgery.stats.imagined import stand_in
 from vfsurgery.stats.precision import batches_for, image_dtype
 from vfsurgery.stats.together import examples_of, in_bound_runs
 from vfsurgery.tracing.bound import refuse_bound
+from vfsurgery.tracing.compatibility import check_same_architecture, check_same_graph, check_weights
 from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.examples import example_inputs_of
 from vfsurgery.tracing.modes import TRAINING
 from vfsurgery.tracing.selection import Leaf
-from vfsurgery.tracing.sources import (
-    Source,
-    canonical_state,
-    check_same_architecture,
-    check_same_graph,
-    check_weights,
-    eval_mode,
-    write_into,
-)
+from vfsurgery.tracing.sources import Source, canonical_state, eval_mode, write_into
 from vfsurgery.tracing.wrappers import as_given, network
 
 Passes: TypeAlias = str | Pass | Sequence[str | Pass]

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.batches import progress as with_bar
+from vfsurgery.data.progress import progress as with_bar
 from vfsurgery.errors import OptionError, SurgeryError, did_you_mean, explain
 from vfsurgery.groups import GroupSet, PermutationGroup
 from vfsurgery.passes.producers import find_producers

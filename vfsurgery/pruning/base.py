@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.data.batches import Batches, progress
+from vfsurgery.data.batches import Batches
+from vfsurgery.data.progress import progress
 from vfsurgery.errors import DataError, explain
 from vfsurgery.pruning.layers import Layout
 from vfsurgery.pruning.masks import Masks

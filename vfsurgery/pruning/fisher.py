@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vfsurgery.data.batches import progress
+from vfsurgery.data.progress import progress
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.pruning.base import PRUNERS, Pruner, Pruning, Scope
 from vfsurgery.pruning.gradients import LABELS, Gradients, Labelled, Labels

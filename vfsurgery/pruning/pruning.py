@@ -21,8 +21,9 @@ from vfsurgery.pruning.selection import select
 from vfsurgery.records.results import remember
 from vfsurgery.stats.imagined import stand_in
 from vfsurgery.stats.precision import batches_for
+from vfsurgery.tracing.compatibility import first_not_finite
 from vfsurgery.tracing.copies import copied
-from vfsurgery.tracing.sources import eval_mode, first_not_finite
+from vfsurgery.tracing.sources import eval_mode
 from vfsurgery.tracing.wrappers import as_given, network
 
 

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from vfsurgery.data.batches import progress
+from vfsurgery.data.progress import progress
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.pruning.base import PRUNERS, Pruning, Scope
 from vfsurgery.pruning.fisher import GIB, GradientPruner, check_counts

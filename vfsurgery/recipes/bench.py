@@ -21,7 +21,8 @@ from vfsurgery.hub.cards import Summary
 from vfsurgery.recipes.sections import Images, Source, fitting
 from vfsurgery.records.report import Report
 from vfsurgery.records.results import report_of
-from vfsurgery.scoring.evaluation import Barrier, Score, compare, evaluate, first_images
+from vfsurgery.scoring.barriers import Barrier
+from vfsurgery.scoring.evaluation import Score, compare, evaluate, first_images
 from vfsurgery.scoring.flip_rates import Flips
 from vfsurgery.tracing.examples import BATCH, random_images
 from vfsurgery.training import from_seed

@@ -26,8 +26,9 @@ from vfsurgery.recipes.entries import FORMATS
 from vfsurgery.recipes.recipe import STEPS, Recipe
 from vfsurgery.recipes.sections import Source, fitting
 from vfsurgery.recipes.stage import MERGED
+from vfsurgery.tracing.compatibility import check_same_architecture
 from vfsurgery.tracing.examples import BATCH, example_inputs_of
-from vfsurgery.tracing.sources import check_same_architecture, eval_mode
+from vfsurgery.tracing.sources import eval_mode
 
 MIB = 2**20
 Sketch: TypeAlias = tuple[nn.Module, tuple[Tensor, ...], fx.GraphModule | None, GroupSet | None]

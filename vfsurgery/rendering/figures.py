@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from vfsurgery.checkpoints import atomic
+from vfsurgery.scoring.barriers import Barrier
 from vfsurgery.scoring.diagnosis import Diagnosis
-from vfsurgery.scoring.evaluation import Barrier
 from vfsurgery.scoring.sweeps import Sweep
 from vfsurgery.shown import draw
 

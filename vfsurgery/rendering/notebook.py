@@ -8,8 +8,8 @@ from itertools import islice
 
 from vfsurgery.rendering.figures import Draw, barrier_panels, diagnosis_panels, svg
 from vfsurgery.rendering.fragments import LONG, Html, bar, figure, folded, fragment, paragraph, paragraphs, table
+from vfsurgery.scoring.barriers import Barrier
 from vfsurgery.scoring.diagnosis import Diagnosis
-from vfsurgery.scoring.evaluation import Barrier
 from vfsurgery.scoring.flip_rates import Flips
 from vfsurgery.shown import html_of
 

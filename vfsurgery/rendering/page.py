@@ -17,8 +17,9 @@ from vfsurgery.checkpoints import write_text
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.records.report import MergeReport, Report
 from vfsurgery.rendering.figures import Draw, barrier_panels, diagnosis_panels, draw_costs, svg, sweep_panel
+from vfsurgery.scoring.barriers import Barrier
 from vfsurgery.scoring.diagnosis import CostRow, Diagnosis
-from vfsurgery.scoring.evaluation import Barrier, Score
+from vfsurgery.scoring.evaluation import Score
 from vfsurgery.scoring.flip_rates import Flips
 from vfsurgery.scoring.layers import LayerDiagnosis
 from vfsurgery.scoring.sweeps import Sweep

@@ -23,10 +23,11 @@ import torch
 from torch import nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.batches import progress as progress_bar
+from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.errors import IncompatibleModelsError, OptionError, explain
 from vfsurgery.records.report import Report, Unpaired
-from vfsurgery.scoring.evaluation import Barrier, Score
+from vfsurgery.scoring.barriers import Barrier
+from vfsurgery.scoring.evaluation import Score
 from vfsurgery.scoring.flip_rates import Flips
 from vfsurgery.scoring.layers import LayerDiagnosis
 from vfsurgery.scoring.sweeps import Sweep

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.batches import progress as progress_bar
+from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.errors import DataError, OptionError, explain
 from vfsurgery.scoring.evaluation import device_of, logits_of
 from vfsurgery.shown import Shown

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.batches import progress as progress_bar
+from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.matching import Given

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.batches import progress as progress_bar
+from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.discovery.recording import record
 from vfsurgery.errors import DataError, OptionError, TraceError, did_you_mean, explain
 from vfsurgery.groups import GroupSet
@@ -32,18 +32,11 @@ from vfsurgery.stats.collect import Survey
 from vfsurgery.stats.imagined import stand_in
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.borrowed import borrowed
+from vfsurgery.tracing.compatibility import check_same_architecture, check_weights
+from vfsurgery.tracing.constants import check_saved_whole_numbers, check_unsaved, whole_numbers
 from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.precision import is_inexact
-from vfsurgery.tracing.sources import (
-    Source,
-    canonical_state,
-    check_same_architecture,
-    check_saved_whole_numbers,
-    check_unsaved,
-    check_weights,
-    eval_mode,
-    whole_numbers,
-)
+from vfsurgery.tracing.sources import Source, canonical_state, eval_mode
 from vfsurgery.tracing.wrappers import network
 
 MASKS = ("same", "intersect", "union", "reprune")

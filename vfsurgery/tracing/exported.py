@@ -31,8 +31,8 @@ from torch.fx.node import map_arg
 from vfsurgery.errors import TraceError, explain
 from vfsurgery.tracing.borrowed import set_mode
 from vfsurgery.tracing.copies import copied, fresh
+from vfsurgery.tracing.graph_modules import put_over_model
 from vfsurgery.tracing.modes import NOT_FOLLOWED, asks_for_mode
-from vfsurgery.tracing.tracer import put_over_model
 from vfsurgery.tracing.values import VALUE, TensorValue
 
 EXPORTED = "vfsurgery_exported"

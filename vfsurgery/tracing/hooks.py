@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,8 +106,8 @@ class Hooks:
     @staticmethod
     def seen(model: nn.Module, inputs: tuple[Tensor, ...]) -> Hooks:
         """The hooks and what they do, whatever that is; only those on all modules of the process must look on alone."""
-        found = Hooks(tuple(_hooks_of(model)))
-        if found.found or any(map(_global_hooks, GLOBAL)):
+        found = Hooks(tuple(hooks_of(model)))
+        if found.found or any(map(global_hooks, GLOBAL)):
             found._watch(model, inputs)
         return found
 
@@ -140,7 +140,7 @@ class Hooks:
         everywhere = [
             (owner, key, Hook("", kind.removeprefix("_global"), key, function))
             for kind in GLOBAL
-            for owner in [_global_hooks(kind)]
+            for owner in [global_hooks(kind)]
             for key, function in owner.items()
         ]
         devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
@@ -162,7 +162,7 @@ class Hooks:
 NO_HOOKS = Hooks()
 
 
-def _hooks_of(model: nn.Module) -> Iterator[Hook]:
+def hooks_of(model: nn.Module) -> Iterator[Hook]:
     for path, module in model.named_modules():
         for kind in KINDS:
             for key, function in getattr(module, kind).items():
@@ -172,52 +172,11 @@ def _hooks_of(model: nn.Module) -> Iterator[Hook]:
 
 def has_hooks(model: nn.Module) -> bool:
     """Whether a model has forward hooks other than those of ``torch.nn.utils``."""
-    return any(True for _ in _hooks_of(model))
+    return any(True for _ in hooks_of(model))
 
 
-def _global_hooks(kind: str) -> MutableMapping[int, Callable[..., Any]]:
+def global_hooks(kind: str) -> MutableMapping[int, Callable[..., Any]]:
     return getattr(torch_module, kind)
-
-
-def take_away(model: nn.Module, places: Sequence[tuple[str, str, int]]) -> None:
-    """Take hooks from a model for good, by their places as :attr:`Hooks.onlookers` has them."""
-    for path, kind, key in places:
-        getattr(model.get_submodule(path), kind).pop(key, None)
-
-
-@contextmanager
-def unwatched(model: nn.Module, places: Sequence[tuple[str, str, int]]) -> Generator[None]:
-    """A model without hooks that look on, for runs on tensors without data, which they cannot read."""
-    owners = [getattr(model.get_submodule(path), kind) for path, kind, _ in places]
-    kept = [(owner, list(owner.items())) for owner in owners]
-    try:
-        take_away(model, places)
-        yield
-    finally:
-        for owner, hooks in kept:
-            owner.clear()
-            owner.update(hooks)
-
-
-def without_backward_hooks(skeleton: nn.Module) -> nn.Module:
-    """Take the hooks for gradients, which would look for a history in proxies, from a copy of a model."""
-    for module in skeleton.modules():
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
-    return skeleton
-
-
-@contextmanager
-def without_global_hooks() -> Generator[None]:
-    """No hooks on all modules of the process; they have been seen to look on only."""
-    kept = {kind: dict(_global_hooks(kind)) for kind in GLOBAL}
-    try:
-        for kind in GLOBAL:
-            _global_hooks(kind).clear()
-        yield
-    finally:
-        for kind, hooks in kept.items():
-            _global_hooks(kind).update(hooks)
 
 
 @contextmanager
@@ -364,32 +323,3 @@ def recorded_around(
         return run(*args, **kwargs)
     finally:
         restore()
-
-
-def without_hooks(module: nn.Module) -> nn.Module:
-    """A module that shares all tensors and submodules with ``module``, and has no forward hooks but those for weights.
-
-    A module without such hooks is returned as it is.
-
-    >>> layer = nn.Linear(2, 1)
-    >>> handle = layer.register_forward_hook(lambda module, args, output: output + 1)
-    >>> twin = without_hooks(layer)
-    >>> twin.weight is layer.weight, len(twin._forward_hooks), without_hooks(twin) is twin
-    (True, 0, True)
-    """
-    if not any(True for hook in _hooks_of(module) if not hook.path):
-        return module
-    twin = module.__new__(type(module))
-    twin.__dict__.update(vars(module))
-    for kind in KINDS:
-        hooks = getattr(module, kind)
-        kept = [(key, hook) for key, hook in hooks.items() if type(hook).__module__.startswith(WEIGHT_HOOKS)]
-        twin.__dict__[kind] = type(hooks)(kept)
-    return twin
-
-
-def is_twin(module: object, other: object) -> bool:
-    """Whether one module is the other, or what :func:`without_hooks` makes of it."""
-    if not (isinstance(module, nn.Module) and isinstance(other, nn.Module)):
-        return module is other
-    return module is other or module._parameters is other._parameters

@@ -25,8 +25,10 @@ from vfsurgery.tracing.bound import BOUND
 from vfsurgery.tracing.chance import without_chance
 from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.followers import Followers, owner_of
-from vfsurgery.tracing.hooks import ONLOOKERS, Hooks, unwatched, without_backward_hooks
-from vfsurgery.tracing.tracer import Recording, put_over_model, record_forward
+from vfsurgery.tracing.graph_modules import put_over_model
+from vfsurgery.tracing.hooks import ONLOOKERS, Hooks
+from vfsurgery.tracing.tracer import Recording, record_forward
+from vfsurgery.tracing.unhooked import unwatched, without_backward_hooks
 
 IN_TRAINING = "vfsurgery_in_training"
 """Key in a graph module's ``meta``: the graph module of what the model computes in training, if that is another one."""

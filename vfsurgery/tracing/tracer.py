@@ -22,13 +22,11 @@ those that have a coupling rule of their own.
 
 from __future__ import annotations
 
-import builtins
 import functools
 import inspect
 import math
-import operator
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -37,9 +35,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import _symbolic_trace
-from torch.fx.proxy import Attribute
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from vfsurgery.errors import HookError, explain
 from vfsurgery.tracing.borrowed import set_mode
@@ -47,22 +44,14 @@ from vfsurgery.tracing.bound import find_bound
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.failures import is_users, not_recorded, shown
 from vfsurgery.tracing.followers import reads_of_mode
-from vfsurgery.tracing.hooks import (
-    NO_HOOKS,
-    REMOVE,
-    Hooks,
-    computes_weights,
-    is_twin,
-    recorded_around,
-    without_global_hooks,
-    without_hooks,
-)
+from vfsurgery.tracing.hooks import NO_HOOKS, REMOVE, Hooks, computes_weights, recorded_around
+from vfsurgery.tracing.proxies import GuardingTracer, ValueProxy, holds_proxy, recording_lengths, values_of
 from vfsurgery.tracing.transformers import TRANSFORMERS, one_by_one
+from vfsurgery.tracing.unhooked import without_global_hooks
 from vfsurgery.tracing.values import KEPT_WHOLE, RETURNS_INPUT, VALUE, abstract, fields_of, is_record
 
 FACTORIES = "arange empty eye full linspace ones rand randint randn randperm tensor tril_indices triu_indices zeros"
 """Functions that make tensors from sizes: torch's argument parser takes no proxies for numbers, so they are wrapped."""
-STATIC_ATTRIBUTES = frozenset({"is_cuda", "is_sparse", "is_quantized", "is_nested", "requires_grad", "layout"})
 
 
 @dataclass(frozen=True)
@@ -109,7 +98,7 @@ def record_forward(
     try:
         with (
             tracer.recording_factories(),
-            _recording_lengths(),
+            recording_lengths(),
             _unwrapped_functions(),
             one_by_one(tracer.guards),
             without_global_hooks(),
@@ -127,75 +116,7 @@ def record_forward(
     return Recording(graph, skeleton, (*guards, *([f"images in a batch == {bound}"] * bool(bound))), bool(asked), bound)
 
 
-class ValueProxy(fx.Proxy):
-    """A proxy that knows its value in the example run, and answers with it where Python needs an answer."""
-
-    def __init__(self, node: fx.Node, tracer: ValueTracer) -> None:
-        super().__init__(node, tracer)
-        self.value: Any = None
-
-    def _decide(self, convert: Callable[[Any], Any]) -> Any:
-        return self._decided(f"{convert.__name__}({self.node})", convert(self.value))
-
-    def _decided(self, question: str, answer: Any) -> Any:
-        """An answer that is fixed in the graph from now on."""
-        cast(ValueTracer, self.tracer).guards.append(f"{question} == {answer!r}")
-        return answer
-
-    def __bool__(self) -> bool:
-        return self._decide(bool)
-
-    def __int__(self) -> int:
-        return self._decide(int)
-
-    def __float__(self) -> float:
-        return self._decide(float)
-
-    def __index__(self) -> int:
-        return self._decide(operator.index)
-
-    def __len__(self) -> int:
-        held = isinstance(self.value, Tensor)
-        return self._decided(f"len({self.node})", self.value.shape[0]) if held else self.value.__len__()
-
-    def __contains__(self, item: object) -> bool:
-        return self._decided(f"{item!r} in {self.node}", _values(item) in self.value)
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __iter__(self) -> Iterator[ValueProxy]:
-        return iter([operator.getitem(cast(Any, self), index) for index in range(self.__len__())])
-
-    def __setitem__(self, index: Any, item: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, item), {})
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "value":  # while being constructed
-            raise AttributeError(name)
-        concrete = getattr(self.value, name)
-        if name in STATIC_ATTRIBUTES:
-            return self._decided(f"{self.node}.{name}", concrete)
-        if name == "ndim" or isinstance(self.value, torch.device):  # the graph is for inputs of this many dims anyway
-            return concrete
-        if callable(concrete):
-            return Attribute(self, name)
-        if isinstance(self.value, tuple):  # by its place, which rules understand: x.max(1).values is item 0
-            place = next(place for place, item in enumerate(self.value) if item is concrete)
-            return operator.getitem(cast(Any, self), place)
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        """The value's type, so that ``isinstance(size, int)`` in a forward holds as it would in a real run.
-
-        Not for tensors: torch's C++ code would believe it and read a tensor where there is none.
-        """
-        value = self.__dict__.get("value")
-        return ValueProxy if value is None or isinstance(value, Tensor) else type(value)
-
-
-class ValueTracer(fx.Tracer):
+class ValueTracer(GuardingTracer):
     """An ``fx.Tracer`` whose proxies carry the values of one example run on fake tensors."""
 
     proxy_buffer_attributes = True
@@ -211,7 +132,7 @@ class ValueTracer(fx.Tracer):
         self.leaves, self.model, self.hooks = leaves, model, hooks
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.inputs = tuple(self.mode.from_tensor(x) for x in example_inputs)
-        self.guards: list[str] = []
+        self.guards = []
         self._computing = False
 
     def is_computing(self) -> bool:
@@ -246,7 +167,7 @@ class ValueTracer(fx.Tracer):
 
         def recording(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                if self._computing or not _holds_proxy((args, kwargs)):
+                if self._computing or not holds_proxy((args, kwargs)):
                     return function(*args, **kwargs)
                 return self.create_proxy("call_function", function, args, kwargs)
 
@@ -318,7 +239,7 @@ class ValueTracer(fx.Tracer):
             return super().create_arg(a)
         parts = fields_of(a)
         node = self.create_node("call_function", type(a), (), {name: self.create_arg(x) for name, x in parts.items()})
-        node.meta[VALUE] = {name: abstract(_values(x)) for name, x in parts.items()}
+        node.meta[VALUE] = {name: abstract(values_of(x)) for name, x in parts.items()}
         return node
 
     def create_proxy(
@@ -338,12 +259,12 @@ class ValueTracer(fx.Tracer):
         proxy = cast(ValueProxy, super().create_proxy(kind, target, args, kwargs, name, type_expr))
         if kind != "placeholder":
             proxy.node.meta["stack_trace"] = _forward_line()
-            value = self._compute(kind, target, _values(args), _values(kwargs))
+            value = self._compute(kind, target, values_of(args), values_of(kwargs))
             proxy.__dict__["value"] = value
             proxy.node.meta[VALUE] = abstract(value)
             if kind in ("call_function", "call_method") and value is not None:
                 self._follow_in_place(args, value, proxy)
-            returns_input = kind == "call_module" and len(args) == 1 and value is _values(args[0])
+            returns_input = kind == "call_module" and len(args) == 1 and value is values_of(args[0])
             proxy.node.meta[RETURNS_INPUT] = returns_input and target not in self.leaves  # which may write into it
         return proxy
 
@@ -421,22 +342,6 @@ class ValueTracer(fx.Tracer):
 
 
 @contextmanager
-def _recording_lengths() -> Generator[None]:
-    """Record ``len(x)`` of a tensor as its first size, which goes with the batch; Python takes none but a number."""
-
-    def first_size(value: Any) -> Any:
-        recorded = type(value) is ValueProxy and isinstance(value.value, Tensor)
-        return value.size(0) if recorded else length(value)
-
-    length = builtins.len
-    builtins.len = first_size
-    try:
-        yield
-    finally:
-        builtins.len = length
-
-
-@contextmanager
 def _unwrapped_functions() -> Generator[None]:
     """Let ``torch.fx.wrap`` hold only for functions that have a coupling rule, and for builtins."""
     wrapped = _symbolic_trace._wrapped_fns_to_patch
@@ -464,85 +369,8 @@ def _forward_line() -> str:
     return ""
 
 
-def _values(arguments: Any) -> Any:
-    """Replace proxies by their values, at any depth."""
-    if type(arguments) is ValueProxy:
-        return arguments.value
-    if type(arguments) is Attribute:
-        return getattr(_values(arguments.root), arguments.attr)
-    if type(arguments) is slice:
-        return slice(*(_values(part) for part in (arguments.start, arguments.stop, arguments.step)))
-    if type(arguments) in (tuple, list):
-        return type(arguments)(_values(item) for item in arguments)
-    if type(arguments) is dict:
-        return {key: _values(item) for key, item in arguments.items()}
-    return tree_map(_values, arguments) if hasattr(arguments, "_fields") else arguments
-
-
-def _holds_proxy(arguments: Any) -> bool:
-    if type(arguments) in (tuple, list):
-        return any(map(_holds_proxy, arguments))
-    if type(arguments) is dict:
-        return any(map(_holds_proxy, arguments.values()))
-    return type(arguments) in (ValueProxy, Attribute)
-
-
 def _knows_its_mode(module: nn.Module) -> bool:
     """Whether a module without parameters, that is not one of torch's, asks for ``self.training``."""
     code = getattr(type(module).forward, "__code__", None)
     asks = code is not None and "training" in code.co_names
     return asks and not type(module).__module__.startswith("torch.nn") and not any(True for _ in module.parameters())
-
-
-def put_over(model: nn.Module, graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph over another model of the same structure, sharing that model's modules and tensors."""
-    graph = fx.Graph(tracer_cls=fx.Tracer)
-    graph.output(graph.graph_copy(graph_module.graph, val_map={}))
-    copied = put_over_model(model, graph_module, graph)
-    for mine, theirs in zip(copied.graph.nodes, graph_module.graph.nodes, strict=True):
-        mine.meta = dict(theirs.meta)
-    copied.meta = dict(graph_module.meta)
-    return copied
-
-
-def put_over_model(model: nn.Module, fallback: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """Put the graph over the model's own modules, parameters and buffers, and keep those that it does not use.
-
-    What only the trace has (tensor constants, modules that follow the mode) comes from ``fallback``. Where a module has
-    hooks, which are nodes of the graph, a twin without them takes its place.
-    """
-    members: dict[str, Any] = {}
-    for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            try:
-                member = operator.attrgetter(node.target)(model)
-            except AttributeError:
-                member = operator.attrgetter(node.target)(fallback)
-            members[node.target] = without_hooks(member) if isinstance(member, nn.Module) else member
-    graph_module = fx.GraphModule(members, graph, type(model).__name__)
-    known = model.state_dict(keep_vars=True)
-    for path, module in graph_module.named_modules():
-        for name in module._buffers:  # constants of the forward are no state
-            if (f"{path}.{name}" if path else name) not in known:
-                module._non_persistent_buffers_set.add(name)
-    _mirror(graph_module, model)
-    graph_module.training = model.training
-    return graph_module
-
-
-def _mirror(module: nn.Module, model: nn.Module) -> None:
-    """Give ``module`` all children, parameters and buffers of ``model`` in its order; what it has more stays behind."""
-    for name, tensor in model._parameters.items():
-        module.register_parameter(name, tensor)
-    for name, tensor in model._buffers.items():
-        module.register_buffer(name, tensor, persistent=name not in model._non_persistent_buffers_set)
-    extra = {name: child for name, child in module._modules.items() if name not in model._modules}
-    present = dict(module._modules)
-    module._modules.clear()
-    for name, child in model._modules.items():
-        mine = present.get(name)
-        if child is not None and type(mine) is nn.Module:  # a container that fx made for the children it needs
-            _mirror(mine, child)
-            mine.training = child.training
-        module._modules[name] = mine if type(mine) is nn.Module or is_twin(mine, child) else child
-    module._modules.update(extra)

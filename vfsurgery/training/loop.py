@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vfsurgery.data.augmentation import crop_and_flip
 from vfsurgery.data.batches import check_labels
-from vfsurgery.data.batches import progress as progress_bar
+from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
 from vfsurgery.pruning import Masks
 from vfsurgery.training.resuming import Progress

@@ -9,9 +9,10 @@ from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError, TraceError, explain
 from vfsurgery.pruning.renormalizing.pairing import Pairing, Unpaired
 from vfsurgery.stats.precision import image_dtype
+from vfsurgery.tracing.compatibility import check_finite
 from vfsurgery.tracing.computed import is_plain, plain_copy
 from vfsurgery.tracing.copies import fresh
-from vfsurgery.tracing.sources import Source, canonical_state, check_finite
+from vfsurgery.tracing.sources import Source, canonical_state
 from vfsurgery.tracing.values import VALUE
 
 FEWEST = 0.5

@@ -24,10 +24,10 @@ from vfsurgery.pruning.units.cut import Cut
 from vfsurgery.pruning.units.rehearsal import reason_of
 from vfsurgery.pruning.units.resize import with_tensors
 from vfsurgery.tracing.borrowed import borrowed
+from vfsurgery.tracing.graph_modules import put_over
 from vfsurgery.tracing.modes import in_training, not_followed
 from vfsurgery.tracing.ops import Op, OpReader
 from vfsurgery.tracing.precision import Precise
-from vfsurgery.tracing.tracer import put_over
 from vfsurgery.tracing.transformers import one_by_one
 from vfsurgery.tracing.values import tensors_of
 

@@ -21,10 +21,11 @@ from vfsurgery.pruning.units.cut import Cut
 from vfsurgery.pruning.units.resize import Resizer
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.copies import copied
-from vfsurgery.tracing.hooks import ONLOOKERS, take_away
+from vfsurgery.tracing.hooks import ONLOOKERS
 from vfsurgery.tracing.modes import in_training
 from vfsurgery.tracing.sources import canonical_state
 from vfsurgery.tracing.transformers import one_by_one
+from vfsurgery.tracing.unhooked import take_away
 from vfsurgery.tracing.values import tensors_of
 
 

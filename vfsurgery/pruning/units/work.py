@@ -34,11 +34,12 @@ from vfsurgery.stats.correlation import CrossMoments
 from vfsurgery.stats.imagined import stand_in
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.stats.together import examples_of, in_bound_runs
+from vfsurgery.tracing.compatibility import check_weights
 from vfsurgery.tracing.copies import copied, fresh
 from vfsurgery.tracing.examples import ExampleInputs
+from vfsurgery.tracing.graph_modules import put_over
 from vfsurgery.tracing.precision import Precise, in_precision, raised, raised_dtype
-from vfsurgery.tracing.sources import Source, check_weights
-from vfsurgery.tracing.tracer import put_over
+from vfsurgery.tracing.sources import Source
 
 TOO_SMALL = "too few units to lose one"
 

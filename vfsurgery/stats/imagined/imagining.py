@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.data.batches import progress_line
 from vfsurgery.data.procedural import Leaves
+from vfsurgery.data.progress import progress_line
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.stats.imagined.aims import Watched
 from vfsurgery.stats.imagined.images import Imagined

@@ -1,0 +1,184 @@
+"""From solved constraints to permutation groups: components of the coupling graph, and where their units lie.
+
+The *coupling graph* (networkx) has a node for each atom on each axis and an edge for each tie, labelled with its op.
+Its connected components that reach no pin and hold parameters are the permutation groups.
+:mod:`vfsurgery.discovery.nesting` says which of them lie inside the units of others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import numpy as np
+from torch import fx
+
+from vfsurgery.discovery.nesting import Nesting, Outer
+from vfsurgery.discovery.unification import ONLY_IN_TRAINING, LocalAxis, Unification
+from vfsurgery.groups import GroupSet, Member, PermutationGroup
+from vfsurgery.groups.axes import AxisRef, TensorRef
+from vfsurgery.groups.layouts import Run
+from vfsurgery.tracing.modes import not_followed
+from vfsurgery.tracing.selection import chosen_pins
+
+
+def discover(
+    graph_module: fx.GraphModule, *, strict: bool = False, pins: str | Sequence[str] = (), training: bool = False
+) -> GroupSet:
+    """Find the permutation groups of a traced model.
+
+    Args:
+        graph_module: What :func:`vfsurgery.trace` returns.
+        strict: Raise at the first op without a coupling rule instead of pinning what it touches.
+        pins: Module paths, parameter names or patterns of them whose axes must not move.
+        training: List activations of the graph of training, too, if there is another one.
+
+    Raises:
+        UnknownOpError: under ``strict``; names the op, its node and module, and the remedy.
+        OptionError: an entry of ``pins`` matches nothing.
+    """
+    unification = Unification(graph_module, strict=strict, pins=chosen_pins(graph_module, pins))
+    return Components(unification, training).group_set()
+
+
+class Components:
+    """The groups of one traced model, whose constraints are ``solved``; :meth:`group_set` is the result."""
+
+    def __init__(self, solved: Unification, training: bool = False) -> None:
+        self.solved = solved
+        self._nodes = self._places(solved.graphs if training else solved.graphs[:1])
+
+    def coupling_graph(self) -> nx.Graph[Any]:
+        """Nodes ``(axis, atom)``, edges the ties with the node that made them as ``op``, pins as node attribute."""
+        graph: nx.Graph[Any] = nx.Graph()
+        for axis in self.solved.axes:
+            for atom in self.solved.atoms(axis):
+                graph.add_node((axis, atom.serial), size=atom.size, pin=atom.pin)
+        for op, axes in self.solved.ties:
+            last_with: dict[int, AxisRef | LocalAxis] = {}
+            for axis in axes:
+                for atom in self.solved.atoms(axis):
+                    if atom.serial in last_with:
+                        graph.add_edge((last_with[atom.serial], atom.serial), (axis, atom.serial), op=op)
+                    last_with[atom.serial] = axis
+        return graph
+
+    def group_set(self) -> GroupSet:
+        """The components of the coupling graph that hold parameters and reach no pin.
+
+        Activations are those of eval mode's graph; under ``training`` those of training's graph are listed after them.
+        """
+        graph = self.coupling_graph()
+        nesting = Nesting(self.solved.axes, self.solved.ties, self.solved.mixes)
+        components: dict[int, list[AxisRef]] = {}
+        for component in nx.connected_components(graph):
+            axes = [axis for axis, _ in component if isinstance(axis, AxisRef) and self._names(axis.tensor)]
+            free = all(graph.nodes[node]["pin"] is None for node in component)
+            if free and any(axis.tensor.kind == "parameter" for axis in axes):
+                components[next(iter(component))[1]] = axes
+        outers = nesting.find({serial: self._size(axes[0], serial) for serial, axes in components.items()})
+        nested = {serial for inner, outer in outers.items() for serial in (inner, outer.serial)}
+        found = [self._group(serial, axes, outers.get(serial), nesting) for serial, axes in components.items()]
+        found.sort(key=lambda group: _place(group[1].members[0], self._entries))
+        names = {serial: f"g{number}" for number, (serial, _) in enumerate(found)}
+        groups = tuple(
+            replace(
+                group,
+                name=names[serial],
+                outer=names[outers[serial].serial] if serial in outers else "",
+                mappable=serial not in nested and self.solved.roles.closed.isdisjoint(components[serial]),
+            )
+            for serial, group in found
+        )
+        return GroupSet(
+            groups,
+            tuple(self.solved.pinned_axes()),
+            tuple(self.solved.unknown_ops),
+            *self._coverage(groups),
+            in_training=len(self.solved.graphs) > 1,
+            notes=tuple(self._notes()),
+        )
+
+    @cached_property
+    def _entries(self) -> dict[str, int]:
+        """The place of every parameter and buffer in the state dict."""
+        return {name: number for number, name in enumerate(self.solved.graph_module.state_dict())}
+
+    @staticmethod
+    def _places(graphs: Sequence[fx.GraphModule]) -> dict[str, int]:
+        """The place of every node of some graphs, one graph after the other."""
+        nodes = (node for graph_module in graphs for node in graph_module.graph.nodes)
+        return {node.name: number for number, node in enumerate(nodes)}
+
+    def _notes(self) -> Iterator[str]:
+        """What groups do not say: that training is not followed, and what only training may use."""
+        reason = not_followed(self.solved.graph_module)
+        if reason:
+            unused = ", ".join(pin.parameter for pin in self.solved.pinned_axes() if pin.reason == ONLY_IN_TRAINING)
+            yield f"the groups hold in eval mode: training is not followed ({reason})"
+            if unused:
+                yield f"used only in training, if at all, and not followed: {unused}"
+
+    def _size(self, axis: AxisRef, serial: int) -> int:
+        return next(atom.size for atom in self.solved.atoms(axis) if atom.serial == serial)
+
+    def _group(
+        self, serial: int, axes: list[AxisRef], outer: Outer | None, nesting: Nesting
+    ) -> tuple[int, PermutationGroup]:
+        """The group of one atom, yet without its name and that of its outer group."""
+        members = [member for axis in axes for member in self._members(axis, serial, outer, nesting)]
+        kinds = {name: axis.tensor.kind for axis in axes for name in self._names(axis.tensor)}
+        own = sorted((m for m in members if kinds[m.parameter] == "parameter"), key=lambda m: _place(m, self._entries))
+        shown = (m for m in members if kinds[m.parameter] == "node" and m.parameter in self._nodes)
+        values = sorted(shown, key=lambda m: _place(m, self._nodes))
+        size = own[0].size
+        blocks = self._size(next(iter(nesting.axes_of(outer.serial))), outer.serial) if outer and outer.separate else 1
+        return serial, PermutationGroup("", size, tuple(own), tuple(values), blocks=blocks)
+
+    def _members(self, axis: AxisRef, serial: int, outer: Outer | None, nesting: Nesting) -> Iterator[Member]:
+        """The places of an atom on an axis of a parameter or node."""
+        role = self.solved.roles.of.get(axis, "")
+        for run in self.solved.axes[axis]:
+            serials = [atom.serial for atom in run.atoms]
+            for place in (place for place, found in enumerate(serials) if found == serial):
+                inside = outer is not None and outer.serial in serials
+                member = _member(axis, run, place, serials.index(outer.serial) if outer and inside else None)
+                block_axis = nesting.block_axis(axis, outer.serial) if outer and outer.separate and not inside else None
+                block_dim = member.block_dim if block_axis is None else block_axis.dim
+                for name in self._names(axis.tensor):
+                    yield replace(member, parameter=name, role=role, block_dim=block_dim)
+
+    def _names(self, tensor: TensorRef) -> Sequence[str]:
+        """What members call a tensor: one of several that a node computes goes by the nodes that pick it."""
+        return (tensor.name,) if tensor.item < 0 else self.solved.picked.get(tensor, ())
+
+    def _coverage(self, groups: tuple[PermutationGroup, ...]) -> tuple[int, int]:
+        grouped = {member.parameter for group in groups for member in group.members}
+        sizes = {name: parameter.numel() for name, parameter in self.solved.graph_module.named_parameters()}
+        return sum(sizes.values()), sum(size for name, size in sizes.items() if name in grouped)
+
+
+def _place(member: Member, order: Mapping[str, int]) -> tuple[object, ...]:
+    return (order[member.parameter], member.dim, member.start, member.indices)
+
+
+def _member(axis: AxisRef, run: Run, place: int, outer: int | None) -> Member:
+    """Where the units of factor ``place`` of a run lie on the axis, inside those of factor ``outer`` if there is one.
+
+    Listed index by index where the run is irregular, or where the outer factor is the faster one.
+    """
+    grid = run.grid
+    first = place if outer is None else outer
+    size, blocks = grid[place], 1 if outer is None else grid[outer]
+    before, between = math.prod(grid[:first]), 1 if outer is None else math.prod(grid[first + 1 : place])
+    name, start, inner = axis.tensor.name, int(run.at[0]), math.prod(grid[place + 1 :])
+    regular = np.array_equal(run.at, np.arange(start, start + len(run.at)))
+    if regular and (outer is None or outer < place):
+        return Member(name, axis.dim, size, start, inner, before, (), blocks, between)
+    factors = [place] if outer is None else [outer, place]
+    by_unit = np.moveaxis(run.at.reshape(grid), factors, range(len(factors))).reshape(-1)
+    return Member(name, axis.dim, size, start, indices=tuple(by_unit.tolist()), blocks=blocks)
