@@ -75,10 +75,10 @@ class PluginWarning(UserWarning):
 def explain(fact: str, **details: object) -> str:
     """Lay out one message: the fact, then one aligned line per detail that is not ``None``.
 
-    >>> print(explain("no coupling rule for torch.roll", node="roll_2", remedy="register @rule(torch.roll)"))
-    no coupling rule for torch.roll
-      node    roll_2
-      remedy  register @rule(torch.roll)
+    >>> print(explain("no coupling rule for torch.frexp", node="frexp_2", remedy="register @rule(torch.frexp)"))
+    no coupling rule for torch.frexp
+      node    frexp_2
+      remedy  register @rule(torch.frexp)
     """
     shown = {label: str(text) for label, text in details.items() if text is not None}
     width = max(map(len, shown), default=0)

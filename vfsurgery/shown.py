@@ -20,6 +20,20 @@ class Shown:
         return html_of(self)
 
 
+class Drawn(Shown):
+    """A value that has a figure, too."""
+
+    __slots__ = ()
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the figure into ``path``, whose ending is the format, PNG without one; returns the path.
+
+        Raises:
+            CheckpointError: the file cannot be written; nothing is left of it then.
+        """
+        return draw(self, path)
+
+
 @singledispatch
 def html_of(value: object) -> str:
     """A value as an HTML fragment that needs nothing beside it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from vfsurgery.errors import OptionError, explain
 from vfsurgery.merging.merge import ExampleInputs, Made, Matchings, asks_for_images, made, merge
 from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.scoring.evaluation import ENSEMBLE, Score, compare, evaluate, first_images, score_together
-from vfsurgery.shown import Shown, draw
+from vfsurgery.shown import Drawn
 from vfsurgery.stats.imagined import stand_in
 
 
@@ -53,7 +52,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class Barrier(Shown):
+class Barrier(Drawn):
     """What :func:`barrier` found: two sources, their ensemble, and the curves between them. Print it for a table."""
 
     a: Score
@@ -87,14 +86,6 @@ class Barrier(Shown):
         ]
         barriers = "".join(_cell(curve.accuracy_barrier, curve.loss_barrier) for curve in self.curves.values())
         return "\n".join(line.rstrip() for line in [*sources, header, *rows, f"{'barrier':<13}{barriers}"])
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw accuracy and loss along alpha into ``path``, in the format of its ending (PNG without one).
-
-        Raises:
-            CheckpointError: The file cannot be written; nothing is left of it then.
-        """
-        return draw(self, path)
 
 
 def barrier(

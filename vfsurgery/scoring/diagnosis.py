@@ -32,7 +32,7 @@ from vfsurgery.scoring.flip_rates import Flips
 from vfsurgery.scoring.layers import LayerDiagnosis
 from vfsurgery.scoring.sweeps import Sweep
 from vfsurgery.scoring.verdict import VANISHED, Remedy, State, first_below, in_words, state_of
-from vfsurgery.shown import Shown, draw, write_page
+from vfsurgery.shown import Drawn, write_page
 from vfsurgery.stats.imagined import stand_in
 from vfsurgery.stats.layers import BATCH_NORM, Reading
 from vfsurgery.tracing.sources import eval_mode
@@ -49,7 +49,7 @@ DEPTHS = tuple(step / 20 for step in range(1, 21))
 
 
 @dataclass(frozen=True)
-class Diagnosis(Shown):
+class Diagnosis(Drawn):
     """What :func:`diagnose` found; print it for a table, or make a page of it.
 
     ``layers`` are in the sources' order of execution, and ``entries`` is how many layers the sources have: those of
@@ -140,16 +140,6 @@ class Diagnosis(Shown):
     def to_json(self) -> str:
         """The values of :meth:`to_dict` as indented JSON."""
         return json.dumps(self.to_dict(), indent=2)
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw ratio and bounds, feature and offset, and variance ratio over relative depth into ``path``.
-
-        The ending is the format, PNG without one.
-
-        Raises:
-            CheckpointError: the file cannot be written; nothing is left of it then.
-        """
-        return draw(self, path)
 
     def page(
         self,

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from vfsurgery.scoring.evaluation import Score
-from vfsurgery.shown import draw
+from vfsurgery.shown import Drawn
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Drawn):
     """Accuracy over the values of ``axis``, shares in percent, and of the networks that all began with."""
 
     axis: str
@@ -50,14 +49,6 @@ class Sweep:
     def places(self) -> list[float]:
         """The values in their unit."""
         return [100 * value for value in self.values] if self.unit else [*self.values]
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw the curves into ``path``, whose ending is the format, PNG without one.
-
-        Raises:
-            CheckpointError: the file cannot be written; nothing is left of it then.
-        """
-        return draw(self, path)
 
     def lines(self) -> Iterator[str]:
         """A table: a row per curve, a column per value; accuracies in percent, published ones in rows of their own."""

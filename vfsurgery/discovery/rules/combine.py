@@ -1,4 +1,4 @@
-"""Ops that join tensors or pick parts of them: concatenation, chunks, slices, repeats."""
+"""Ops that join tensors, pick parts of them or go along a dim: concatenation, chunks, slices, repeats, sorts, sums."""
 
 from __future__ import annotations
 

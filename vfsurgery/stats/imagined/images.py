@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from vfsurgery.checkpoints import atomic
 from vfsurgery.data.procedural import Pixels
 from vfsurgery.errors import CheckpointError, explain
-from vfsurgery.shown import Shown, draw
+from vfsurgery.shown import Drawn
 from vfsurgery.stats.imagined.report import ImagineReport
 
 WEIGHTS = ".safetensors"
@@ -23,7 +23,7 @@ CLASS = "imagined"
 """The one folder of images in a folder that is written: it is read as one of its class."""
 
 
-class Imagined(Shown, TensorDataset):
+class Imagined(Drawn, TensorDataset):
     """Imagined images, to be passed as ``data=``; each item is ``(image,)``.
 
     Attributes:
@@ -88,10 +88,6 @@ class Imagined(Shown, TensorDataset):
                 shutil.move(folder, path)
         except OSError as error:
             raise CheckpointError(explain(f"cannot write {path}", cause=error)) from error
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw a grid of some of the images into ``path``; its ending is the format, PNG without one."""
-        return draw(self, path)
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.images.shape[1:]))

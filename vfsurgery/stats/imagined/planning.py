@@ -16,9 +16,9 @@ from vfsurgery.stats.imagined.aims import Watched
 from vfsurgery.stats.precision import image_dtype
 from vfsurgery.stats.together import images_together, run_kept
 from vfsurgery.tracing.bound import bound_to
+from vfsurgery.tracing.compatibility import check_finite
 from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.precision import in_precision, is_inexact, real
-from vfsurgery.tracing.compatibility import check_finite
 from vfsurgery.tracing.sources import canonical_state
 from vfsurgery.tracing.values import floats_per_image
 from vfsurgery.tracing.wrappers import network
