@@ -14,6 +14,7 @@ from vfsurgery.scoring.barriers import Barrier
 from vfsurgery.scoring.diagnosis import Diagnosis
 from vfsurgery.scoring.sweeps import Sweep
 from vfsurgery.shown import draw
+from vfsurgery.stats.imagined import Imagined
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +37,9 @@ LINE = 0.055
 
 FLAT = 5
 """Above this, a linear axis would press ratios between 0 and 1 flat."""
+
+GRID = 8
+"""Images on a side of a grid of them."""
 
 Label = tuple[float, str, str]
 """Height in data coordinates, text, colour."""
@@ -86,6 +90,28 @@ def draw_sweep(found: Sweep, path: str | Path) -> Path:
     return _save(figure, path)
 
 
+@draw.register(Imagined)
+def draw_imagined(images: Imagined, path: str | Path) -> Path:
+    """Draw the first 64 images as a grid, with the range of their pixels as black to white, into ``path``.
+
+    Of images with other than 1 or 3 channels, the mean of all channels is shown.
+
+    Raises:
+        CheckpointError: The file cannot be written; nothing is left of it then.
+    """
+    shown = images.pixels.to_bytes(images.images[: GRID**2])
+    if shown.shape[1] not in (1, 3):
+        shown = shown.float().mean(1, keepdim=True).round().byte()
+    columns = min(GRID, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = _figure(0.9 * columns, 0.9 * rows)
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, image in zip(figure.axes, shown, strict=False):
+        axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    return _save(figure, path)
+
+
 def sweep_panel(found: Sweep) -> Draw:
     """The panel of :func:`draw_sweep`."""
     lifted = any(course.behind for course in found.courses.values())
@@ -123,7 +149,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: str | Path) -> Path:
     with atomic(path) as partial:
-        figure.savefig(partial, format=partial.suffix[1:] or "png", dpi=150)
+        figure.savefig(partial, format=Path(path).suffix[1:] or "png", dpi=150)
     return Path(path)
 
 

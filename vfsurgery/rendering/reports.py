@@ -26,6 +26,7 @@ from vfsurgery.rendering.fragments import (
 )
 from vfsurgery.shown import html_of
 from vfsurgery.soups import SoupReport
+from vfsurgery.stats.imagined import Imagined, ImagineReport
 
 
 @html_of.register(Report)
@@ -33,6 +34,12 @@ def report_html(report: Report) -> str:
     """The first line of the text, tables, and the whole text to unfold."""
     first = str(report).partition("\n")[0]
     return fragment(first, *tables_of(report), folded("the whole report", verbatim(str(report))))
+
+
+@html_of.register(Imagined)
+def imagined_html(images: Imagined) -> str:
+    """That of their report: images are no part of it, since what notebooks show fetches nothing."""
+    return report_html(images.report)
 
 
 @html_of.register(GroupSet)
@@ -45,6 +52,14 @@ def groups_html(groups: GroupSet) -> str:
 def tables_of(report: Report) -> tuple[Html, ...]:
     """What is shown of a report without a click, beside its first line; of a kind that is not known here, nothing."""
     return ()
+
+
+@tables_of.register(ImagineReport)
+def _imagined(report: ImagineReport) -> tuple[Html, ...]:
+    """How near each BatchNorm layer's statistics came."""
+    rows = [(layer.source, layer.layer, layer.units, layer.before, layer.after) for layer in report.layers]
+    layers = table(["source", "layer", "units", "distance before", "after"], rows)
+    return (folded(f"{len(rows)} layers", layers, unfolded=len(rows) <= LONG),) if rows else ()
 
 
 @tables_of.register(MergeReport)

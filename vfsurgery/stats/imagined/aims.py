@@ -1,119 +1,138 @@
-"""What BatchNorm layers remember of the images that a network was trained on, and how far others are from it."""
+"""What BatchNorm layers remember of the images that a network was trained on, and how far others are from it.
+
+Every BatchNorm, of whatever class, functional or not, ends in ``torch.nn.functional.batch_norm`` with the running
+statistics that it keeps. That call is what is watched here, so a network need not be traced.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-from vfsurgery.stats.batch_norms import BatchNorm, batch_norm_nodes, calls_of
-from vfsurgery.tracing.excerpts import Runner
+from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.values import judged
 
-FLOOR = 1e-12
-"""Of variances, in units of the layer's: a dead unit's deviation has no gradient at 0."""
+MEAN, VAR = "running_mean", "running_var"
+PLACES: dict[Any, tuple[str, ...]] = {
+    functional.batch_norm: ("input", MEAN, VAR, "weight", "bias", "training", "momentum"),
+    torch.batch_norm: ("input", "weight", "bias", MEAN, VAR, "training", "momentum"),
+}
+"""Names of the arguments of what normalizes by the batch or by running statistics, in order."""
+DEAD = 1e-4
+"""Units whose variance is less than this share of their layer's mean are constants: nothing is a multiple of it."""
+TINY = 1e-12
+"""Added to ratios of variances: the root of one that is 0 has no gradient."""
 
 
 @dataclass(frozen=True)
 class Aim:
-    """One BatchNorm layer: the nodes that call it, in order, and the statistics that it keeps.
-
-    Units that were constant in training keep a variance of about 0, of which nothing can be a multiple: they are left
-    out by ``alive``.
-    """
+    """The statistics that one BatchNorm layer keeps, and what its momentum forgets of a call until the next."""
 
     name: str
-    calls: tuple[str, ...]
-    shares: tuple[float, ...]
     mean: Tensor
     var: Tensor
-    alive: Tensor
-
-    @staticmethod
-    def of(name: str, calls: Sequence[str], norm: BatchNorm) -> Aim:
-        """Later calls count more, as in training: by what the momentum forgets of the earlier ones."""
-        momentum = norm.momentum or 0.0
-        shares = [(1 - momentum) ** (len(calls) - 1 - place) for place in range(len(calls))]
-        mean, var = (cast(Tensor, buffer).detach() for buffer in (norm.running_mean, norm.running_var))
-        alive = var > FLOOR + 1e-4 * var.mean()
-        return Aim(name, tuple(calls), tuple(share / sum(shares) for share in shares), mean, var, alive)
+    momentum: float
 
     def distance(self, seen: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Mean over the units of ``(mean - running mean)^2 / running var + (std / running std - 1)^2``.
 
+        Of several calls, later ones count more, as they did in training.
+
         Args:
-            seen: Mean and variance of every call's input, per unit.
+            seen: Mean and variance, per unit, of the input of every call.
         """
-        mean, var = (
-            torch.stack([share * each for share, each in zip(self.shares, values, strict=True)]).sum(0)[self.alive]
-            for values in zip(*seen, strict=True)
-        )
+        shares = [(1 - self.momentum) ** (len(seen) - 1 - place) for place in range(len(seen))]
+        parts = [(share * mean, share * var) for share, (mean, var) in zip(shares, seen, strict=True)]
+        mean, var = (torch.stack(values).sum(0)[self.alive] / sum(shares) for values in zip(*parts, strict=True))
         own_mean, own_var = self.mean[self.alive], self.var[self.alive]
-        ratio = (var / own_var + FLOOR).sqrt()
+        ratio = (var / own_var + TINY).sqrt()
         return ((mean - own_mean).square() / own_var + (ratio - 1).square()).mean()
 
+    @property
+    def alive(self) -> Tensor:
+        """The units that are no constants, as a mask."""
+        return self.var > DEAD * self.var.mean()
 
-def aims_of(graph_module: fx.GraphModule) -> tuple[Aim, ...]:
-    """The layers of a traced network whose statistics have been trained, in graph order.
-
-    A mean of 0 and a variance of 1 in every unit are what a layer begins with.
-    """
-    norms = batch_norm_nodes(graph_module)
-    paths = {node.name: str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    found = [Aim.of(paths.get(calls[0], calls[0]), calls, norm) for norm, calls in calls_of(norms).items()]
-    return tuple(aim for aim in found if aim.alive.any() and not _is_new(aim))
-
-
-def _is_new(aim: Aim) -> bool:
-    return bool((aim.mean == 0).all() and (aim.var == 1).all())
+    @property
+    def is_new(self) -> bool:
+        """Whether it has never been trained: a mean of 0 and a variance of 1 in every unit are what it begins with."""
+        return bool((self.mean == 0).all() and (self.var == 1).all())
 
 
-class Watched(Runner):
-    """Runs a traced network and sees what its BatchNorm layers are given; in eval mode, so nothing is updated.
+class Watched:
+    """A twin of a network in eval mode, whose BatchNorm layers are watched; nothing of the network itself changes.
 
-    >>> from vfsurgery.tracing.modes import trace_module
-    >>> from torch import nn
+    Attributes:
+        device: Where it lives.
+        aims: Its BatchNorm layers with trained statistics, by the address of their running means.
+        new: The names of those that have never been trained.
+        bytes: What an image's values take that are computed in a forward.
+
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).train()
-    >>> _ = net(torch.randn(50, 1, 8, 8)), net.eval()
-    >>> watched = Watched(trace_module(net, (torch.zeros(1, 1, 8, 8),)))
-    >>> [aim.name for aim in watched.aims]
+    >>> _ = net(torch.randn(50, 1, 8, 8))
+    >>> [aim.name for aim in Watched(net, torch.zeros(2, 1, 8, 8)).aims.values()]
     ['1']
     """
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__(graph_module)
-        self.graph_module = graph_module
-        self.aims = aims_of(graph_module)
-        self._calls = {call for aim in self.aims for call in aim.calls}
-        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network lives."""
-        tensors = (*self.graph_module.parameters(), *self.graph_module.buffers())
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self._twin = fresh(model, (example,)).eval()
+        self.device = example.device
+        names = {tensor.data_ptr(): name for name, tensor in self._twin.named_buffers() if tensor.numel()}
+        with torch.no_grad(), _Onlooker() as onlooker:
+            self._twin(example.clone())
+        self.bytes = onlooker.bytes // len(example)
+        found: dict[int, Aim] = {}
+        for place, (mean, var, momentum) in onlooker.kept.items():
+            name = names.get(place, f"batch_norm {len(found)}").removesuffix(f".{MEAN}")
+            found[place] = Aim(name, mean.detach().clone(), var.detach().clone(), momentum)
+        self.aims = {place: aim for place, aim in found.items() if not aim.is_new and bool(aim.alive.any())}
+        self.new = [aim.name for aim in found.values() if aim.is_new]
 
     def look(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """The distance of each layer's statistics on these images, and the logits, if any."""
-        self._seen.clear()
-        output = self.run(images)
-        distances = [aim.distance([self._seen[call] for call in aim.calls]) for aim in self.aims]
-        self._seen.clear()
+        with _Onlooker(self.aims) as onlooker:
+            output = self._twin(images)
+        distances = [aim.distance(onlooker.seen[place]) for place, aim in self.aims.items() if place in onlooker.seen]
         return distances, classes_in(output, len(images))
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node; of the input of a BatchNorm, note mean and variance."""
-        if n.name in self._calls:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            value: Tensor = next(iter((*args, *kwargs.values())))
-            dims = [dim for dim in range(value.ndim) if dim != 1]
-            single = value.numel() == value.shape[1]
-            var, mean = torch.var_mean(value, dim=dims, correction=0 if single else 1)
-            self._seen[n.name] = mean, var
-        return super().run_node(n)
+
+class _Onlooker(TorchFunctionMode):
+    """Sees the running statistics that are used, and mean and variance of what comes to those that are aimed at."""
+
+    def __init__(self, aims: Mapping[int, Aim] | None = None) -> None:
+        super().__init__()
+        self.aims = aims or {}
+        self.kept: dict[int, tuple[Tensor, Tensor, float]] = {}
+        self.seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.bytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in PLACES:
+            self._see(func, args, kwargs)
+        result = func(*args, **kwargs)
+        self.bytes += result.nbytes if isinstance(result, Tensor) else 0
+        return result
+
+    def _see(self, func: Any, args: Any, kwargs: Any) -> None:
+        names = PLACES[func]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        images, mean, var = given["input"], given.get(MEAN), given.get(VAR)
+        if mean is None or var is None:
+            return
+        place = mean.data_ptr()
+        self.kept.setdefault(place, (mean, var, given.get("momentum", 0.1)))
+        if place in self.aims:
+            dims = [dim for dim in range(images.ndim) if dim != 1]
+            single = images.numel() == images.shape[1]
+            spread, middle = torch.var_mean(images, dim=dims, correction=0 if single else 1)
+            self.seen.setdefault(place, []).append((middle, spread))
 
 
 def classes_in(output: object, count: int) -> Tensor | None:

@@ -70,7 +70,6 @@ def imagine(
         DataError: the networks take several inputs, no images, or not those of this size.
         OptionError: an argument is not acceptable, or there are no statistics to move images to.
         InvalidWeightsError: a network holds NaN or infinite values, or none at all.
-        TraceError: ``how="statistics"``, and a network cannot be recorded.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     >>> imagine(net, 10, example_inputs=torch.zeros(1, 1, 8, 8))
@@ -84,13 +83,14 @@ def imagine(
     count = images or max(min(IMAGES, BYTES // (4 * example[0].numel())), 2)
     devices = [device for device in {device_of(each) for each in networks} if device.type == "cuda"]
     with torch.random.fork_rng(devices), progress_line("imagined images", progress) as tell:
-        planned = plan(networks, example, count, how, steps or STEPS, memory)
         pixels, generator = pixels_of(networks[0], channels), torch.Generator().manual_seed(seed)
+        few = Leaves().draw(max(len(example), 2), (channels, height, width), generator, pixels)
+        planned = plan(networks, few, count, how, steps or STEPS, memory)
         tell(f"drawing {count} leaves")
         drawn = Leaves().draw(count, (channels, height, width), generator, pixels).to(planned.dtype)
         layers: tuple[NormReport, ...] = ()
         if planned.steered:
-            steering = Steering(steps or STEPS, planned.batch, pixels, generator)
+            steering = Steering(planned.steered, steps or STEPS, planned.batch, pixels, generator)
             layers = _steer(planned, steering, drawn[: planned.steered], tell)
         # any part of them is like the whole: what is held out, and what is looked at first
         drawn = drawn[torch.randperm(count, generator=generator)]
@@ -133,7 +133,7 @@ def _steer(planned: Plan, steering: Steering, images: Tensor, tell: Callable[[st
     return tuple(
         NormReport(number, aim.name, len(aim.mean), first, last)
         for number, source in enumerate(planned.sources)
-        for aim, first, last in zip(source.aims, before[number], after[number], strict=True)
+        for aim, first, last in zip(source.aims.values(), before[number], after[number], strict=True)
     )
 
 

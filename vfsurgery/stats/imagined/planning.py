@@ -7,20 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from vfsurgery.discovery.recording import record_or_export
-from vfsurgery.errors import DataError, InvalidWeightsError, OptionError, TraceError, explain
+from vfsurgery.errors import DataError, InvalidWeightsError, OptionError, explain
 from vfsurgery.stats.batch_norms import is_batch_norm
 from vfsurgery.stats.imagined.aims import Watched
 from vfsurgery.stats.precision import image_dtype
 from vfsurgery.stats.together import images_together, run_kept
-from vfsurgery.tracing.bound import bound_to
 from vfsurgery.tracing.compatibility import check_finite
-from vfsurgery.tracing.copies import fresh
 from vfsurgery.tracing.precision import in_precision, is_inexact, real
 from vfsurgery.tracing.sources import canonical_state
-from vfsurgery.tracing.values import floats_per_image
 from vfsurgery.tracing.wrappers import network
 
 STEERED, SHARE = 200, 5
@@ -77,40 +73,31 @@ def networks_of(models: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def plan(models: Sequence[nn.Module], example: Tensor, count: int, how: str, steps: int, memory: float) -> Plan:
-    """Run the networks on the example, trace them, and see what there is to aim at and what that costs.
+    """Run the networks on the example, and see what there is to aim at and what that costs.
 
     Raises:
         DataError: a network does not run on the example.
         OptionError: ``how="statistics"`` and there is nothing to aim at, or no memory for two images.
-        TraceError: ``how="statistics"``, and a network cannot be recorded.
     """
-    dtype = image_dtype(models[0]) or torch.float32
     examples = [example.to(device_of(model), image_dtype(model) or torch.float32) for model in models]
     for model, own in zip(models, examples, strict=True):
         _check_runs(model, own)
-    try:
-        graphs = [record_or_export(fresh(model, (own,)), (own,)) for model, own in zip(models, examples, strict=True)]
-    except TraceError as error:
-        if how == "statistics":
-            raise
-        return Plan((), dtype, 0.0, BATCH, 0, f"a network cannot be traced: {str(error).splitlines()[0]}")
-    sources = tuple(Watched(graph.eval()) for graph in graphs)
+    sources = tuple(Watched(model, own) for model, own in zip(models, examples, strict=True))
     flops = 2 * sum(_flops(source, own) for source, own in zip(sources, examples, strict=True))  # there and back
-    batch = min(BATCH, max(int(memory * GIB / sum(map(_bytes, graphs))), 0))
-    alone = Plan(sources, dtype, flops, max(batch, 1), 0)
+    room = int(memory * GIB / max(2 * max(source.bytes for source in sources), 1))
+    alone = Plan(sources, examples[0].dtype, flops, max(min(BATCH, room), 1), 0)
     if how == "leaves":
         return alone
-    why = _nothing_to_aim_at(models[0], sources, examples)
-    wanted = min(count, max(STEERED, -(-count // SHARE)))
-    steered = wanted
-    if not why and batch < min(wanted, 2):
-        need = 2 * sum(map(_bytes, graphs)) / GIB
-        why = f"two images take {need:.3g} GiB on their way there and back, and memory={memory:g}"
+    why = _nothing_to_aim_at(models, sources, examples)
+    wanted = steered = min(count, max(STEERED, -(-count // SHARE)))
+    if not why and room < 2:
+        need = 4 * max(source.bytes for source in sources) / GIB
+        why = f"two images take {need:.3g} GiB there and back, and memory={memory:g}"
     if not why and how == "auto":
-        most = MOST_FLOPS.get(device_of(models[0]).type, MOST_FLOPS_ELSEWHERE)
+        most = MOST_FLOPS.get(sources[0].device.type, MOST_FLOPS_ELSEWHERE)
         steered = min(wanted, int(most / max(flops * steps, 1)))
         if steered < min(wanted, LEAST_STEERED):
-            why = f"each of {steps} steps of an image takes {flops:.1e} FLOPs, and {most:.0e} are spent unasked"
+            why = f"{steps} steps of one image take {flops * steps:.1e} FLOPs, and {most:.0e} are spent unasked"
     if why and how == "statistics":
         remedy = "give more memory=" if "memory=" in why else "how='leaves' needs none"
         raise OptionError(explain("there are no statistics to move images to", because=why, remedy=remedy))
@@ -137,23 +124,17 @@ def _check_runs(model: nn.Module, example: Tensor) -> None:
         ) from error
 
 
-def _nothing_to_aim_at(model: nn.Module, sources: Sequence[Watched], examples: Sequence[Tensor]) -> str:
+def _nothing_to_aim_at(models: Sequence[nn.Module], sources: Sequence[Watched], examples: Sequence[Tensor]) -> str:
     """Why images cannot be moved to statistics; empty if they can."""
     if not any(source.aims for source in sources):
-        norms = [module for module in model.modules() if is_batch_norm(module)]
-        if not norms:
-            return "there is no BatchNorm layer"
-        if all(norm.running_var is None for norm in norms):
+        if any(source.new for source in sources):
+            return "the BatchNorm layers have never been trained: means are 0 and variances 1 throughout"
+        if any(is_batch_norm(module) for model in models for module in model.modules()):
             return "the BatchNorm layers keep no running statistics"
-        return "the BatchNorm layers have never been trained: means are 0 and variances 1 throughout"
-    if any(bound_to(source.graph_module) for source in sources) or images_together(model, (examples[0],)) > 1:
+        return "there is no BatchNorm layer"
+    if any(images_together(model, (own,)) > 1 for model, own in zip(models, examples, strict=True)):
         return "the network does not compute each image by itself"
     return ""
-
-
-def _bytes(graph_module: fx.GraphModule) -> int:
-    """What an image's activations take that are kept for the way back, and as much again for their gradients."""
-    return 2 * 4 * sum(map(floats_per_image, graph_module.graph.nodes)) or 1
 
 
 def _flops(source: Watched, example: Tensor) -> float:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from vfsurgery.shown import Shown
+from vfsurgery.records.report import Report
 
 NO_REAL_IMAGE = "no real image was used"
 """What reports and cards say."""
@@ -51,7 +50,7 @@ class Looks:
 
 
 @dataclass(frozen=True)
-class ImagineReport(Shown):
+class ImagineReport(Report):
     """How images were imagined; no real image was used.
 
     Attributes:
@@ -91,24 +90,23 @@ class ImagineReport(Shown):
         return _mean([layer.after for layer in self.layers])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**dataclasses.asdict(self), "before": self.before, "after": self.after, "real_images": 0}
+        """Plain lists, dicts, strings and numbers."""
+        return {**super().to_dict(), "before": self.before, "after": self.after, "real_images": 0}
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.size))
         lines = [f"{self.images} imagined images of {shape}, seed {self.seed}; {NO_REAL_IMAGE}"]
         if self.steered:
-            lines.append(f"{self.steered} of them steered towards BatchNorm statistics in {self.steps} steps")
+            lines.append(f"{self.steered} of them moved towards BatchNorm statistics in {self.steps} steps")
         if self.before is not None and self.after is not None:
-            lines.append(f"distance from {len(self.layers)} layers' statistics {self.before:.3f} -> {self.after:.3f}")
-        if self.looks.agreement is not None:
-            lines.append(
-                f"the sources agree on {self.looks.agreement:.1%} of {self.looks.images}; {self.looks.classes} classes "
-                f"found, {self.looks.within or 0:.0%} of the variance of logits within classes"
-            )
-        lines.append(f"{self.looks.duplicates} near-duplicates among {self.looks.images}")
-        lines.append(f"{self.seconds:.1f} s" + (f", about {self.flops:.1e} FLOPs" if self.flops else ""))
-        return "\n".join([*lines, *self.notes])
+            lines.append(f"distance of {len(self.layers)} layers' statistics {self.before:.3f} -> {self.after:.3f}")
+        looks = self.looks
+        if looks.agreement is not None:
+            lines.append(f"of {looks.images}, the sources agree on {looks.agreement:.1%}")
+            lines.append(f"{looks.classes} classes found; within them lies {looks.within or 0:.0%} of what logits vary")
+        lines.append(f"{looks.duplicates} near-duplicates among {looks.images}")
+        lines.append(f"{self.seconds:.1f} s" + (f", about {self.flops:.1e} FLOPs in steps" if self.flops else ""))
+        return "\n  ".join([*lines, *self.notes])
 
 
 def _mean(values: list[float]) -> float | None:

@@ -24,15 +24,16 @@ RATE = 0.1
 SMOOTH = 0.01
 """Weight of the mean difference of neighbours, in deviations: without it, noise is the easiest way to any statistic."""
 CLASSES = 0.1
-"""Weight of the cross-entropy to classes that take turns: so all of them are there."""
+"""Weight of the cross-entropy to classes that take turns, as many as there are images: so all of them are there."""
 SHIFT = 16
 """Images are rolled by up to this part of their sides at each step, so that no pixel is tuned to a stride."""
 
 
 @dataclass(frozen=True)
 class Steering:
-    """How images are moved: ``steps`` times, ``batch`` of them together, within the range of ``pixels``."""
+    """How ``images`` images are moved: ``steps`` times, ``batch`` of them together, within the range of ``pixels``."""
 
+    images: int
     steps: int
     batch: int
     pixels: Pixels
@@ -46,22 +47,27 @@ class Steering:
             images: Where to begin.
             tell: Is told after every step how far it is.
         """
-        parts = images.tensor_split(max(-(-len(images) // self.batch), 1))
-        started, done, moved = time.perf_counter(), 0, list[Tensor]()
+        count = -(-self.images // self.batch)
+        parts = images.tensor_split(count)
+        places = torch.arange(len(images)).tensor_split(count)
+        started, done = time.perf_counter(), 0
+        moved = torch.empty_like(images)
 
         def tick(step: int, distance: float) -> None:
             nonlocal done
             done += 1
             left = (time.perf_counter() - started) * (len(parts) * self.steps / done - 1)
-            place = f"batch {len(moved) + 1} of {len(parts)}, step {step + 1} of {self.steps}"
+            place = f"batch {(done - 1) // self.steps + 1} of {len(parts)}, step {step + 1} of {self.steps}"
             tell(f"{place}, distance {distance:.3f}, {left:.0f} s left")
 
-        for part in parts:
-            moved.append(self._move(sources, part, tick))
-        return torch.cat(moved)
+        for part, own in zip(parts, places, strict=True):
+            moved[own] = self._move(sources, part, own, tick)
+        return moved
 
-    def _move(self, sources: Sequence[Watched], images: Tensor, tick: Callable[[int, float], None]) -> Tensor:
-        """One batch, whose statistics are looked at together."""
+    def _move(
+        self, sources: Sequence[Watched], images: Tensor, turns: Tensor, tick: Callable[[int, float], None]
+    ) -> Tensor:
+        """One batch, whose statistics are looked at together; ``turns`` are the places of its images in all."""
         middle, spread = (Pixels.column(values, images) for values in (self.pixels.mean, self.pixels.std))
         deviations = ((images - middle) / spread).requires_grad_()
         optimizer = torch.optim.Adam([deviations], lr=RATE)
@@ -69,7 +75,7 @@ class Steering:
             optimizer.param_groups[0]["lr"] = RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * step / self.steps)))
             rolled = self._rolled(deviations)
             seen = rolled * spread + middle
-            distance, towards = self._pull(sources, seen.detach())
+            distance, towards = self._pull(sources, seen.detach(), turns)
             (deviations.grad,) = torch.autograd.grad(
                 (seen, _roughness(rolled)), deviations, (towards, seen.new_tensor(SMOOTH))
             )
@@ -85,7 +91,7 @@ class Steering:
         shifts = [int(torch.randint(-far, far + 1, (), generator=self.generator)) for far in most]
         return images.roll(shifts, (2, 3))
 
-    def _pull(self, sources: Sequence[Watched], images: Tensor) -> tuple[float, Tensor]:
+    def _pull(self, sources: Sequence[Watched], images: Tensor, turns: Tensor) -> tuple[float, Tensor]:
         """The mean distance of all sources' layers, and the gradient of what is to be small; one source at a time."""
         total, gradient = 0.0, torch.zeros_like(images)
         for source in sources:
@@ -94,8 +100,8 @@ class Steering:
             distance = torch.stack(distances).mean() if distances else own.new_zeros(())
             total += float(distance.detach()) / len(sources)
             if logits is not None:
-                turns = torch.arange(len(logits), device=logits.device) % logits.shape[1]
-                distance = distance + CLASSES * functional.cross_entropy(logits, turns)
+                wanted = turns * max(logits.shape[1] // self.images, 1) % logits.shape[1]
+                distance = distance + CLASSES * functional.cross_entropy(logits, wanted.to(logits.device))
             if distance.requires_grad:
                 (found,) = torch.autograd.grad(distance, own)
                 gradient += found.to(gradient) / len(sources)
@@ -105,4 +111,4 @@ class Steering:
 def _roughness(images: Tensor) -> Tensor:
     """Mean difference of neighbours; an image of one pixel has none."""
     pairs = [images.diff(dim=dim).abs() for dim in (2, 3) if images.shape[dim] > 1]
-    return sum((each.mean() for each in pairs), images.new_zeros(()))
+    return sum((each.mean() for each in pairs), 0 * images.sum())
