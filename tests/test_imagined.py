@@ -431,7 +431,7 @@ def test_four_channels_are_no_pngs(tmp_path):
     made = surgery.imagine(nn.Conv2d(4, 2, 1), 2, example_inputs=torch.zeros(1, 4, 5, 5))
     with pytest.raises(CheckpointError, match="images of 4 channels are no PNGs"):
         made.save(tmp_path / "pictures")
-    assert made.plot(tmp_path / "grid").stat().st_size > 1000
+    assert made.plot(tmp_path / "grid").stat().st_size > 500
 
 
 def test_a_grid_is_drawn(steered, tmp_path):
