@@ -32,7 +32,8 @@ class Told(BaseModel):
     """What a stage says: lines for the terminal, plain values for the report, figures by row, all fit to be kept.
 
     ``rows`` are what expectations look at, accuracies in percent; ``goes_on`` is the way that a comparison chose, and
-    ``chain`` what was made on it. What is to be written and what was made are not kept.
+    ``chain`` what was made on it. What is to be written and what was made are not kept. Of the networks that a stage
+    made, ``metadata`` and ``summaries`` are what their files and cards say; they are filled in by the one who runs it.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", ser_json_inf_nan="constants")
@@ -44,6 +45,8 @@ class Told(BaseModel):
     flips: Flips | None = None
     barrier: Barrier | None = None
     goes_on: str | None = None
+    metadata: dict[str, dict[str, str]] = {}
+    summaries: dict[str, Summary | None] = {}
     writes: Annotated[list[Any], Field(exclude=True)] = []
     chain: Annotated[list[Any], Field(exclude=True)] = []
 

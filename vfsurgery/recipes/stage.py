@@ -114,6 +114,8 @@ class Stage(Section):
     """Whether what it gives is kept for a run that goes on."""
     images: ClassVar[bool] = True
     """Whether it needs some, whatever its parts need."""
+    branches: ClassVar[bool] = False
+    """Whether it chooses one of several ways, whose stages then run behind it."""
     whole: ClassVar[str | None] = None
     """The option that the value of the stage is, where it is no mapping of options."""
 
@@ -144,6 +146,14 @@ class Stage(Section):
     def known(self, before: Net) -> dict[str, Any]:
         """What is known of a network that it has changed, besides its weights."""
         return {}
+
+    def way(self, told: Told) -> Sequence[Stage]:
+        """The stages that run behind it, by what it has found."""
+        return ()
+
+    def behind(self, bench: Bench, told: Told) -> Bench:
+        """The bench at the end of that way, with what it has measured."""
+        return bench
 
     def outcomes(self, told: Told) -> list[Outcome]:
         """Which expectations hold."""

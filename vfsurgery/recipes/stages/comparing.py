@@ -19,6 +19,7 @@ from vfsurgery.pruning import prune_each
 from vfsurgery.recipes.bench import Bench, Lab, Shown, Told, Write
 from vfsurgery.recipes.entries import build_matcher
 from vfsurgery.recipes.ratio_rows import PREFIX, RatioRow
+from vfsurgery.recipes.running import Done
 from vfsurgery.recipes.sections import AsTuple, Frozen, FrozenDict, frozen, plain, refuse_repeated, refuse_unknown
 from vfsurgery.recipes.stage import Misplaced, Place, Stage, read_stages, relocated, stage
 from vfsurgery.recipes.stages.looking import Scoring
@@ -87,7 +88,7 @@ class Row:
         return at
 
 
-@stage("compare")
+@stage("compare", branches=True)
 class Compare(Scoring):
     """Several ways from here on, a row for each; one of them goes on.
 
@@ -241,8 +242,11 @@ class Compare(Scoring):
         self.scored(told, told.chain[-1].bench, [*lines])
         return {}, told
 
-    def after(self, bench: Bench, models: Mapping[str, nn.Module], told: Told) -> Bench:
-        # behind the way that goes on: all rows are shown with its network, its own one only as long as it stays
+    def way(self, told: Told) -> Sequence[Stage]:
+        return self.row(told.goes_on).stages
+
+    def behind(self, bench: Bench, told: Told) -> Bench:
+        # all rows are shown with the network of the way, its own one only as long as it stays
         ((name, net),) = bench.networks.items()
         row, sweep, scores = self.row(told.goes_on), self._sweep(told), told.scores
         if sweep is not None:  # a page has the others as a figure
@@ -273,25 +277,6 @@ class Compare(Scoring):
         inside = {row.label for cells in rows.values() for row in cells}
         first = {label: score for label, score in told.scores.items() if label not in inside}
         return Sweep(self.columns, tuple(map(float, self.values.values())), first, found)
-
-
-@dataclass(frozen=True)
-class Done:
-    """A stage that was run: what it made and said, and the bench behind it."""
-
-    stage: Stage
-    models: Mapping[str, nn.Module]
-    told: Told
-    bench: Bench
-
-    @classmethod
-    def of(cls, one: Stage, bench: Bench) -> Self:
-        """Run it; the networks that it makes have reports of it."""
-        models, told = one.work(bench)
-        after = bench if isinstance(one, Compare) else one.after(bench, models, told)
-        if one.changes and one.reports:
-            after = replace(after, networks={name: net.reported(bench.lab) for name, net in after.networks.items()})
-        return cls(one, models, told, after)
 
 
 def _along(row: Row, start: Bench, before: Sequence[Done]) -> list[Done]:
