@@ -213,9 +213,8 @@ class Bench:
     def score(self, part: str) -> dict[str, Score]:
         """Of the networks that all began with, their ensemble if they are several, and what was made of them."""
         data, progress = self.lab.part(part), self.lab.progress
-        several = len(self.first) > 1
-        scores = compare(self.first, data, progress=progress) if several else {}
-        others = ({} if several else self.first) | (self.models if self.ends else {})
+        scores = compare(self.first, data, progress=progress) if len(self.first) > 1 else {}
+        others = {name: model for name, model in {**self.first, **self.models}.items() if name not in scores}
         return scores | {name: evaluate(model, data, progress=progress) for name, model in others.items()}
 
 

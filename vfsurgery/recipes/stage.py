@@ -17,10 +17,11 @@ from pydantic_core import InitErrorDetails
 from torch import nn
 
 from vfsurgery.errors import did_you_mean
-from vfsurgery.passes import PASSES, pass_options
+from vfsurgery.passes import PASSES
+from vfsurgery.passes.options import schema_of
 from vfsurgery.recipes.bench import Bench, Net, Told
 from vfsurgery.recipes.expectations import Expectation, Outcome, is_number
-from vfsurgery.recipes.sections import AsTuple, Frozen, FrozenDict, Patterns, Section, plain, refuse_unknown
+from vfsurgery.recipes.sections import AsTuple, Patterns, Section, refuse_unknown
 from vfsurgery.registry import Registry
 from vfsurgery.scoring.evaluation import ENSEMBLE
 
@@ -76,11 +77,9 @@ class Place:
 
     def writing(self, files: Iterable[str]) -> Place:
         """With more files, each written once."""
-        written = self.files
-        for file in files:
-            if file in written:
-                raise ValueError(f"{file} would be written twice: give one of them another name")
-            written = (*written, file)
+        written = (*self.files, *files)
+        if repeated := next((file for file in written if written.count(file) > 1), None):
+            raise ValueError(f"{repeated} would be written twice: give one of them another name")
         return replace(self, files=written)
 
     def writing_each(self, files: Iterable[str]) -> Place:
@@ -171,7 +170,7 @@ class Stage(Section):
 
     def dump(self) -> Any:
         """What stands behind its name in a recipe, every option written down."""
-        options = plain(self.model_dump(mode="json"))
+        options = self.model_dump(mode="json")
         return options[self.whole] if self.whole else options
 
     def words(self) -> str:
@@ -187,7 +186,7 @@ class Stage(Section):
 class Table(Stage):
     """A stage with a table of its own, of which something may be expected, with published figures beside."""
 
-    published: Annotated[dict[str, float], Frozen] = FrozenDict()
+    published: dict[str, float] = {}
     expect: Patterns = ()
 
     @property
@@ -293,13 +292,16 @@ Stages = Annotated[
 _LIST: TypeAdapter[tuple[Stage, ...]] = TypeAdapter(Stages)
 
 
-def read_stages(entries: Any) -> tuple[Stage, ...]:
+def read_stages(entries: Any, *above: int | str) -> tuple[Stage, ...]:
     """A list of stages, or one of them.
 
     Raises:
-        ValidationError: one is wrong; located by its place.
+        ValidationError: one is wrong; located by its place, below ``above``.
     """
-    return _LIST.validate_python(plain(entries) if isinstance(entries, list | tuple) else [plain(entries)])
+    try:
+        return _LIST.validate_python(entries if isinstance(entries, list | tuple) else [entries])
+    except ValidationError as error:
+        raise relocated(error, *above) from None
 
 
 def schemas() -> dict[str, Any]:
@@ -313,8 +315,8 @@ def schemas() -> dict[str, Any]:
         for name, kind in kinds.items()
     }
     alone = [*(name for name, kind in kinds.items() if _alone(kind)), *(n for n in passes_alone() if n not in own)]
-    section = {"type": "object", "properties": {**_pass_schemas(), **own}, "additionalProperties": False}
-    one = {**section, "minProperties": 1, "maxProperties": 1}
+    known = {**{name: schema_of(PASSES[name]) for name in passes_alone()}, **own}
+    one = {"type": "object", "properties": known, "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
     return {**common["$defs"], "Stage": {"anyOf": [{"type": "string", "enum": alone}, one]}}
 
 
@@ -326,16 +328,3 @@ def _alone(kind: type[Stage]) -> bool:
 def passes_alone() -> list[str]:
     """Passes that go by no sources, and so may be stages."""
     return [name for name in PASSES if not PASSES[name].needs_sources]
-
-
-def _pass_schemas() -> dict[str, Any]:
-    return {
-        name: {
-            "type": ["object", "null"],
-            "description": (PASSES[name].__doc__ or "").partition("\n")[0],
-            "properties": {option.name: option.schema() for option in pass_options(name)},
-            "required": [option.name for option in pass_options(name) if option.required],
-            "additionalProperties": False,
-        }
-        for name in passes_alone()
-    }

@@ -17,10 +17,10 @@ from vfsurgery.errors import RecipeError, explain
 from vfsurgery.recipes.bench import Bench, Shown, Told, Write
 from vfsurgery.recipes.entries import FileNames
 from vfsurgery.recipes.stage import MERGED, Place, Stage, Table, file_of, stage
-from vfsurgery.recipes.table import percents, scores_of
 from vfsurgery.scoring.barriers import barrier
 from vfsurgery.scoring.diagnosis import diagnose
 from vfsurgery.scoring.flip_rates import flips
+from vfsurgery.scoring.tables import percents, scores_of
 from vfsurgery.tracing.examples import example_inputs_of
 
 
