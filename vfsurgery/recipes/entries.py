@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
@@ -37,21 +37,17 @@ def _one_entry(value: Any, kind: str) -> tuple[str, dict[str, Any]]:
     raise ValueError(f"a {kind} is written as its name, or as {{name: {{option: value}}}}")
 
 
-def build_matcher(entry: Any) -> str | Matcher:
+def build_matcher(entry: Any) -> Literal["auto"] | Matcher:
     """What ``matching`` says, as :func:`~vfsurgery.merge` takes it.
 
     >>> build_matcher({"cca": {"gamma": 0.5}}).gamma
     0.5
     """
+    if entry == "auto":
+        return "auto"
     name, options = _one_entry(entry, "matcher")
     refuse_unknown("matcher", (name,), ["auto", *MATCHERS])
-    return build(cast("type[Matcher]", MATCHERS[name]), options, "matcher") if options else name
-
-
-def built_matcher(entry: Any) -> Matcher | None:
-    """The matcher, and nothing where it is chosen when it runs."""
-    matcher = build_matcher(entry)
-    return matcher if not isinstance(matcher, str) else None if matcher == "auto" else MATCHERS[matcher]()
+    return build(cast("type[Matcher]", MATCHERS[name]), options, "matcher")
 
 
 def build_passes(entries: Any) -> list[Pass]:
@@ -104,7 +100,7 @@ def _applied(value: Any) -> Any:
     return entries
 
 
-def _preserved(value: Any) -> Any:
+def _preserved(value: Any) -> None:
     if isinstance(value, Mapping):
         budget = cast("Mapping[Any, Any]", value)
         refuse_unknown("budget", [str(name) for name in budget], ("flops", "params"))
@@ -113,7 +109,6 @@ def _preserved(value: Any) -> Any:
         Budget(**budget).check()
     elif value == "" or isinstance(value, bool) or not isinstance(value, str | int) or str(value)[0] == "-":
         raise ValueError("write a number of layers, a module path, or a budget as in {flops: 1.2}")
-    return value
 
 
 def _checked(check: Callable[[Any], object]) -> BeforeValidator:
@@ -160,18 +155,11 @@ def _any_of(*members: Any) -> WithJsonSchema:
 Alpha = Annotated[Any, _checked(lambda value: plan_shares(2, value, None)), _any_of(*_SHARES)]
 Weights = Annotated[Any, _any_of(*_SHARES, _NULL)]
 MatcherEntry = Annotated[Any, _checked(build_matcher), _any_of(*_PASS)]
-Boundary = Annotated[Any, BeforeValidator(_preserved), _any_of({"type": "integer", "minimum": 0}, _PASS[0], _BUDGET)]
+Boundary = Annotated[Any, _checked(_preserved), _any_of({"type": "integer", "minimum": 0}, _PASS[0], _BUDGET)]
 Normalizations = Annotated[
-    Any,
-    BeforeValidator(_normalizations),
-    PlainSerializer(lambda entries: entries or NONE),
-    _any_of(*_PASSES, _NULL),
+    Any, BeforeValidator(_normalizations), PlainSerializer(lambda entries: entries or NONE), _any_of(*_PASSES, _NULL)
 ]
 Passes = Annotated[Any, BeforeValidator(_applied), _any_of(*_PASSES)]
 Masks = Annotated[str, _one_of("choice of masks", CHOICES)]
 PrunerName = Annotated[str, _one_of("pruner", PRUNERS)]
-FileNames = Annotated[
-    tuple[Annotated[str, AfterValidator(_file_name)], ...],
-    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
-    AsTuple,
-]
+FileNames = Annotated[tuple[Annotated[str, AfterValidator(_file_name)], ...], AsTuple, BeforeValidator(_several)]

@@ -157,14 +157,15 @@ def _plan(recipe: Recipe, whole: bool) -> RecipePlan:
         joined = any(stage.joins for part, stage, _, _ in places if part is run)
         if joined:
             check_same_architecture(models)
-        sketches: dict[tuple[Any, ...], Sketch] = {}
-        named: dict[tuple[Any, ...], list[str]] = {}
+        sketches: dict[str, Sketch] = {}
+        named: dict[str, list[str]] = {}
         for source, model in zip(run.sources, models, strict=True):
-            kind = source.model, source.options
+            kind = f"{source.model} {source.options}"
             named.setdefault(kind, []).append(above + source.name)
             if kind not in sketches:
-                sketches[kind] = Sketch.of(model, source.input_size or (recipe.data and recipe.data.image))
-        own = [each.plan(kind[0], named[kind], getattr(torch, recipe.dtype)) for kind, each in sketches.items()]
+                size = source.input_size or (recipe.data and recipe.data.image)
+                sketches[kind] = Sketch.of(source.model, model, size)
+        own = [sketch.plan(named[kind], getattr(torch, recipe.dtype)) for kind, sketch in sketches.items()]
         for part, stage, at, _ in places:
             if part is run:
                 does = f"{stage.words()}{f' -> {MERGED}' if stage.joins else ''}".strip()
@@ -194,33 +195,34 @@ def _untrained(source: Source) -> nn.Module:
 class Sketch:
     """A network of shapes, with inputs, its trace and its groups where it is known how large its images are."""
 
+    spec: str
     model: nn.Module
     inputs: tuple[Tensor, ...] = ()
     graph_module: fx.GraphModule | None = None
     groups: GroupSet | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, size: Sequence[int] | None) -> Self:
+    def of(cls, spec: str, model: nn.Module, size: Sequence[int] | None) -> Self:
         """Trace a model on the meta device; ``size`` is the shape of an image, where somebody says it."""
         with eval_mode(model):
             try:
                 given = None if size is None else torch.empty(BATCH, *size, device="meta")
                 inputs = tuple(each.to("meta") for each in example_inputs_of(model, given))
             except ExampleInputError:
-                return cls(model)
+                return cls(spec, model)
             graph_module = record_or_export(model, inputs)
-            return cls(model, inputs, graph_module, discover(graph_module))
+            return cls(spec, model, inputs, graph_module, discover(graph_module))
 
     @property
     def largest_group(self) -> int:
         """Its units; 0 where there is no group."""
         return max((group.size for group in self.groups or ()), default=0)
 
-    def plan(self, spec: str, names: Sequence[str], dtype: torch.dtype) -> NetworkPlan:
+    def plan(self, names: Sequence[str], dtype: torch.dtype) -> NetworkPlan:
         """What a plan says of it; ``names`` are those of all networks like it."""
         tensors = self.model.state_dict().values()
         size = sum(each.numel() * (dtype if each.is_floating_point() else each.dtype).itemsize for each in tensors)
-        found = NetworkPlan(spec, tuple(names), sum(each.numel() for each in self.model.parameters()), size / MIB)
+        found = NetworkPlan(self.spec, tuple(names), sum(each.numel() for each in self.model.parameters()), size / MIB)
         if self.groups is None:
             return found
         return replace(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -15,7 +14,6 @@ from typing import Annotated, Any, Literal, Self
 import torch
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
-from pydantic.json_schema import PydanticJsonSchemaWarning
 
 from vfsurgery.checkpoints import WEIGHTS, check_writable, write_text
 from vfsurgery.errors import RecipeError, explain
@@ -24,16 +22,7 @@ from vfsurgery.hub.loading import write_config
 from vfsurgery.recipes.bench import Bench, Lab
 from vfsurgery.recipes.expectations import Outcome
 from vfsurgery.recipes.running import Finding, Runner
-from vfsurgery.recipes.sections import (
-    AsTuple,
-    Images,
-    Name,
-    Section,
-    Seed,
-    Source,
-    complete_sources,
-    refuse_repeated,
-)
+from vfsurgery.recipes.sections import AsTuple, Images, Name, Section, Seed, Source, complete_sources, refuse_repeated
 from vfsurgery.recipes.stage import RESERVED, SCHEMA, Misplaced, Place, Stage, Stages, read, schemas
 from vfsurgery.recipes.store import Store
 from vfsurgery.recipes.text import changed, line_of, parse, read_text
@@ -192,10 +181,8 @@ class Recipe(Section):
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """The JSON schema of recipes, by which editors complete and check them; ``vfsurgery schema`` prints it."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PydanticJsonSchemaWarning)  # of defaults that are empty mappings
-            schema, own = cls.model_json_schema(), schemas()
-        text = json.dumps({**schema, "$defs": {**schema["$defs"], **own}})
+        schema = cls.model_json_schema()
+        text = json.dumps({**schema, "$defs": {**schema["$defs"], **schemas()}})
         found = json.loads(text.replace(json.dumps(SCHEMA), json.dumps({"$ref": "#/$defs/Stage"})))
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
 

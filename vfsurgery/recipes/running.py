@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, Self
@@ -16,7 +17,7 @@ from vfsurgery.data.datasets import find_data
 from vfsurgery.errors import SurgeryError
 from vfsurgery.hub.cards import Network, Summary, described
 from vfsurgery.hub.loading import Written, is_of_timm
-from vfsurgery.recipes.bench import Bench, Lab, Told
+from vfsurgery.recipes.bench import Bench, Lab, Shown, Told
 from vfsurgery.recipes.expectations import Outcome
 from vfsurgery.recipes.stage import Stage
 from vfsurgery.recipes.store import Store, digest, loads
@@ -80,7 +81,8 @@ class Finding:
         count = f"{len(images)} " if isinstance(images, Sized) else ""
         found: list[tuple[Network, nn.Module]] = []
         for file, name, net in [(each.file, each.name, each.net) for each in bench.writes if each.net is not None]:
-            shown = bench.shown.beside(name, net.model, bench)
+            now = [*bench.networks.values(), *bench.ends.values()]  # the figures are theirs
+            shown = bench.shown if any(net.model is each.model for each in now) else Shown()
             own = shown.rows.get(shown.own.get(name, ""))
             network = Network(
                 name=file,
@@ -215,13 +217,8 @@ def _origin(lab: Lab) -> dict[str, Any]:
 
 def _code(used: Iterable[Any]) -> list[str]:
     """Hashes of the code of what others wrote: it may change under the same name."""
-    files = {_file_of(each) for each in used if not each.__module__.startswith("vfsurgery.")}
+    files: set[str | None] = set()
+    for each in used:
+        with suppress(TypeError, OSError):  # what was typed into an interpreter has no file
+            files |= set() if each.__module__.startswith("vfsurgery.") else {inspect.getsourcefile(each)}
     return sorted(file_hash(file) for file in files if file is not None)
-
-
-def _file_of(written: Any) -> str | None:
-    """The file of a class or function; what was typed into an interpreter has none."""
-    try:
-        return inspect.getsourcefile(written)
-    except (TypeError, OSError):
-        return None

@@ -140,7 +140,8 @@ class Stage(Section):
             name: bench.networks[name].become(model, **self.known(bench.networks[name]))
             for name, model in models.items()
         }
-        return replace(bench, networks={**bench.networks, **made}).wrote(*told.writes)
+        shown = bench.shown.once_changed(bench.ends) if made else bench.shown
+        return replace(bench, networks={**bench.networks, **made}, shown=shown).wrote(*told.writes)
 
     def known(self, before: Net) -> dict[str, Any]:
         """What is known of a network that it has changed, besides its weights."""

@@ -254,14 +254,13 @@ class Compare(Scoring):
 
     def behind(self, bench: Bench, told: Told) -> Bench:
         # all rows are shown with the network of the way, its own one only as long as it stays
-        ((name, net),) = bench.networks.items()
+        (name,) = bench.networks
         row, sweep, scores = self.row(told.goes_on), self._sweep(told), told.scores
         if sweep is not None:  # a page has the others as a figure
             scores = {label: scores[label] for label in (*sweep.first, row.base, row.label) if label is not None}
             bench = bench.wrote(Write(f"{bench.lab.run}_sweep.png", sweep.plot, f"accuracy over {self.columns}"))
         figures = {"flips": told.flips, "sweep": sweep}
-        own, measured = {name: row.label}, {row.label: [net.model]}
-        return replace(bench, shown=Shown(told.rows, scores, self.figures, measured, own, net.model, figures))
+        return replace(bench, shown=Shown(told.rows, scores, self.figures, {name: row.label}, figures))
 
     def _sweep(self, told: Told) -> Sweep | None:
         if self.columns is None:
@@ -318,11 +317,11 @@ class Shared:
         """The next one of what a pruner makes for several sparsities, in the order in which they are asked for."""
         key = _pruned(prune), id(model)
         if key not in self._found:
-            wanted = [*dict.fromkeys(one.sparsity for one in self._prunes if _pruned(one) == key[0])]
-            shares = [share for share in wanted if isinstance(share, float) and share]
-            if len(wanted) < 2 or len(shares) < len(wanted) or prune.pattern is not None:
+            asked = [one.sparsity for one in self._prunes if _pruned(one) == key[0]]
+            wanted = [*dict.fromkeys(share for share in asked if isinstance(share, float))]
+            if len(wanted) < 2 or not all(isinstance(share, float) and share for share in asked) or prune.pattern:
                 return None
-            self._found[key] = wanted, prune_each(model, shares, **prune.arguments(), **lab.common), model
+            self._found[key] = wanted, prune_each(model, [*wanted], **prune.arguments(), **lab.common), model
         wanted, each, _ = self._found[key]
         if not wanted or wanted.pop(0) != prune.sparsity:
             wanted.clear()

@@ -148,7 +148,7 @@ class Merge(Stage):
     """Options of :func:`vfsurgery.merge`, by the same names; ``preserve`` may be a budget.
 
     >>> found = Merge(matching="weights", preserve={"flops": 1.2}).arguments()
-    >>> found["matching"], found["max_flops"]
+    >>> found["matching"].name, found["max_flops"]
     ('weights', 1.2)
     """
 
@@ -162,8 +162,8 @@ class Merge(Stage):
     leaf: Patterns = ()
 
     def parts(self) -> Sequence[Any]:
-        passes = entries.build_normalizations(self.renormalize)
-        return (entries.built_matcher(self.matching), *(passes if isinstance(passes, list) else ()))
+        matchers = [] if self.matching == "auto" else [entries.build_matcher(self.matching)]
+        return [*matchers, *([] if self.renormalize == "auto" else entries.build_passes(self.renormalize))]
 
     def follow(self, at: Place) -> Place:
         if at.merged:
@@ -309,7 +309,7 @@ class Soup(Table):
     def after(self, bench: Bench, models: Mapping[str, nn.Module], told: Told) -> Bench:
         ((name, model),) = models.items()
         own = {name: f"phase {self.phases} soup"}
-        shown = Shown(told.rows, published=self.published, own=own, subject=model)
+        shown = Shown(told.rows, published=self.published, own=own)
         return replace(super().after(bench, models, told), shown=shown).wrote(
             Write(f"{bench.lab.run}_masks{WEIGHTS}", Masks.of(model, self.exclude).save)
         )
