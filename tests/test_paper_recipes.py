@@ -17,10 +17,10 @@ from vfsurgery.data import digits
 from vfsurgery.errors import CheckpointError, OptionError, RecipeError
 from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.networks.paper_networks import VGG16, ResNet20, vision_transformer
-from vfsurgery.recipes.expectations import Expectation
 from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.recipes.stages import comparing
 from vfsurgery.scoring.evaluation import evaluate
+from vfsurgery.scoring.expectations import Expectation
 from vfsurgery.training import from_seed
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "paper").glob("*.yaml"))

@@ -13,9 +13,9 @@ import vfsurgery as surgery
 from vfsurgery.data import digits
 from vfsurgery.errors import RecipeError
 from vfsurgery.networks.demo import TinyConvNet
-from vfsurgery.recipes.expectations import Expectation, RatioRow
 from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.recipes.stages import comparing
+from vfsurgery.scoring.expectations import Expectation, RatioRow
 from vfsurgery.training import from_seed
 
 TEXT = """\

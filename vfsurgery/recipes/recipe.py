@@ -20,13 +20,13 @@ from vfsurgery.errors import RecipeError, explain
 from vfsurgery.hub.cards import CLASSIFICATION, Card, check_card
 from vfsurgery.hub.loading import write_config
 from vfsurgery.recipes.bench import Bench, Lab
-from vfsurgery.recipes.expectations import Outcome
 from vfsurgery.recipes.running import Finding, Runner
 from vfsurgery.recipes.sections import AsTuple, Images, Name, Section, Seed, Source, complete_sources, refuse_repeated
 from vfsurgery.recipes.stage import RESERVED, SCHEMA, Misplaced, Place, Stage, Stages, read, schemas
 from vfsurgery.recipes.store import Store
 from vfsurgery.recipes.text import changed, line_of, parse, read_text
 from vfsurgery.recipes.wording import describe
+from vfsurgery.scoring.expectations import Outcome
 from vfsurgery.stats.threads import find_device, threads
 from vfsurgery.training import from_seed
 

@@ -18,9 +18,9 @@ from vfsurgery.errors import SurgeryError
 from vfsurgery.hub.cards import Network, Summary, described
 from vfsurgery.hub.loading import Written, is_of_timm
 from vfsurgery.recipes.bench import Bench, Lab, Shown, Told
-from vfsurgery.recipes.expectations import Outcome
 from vfsurgery.recipes.stage import Stage
 from vfsurgery.recipes.store import Store, digest, loads
+from vfsurgery.scoring.expectations import Outcome
 
 
 @dataclass(frozen=True)

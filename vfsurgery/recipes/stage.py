@@ -20,10 +20,10 @@ from vfsurgery.errors import did_you_mean
 from vfsurgery.passes import PASSES
 from vfsurgery.passes.options import schema_of
 from vfsurgery.recipes.bench import Bench, Net, Told
-from vfsurgery.recipes.expectations import Expectation, Outcome, is_number
 from vfsurgery.recipes.sections import AsTuple, Patterns, Section, refuse_unknown
 from vfsurgery.registry import Registry
 from vfsurgery.scoring.evaluation import ENSEMBLE
+from vfsurgery.scoring.expectations import Expectation, Outcome, is_number
 
 S = TypeVar("S", bound="type[Stage]")
 

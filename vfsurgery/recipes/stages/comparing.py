@@ -18,7 +18,6 @@ from vfsurgery.merging.merge import match
 from vfsurgery.pruning import prune_each
 from vfsurgery.recipes.bench import Bench, Lab, Shown, Told, Write
 from vfsurgery.recipes.entries import build_matcher
-from vfsurgery.recipes.expectations import RATIO, RatioRow
 from vfsurgery.recipes.running import Done
 from vfsurgery.recipes.sections import AsTuple, refuse_repeated, refuse_unknown
 from vfsurgery.recipes.stage import Misplaced, Place, Stage, read_stages, stage
@@ -27,6 +26,7 @@ from vfsurgery.recipes.stages.surgery import Merge, Prune
 from vfsurgery.recipes.text import changed
 from vfsurgery.scoring.diagnosis import diagnose
 from vfsurgery.scoring.evaluation import evaluate, first_images
+from vfsurgery.scoring.expectations import RATIO, RatioRow
 from vfsurgery.scoring.sweeps import Course, Sweep
 from vfsurgery.scoring.tables import scores_of
 

@@ -1,4 +1,4 @@
-"""What a recipe expects of its table, as text: orders of rows and numbers, bands around published figures, ratios."""
+"""What is expected of a table of figures, as text: orders of rows and numbers, bands around published ones, ratios."""
 
 from __future__ import annotations
 
