@@ -228,7 +228,8 @@ class Recipe(Section):
         with threads(self.threads):
             loaded = [lab.load() for lab in labs]  # what cannot be built or read is met before the first training
             store.prepare()  # a recipe that cannot begin has emptied nothing
-            for lab, part, (networks, notes) in zip(labs, self.parts, loaded, strict=True):
+            for lab, part in zip(labs, self.parts, strict=True):
+                networks, notes = loaded.pop(0)
                 findings.append(Runner(lab, store).run(part.steps, Bench(lab, networks), notes))
         run = RecipeRun(self, tuple(findings), output, time.perf_counter() - start)
         run.write()
