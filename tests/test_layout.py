@@ -18,6 +18,7 @@ PACKAGE = ROOT / "vfsurgery"
 FLOORS = (
     {"__main__"},
     {"__init__", "cli"},
+    {"recipes/stages"},
     {"recipes"},
     {"hub", "rendering"},
     {"soups"},

@@ -14,13 +14,13 @@ from torch import nn
 from vfsurgery.__main__ import main
 from vfsurgery.checkpoints import save_state_dict
 from vfsurgery.data import digits
-from vfsurgery.errors import CheckpointError, RecipeError
+from vfsurgery.errors import CheckpointError, OptionError, RecipeError
 from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.networks.paper_networks import VGG16, ResNet20, vision_transformer
-from vfsurgery.recipes.expectations import Expectation
 from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.recipes.stages import comparing
 from vfsurgery.scoring.evaluation import evaluate
+from vfsurgery.scoring.expectations import Expectation
 from vfsurgery.training import from_seed
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "paper").glob("*.yaml"))
@@ -178,7 +178,7 @@ def test_wrong_recipe_is_explained(old, new, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_device_that_is_not_there(tmp_path):
-    with pytest.raises(RecipeError, match=r"there is no device cuda\n  remedy  write device: auto"):
+    with pytest.raises(OptionError, match=r"cannot compute on device 'cuda'\n  cause .*\n  remedy  auto takes CUDA"):
         Recipe.from_yaml(TINY.replace("threads: 1", "device: cuda")).run(tmp_path, progress=False)
 
 

@@ -159,7 +159,7 @@ def test_soups_come_with_their_mask(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("method: wanda", "method: wonda", r"unknown pruner 'wonda'; did you mean 'wanda'\?"),
-        ("method: wanda", "method: wanda, options: {sampels: 3}", r"unknown option of wanda 'sampels'"),
+        ("method: wanda", "method: wanda, options: {sampels: 3}", r"pruner 'wanda' has no option 'sampels'"),
         ("[0.6, 0.9]", "[0.6, 1.0]", r"in \[0, 1\) but is 1.0\n  remedy .*\n  at +stages\[1\].compare.ways\[0\]"),
         ("grid: {prune.", "grid: {prone.", "prone.sparsity leads nowhere: there is no single 'prone'"),
         ("grid: {prune.sparsity: [0.6, 0.9]}\n      ", "", "unknown axis 'sparsity'"),

@@ -13,10 +13,9 @@ import vfsurgery as surgery
 from vfsurgery.data import digits
 from vfsurgery.errors import RecipeError
 from vfsurgery.networks.demo import TinyConvNet
-from vfsurgery.recipes.expectations import Expectation
-from vfsurgery.recipes.ratio_rows import RatioRow
 from vfsurgery.recipes.recipe import Recipe
 from vfsurgery.recipes.stages import comparing
+from vfsurgery.scoring.expectations import Expectation, RatioRow
 from vfsurgery.training import from_seed
 
 TEXT = """\
@@ -99,8 +98,8 @@ def test_bound_at_a_depth_is_the_largest_ratio_from_there_on(chain):
     assert found.ratios == pytest.approx((1, 0.25, 0.25, 0.5))
     depths = {0: 1.0, 33: 0.505, 34: 0.5, 66: 0.5, 100: 0.5}  # layers lie at thirds; 0.33 is just before the second
     for percent, bound in depths.items():
-        assert row(f"ratio x at {percent}%", "x").of(found) == pytest.approx(bound, abs=1e-6)
-    assert row("ratio x", "x").of(found) == pytest.approx(0.5)
+        assert found.bound_at(percent / 100) == pytest.approx(bound, abs=1e-6)
+    assert found.bound_at(1.0) == pytest.approx(0.5)
 
 
 def test_preserved_layers_have_ratio_one_and_merged_ones_have_not():
@@ -111,7 +110,7 @@ def test_preserved_layers_have_ratio_one_and_merged_ones_have_not():
     for preserve in (0, 4):
         merged = surgery.merge(a, b, preserve=preserve, **options)
         found = surgery.diagnose(merged, [a, b], images, progress=False)
-        bounds[preserve] = [row(f"ratio x at {percent}%", "x").of(found) for percent in (0, 20, 100)]
+        bounds[preserve] = [found.bound_at(depth) for depth in (0.0, 0.2, 1.0)]
     assert bounds[4][:2] == [1, 1]
     assert max(bounds[0]) < 0.95 and bounds[4][2] < 0.95
     assert bounds[0][2] < bounds[4][2]  # what is preserved reaches the last layer
@@ -120,7 +119,7 @@ def test_preserved_layers_have_ratio_one_and_merged_ones_have_not():
 def test_no_ratio_anywhere_is_nan_and_meets_no_expectation(chain):
     model, images = chain
     found = surgery.diagnose(model, model, torch.zeros_like(images), progress=False)
-    bound = row("ratio x", "x").of(found)
+    bound = found.bound_at(1.0)
     assert not Expectation.parse("ratio x < 9").check({"ratio x": bound}).holds
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from vfsurgery.checkpoints import load_into, load_state_dict
 from vfsurgery.data import digits
-from vfsurgery.errors import OptionError, RecipeError, SurgeryError
+from vfsurgery.errors import CheckpointError, OptionError, RecipeError, SurgeryError
 from vfsurgery.merging.merge import merge
 from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.recipes.recipe import Recipe
@@ -78,7 +78,7 @@ def test_round_trip(source):
 def test_round_trip_keeps_what_is_not_default():
     text = TINY.replace("renormalize: repair", "renormalize: [reset, repair]").replace("threads: 1", "seed: 5")
     again = Recipe.from_yaml(Recipe.from_yaml(text).to_yaml())
-    assert again.stages[1].rows[1].stages[0].renormalize == ("reset", "repair")
+    assert again.stages[1].rows[1].stages[0].renormalize == ["reset", "repair"]
     assert (again.seed, again.threads) == (5, None)
 
 
@@ -343,13 +343,13 @@ def test_model_that_cannot_be_built_stops_before_training(tinynets, tmp_path, mo
 def test_folder_that_cannot_be_made_stops_before_training(tinynets, tmp_path, monkeypatch, folder):
     (tmp_path / "file").touch()
     monkeypatch.setattr("vfsurgery.recipes.stages.surgery.train", lambda *args, **kwargs: pytest.fail("trained"))
-    with pytest.raises(RecipeError, match=r"cannot write results into .*file.*\n  cause   .*file is a file\n  remedy"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*file.*\n  cause  .*file is no folder"):
         Recipe.from_yaml(TINY).run(tmp_path / folder)
 
 
 def test_folder_without_permission_stops_before_training(tinynets, tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere, so permissions cannot be used
-    with pytest.raises(RecipeError, match=rf"\n  cause   {re.escape(str(tmp_path))} is not writable\n"):
+    with pytest.raises(CheckpointError, match=rf"\n  cause  {re.escape(str(tmp_path))} may not be written to"):
         Recipe.from_yaml(TINY).run(tmp_path / "results")
 
 

@@ -58,6 +58,7 @@ from vfsurgery.pruning.renormalizing import RenormalizeReport as RenormalizeRepo
 from vfsurgery.pruning.renormalizing import renormalize as renormalize
 from vfsurgery.pruning.units import UnitPruneReport as UnitPruneReport
 from vfsurgery.pruning.units import prune_units as prune_units
+from vfsurgery.recipes import stages as stages  # registers the stages that recipes have
 from vfsurgery.recipes.planning import RecipePlan as RecipePlan
 from vfsurgery.recipes.planning import plan as plan
 from vfsurgery.recipes.recipe import Recipe as Recipe

@@ -23,6 +23,7 @@ from vfsurgery.checkpoints.reading import WRAPPERS as WRAPPERS
 from vfsurgery.checkpoints.reading import StateDict as StateDict
 from vfsurgery.checkpoints.reading import load_state_dict as load_state_dict
 from vfsurgery.checkpoints.reading import read_checkpoint as read_checkpoint
+from vfsurgery.checkpoints.reading import read_shapes as read_shapes
 from vfsurgery.checkpoints.shards import INDEX as INDEX
 from vfsurgery.checkpoints.writing import check_shard_size as check_shard_size
 from vfsurgery.checkpoints.writing import save_sharded as save_sharded

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -100,6 +101,20 @@ def _read_safetensors(path: Path) -> object:
         return safetensors.torch.load_file(path, device="cpu")
     except Exception as error:  # dtypes that this torch does not know raise whatever the lookup raises
         _refuse(path, error)
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The entries of a ``.safetensors`` file as tensors of shapes alone.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        _refuse(path, error)
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
 
 
 def _read_torch(path: Path) -> object:

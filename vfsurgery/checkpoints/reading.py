@@ -10,7 +10,8 @@ from typing import NoReturn, cast
 
 from torch import Tensor
 
-from vfsurgery.checkpoints.formats import check_tensors, read
+from vfsurgery.checkpoints.files import WEIGHTS
+from vfsurgery.checkpoints.formats import check_tensors, read, read_header
 from vfsurgery.checkpoints.refusals import listing, printable
 from vfsurgery.checkpoints.shards import INDEX, read_shards
 from vfsurgery.errors import CheckpointError, OptionError, did_you_mean, explain
@@ -91,6 +92,18 @@ def read_checkpoint(path: str | Path, *, ema: bool = True, key: str | None = Non
         return _chosen(read_shards(path), path, ema, key)
     found = _chosen(read(path), path, ema, key)
     return Checkpoint(check_tensors(found.state, path), found.part, found.others)
+
+
+def read_shapes(path: str | Path) -> StateDict | None:
+    """The entries of a ``.safetensors`` file as tensors of shapes alone, from its header; ``None`` for other files.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return read_header(path) if path.suffix == WEIGHTS else None
+    return read_checkpoint(path).state  # which says what is there instead
 
 
 def _chosen(content: object, path: Path, ema: bool, key: str | None) -> Checkpoint:

@@ -12,7 +12,6 @@ from vfsurgery.cli.options import (
     compute_options,
     data_options,
     example_input,
-    find_device,
     import_from_here,
     load_images,
     load_models,
@@ -21,6 +20,7 @@ from vfsurgery.cli.options import (
 from vfsurgery.errors import CheckpointError, OptionError, explain
 from vfsurgery.scoring.diagnosis import diagnose
 from vfsurgery.stats.imagined import stand_in
+from vfsurgery.stats.threads import find_device
 
 
 @click.command("diagnose", epilog=EPILOG)

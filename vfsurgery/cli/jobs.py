@@ -18,7 +18,6 @@ from vfsurgery.cli.options import (
     check_output,
     compute_options,
     example_input,
-    find_device,
     import_from_here,
     load_images,
     load_models,
@@ -28,6 +27,7 @@ from vfsurgery.cli.options import (
 from vfsurgery.data.batches import Data
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.records.results import report_of
+from vfsurgery.stats.threads import find_device
 
 CALIBRATION = ("data", "limit", "batch_size", "input_size", "mean", "std")
 """Names of the options that say what the calibration data is."""

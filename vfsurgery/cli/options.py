@@ -88,7 +88,9 @@ def compute_options(seed: str) -> Callable[[C], C]:
     """Options that say where to compute, and what the seed is for."""
     return together(
         click.option("--seed", default=0, show_default=True, help=seed),
-        click.option("--device", default="cpu", show_default=True, help="Where to compute, as in cuda or cuda:1."),
+        click.option(
+            "--device", default="cpu", show_default=True, help="Where to compute, as in cuda, cuda:1 or auto."
+        ),
         click.option(
             "--threads",
             type=click.IntRange(1, 1024),
@@ -152,14 +154,6 @@ def check_output(output: Path, report: Path, inputs: tuple[Path, ...], suffixes:
     for path in inputs:
         if path.resolve() in (output.resolve(), report.resolve()):
             raise CheckpointError(explain(f"{path} would be overwritten", remedy="name another file with -o"))
-
-
-def find_device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        cause = str(error).partition("\n")[0]
-        raise OptionError(explain(f"cannot compute on device {name!r}", cause=cause)) from error
 
 
 def _key_of_each(paths: Sequence[Path], keys: Sequence[str]) -> list[str | None]:

@@ -9,6 +9,7 @@ that its pattern decides.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -111,13 +112,13 @@ def plan_shares(count: int, alpha: Alpha, weights: Weights | None) -> SharePlan:
             if count != 2:
                 raise OptionError(explain(f"alpha is for two models, not {count}", remedy="pass weights="))
             return SharePlan(2, {pattern: _stops(value, _pair) for pattern, value in _entries(alpha, "alpha")})
-        return SharePlan(count, {EVERYWHERE: (shares_of(count, alpha, None),)})
+        return SharePlan(count, {EVERYWHERE: (shares_of(count, _number(alpha), None),)})
     if alpha != 0.5:
         raise OptionError(explain("alpha and weights were both given", remedy="weights alone says all shares"))
 
     def vector(value: Any) -> Vector:
         if not isinstance(value, Iterable) or isinstance(value, str):
-            raise OptionError(explain(f"weights are one number for each of {count} sources, not {value!r}"))
+            raise OptionError(explain(f"weights are one number for each of {count} sources, not {reprlib.repr(value)}"))
         return shares_of(count, 0.5, cast("Sequence[float]", value))
 
     return SharePlan(
@@ -165,9 +166,11 @@ def _pair(alpha: Any) -> Vector:
 
 def _number(share: Any) -> float:
     try:
+        if isinstance(share, bool):
+            raise TypeError
         return float(share)
     except (TypeError, ValueError) as error:
-        raise OptionError(explain(f"{share!r} is no share", accepted="numbers from 0 to 1")) from error
+        raise OptionError(explain(f"{reprlib.repr(share)} is no share", accepted="numbers from 0 to 1")) from error
 
 
 def _entries(given: Any, argument: str) -> Iterable[tuple[str, Any]]:
@@ -182,6 +185,9 @@ def _entries(given: Any, argument: str) -> Iterable[tuple[str, Any]]:
 
 
 def _stops(value: Any, vector: Any) -> tuple[Vector, ...]:
+    if isinstance(value, str | Mapping) or not isinstance(value, int | float | Iterable):
+        accepted = "numbers, lists of numbers along the depth, or mappings from layers to either"
+        raise OptionError(explain(f"{reprlib.repr(value)} is no share", accepted=accepted))
     values: list[Any] = [value] if isinstance(value, int | float) else list(value)
     if not values:
         raise OptionError(explain("shares along depth are an empty list", remedy="one value, or several"))

@@ -90,6 +90,23 @@ def options_of(target: type[Any]) -> tuple[Option, ...]:
     return tuple(Option(field.name, _type_of(target, field), _default(field)) for field in chosen)
 
 
+def schema_of(target: type[Any]) -> dict[str, Any]:
+    """The JSON schema of all options of a pass.
+
+    >>> from vfsurgery.passes import RemoveBiases
+    >>> schema_of(RemoveBiases)["properties"]
+    {'layers': {'anyOf': [{'type': 'integer'}, {'type': 'null'}], 'default': None}}
+    """
+    options = options_of(target)
+    return {
+        "type": ["object", "null"],
+        "description": (target.__doc__ or "").partition("\n")[0],
+        "properties": {option.name: option.schema() for option in options},
+        "required": [option.name for option in options if option.required],
+        "additionalProperties": False,
+    }
+
+
 def build(target: type[T], options: Mapping[str, object], kind: str = "pass") -> T:
     """Make a pass, or what ``kind`` says, from a mapping of its options.
 

@@ -5,7 +5,7 @@ A stage makes a new bench of the one before. So several ways can begin at one be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,8 @@ class Told(BaseModel):
     """What a stage says: lines for the terminal, plain values for the report, figures by row, all fit to be kept.
 
     ``rows`` are what expectations look at, accuracies in percent; ``goes_on`` is the way that a comparison chose, and
-    ``chain`` what was made on it. What is to be written and what was made are not kept.
+    ``chain`` what was made on it. What is to be written and what was made are not kept. Of the networks that a stage
+    made, ``metadata`` and ``summaries`` are what their files and cards say; they are filled in by the one who runs it.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", ser_json_inf_nan="constants")
@@ -44,6 +45,8 @@ class Told(BaseModel):
     flips: Flips | None = None
     barrier: Barrier | None = None
     goes_on: str | None = None
+    metadata: dict[str, dict[str, str]] = {}
+    summaries: dict[str, Summary | None] = {}
     writes: Annotated[list[Any], Field(exclude=True)] = []
     chain: Annotated[list[Any], Field(exclude=True)] = []
 
@@ -150,32 +153,22 @@ class Net:
 class Shown:
     """The figures that were measured last, for the pages and cards of networks that have not changed since.
 
-    ``rows`` are all of them, accuracies in percent, and ``scores`` are those that a page shows. ``measured`` has for a
-    row the networks whose change makes it false, none for what lies beside; ``own`` has the row of a network.
-    ``figures`` are the line between sources, flips and a sweep: like rows without a score, they are of ``subject``.
+    ``rows`` are all of them, accuracies in percent, and ``scores`` are those that a page shows. ``own`` has the row of
+    a network; others lie beside. ``figures`` are the line between sources, flips and a sweep.
     """
 
     rows: Mapping[str, float] = field(default_factory=dict[str, float])
     scores: Mapping[str, Score] = field(default_factory=dict[str, Score])
     published: Mapping[str, float] = field(default_factory=dict[str, float])
-    measured: Mapping[str, Sequence[nn.Module]] = field(default_factory=dict[str, Sequence[nn.Module]])
     own: Mapping[str, str] = field(default_factory=dict[str, str])
-    subject: nn.Module | None = None
     figures: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
-    def beside(self, name: str, model: nn.Module, bench: Bench) -> Shown:
-        """What may be shown with a network: its row if it is the very one that was measured, and those of others."""
-        now = [net.model for net in (*bench.ends.values(), *bench.networks.values())]
-        mine = self.subject is model
-
-        def holds(row: str) -> bool:
-            allowed = [model] if row == self.own.get(name) else now
-            measured = all(any(each is one for one in allowed) for each in self.measured.get(row, ()))
-            return measured if row in self.scores else mine
-
-        rows = {row: value for row, value in self.rows.items() if holds(row)}
-        scores = {row: score for row, score in self.scores.items() if row in rows}
-        return replace(self, rows=rows, scores=scores, figures=self.figures if mine else {})
+    def once_changed(self, ends: Collection[str]) -> Shown:
+        """What still holds when all networks but ``ends`` have become others: scores of these, and what lies beside."""
+        own = {name: row for name, row in self.own.items() if name in ends}
+        gone = {*self.own.values()} - {*own.values()}
+        scores = {row: score for row, score in self.scores.items() if row not in gone}
+        return Shown({row: self.rows[row] for row in scores}, scores, self.published, own)
 
 
 @dataclass(frozen=True)
@@ -210,9 +203,8 @@ class Bench:
     def score(self, part: str) -> dict[str, Score]:
         """Of the networks that all began with, their ensemble if they are several, and what was made of them."""
         data, progress = self.lab.part(part), self.lab.progress
-        several = len(self.first) > 1
-        scores = compare(self.first, data, progress=progress) if several else {}
-        others = ({} if several else self.first) | (self.models if self.ends else {})
+        scores = compare(self.first, data, progress=progress) if len(self.first) > 1 else {}
+        others = {name: model for name, model in {**self.first, **self.models}.items() if name not in scores}
         return scores | {name: evaluate(model, data, progress=progress) for name, model in others.items()}
 
 

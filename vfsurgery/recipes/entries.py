@@ -5,10 +5,9 @@ They are checked when a recipe is read, and kept as plain values, so that a reci
 
 from __future__ import annotations
 
-import inspect
-import string
-from collections.abc import Mapping
-from typing import Annotated, Any, cast
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
@@ -20,7 +19,7 @@ from vfsurgery.passes import NORMALIZATIONS, PASSES, Pass, build_pass
 from vfsurgery.passes.mask import CHOICES
 from vfsurgery.passes.options import build
 from vfsurgery.pruning import PRUNERS, Pruner
-from vfsurgery.recipes.sections import AsTuple, frozen, plain, refuse_unknown
+from vfsurgery.recipes.sections import AsTuple, refuse_unknown
 
 FORMATS = (WEIGHTS, PROGRAM, ONNX)
 NONE = "none"
@@ -34,25 +33,21 @@ def _one_entry(value: Any, kind: str) -> tuple[str, dict[str, Any]]:
     if isinstance(value, Mapping) and len(cast("Mapping[Any, Any]", value)) == 1:
         ((name, options),) = cast("Mapping[Any, Any]", value).items()
         if isinstance(name, str) and (options is None or isinstance(options, Mapping)):
-            return name, plain(options or {})
+            return name, dict(options or {})
     raise ValueError(f"a {kind} is written as its name, or as {{name: {{option: value}}}}")
 
 
-def build_matcher(entry: Any) -> str | Matcher:
+def build_matcher(entry: Any) -> Literal["auto"] | Matcher:
     """What ``matching`` says, as :func:`~vfsurgery.merge` takes it.
 
     >>> build_matcher({"cca": {"gamma": 0.5}}).gamma
     0.5
     """
+    if entry == "auto":
+        return "auto"
     name, options = _one_entry(entry, "matcher")
     refuse_unknown("matcher", (name,), ["auto", *MATCHERS])
-    return build(cast("type[Matcher]", MATCHERS[name]), options, "matcher") if options else name
-
-
-def built_matcher(entry: Any) -> Matcher | None:
-    """The matcher, and nothing where it is chosen when it runs."""
-    matcher = build_matcher(entry)
-    return matcher if not isinstance(matcher, str) else None if matcher == "auto" else MATCHERS[matcher]()
+    return build(cast("type[Matcher]", MATCHERS[name]), options, "matcher")
 
 
 def build_passes(entries: Any) -> list[Pass]:
@@ -75,22 +70,21 @@ def build_normalizations(entries: Any) -> str | list[Pass] | None:
 
 
 def build_pruner(method: str, options: Mapping[str, Any]) -> Pruner:
-    """A pruner by its name; options that it does not have are refused.
+    """A pruner by its name.
 
     >>> build_pruner("magnitude", {}).name
     'magnitude'
     """
-    refuse_unknown(f"option of {method}", tuple(options), inspect.signature(PRUNERS[method]).parameters)
-    return PRUNERS[method](**options)
+    return build(cast("type[Pruner]", PRUNERS[method]), options, "pruner")
 
 
 def _several(value: Any) -> Any:
-    return frozen(value if isinstance(value, list | tuple) else [value])
+    return [*value] if isinstance(value, list | tuple) else [value]
 
 
 def _normalizations(value: Any) -> Any:
     if value in ("auto", NONE, None):
-        return value if value == "auto" else ()
+        return value if value == "auto" else []
     entries = _several(value)
     for entry in entries:
         refuse_unknown("renormalization", (_one_entry(entry, "renormalization")[0],), NORMALIZATIONS)
@@ -106,12 +100,7 @@ def _applied(value: Any) -> Any:
     return entries
 
 
-def _matched(value: Any) -> Any:
-    build_matcher(value)
-    return frozen(value)
-
-
-def _preserved(value: Any) -> Any:
+def _preserved(value: Any) -> None:
     if isinstance(value, Mapping):
         budget = cast("Mapping[Any, Any]", value)
         refuse_unknown("budget", [str(name) for name in budget], ("flops", "params"))
@@ -120,47 +109,31 @@ def _preserved(value: Any) -> Any:
         Budget(**budget).check()
     elif value == "" or isinstance(value, bool) or not isinstance(value, str | int) or str(value)[0] == "-":
         raise ValueError("write a number of layers, a module path, or a budget as in {flops: 1.2}")
-    return frozen(value)
 
 
-def _shares(value: Any, depth: int = 0) -> None:
-    if isinstance(value, Mapping) and depth == 0:
-        for item in cast("Mapping[Any, Any]", value).values():
-            _shares(item, depth=1)
-    elif isinstance(value, list | tuple):
-        for item in cast("list[Any]", value):
-            _shares(item, depth=1)
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("shares are numbers, lists of numbers along the depth, or mappings from layers to either")
+def _checked(check: Callable[[Any], object]) -> BeforeValidator:
+    """Keeps a value as it is written, once ``check`` has made of it what it stands for."""
+
+    def kept(value: Any) -> Any:
+        check(value)
+        return value
+
+    return BeforeValidator(kept)
 
 
-def _alpha(value: Any) -> Any:
-    _shares(value)
-    plan_shares(2, value, None)
-    return frozen(value)
+def _one_of(kind: str, known: Iterable[str]) -> AfterValidator:
+    def kept(name: str) -> str:
+        refuse_unknown(kind, (name,), known)
+        return name
 
-
-def _weights(value: Any) -> Any:
-    if value is not None:
-        _shares(value)
-    return frozen(value)
-
-
-def _choice(masks: str) -> str:
-    refuse_unknown("choice of masks", (masks,), CHOICES)
-    return masks
-
-
-def _pruner(method: str) -> str:
-    refuse_unknown("pruner", (method,), PRUNERS)
-    return method
+    return AfterValidator(kept)
 
 
 def _file_name(name: str) -> str:
     """Refuse names of files that would lie elsewhere, or are of no format that networks are written in."""
     if not name.endswith(FORMATS):
         raise ValueError(f"networks are written into files that end in {', '.join(FORMATS)}; found {name!r}")
-    if not name[0].isalnum() or set(name) - set(string.ascii_letters + string.digits + "_.-") or len(name) > 100:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{,99}", name):
         raise ValueError(f"{name!r} is no plain file name: letters, digits, _ . and -; folders are given by --output")
     return name
 
@@ -179,21 +152,14 @@ def _any_of(*members: Any) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [*members]})
 
 
-Alpha = Annotated[Any, BeforeValidator(_alpha), _any_of(*_SHARES)]
-Weights = Annotated[Any, BeforeValidator(_weights), _any_of(*_SHARES, _NULL)]
-MatcherEntry = Annotated[Any, BeforeValidator(_matched), _any_of(*_PASS)]
-Boundary = Annotated[Any, BeforeValidator(_preserved), _any_of({"type": "integer", "minimum": 0}, _PASS[0], _BUDGET)]
+Alpha = Annotated[Any, _checked(lambda value: plan_shares(2, value, None)), _any_of(*_SHARES)]
+Weights = Annotated[Any, _any_of(*_SHARES, _NULL)]
+MatcherEntry = Annotated[Any, _checked(build_matcher), _any_of(*_PASS)]
+Boundary = Annotated[Any, _checked(_preserved), _any_of({"type": "integer", "minimum": 0}, _PASS[0], _BUDGET)]
 Normalizations = Annotated[
-    Any,
-    BeforeValidator(_normalizations),
-    PlainSerializer(lambda entries: NONE if entries == () else plain(entries)),
-    _any_of(*_PASSES, _NULL),
+    Any, BeforeValidator(_normalizations), PlainSerializer(lambda entries: entries or NONE), _any_of(*_PASSES, _NULL)
 ]
 Passes = Annotated[Any, BeforeValidator(_applied), _any_of(*_PASSES)]
-Masks = Annotated[str, AfterValidator(_choice)]
-PrunerName = Annotated[str, AfterValidator(_pruner)]
-FileNames = Annotated[
-    tuple[Annotated[str, AfterValidator(_file_name)], ...],
-    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
-    AsTuple,
-]
+Masks = Annotated[str, _one_of("choice of masks", CHOICES)]
+PrunerName = Annotated[str, _one_of("pruner", PRUNERS)]
+FileNames = Annotated[tuple[Annotated[str, AfterValidator(_file_name)], ...], AsTuple, BeforeValidator(_several)]

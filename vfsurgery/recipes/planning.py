@@ -6,17 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 
-from vfsurgery.checkpoints import WEIGHTS, check_fit
+from vfsurgery.checkpoints import WEIGHTS, check_fit, read_shapes
 from vfsurgery.data.datasets import DATA
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import record_or_export
-from vfsurgery.errors import CheckpointError, ExampleInputError, RecipeError, explain
+from vfsurgery.errors import ExampleInputError, RecipeError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.hub.cards import CARD
 from vfsurgery.hub.loading import CONFIG
@@ -31,8 +30,6 @@ from vfsurgery.tracing.examples import BATCH, example_inputs_of
 from vfsurgery.tracing.sources import eval_mode
 
 MIB = 2**20
-Sketch: TypeAlias = tuple[nn.Module, tuple[Tensor, ...], fx.GraphModule | None, GroupSet | None]
-"""A network of shapes, with inputs, its trace and its groups where it is known how large its images are."""
 
 
 @dataclass(frozen=True)
@@ -146,36 +143,37 @@ def check(recipe: Recipe) -> RecipePlan:
 
 
 def _plan(recipe: Recipe, whole: bool) -> RecipePlan:
-    networks: list[NetworkPlan] = []
-    steps: list[StepPlan] = []
-    memory, files = 0.0, ()
+    networks, steps, memory = list[NetworkPlan](), list[StepPlan](), 0.0
+    places = [*recipe.follow()]
     for run in recipe.parts:
-        followed = [(stage, at, behind) for part, stage, at, behind in recipe.follow() if part is run]
-        above, joined = f"{run.name}/" * bool(recipe.runs), any(stage.joins for stage, _, _ in followed)
+        above = f"{run.name}/" * bool(recipe.runs)
         models = [_untrained(source) for source in run.sources]
         with fitting(run.sources):
             for source, model in zip(run.sources, models, strict=True):
                 if source.checkpoint is not None:
-                    _check_file(source, Path(source.checkpoint), model, whole)
+                    held = source.weights() if whole else read_shapes(source.checkpoint)
+                    if held is not None:
+                        check_fit(model, held, source.checkpoint)
+        joined = any(stage.joins for part, stage, _, _ in places if part is run)
         if joined:
             check_same_architecture(models)
-        named: dict[tuple[Any, ...], list[str]] = {}
-        for source in run.sources:
-            named.setdefault((source.model, source.options), []).append(above + source.name)
-        sketches: dict[tuple[Any, ...], Sketch] = {}
+        sketches: dict[str, Sketch] = {}
+        named: dict[str, list[str]] = {}
         for source, model in zip(run.sources, models, strict=True):
-            if (source.model, source.options) not in sketches:
+            kind = f"{source.model} {source.options}"
+            named.setdefault(kind, []).append(above + source.name)
+            if kind not in sketches:
                 size = source.input_size or (recipe.data and recipe.data.image)
-                sketches[source.model, source.options] = _sketch(model, size)
-        own = [_network(key[0], names, sketches[key], getattr(torch, recipe.dtype)) for key, names in named.items()]
-        cost = partial(_merge_notes, next(iter(sketches.values())))
-        for stage, at, behind in followed:
-            made = f" -> {MERGED}" if stage.joins else ""
-            names = tuple(above + name for name in at.networks)
-            steps.append(StepPlan(str(stage), names, f"{stage.words()}{made}".strip(), tuple(stage.notes(at, cost))))
-            files = behind.files
+                sketches[kind] = Sketch.of(source.model, model, size)
+        own = [sketch.plan(named[kind], getattr(torch, recipe.dtype)) for kind, sketch in sketches.items()]
+        for part, stage, at, _ in places:
+            if part is run:
+                does = f"{stage.words()}{f' -> {MERGED}' if stage.joins else ''}".strip()
+                notes = stage.notes(at, next(iter(sketches.values())).merge_notes)
+                steps.append(StepPlan(str(stage), tuple(above + name for name in at.networks), does, tuple(notes)))
         networks += own
         memory = max(memory, (len(run.sources) + (1.4 if joined else 1)) * own[0].megabytes)
+    files = places[-1][-1].files
     files = (*files, *_beside(files, recipe.parts[0].sources[0].model.startswith("timm:")), f"{STEPS}/")
     data = "none" if recipe.data is None else " in ".join(filter(None, (recipe.data.name, recipe.data.path)))
     return RecipePlan(recipe.name, data, tuple(networks), tuple(steps), memory, files)
@@ -193,65 +191,61 @@ def _untrained(source: Source) -> nn.Module:
         return source.untrained()
 
 
-def _sketch(model: nn.Module, size: Sequence[int] | None) -> Sketch:
-    with eval_mode(model):
-        try:
-            given = None if size is None else torch.empty(BATCH, *size, device="meta")
-            inputs = tuple(each.to("meta") for each in example_inputs_of(model, given))
-        except ExampleInputError:
-            return model, (), None, None
-        graph_module = record_or_export(model, inputs)
-        return model, inputs, graph_module, discover(graph_module)
+@dataclass(frozen=True)
+class Sketch:
+    """A network of shapes, with inputs, its trace and its groups where it is known how large its images are."""
 
+    spec: str
+    model: nn.Module
+    inputs: tuple[Tensor, ...] = ()
+    graph_module: fx.GraphModule | None = None
+    groups: GroupSet | None = None
 
-def _network(spec: str, names: Sequence[str], sketch: Sketch, dtype: torch.dtype) -> NetworkPlan:
-    model, inputs, _, groups = sketch
-    sizes = [(each.numel(), dtype if each.is_floating_point() else each.dtype) for each in model.state_dict().values()]
-    megabytes = sum(count * kept.itemsize for count, kept in sizes) / MIB
-    found = NetworkPlan(spec, tuple(names), sum(each.numel() for each in model.parameters()), megabytes)
-    if groups is None:
-        return found
-    return replace(
-        found,
-        image=tuple(inputs[0].shape[1:]),
-        flops=cost_of(model, inputs).flops,
-        groups=len(groups),
-        largest_group=max((group.size for group in groups), default=0),
-        coverage=groups.coverage,
-    )
+    @classmethod
+    def of(cls, spec: str, model: nn.Module, size: Sequence[int] | None) -> Self:
+        """Trace a model on the meta device; ``size`` is the shape of an image, where somebody says it."""
+        with eval_mode(model):
+            try:
+                given = None if size is None else torch.empty(BATCH, *size, device="meta")
+                inputs = tuple(each.to("meta") for each in example_inputs_of(model, given))
+            except ExampleInputError:
+                return cls(spec, model)
+            graph_module = record_or_export(model, inputs)
+            return cls(spec, model, inputs, graph_module, discover(graph_module))
 
+    @property
+    def largest_group(self) -> int:
+        """Its units; 0 where there is no group."""
+        return max((group.size for group in self.groups or ()), default=0)
 
-def _merge_notes(sketch: Sketch, options: Mapping[str, Any], sources: int) -> list[str]:
-    """What a merge preserves and what that costs, and how large its assignments are."""
-    _, inputs, graph_module, groups = sketch
-    notes: list[str] = []
-    budget = Budget(options.get("max_flops"), options.get("max_params"))
-    preserve = options.get("preserve", 0)
-    if preserve or budget != Budget():
-        if graph_module is None:
-            raise RecipeError(
-                explain("what to preserve depends on how large images are", remedy="give sources an input_size")
-            )
-        kept = plan_prefix(graph_module, inputs, sources, preserve, budget)
-        notes += [] if kept is None else [str(kept[1])]
-    if groups is not None:
-        largest = max((group.size for group in groups), default=0)
-        notes.append(f"largest assignment: {largest} units, {8 * largest**2 / MIB:.1f} MiB")
-    return notes
+    def plan(self, names: Sequence[str], dtype: torch.dtype) -> NetworkPlan:
+        """What a plan says of it; ``names`` are those of all networks like it."""
+        tensors = self.model.state_dict().values()
+        size = sum(each.numel() * (dtype if each.is_floating_point() else each.dtype).itemsize for each in tensors)
+        found = NetworkPlan(self.spec, tuple(names), sum(each.numel() for each in self.model.parameters()), size / MIB)
+        if self.groups is None:
+            return found
+        return replace(
+            found,
+            image=tuple(self.inputs[0].shape[1:]),
+            flops=cost_of(self.model, self.inputs).flops,
+            groups=len(self.groups),
+            largest_group=self.largest_group,
+            coverage=self.groups.coverage,
+        )
 
-
-def _check_file(source: Source, path: Path, model: nn.Module, whole: bool) -> None:
-    """Refuse a checkpoint that is not there, or whose header (or ``whole`` content) has other keys or shapes."""
-    if not path.is_file():
-        raise CheckpointError(explain(f"there is no checkpoint {path}", folder=path.parent.resolve()))
-    if whole:
-        check_fit(model, source.weights(), path)
-    elif path.suffix == WEIGHTS:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(explain(f"cannot read {path}", cause=error)) from error
-        check_fit(model, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, path)
+    def merge_notes(self, options: Mapping[str, Any], sources: int) -> list[str]:
+        """What a merge of such networks preserves and what that costs, and how large its assignments are."""
+        notes: list[str] = []
+        budget, preserve = Budget(options.get("max_flops"), options.get("max_params")), options.get("preserve", 0)
+        if preserve or budget != Budget():
+            if self.graph_module is None:
+                raise RecipeError(
+                    explain("what to preserve depends on how large images are", remedy="give sources an input_size")
+                )
+            kept = plan_prefix(self.graph_module, self.inputs, sources, preserve, budget)
+            notes += [] if kept is None else [str(kept[1])]
+        if self.groups is not None:
+            size = f"{8 * self.largest_group**2 / MIB:.1f} MiB"
+            notes.append(f"largest assignment: {self.largest_group} units, {size}")
+        return notes

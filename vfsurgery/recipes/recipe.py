@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,33 +14,20 @@ from typing import Annotated, Any, Literal, Self
 import torch
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
-from pydantic.json_schema import PydanticJsonSchemaWarning
 
-from vfsurgery.checkpoints import write_text
+from vfsurgery.checkpoints import WEIGHTS, check_writable, write_text
 from vfsurgery.errors import RecipeError, explain
 from vfsurgery.hub.cards import CLASSIFICATION, Card, check_card
 from vfsurgery.hub.loading import write_config
 from vfsurgery.recipes.bench import Bench, Lab
-from vfsurgery.recipes.expectations import Outcome
 from vfsurgery.recipes.running import Finding, Runner
-from vfsurgery.recipes.sections import (
-    AsTuple,
-    FrozenDict,
-    Images,
-    Name,
-    Section,
-    Seed,
-    Source,
-    complete_sources,
-    frozen,
-    plain,
-    refuse_repeated,
-)
+from vfsurgery.recipes.sections import AsTuple, Images, Name, Section, Seed, Source, complete_sources, refuse_repeated
 from vfsurgery.recipes.stage import RESERVED, SCHEMA, Misplaced, Place, Stage, Stages, read, schemas
 from vfsurgery.recipes.store import Store
 from vfsurgery.recipes.text import changed, line_of, parse, read_text
 from vfsurgery.recipes.wording import describe
-from vfsurgery.stats.threads import threads
+from vfsurgery.scoring.expectations import Outcome
+from vfsurgery.stats.threads import find_device, threads
 from vfsurgery.training import from_seed
 
 STEPS = ".stages"
@@ -106,7 +91,7 @@ class Recipe(Section):
     sources: Sources = ()
     stages: Stages = ()
     runs: Annotated[tuple[Run, ...], AsTuple] = ()
-    reduced: Annotated[dict[str, Any], AfterValidator(frozen)] = FrozenDict()
+    reduced: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _can_run(self) -> Self:
@@ -142,7 +127,8 @@ class Recipe(Section):
                     above = ("runs", number) if self.runs else ()
                     raise Misplaced(error, *above, "stages", place, stage.name) from None
                 yield run, stage, at, behind
-                at, files = behind, behind.files
+                at = behind
+            files = at.files
 
     @property
     def steps(self) -> tuple[Stage, ...]:
@@ -170,25 +156,23 @@ class Recipe(Section):
         else:
             place, text = str(source), read_text(Path(source))
         written = parse(text, place, cls.model_fields)
-        read = cls._validated(_changed(written, {} if reduced else changes), place, text)
-        if not read.reduced and not reduced:
-            return read
-        if not read.reduced:
-            remedy = "leave --reduced out, or describe one"
-            raise RecipeError(explain(f"{read.name} has no reduced form", remedy=remedy))
-        small = {**written, "name": f"{written['name']}-reduced", "reduced": {}}
-        for path, value in read.reduced.items():
+        whole = cls._read(written if reduced else changed(written, changes or {}), place, text)
+        if not whole.reduced:
+            if reduced:
+                remedy = "leave --reduced out, or describe one"
+                raise RecipeError(explain(f"{whole.name} has no reduced form", remedy=remedy))
+            return whole
+        small: Any = {**written, "name": f"{written['name']}-reduced", "reduced": {}}
+        for path, value in whole.reduced.items():
             try:
-                small = changed(small, path, plain(value))
+                small = changed(small, {path: value})
             except RecipeError as error:
                 raise RecipeError(f"{place}:{line_of(text, ('reduced', path))}: {error}") from None
-        found = cls._validated(_changed(small, changes if reduced else {}), place, text, read.reduced)
-        return found if reduced else read
+        found = cls._read(changed(small, changes or {}) if reduced else small, place, text, whole.reduced)
+        return found if reduced else whole
 
     @classmethod
-    def _validated(
-        cls, content: Mapping[str, Any], place: str, text: str, reduced: Mapping[str, Any] | None = None
-    ) -> Self:
+    def _read(cls, content: Any, place: str, text: str, reduced: Mapping[str, Any] | None = None) -> Self:
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -197,20 +181,14 @@ class Recipe(Section):
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """The JSON schema of recipes, by which editors complete and check them; ``vfsurgery schema`` prints it."""
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PydanticJsonSchemaWarning)  # of defaults that are empty mappings
-            schema, own = cls.model_json_schema(), schemas()
-        text = json.dumps({**schema, "$defs": {**schema["$defs"], **own}})
-        stage = json.dumps({"$ref": "#/$defs/Stage"})
-        return {
-            "$schema": "https://json-schema.org/draft/2020-12/schema",
-            **json.loads(text.replace(json.dumps(SCHEMA), stage)),
-        }
+        schema = cls.model_json_schema()
+        text = json.dumps({**schema, "$defs": {**schema["$defs"], **schemas()}})
+        found = json.loads(text.replace(json.dumps(SCHEMA), json.dumps({"$ref": "#/$defs/Stage"})))
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
 
     def to_yaml(self) -> str:
         """Write every option down, defaults included."""
-        return yaml.safe_dump(plain(self.model_dump(mode="json")), sort_keys=False)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def run(self, output: str | Path | None = None, progress: bool = True, *, resume: bool = False) -> RecipeRun:
         """Do what the stages say, and write the results once all of them are there.
@@ -226,9 +204,9 @@ class Recipe(Section):
         """
         start = time.perf_counter()
         output = Path(output) if output is not None else Path("out") / self.name
-        _check_folder(output)
+        check_writable(output / f"{self.name}{WEIGHTS}")
         check_card(output)
-        device, first = _device(self.device), self.parts[0].sources[0]
+        device, first = find_device(self.device), self.parts[0].sources[0]
         splits = self.data and self.data.load(first.model, partial(from_seed, first.untrained, 0))
         labs = [
             Lab(
@@ -248,12 +226,10 @@ class Recipe(Section):
         store = Store(output / STEPS, resume)
         findings: list[Finding] = []
         with threads(self.threads):
-            loaded = labs[0].load()
-            for lab in labs[1:]:
-                lab.load()  # what cannot be built or read is met before the first minute of training
+            loaded = [lab.load() for lab in labs]  # what cannot be built or read is met before the first training
             store.prepare()  # a recipe that cannot begin has emptied nothing
             for lab, part in zip(labs, self.parts, strict=True):
-                networks, notes = loaded if lab is labs[0] else lab.load()
+                networks, notes = loaded.pop(0)
                 findings.append(Runner(lab, store).run(part.steps, Bench(lab, networks), notes))
         run = RecipeRun(self, tuple(findings), output, time.perf_counter() - start)
         run.write()
@@ -329,28 +305,3 @@ def base_models(recipe: Recipe) -> list[str]:
 
 
 _ON_THE_HUB = "timm:hf-hub:"
-
-
-def _changed(content: Any, changes: Mapping[str, object] | None) -> Any:
-    for path, value in (changes or {}).items():
-        content = changed(content, path, value)
-    return content
-
-
-def _device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is some, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError(explain(f"there is no device {name}", remedy="write device: auto, or device: cpu"))
-    return torch.device(name)
-
-
-def _check_folder(output: Path) -> None:
-    """Refuse a folder for results that could not be written, before the work."""
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        cause = "not writable" if existing.is_dir() else "a file"
-        raise RecipeError(
-            explain(f"cannot write results into {output}", cause=f"{existing} is {cause}", remedy="name another folder")
-        )

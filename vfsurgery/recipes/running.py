@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -16,11 +17,10 @@ from vfsurgery.data.datasets import find_data
 from vfsurgery.errors import SurgeryError
 from vfsurgery.hub.cards import Network, Summary, described
 from vfsurgery.hub.loading import Written, is_of_timm
-from vfsurgery.recipes.bench import Bench, Lab, Told
-from vfsurgery.recipes.expectations import Outcome
-from vfsurgery.recipes.stage import MERGED, Stage
-from vfsurgery.recipes.stages.comparing import Compare, Done
-from vfsurgery.recipes.store import Record, Store, digest, loads
+from vfsurgery.recipes.bench import Bench, Lab, Shown, Told
+from vfsurgery.recipes.stage import Stage
+from vfsurgery.recipes.store import Store, digest, loads
+from vfsurgery.scoring.expectations import Outcome
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Finding:
         count = f"{len(images)} " if isinstance(images, Sized) else ""
         found: list[tuple[Network, nn.Module]] = []
         for file, name, net in [(each.file, each.name, each.net) for each in bench.writes if each.net is not None]:
-            shown = bench.shown.beside(name, net.model, bench)
+            now = [*bench.networks.values(), *bench.ends.values()]  # the figures are theirs
+            shown = bench.shown if any(net.model is each.model for each in now) else Shown()
             own = shown.rows.get(shown.own.get(name, ""))
             network = Network(
                 name=file,
@@ -100,6 +101,27 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Done:
+    """A stage that was run: what it made and said, and the bench behind it."""
+
+    stage: Stage
+    models: Mapping[str, nn.Module]
+    told: Told
+    bench: Bench
+
+    @classmethod
+    def of(cls, stage: Stage, bench: Bench) -> Self:
+        """Run it; the networks that it makes have reports of it."""
+        models, told = stage.work(bench)
+        after = stage.after(bench, models, told)
+        if stage.changes and stage.reports:
+            after = replace(after, networks={name: net.reported(bench.lab) for name, net in after.networks.items()})
+        told.metadata = {name: dict(after.networks[name].metadata) for name in models}
+        told.summaries = {name: after.networks[name].summary for name in models}
+        return cls(stage, models, told, after)
+
+
+@dataclass(frozen=True)
 class Runner:
     """Runs stages one after another, and keeps what each gives."""
 
@@ -115,18 +137,16 @@ class Runner:
         key, steps = digest(_origin(self.lab)), list[Step]()
         for number, stage in enumerate(stages, start=1):
             own, later = self._key(key, stage), stages[number:]
-            step, after = self._step(stage, number, own, bench, later, notes if number == 1 else ())
+            step, bench = self._step(stage, number, own, bench, later)
             steps.append(step)
-            if isinstance(stage, Compare):
-                row = stage.row(step.told.goes_on)
-                for place, one in enumerate(row.stages):
-                    key = self._key(key, one)
-                    done = step.told.chain[place] if step.told.chain else None
-                    more, bench = self._step(one, None, key, bench, [*row.stages[place + 1 :], *later], done=done)
-                    steps.append(more)
-                bench = stage.after(bench, {}, step.told)
-            else:
-                bench, key = after, own if stage.changes else key
+            way = stage.way(step.told)
+            for place, one in enumerate(way):
+                key = self._key(key, one)
+                done = step.told.chain[place] if step.told.chain else None
+                more, bench = self._step(one, None, key, bench, [*way[place + 1 :], *later], done)
+                steps.append(more)
+            bench, key = stage.behind(bench, step.told), own if stage.changes else key
+        steps[0].told.lines[:0] = notes
         return Finding(self.lab.run, tuple(steps), bench)
 
     def _key(self, before: str, stage: Stage) -> str:
@@ -140,7 +160,6 @@ class Runner:
         key: str,
         bench: Bench,
         later: Sequence[Stage],
-        notes: Sequence[str] = (),
         done: Done | None = None,
     ) -> tuple[Step, Bench]:
         """One stage: taken over from an earlier run, as it was done on the way of a comparison, or run now."""
@@ -148,48 +167,37 @@ class Runner:
             taken = self._taken_over(stage, key, bench)
             if taken is not None:
                 return Step(stage, taken[0], True, number), taken[1]
-        if done is None:
-            done = Done.of(stage, replace(bench, keep=lambda name: self.store.training(key, name)))
-            done.told.lines = [*notes, *done.told.lines]
-        after = replace(done.bench, keep=None, shared=None)
+        done = done or Done.of(stage, replace(bench, keep=lambda name: self.store.training(key, name)))
         if stage.kept:
-            self._keep(key, done.models, done.told, after)
-        return Step(stage, done.told, False, number), after
+            if all(loads(model, self.lab.untrained(name)) for name, model in done.models.items()):
+                self.store.keep(key, done.told, done.models)
+            self.store.forget_trainings(key)
+        return Step(stage, done.told, False, number), replace(done.bench, keep=None, shared=None)
 
     def _is_asked_for(self, stage: Stage, key: str, later: Iterable[Stage]) -> bool:
         """Whether what follows looks at how a network was made, which is not kept: then it is made again."""
         for one in later if stage.changes and stage.reports else ():
             if one.needs_report and not (one.kept and self.store.find(self._key(key, one))):
                 return True
-            if one.changes or isinstance(one, Compare):
+            if one.changes or one.branches:
                 return False
         return False
 
-    def _keep(self, key: str, models: Mapping[str, nn.Module], told: Told, after: Bench) -> None:
-        if all(loads(model, self.lab.untrained(name)) for name, model in models.items()):
-            nets = {name: after.networks[name] for name in models}
-            record = Record(
-                **{name: value for name, value in told if name not in ("writes", "chain")},
-                metadata={name: dict(net.metadata) for name, net in nets.items()},
-                summaries={name: net.summary for name, net in nets.items() if net.summary is not None},
-            )
-            self.store.keep(key, record, models)
-        self.store.forget_trainings(key)
-
     def _taken_over(self, stage: Stage, key: str, bench: Bench) -> tuple[Told, Bench] | None:
         """What a stage gave in an earlier run; ``None`` where it cannot be read any more."""
-        record = self.store.find(key) if stage.kept else None
-        if record is None or isinstance(stage, Compare):
-            return record and (record, bench)
-        names = [MERGED] if stage.joins else [*bench.networks] if stage.changes else []
+        told = self.store.find(key) if stage.kept else None
+        if told is None:
+            return None
         try:
-            models = {name: self.store.load(key, name, self.lab.untrained(name)) for name in names}
+            models = {name: self.store.load(key, name, self.lab.untrained(name)) for name in told.metadata}
         except SurgeryError:
             return None
-        after = stage.after(bench, models, record)
-        known = {name: {"metadata": record.metadata[name], "summary": record.summaries.get(name)} for name in names}
-        nets = {name: replace(net, **known.get(name, {})) for name, net in after.networks.items()}
-        return record, replace(after, networks=nets)
+        after = stage.after(bench, models, told)
+        made = {
+            name: replace(after.networks[name], metadata=told.metadata[name], summary=told.summaries[name])
+            for name in models
+        }
+        return told, replace(after, networks={**after.networks, **made})
 
 
 def _origin(lab: Lab) -> dict[str, Any]:
@@ -209,13 +217,8 @@ def _origin(lab: Lab) -> dict[str, Any]:
 
 def _code(used: Iterable[Any]) -> list[str]:
     """Hashes of the code of what others wrote: it may change under the same name."""
-    files = {_file_of(each) for each in used if not each.__module__.startswith("vfsurgery.")}
+    files: set[str | None] = set()
+    for each in used:
+        with suppress(TypeError, OSError):  # what was typed into an interpreter has no file
+            files |= set() if each.__module__.startswith("vfsurgery.") else {inspect.getsourcefile(each)}
     return sorted(file_hash(file) for file in files if file is not None)
-
-
-def _file_of(written: Any) -> str | None:
-    """The file of a class or function; what was typed into an interpreter has none."""
-    try:
-        return inspect.getsourcefile(written)
-    except (TypeError, OSError):
-        return None

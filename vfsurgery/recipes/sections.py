@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Self, TypeVar, cast
+from typing import Annotated, Any, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -33,38 +34,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=1)]
 Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=4)]
 Patterns = Annotated[tuple[str, ...], AsTuple]
-V = TypeVar("V")
+Options = dict[str, bool | int | float | str]
+"""Keyword arguments of a model."""
 
 CHECKPOINTS = (WEIGHTS, ".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".json")
 """How files of weights end; any other text names a model."""
-
-
-class FrozenDict(dict[str, V]):
-    """A mapping that is hashed by what it holds, since sections are values."""
-
-    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return hash(frozenset(self.items()))
-
-
-Frozen = AfterValidator(FrozenDict)
-Options = Annotated[dict[str, bool | int | float | str], Frozen]
-"""Keyword arguments of a model."""
-
-
-def frozen(value: Any) -> Any:
-    """The same value, lists as tuples and mappings as frozen ones, at any depth: sections are values."""
-    if isinstance(value, Mapping):
-        return FrozenDict({key: frozen(item) for key, item in cast("Mapping[Any, Any]", value).items()})
-    if isinstance(value, list | tuple):
-        return tuple(frozen(item) for item in cast("list[Any]", value))
-    return value
-
-
-def plain(value: Any) -> Any:
-    """What :func:`frozen` was given."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in cast("Mapping[Any, Any]", value).items()}
-    return [plain(item) for item in cast("tuple[Any]", value)] if isinstance(value, tuple | list) else value
 
 
 def refuse_unknown(kind: str, names: Sequence[str], known: Iterable[str]) -> None:
@@ -86,6 +60,9 @@ class Section(BaseModel):
     """A mapping of a recipe: frozen, with no keys but its fields, and no conversion between types."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.model_dump(mode="json"), sort_keys=True))
 
 
 def _known_data(name: str) -> str:
@@ -110,7 +87,7 @@ class Images(Section):
     test: Count | None = None
     mean: Annotated[Channels | None, AsTuple] = None
     std: Annotated[Channels | None, AsTuple] = None
-    options: Options = FrozenDict()
+    options: Options = {}
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
@@ -159,7 +136,7 @@ class Source(Section):
 
     name: Name
     model: str
-    options: Options = FrozenDict()
+    options: Options = {}
     seed: Seed = 0
     checkpoint: str | None = None
     pretrained: bool = False

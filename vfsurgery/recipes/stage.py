@@ -17,12 +17,13 @@ from pydantic_core import InitErrorDetails
 from torch import nn
 
 from vfsurgery.errors import did_you_mean
-from vfsurgery.passes import PASSES, pass_options
+from vfsurgery.passes import PASSES
+from vfsurgery.passes.options import schema_of
 from vfsurgery.recipes.bench import Bench, Net, Told
-from vfsurgery.recipes.expectations import Expectation, Outcome, is_number
-from vfsurgery.recipes.sections import AsTuple, Frozen, FrozenDict, Patterns, Section, plain, refuse_unknown
+from vfsurgery.recipes.sections import AsTuple, Patterns, Section, refuse_unknown
 from vfsurgery.registry import Registry
 from vfsurgery.scoring.evaluation import ENSEMBLE
+from vfsurgery.scoring.expectations import Expectation, Outcome, is_number
 
 S = TypeVar("S", bound="type[Stage]")
 
@@ -76,11 +77,9 @@ class Place:
 
     def writing(self, files: Iterable[str]) -> Place:
         """With more files, each written once."""
-        written = self.files
-        for file in files:
-            if file in written:
-                raise ValueError(f"{file} would be written twice: give one of them another name")
-            written = (*written, file)
+        written = (*self.files, *files)
+        if repeated := next((file for file in written if written.count(file) > 1), None):
+            raise ValueError(f"{repeated} would be written twice: give one of them another name")
         return replace(self, files=written)
 
     def writing_each(self, files: Iterable[str]) -> Place:
@@ -114,6 +113,8 @@ class Stage(Section):
     """Whether what it gives is kept for a run that goes on."""
     images: ClassVar[bool] = True
     """Whether it needs some, whatever its parts need."""
+    branches: ClassVar[bool] = False
+    """Whether it chooses one of several ways, whose stages then run behind it."""
     whole: ClassVar[str | None] = None
     """The option that the value of the stage is, where it is no mapping of options."""
 
@@ -139,11 +140,20 @@ class Stage(Section):
             name: bench.networks[name].become(model, **self.known(bench.networks[name]))
             for name, model in models.items()
         }
-        return replace(bench, networks={**bench.networks, **made}).wrote(*told.writes)
+        shown = bench.shown.once_changed(bench.ends) if made else bench.shown
+        return replace(bench, networks={**bench.networks, **made}, shown=shown).wrote(*told.writes)
 
     def known(self, before: Net) -> dict[str, Any]:
         """What is known of a network that it has changed, besides its weights."""
         return {}
+
+    def way(self, told: Told) -> Sequence[Stage]:
+        """The stages that run behind it, by what it has found."""
+        return ()
+
+    def behind(self, bench: Bench, told: Told) -> Bench:
+        """The bench at the end of that way, with what it has measured."""
+        return bench
 
     def outcomes(self, told: Told) -> list[Outcome]:
         """Which expectations hold."""
@@ -161,7 +171,7 @@ class Stage(Section):
 
     def dump(self) -> Any:
         """What stands behind its name in a recipe, every option written down."""
-        options = plain(self.model_dump(mode="json"))
+        options = self.model_dump(mode="json")
         return options[self.whole] if self.whole else options
 
     def words(self) -> str:
@@ -177,7 +187,7 @@ class Stage(Section):
 class Table(Stage):
     """A stage with a table of its own, of which something may be expected, with published figures beside."""
 
-    published: Annotated[dict[str, float], Frozen] = FrozenDict()
+    published: dict[str, float] = {}
     expect: Patterns = ()
 
     @property
@@ -195,12 +205,10 @@ class Table(Stage):
 
     def check_rows(self, rows: Sequence[str]) -> None:
         """Expectations are of rows and numbers, bands of what is published."""
-        for row in self.figures:
+        expected_rows = [row for expected in self.expectations for row in expected.rows if not is_number(row)]
+        for row in (*self.figures, *expected_rows):
             self.check_row(row, rows)
         for expected in self.expectations:
-            for row in expected.rows:
-                if not is_number(row):
-                    self.check_row(row, rows)
             if expected.points is not None and expected.rows[0] not in self.figures:
                 raise ValueError(f"nothing is published for {expected.rows[0]!r}, so it can be in no band around it")
 
@@ -283,13 +291,16 @@ Stages = Annotated[
 _LIST: TypeAdapter[tuple[Stage, ...]] = TypeAdapter(Stages)
 
 
-def read_stages(entries: Any) -> tuple[Stage, ...]:
+def read_stages(entries: Any, *above: int | str) -> tuple[Stage, ...]:
     """A list of stages, or one of them.
 
     Raises:
-        ValidationError: one is wrong; located by its place.
+        ValidationError: one is wrong; located by its place, below ``above``.
     """
-    return _LIST.validate_python(plain(entries) if isinstance(entries, list | tuple) else [plain(entries)])
+    try:
+        return _LIST.validate_python(entries if isinstance(entries, list | tuple) else [entries])
+    except ValidationError as error:
+        raise relocated(error, *above) from None
 
 
 def schemas() -> dict[str, Any]:
@@ -303,8 +314,8 @@ def schemas() -> dict[str, Any]:
         for name, kind in kinds.items()
     }
     alone = [*(name for name, kind in kinds.items() if _alone(kind)), *(n for n in passes_alone() if n not in own)]
-    section = {"type": "object", "properties": {**_pass_schemas(), **own}, "additionalProperties": False}
-    one = {**section, "minProperties": 1, "maxProperties": 1}
+    known = {**{name: schema_of(PASSES[name]) for name in passes_alone()}, **own}
+    one = {"type": "object", "properties": known, "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
     return {**common["$defs"], "Stage": {"anyOf": [{"type": "string", "enum": alone}, one]}}
 
 
@@ -316,16 +327,3 @@ def _alone(kind: type[Stage]) -> bool:
 def passes_alone() -> list[str]:
     """Passes that go by no sources, and so may be stages."""
     return [name for name in PASSES if not PASSES[name].needs_sources]
-
-
-def _pass_schemas() -> dict[str, Any]:
-    return {
-        name: {
-            "type": ["object", "null"],
-            "description": (PASSES[name].__doc__ or "").partition("\n")[0],
-            "properties": {option.name: option.schema() for option in pass_options(name)},
-            "required": [option.name for option in pass_options(name) if option.required],
-            "additionalProperties": False,
-        }
-        for name in passes_alone()
-    }

@@ -96,28 +96,30 @@ def line_of(text: str, location: Sequence[int | str]) -> int:
     return line + 1
 
 
-def changed(content: Any, path: str, value: object) -> Any:
-    """A recipe's content, or part of it, with one value in the place of another.
+def changed(content: Any, changes: Mapping[str, object]) -> Any:
+    """A recipe's content, or part of it, with other values in the place of some.
 
     Args:
         content: As :func:`parse` returns it; stays as it is.
-        path: Keys with dots between them. An entry of a list is named by its place from 0, by its ``name``, or, for
-            stages, by its key.
-        value: A plain value.
+        changes: Plain values by their paths: keys with dots between them. An entry of a list is named by its place from
+            0, by its ``name``, or, for stages, by its key.
 
     Raises:
-        RecipeError: the path leads nowhere.
+        RecipeError: a path leads nowhere.
 
     >>> recipe = {"sources": [{"name": "a"}], "stages": ["merge", {"train": {"epochs": 3}}]}
-    >>> changed(recipe, "stages.train.epochs", 5)["stages"]
+    >>> changed(recipe, {"stages.train.epochs": 5})["stages"]
     ['merge', {'train': {'epochs': 5}}]
-    >>> changed(recipe, "stages.merge.alpha", 0.2)["stages"][0]
+    >>> changed(recipe, {"stages.merge.alpha": 0.2})["stages"][0]
     {'merge': {'alpha': 0.2}}
     """
-    steps = path.split(".")
-    if len(steps) > DEEPEST:
-        raise RecipeError(explain(f"a path of {len(steps)} keys leads nowhere", remedy=f"recipes nest {DEEPEST} deep"))
-    return _changed(content, steps, value, path)
+    for path, value in changes.items():
+        steps = path.split(".")
+        if len(steps) > DEEPEST:
+            fact, remedy = f"a path of {len(steps)} keys leads nowhere", f"recipes nest {DEEPEST} deep"
+            raise RecipeError(explain(fact, remedy=remedy))
+        content = _changed(content, steps, value, path)
+    return content
 
 
 def read_change(text: str) -> tuple[str, object]:
@@ -135,50 +137,43 @@ def read_change(text: str) -> tuple[str, object]:
     try:
         return path, _load(written)
     except yaml.YAMLError as error:
-        raise RecipeError(
-            explain(f"the value in {text!r} is no YAML", cause=getattr(error, "problem", error))
-        ) from error
+        cause = getattr(error, "problem", error)
+        raise RecipeError(explain(f"the value in {text!r} is no YAML", cause=cause)) from error
 
 
 def _changed(node: Any, steps: list[str], value: object, path: str) -> Any:
     if not steps:
         return value
-    step, rest = steps[0], steps[1:]
+    step, *rest = steps
     if isinstance(node, list):
         entries = [*cast("list[Any]", node)]
         place = _place(entries, step, path)
-        entry = entries[place]
-        if isinstance(entry, str) and entry == step:  # a stage that is written as its name
-            entry = {step: None}
+        entry = {step: None} if entries[place] == step else entries[place]  # a stage that is written as its name
         inside = isinstance(entry, dict) and set(cast("dict[str, Any]", entry)) == {step}
         entries[place] = _changed(entry, steps if inside else rest, value, path)
         return entries
     if node is not None and not isinstance(node, Mapping):
         above = path.removesuffix(".".join(steps)).removesuffix(".")
-        raise RecipeError(
-            explain(
-                f"{path} leads nowhere", because=f"{above} is {printable(repr(node))}", remedy=f"write {above}=VALUE"
-            )
-        )
+        because, remedy = f"{above} is {printable(repr(node))}", f"write {above}=VALUE"
+        raise RecipeError(explain(f"{path} leads nowhere", because=because, remedy=remedy))
     mapping = dict(cast("Mapping[str, Any]", node or {}))
-    mapping[step] = _changed(mapping.get(step), rest, value, path)
-    return mapping
+    return {**mapping, step: _changed(mapping.get(step), rest, value, path)}
 
 
 def _place(entries: list[Any], step: str, path: str) -> int:
     """The place in a list that a number or a name means."""
+    if step.isdecimal() and int(step) < len(entries):
+        return int(step)
     names: list[str] = []
     for entry in entries:
         keys = [*cast("dict[str, Any]", entry)] if isinstance(entry, dict) else [str(entry)]
         names.append(str(entry["name"]) if "name" in keys else keys[0] if len(keys) == 1 else "")
-    if step.isdecimal() and int(step) < len(entries):
-        return int(step)
-    if names.count(step) != 1:
-        twice = f"{step!r} stands there {names.count(step)} times" if step in names else None
-        known = [name for name in names if name] + [f"0 to {len(entries) - 1}"]
-        remedy = "name it by its place" if twice else did_you_mean(step, known)
-        raise RecipeError(explain(f"{path} leads nowhere: there is no single {step!r}", because=twice, remedy=remedy))
-    return names.index(step)
+    if names.count(step) == 1:
+        return names.index(step)
+    twice = f"{step!r} stands there {names.count(step)} times" if step in names else None
+    known = [name for name in names if name] + [f"0 to {len(entries) - 1}"]
+    remedy = "name it by its place" if twice else did_you_mean(step, known)
+    raise RecipeError(explain(f"{path} leads nowhere: there is no single {step!r}", because=twice, remedy=remedy))
 
 
 class _Loader(yaml.SafeLoader):
@@ -188,8 +183,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                problem = f"the key {key.value!r} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                raise _refusal(f"the key {key.value!r} stands twice", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -202,8 +196,12 @@ class _Loader(yaml.SafeLoader):
                 raise ValueError("a number of more than 64 bits")
         except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
             # a date that is none, a number too long to read: YAML's own constructors do not say it as YAML errors
-            raise yaml.constructor.ConstructorError(None, None, printable(str(error)), node.start_mark) from error
+            raise _refusal(printable(str(error)), node) from error
         return value
+
+
+def _refusal(problem: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def _load(text: str) -> object:
@@ -229,20 +227,13 @@ def _count(node: yaml.Node, counted: dict[int, int], above: tuple[int, ...]) -> 
     once is remembered, or counting would take as long as replacing.
     """
     if id(node) in above:
-        raise yaml.constructor.ConstructorError(
-            None, None, "an alias stands inside of what it stands for", node.start_mark
-        )
+        raise _refusal("an alias stands inside of what it stands for", node)
     if len(above) > DEEPEST:
-        raise yaml.constructor.ConstructorError(None, None, f"nested deeper than {DEEPEST}", node.start_mark)
+        raise _refusal(f"nested deeper than {DEEPEST}", node)
     if id(node) not in counted:
-        parts: list[yaml.Node] = []
-        if isinstance(node, yaml.SequenceNode):
-            parts = node.value
-        elif isinstance(node, yaml.MappingNode):
-            parts = [part for pair in node.value for part in pair]
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in pairs for part in pair]
         counted[id(node)] = 1 + sum(_count(part, counted, (*above, id(node))) for part in parts)
     if counted[id(node)] > MOST_VALUES:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"becomes more than {MOST_VALUES:,} values", node.start_mark
-        )
+        raise _refusal(f"becomes more than {MOST_VALUES:,} values", node)
     return counted[id(node)]

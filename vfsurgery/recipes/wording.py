@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from typing import Any, get_args
 
@@ -49,7 +50,7 @@ def describe(
         fact = "a required key is missing"
     elif first["type"] == "value_error":
         fact = first["msg"].removeprefix("Value error, ")
-    elif first["type"].startswith("float") and _is_number(first["input"]):
+    elif first["type"].startswith("float") and _EXPONENT.fullmatch(str(first["input"])):
         remedy = "YAML reads 1e-3 as text: write 1.0e-3, without quotes"
     path = written_path(location)
     others = dict.fromkeys(
@@ -73,6 +74,7 @@ def written_path(location: tuple[int | str, ...]) -> str | None:
     return printable("".join(steps).removeprefix(".")) or None
 
 
+_EXPONENT = re.compile(r"[+-]?[\d.]+[eE][+-]?\d+")
 _PLAIN, _MEMBERS = ("str", "float", "int"), ("tuple[", "dict[", "function-", "constrained-")
 
 
@@ -97,11 +99,3 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for member in get_args(annotation):
         yield from _models(member)
-
-
-def _is_number(value: object) -> bool:
-    try:
-        float(str(value))
-    except ValueError:
-        return False
-    return True

@@ -94,6 +94,20 @@ class Diagnosis(Drawn):
         depths, heights = zip(*points, strict=True) if points else ((0.0,), (math.nan,))
         return tuple(map(float, np.interp(DEPTHS, depths, heights)))
 
+    def bound_at(self, depth: float) -> float:
+        """The tight bound at a relative depth from 0 to 1, between layers interpolated; NaN where no layer has a ratio.
+
+        Layers before the first one compared are preserved: each computes what its source does, with a ratio of 1.
+        """
+        pairs = zip(self.layers, self.bound, strict=True)
+        points = [(layer.depth, bound) for layer, bound in pairs if not math.isnan(bound)]
+        if not points:
+            return math.nan
+        kept, last = max(1.0, points[0][1]), max(self.entries - 1, 1)
+        points = [*((position / last, kept) for position in range(self.layers[0].position)), *points]
+        depths, bounds = zip(*points, strict=True)
+        return float(np.interp(depth, depths, bounds))
+
     def vanishes_at(self, threshold: float = VANISHED) -> LayerDiagnosis | None:
         """The first layer from which on no ratio reaches ``threshold``, or ``None``."""
         return first_below(self.layers, self.bound, threshold)

@@ -1,4 +1,4 @@
-"""How many threads torch computes with on the CPU: it decides how sums are cut, and with it the last digits."""
+"""Where torch computes, and with how many threads on the CPU: they decide how sums are cut, and so the last digits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
+
+from vfsurgery.errors import OptionError, explain
 
 
 @contextmanager
@@ -27,3 +29,21 @@ def threads(count: int | None) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name, if torch can compute on it; ``auto`` is CUDA where there is some, else the CPU.
+
+    Raises:
+        OptionError: it cannot.
+
+    >>> find_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        cause, remedy = str(error).partition("\n")[0], "auto takes CUDA where there is some, else cpu"
+        raise OptionError(explain(f"cannot compute on device {name!r}", cause=cause, remedy=remedy)) from error

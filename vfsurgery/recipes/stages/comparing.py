@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import product
 from typing import Annotated, Any, Self, cast
 
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from torch import nn
 
 from vfsurgery.errors import RecipeError
@@ -18,16 +18,17 @@ from vfsurgery.merging.merge import match
 from vfsurgery.pruning import prune_each
 from vfsurgery.recipes.bench import Bench, Lab, Shown, Told, Write
 from vfsurgery.recipes.entries import build_matcher
-from vfsurgery.recipes.ratio_rows import PREFIX, RatioRow
-from vfsurgery.recipes.sections import AsTuple, Frozen, FrozenDict, frozen, plain, refuse_repeated, refuse_unknown
-from vfsurgery.recipes.stage import Misplaced, Place, Stage, read_stages, relocated, stage
+from vfsurgery.recipes.running import Done
+from vfsurgery.recipes.sections import AsTuple, refuse_repeated, refuse_unknown
+from vfsurgery.recipes.stage import Misplaced, Place, Stage, read_stages, stage
 from vfsurgery.recipes.stages.looking import Scoring
 from vfsurgery.recipes.stages.surgery import Merge, Prune
-from vfsurgery.recipes.table import scores_of
 from vfsurgery.recipes.text import changed
 from vfsurgery.scoring.diagnosis import diagnose
 from vfsurgery.scoring.evaluation import evaluate, first_images
+from vfsurgery.scoring.expectations import RATIO, RatioRow
 from vfsurgery.scoring.sweeps import Course, Sweep
+from vfsurgery.scoring.tables import scores_of
 
 LAST, GAIN = "last", "gain"
 _AXIS = re.compile(r"\{(\w+)(%?)\}")
@@ -36,7 +37,7 @@ _AXIS = re.compile(r"\{(\w+)(%?)\}")
 def _way(value: Any) -> Any:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value) or len(value) != 1:
         raise ValueError("a way is its label with stages, as in '- repaired: [merge: {renormalize: repair}]'")
-    return frozen(value)
+    return value
 
 
 def _axis(value: Any) -> Any:
@@ -45,7 +46,7 @@ def _axis(value: Any) -> Any:
         value = {f"{each:g}" if isinstance(each, float) else str(each): each for each in cast("list[Any]", value)}
     if not isinstance(value, Mapping):
         raise ValueError("the grid has lists of values, or values by the text that stands for them in labels")
-    return FrozenDict({str(text): frozen(each) for text, each in cast("Mapping[Any, Any]", value).items()})
+    return {str(text): each for text, each in cast("Mapping[Any, Any]", value).items()}
 
 
 _ONE_KEY = {"type": "object", "minProperties": 1, "maxProperties": 1}
@@ -58,16 +59,15 @@ Figures = Annotated[tuple[float | None, ...], AsTuple]
 class Row:
     """One network of the table.
 
-    ``where`` is its way in the recipe, ``base`` the row that it goes on from; with columns, ``course`` is the row of
-    the table that it stands in, and ``column`` the place in it.
+    ``where`` is its way in the recipe, ``base`` the row that it goes on from, and ``curve`` the one that it is a point
+    of, where there are columns and it has a place in one.
     """
 
     label: str
     stages: tuple[Stage, ...]
     where: tuple[str, int, str]
     base: str | None
-    course: str
-    column: int | None
+    curve: str | None
 
     def follow(self, at: Place) -> Place:
         """What there is at the end of it.
@@ -87,7 +87,7 @@ class Row:
         return at
 
 
-@stage("compare")
+@stage("compare", branches=True)
 class Compare(Scoring):
     """Several ways from here on, a row for each; one of them goes on.
 
@@ -98,11 +98,11 @@ class Compare(Scoring):
     """
 
     ways: Annotated[Ways, Field(min_length=1)]
-    grid: Annotated[dict[str, Axis], Frozen] = FrozenDict()
+    grid: dict[str, Axis] = {}
     then: Ways = ()
     columns: str | None = None
     goes_on: str = LAST
-    published: Annotated[dict[str, float | Figures], Frozen] = FrozenDict()  # pyright: ignore[reportIncompatibleVariableOverride]
+    published: dict[str, float | Figures] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @model_validator(mode="after")
     def _rows_are_there(self) -> Self:
@@ -112,14 +112,13 @@ class Compare(Scoring):
             raise ValueError(f"columns are numbers, and {self.columns} has other values")
         for way in (*self.ways, *self.then):
             refuse_unknown("axis", [found[1] for label in way for found in _AXIS.finditer(label)], self.axes)
-        labels = [row.label for row in self.rows]
-        refuse_repeated("row", labels)
+        refuse_repeated("row", self.labels)
         if self.goes_on == GAIN and not self.then:
             raise ValueError("goes_on: gain chooses by what then brings, and there is no then")
-        refuse_unknown("row", (self.goes_on,), [LAST, GAIN, *labels])
+        refuse_unknown("row", (self.goes_on,), [LAST, GAIN, *self.labels])
         for label, figures in self.published.items():
             if isinstance(figures, tuple):
-                refuse_unknown("curve", (label,), {row.course for row in self.rows if row.column is not None})
+                refuse_unknown("curve", (label,), self.curves)
                 if len(figures) != len(self.values):
                     wanted = f"{len(figures)} values for {len(self.values)} of {self.columns}"
                     raise ValueError(f"published {label!r} has {wanted}")
@@ -140,68 +139,75 @@ class Compare(Scoring):
         """All rows behind those of the sources, in the order in which they are made."""
         return tuple(self._expanded())
 
+    @property
+    def labels(self) -> list[str]:
+        """Those of the rows."""
+        return [row.label for row in self.rows]
+
+    @property
+    def curves(self) -> Mapping[str, Sequence[Row]]:
+        """The rows that are points of curves, column by column."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.curve is not None:
+                found.setdefault(row.curve, []).append(row)
+        return found
+
     def _expanded(self) -> Iterator[Row]:
         for number, way in enumerate(self.ways):
             ((name, written),) = way.items()
             used = [*dict.fromkeys(found[1] for found in _AXIS.finditer(name))]
             for values in product(*(self.axes[axis][1].items() for axis in used)):
                 texts = dict(zip(used, values, strict=True))
-                stages = plain(written)
-                stages = stages if isinstance(stages, list) else [stages]
+                stages: Any = written if isinstance(written, list) else [written]
                 for axis, (_, value) in texts.items():
                     try:
-                        stages = changed(stages, self.axes[axis][0], plain(value))
+                        stages = changed(stages, {self.axes[axis][0]: value})
                     except RecipeError as error:
                         raise Misplaced(error, "grid", self.axes[axis][0]) from None
-                where, label = ("ways", number, name), _filled(name, texts)
-                own = _read(stages, where)
-                course = " ".join(_filled(name, {**texts, self.columns: ("", None)}).split())
-                column = [*self.values].index(texts[self.columns][0]) if self.columns in texts else None
-                yield Row(label, own, where, None, course, column)
+                where, label, curve = ("ways", number, name), _filled(name, texts), None
+                if self.columns in texts:
+                    curve = " ".join(_filled(name, {**texts, self.columns: ("", None)}).split())
+                own = read_stages(stages, *where)
+                yield Row(label, own, where, None, curve)
                 for place, then in enumerate(self.then):
                     ((more, further),) = then.items()
                     where = ("then", place, more)
-                    stages = (*own, *_read(further, where))
-                    yield Row(f"{label} {more}", stages, where, label, f"{course} {more}", column)
+                    behind = (*own, *read_stages(further, *where))
+                    yield Row(f"{label} {more}", behind, where, label, curve and f"{curve} {more}")
 
     @property
     def figures(self) -> Mapping[str, float]:
-        found: dict[str, float] = {}
-        places = {(row.course, row.column): row.label for row in self.rows}
+        found: dict[str, float | None] = {}
         for label, figures in self.published.items():
-            if isinstance(figures, tuple):
-                each = {places[label, number]: figure for number, figure in enumerate(figures)}
-                found |= {row: figure for row, figure in each.items() if figure is not None}
-            else:
-                found[label] = figures
-        return found
+            points = [row.label for row in self.curves.get(label, ())]
+            found |= dict(zip(points, figures, strict=True)) if isinstance(figures, tuple) else {label: figures}
+        return {row: figure for row, figure in found.items() if figure is not None}
 
     @property
     def ratios(self) -> tuple[RatioRow, ...]:
         """Rows ``ratio LABEL`` that expectations name, each once; they cost a pass over the calibration data."""
-        labels = [row.label for row in self.rows]
         named = dict.fromkeys(row for expectation in self.expectations for row in expectation.rows)
-        found = (RatioRow.parse(row, labels) for row in named if row not in labels)
+        found = (RatioRow.parse(row, self.labels) for row in named if row not in self.labels)
         return tuple(row for row in found if row is not None)
 
     def parts(self) -> Sequence[Any]:
         return [part for row in self.rows for one in row.stages for part in one.parts()]
 
     def check_row(self, row: str, rows: Sequence[str]) -> None:
-        labels = [one.label for one in self.rows]
-        if row not in rows and RatioRow.parse(row, labels) is None:
-            if row.startswith(PREFIX):
-                refuse_unknown("way", (row.removeprefix(PREFIX),), labels)
+        if row not in rows and RatioRow.parse(row, self.labels) is None:
+            if row.startswith(RATIO):
+                refuse_unknown("way", (row.removeprefix(RATIO),), self.labels)
             refuse_unknown("row", (row,), rows)
 
     def follow(self, at: Place) -> Place:
-        rows = (*at.rows, *(row.label for row in self.rows))
+        rows = (*at.rows, *self.labels)
         refuse_repeated("row", rows)
         self.check_rows(rows)
         behind = {row.label: row.follow(at) for row in self.rows}
-        last = next(row for row in reversed(self.rows) if self.goes_on in (LAST, GAIN, row.label))
-        self.check_flips(behind[last.label])
-        return behind[last.label].writing([f"{at.run}_sweep.png"] if self.columns else ())
+        last = behind[self.labels[-1] if self.goes_on in (LAST, GAIN) else self.goes_on]
+        self.check_flips(last)
+        return last.writing([f"{at.run}_sweep.png"] if self.columns else ())
 
     def notes(self, at: Place, cost: Callable[..., list[str]]) -> list[str]:
         return [
@@ -217,7 +223,7 @@ class Compare(Scoring):
 
     def work(self, bench: Bench) -> tuple[dict[str, nn.Module], Told]:
         lab, bench = bench.lab, replace(bench, keep=None)
-        ahead = {LAST: self.rows[-1].label, GAIN: None}.get(self.goes_on, self.goes_on)
+        ahead = {LAST: self.labels[-1], GAIN: None}.get(self.goes_on, self.goes_on)
         shared = Shared([one for row in self.rows if row.label != ahead for one in row.stages])
         told = Told(scores=bench.score(self.data))
         asked, found = {ratio.merge for ratio in self.ratios}, dict[str, Any]()
@@ -234,64 +240,44 @@ class Compare(Scoring):
             gain = 0.0 if row.base is None else score.accuracy - told.scores[row.base].accuracy
             if row.label == ahead or (ahead is None and row.base and (told.goes_on is None or gain > best)):
                 told.goes_on, told.chain, best = row.label, chain, gain
-        told.rows = ratios = {ratio.label: ratio.of(found[ratio.merge]) for ratio in self.ratios}
-        sweep, figures = self._sweep(told), self.figures
-        told.values = {"goes_on": told.goes_on, "ratios": ratios, "diagnoses": _curves(found)}
-        lines = scores_of(told.scores, bench.first, figures, ratios) if sweep is None else sweep.lines()
+        told.rows = ratios = {ratio.label: found[ratio.merge].bound_at(ratio.depth) for ratio in self.ratios}
+        plain = {label: diagnosis.to_dict() for label, diagnosis in found.items()}
+        curves = {label: {key: one[key] for key in ("state", "depths", "curves")} for label, one in plain.items()}
+        told.values = {"goes_on": told.goes_on, "ratios": ratios, "diagnoses": curves}
+        sweep = self._sweep(told)
+        lines = scores_of(told.scores, bench.first, self.figures, ratios) if sweep is None else sweep.lines()
         self.scored(told, told.chain[-1].bench, [*lines])
         return {}, told
 
-    def after(self, bench: Bench, models: Mapping[str, nn.Module], told: Told) -> Bench:
-        # behind the way that goes on: all rows are shown with its network, its own one only as long as it stays
-        ((name, net),) = bench.networks.items()
+    def way(self, told: Told) -> Sequence[Stage]:
+        return self.row(told.goes_on).stages
+
+    def behind(self, bench: Bench, told: Told) -> Bench:
+        # all rows are shown with the network of the way, its own one only as long as it stays
+        (name,) = bench.networks
         row, sweep, scores = self.row(told.goes_on), self._sweep(told), told.scores
         if sweep is not None:  # a page has the others as a figure
             scores = {label: scores[label] for label in (*sweep.first, row.base, row.label) if label is not None}
             bench = bench.wrote(Write(f"{bench.lab.run}_sweep.png", sweep.plot, f"accuracy over {self.columns}"))
         figures = {"flips": told.flips, "sweep": sweep}
-        own, measured = {name: row.label}, {row.label: [net.model]}
-        return replace(bench, shown=Shown(told.rows, scores, self.figures, measured, own, net.model, figures))
+        return replace(bench, shown=Shown(told.rows, scores, self.figures, {name: row.label}, figures))
 
     def _sweep(self, told: Told) -> Sweep | None:
         if self.columns is None:
             return None
-        rows: dict[str, list[Row]] = {}
-        for row in self.rows:
-            if row.column is not None:
-                rows.setdefault(row.course, []).append(row)
-        colours = [course for course, cells in rows.items() if cells[0].base is None]
-        found: dict[str, Course] = {}
-        for course, cells in rows.items():
-            scores = {row.column: told.scores[row.label] for row in cells}
-            listed, base = self.published.get(course), cells[0].base
-            found[course] = Course(
-                tuple(scores.get(number) for number in range(len(self.values))),
+        curves, found = self.curves, dict[str, Course]()
+        colours = [curve for curve, rows in curves.items() if rows[0].base is None]
+        for curve, rows in curves.items():
+            listed, base = self.published.get(curve), rows[0].base
+            found[curve] = Course(
+                tuple(told.scores[row.label] for row in rows),
                 listed if isinstance(listed, tuple) else (),
-                colours.index(course if base is None else self.row(base).course),
+                colours.index(curve if base is None else str(self.row(base).curve)),
                 base is not None,
             )
-        inside = {row.label for cells in rows.values() for row in cells}
+        inside = {row.label for rows in curves.values() for row in rows}
         first = {label: score for label, score in told.scores.items() if label not in inside}
         return Sweep(self.columns, tuple(map(float, self.values.values())), first, found)
-
-
-@dataclass(frozen=True)
-class Done:
-    """A stage that was run: what it made and said, and the bench behind it."""
-
-    stage: Stage
-    models: Mapping[str, nn.Module]
-    told: Told
-    bench: Bench
-
-    @classmethod
-    def of(cls, one: Stage, bench: Bench) -> Self:
-        """Run it; the networks that it makes have reports of it."""
-        models, told = one.work(bench)
-        after = bench if isinstance(one, Compare) else one.after(bench, models, told)
-        if one.changes and one.reports:
-            after = replace(after, networks={name: net.reported(bench.lab) for name, net in after.networks.items()})
-        return cls(one, models, told, after)
 
 
 def _along(row: Row, start: Bench, before: Sequence[Done]) -> list[Done]:
@@ -331,11 +317,11 @@ class Shared:
         """The next one of what a pruner makes for several sparsities, in the order in which they are asked for."""
         key = _pruned(prune), id(model)
         if key not in self._found:
-            wanted = [*dict.fromkeys(one.sparsity for one in self._prunes if _pruned(one) == key[0])]
-            shares = [share for share in wanted if isinstance(share, float) and share]
-            if len(wanted) < 2 or len(shares) < len(wanted) or prune.pattern is not None:
+            asked = [one.sparsity for one in self._prunes if _pruned(one) == key[0]]
+            wanted = [*dict.fromkeys(share for share in asked if isinstance(share, float))]
+            if len(wanted) < 2 or not all(isinstance(share, float) and share for share in asked) or prune.pattern:
                 return None
-            self._found[key] = wanted, prune_each(model, shares, **prune.arguments(), **lab.common), model
+            self._found[key] = wanted, prune_each(model, [*wanted], **prune.arguments(), **lab.common), model
         wanted, each, _ = self._found[key]
         if not wanted or wanted.pop(0) != prune.sparsity:
             wanted.clear()
@@ -343,19 +329,12 @@ class Shared:
         return next(each)
 
 
-def _matched(merge: Merge) -> tuple[Any, ...]:
-    return merge.matching, merge.pins, merge.leaf, merge.masks
+def _matched(merge: Merge) -> Merge:
+    return Merge(matching=merge.matching, pins=merge.pins, leaf=merge.leaf, masks=merge.masks)
 
 
 def _pruned(prune: Prune) -> Prune:
     return prune.model_copy(update={"sparsity": None})
-
-
-def _read(stages: Any, where: tuple[str, int, str]) -> tuple[Stage, ...]:
-    try:
-        return read_stages(stages)
-    except ValidationError as error:
-        raise relocated(error, *where) from None
 
 
 def _filled(label: str, texts: Mapping[Any, tuple[str, Any]]) -> str:
@@ -370,9 +349,3 @@ def _filled(label: str, texts: Mapping[Any, tuple[str, Any]]) -> str:
         return f"{100 * value:.4g}%" if found[2] and isinstance(value, float | int) else text
 
     return _AXIS.sub(fill, label)
-
-
-def _curves(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Of diagnoses, what is told of them."""
-    plain = {label: diagnosis.to_dict() for label, diagnosis in found.items()}
-    return {label: {key: one[key] for key in ("state", "depths", "curves")} for label, one in plain.items()}

@@ -17,10 +17,11 @@ from vfsurgery.errors import RecipeError, explain
 from vfsurgery.recipes.bench import Bench, Shown, Told, Write
 from vfsurgery.recipes.entries import FileNames
 from vfsurgery.recipes.stage import MERGED, Place, Stage, Table, file_of, stage
-from vfsurgery.recipes.table import percents, scores_of
 from vfsurgery.scoring.barriers import barrier
 from vfsurgery.scoring.diagnosis import diagnose
+from vfsurgery.scoring.evaluation import ENSEMBLE
 from vfsurgery.scoring.flip_rates import flips
+from vfsurgery.scoring.tables import percents, scores_of
 from vfsurgery.tracing.examples import example_inputs_of
 
 
@@ -62,12 +63,9 @@ class Evaluate(Scoring):
         return {}, told
 
     def after(self, bench: Bench, models: Mapping[str, nn.Module], told: Told) -> Bench:
-        now = bench.first | bench.models  # a row of no network is that of the ensemble of the first
-        measured = {row: [now[row]] if row in now else [*bench.first.values()] for row in told.scores}
-        subject, figures = next(iter(bench.models.values())), {"flips": told.flips}
-        own = {row: row for row in now}
-        shown = Shown(told.rows, told.scores, self.published, measured, own, subject, figures)
-        return replace(bench, shown=shown)
+        # the ensemble is of the networks that later stages change, unless they went into a merge
+        own = {row: row for row in told.scores if row != ENSEMBLE or not bench.ends}
+        return replace(bench, shown=Shown(told.rows, told.scores, self.published, own, {"flips": told.flips}))
 
 
 @stage("barrier", needs_report=True)
@@ -104,9 +102,8 @@ class Line(Table):
         return {}, Told(lines=[*percents(rows, self.published)], values=found.to_dict(), rows=rows, barrier=found)
 
     def after(self, bench: Bench, models: Mapping[str, nn.Module], told: Told) -> Bench:
-        merged, found = bench.networks[MERGED].model, told.barrier
+        found, before = told.barrier, bench.shown
         assert found is not None
-        before = bench.shown if bench.shown.subject is merged else Shown(subject=merged)
         rows, published = {**before.rows, **told.rows}, {**before.published, **self.published}
         shown = replace(before, rows=rows, published=published, figures={**before.figures, "barrier": found})
         plot = Write(f"{bench.lab.run}_barrier.png", found.plot, "accuracy and loss on the way between the sources")
@@ -130,9 +127,13 @@ class Diagnose(Stage):
             both = [net.model] if net.before is None else [net.before, net.model]
             images = lab.part("calibration")
             *before, found = (diagnose(model, net.origins, images, progress=lab.progress) for model in both)
-            shown = bench.shown.beside(name, net.model, bench)
-            own = shown.own.get(name) if shown.own.get(name) in shown.scores else None
-            figures = {**shown.figures, "scores": shown.scores or None, "own": own, "before": next(iter(before), None)}
+            own = bench.shown.own.get(name)
+            figures = {
+                "scores": bench.shown.scores or None,
+                "own": own if own in bench.shown.scores else None,
+                "before": next(iter(before), None),
+                **bench.shown.figures,
+            }
             file = file_of(self.page or f"{lab.run}.html", name, bench.networks)
             told.writes.append(Write(file, partial(found.page, report=net.report, **figures)))
             told.lines.append(f"{name}: {found.verdict}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from vfsurgery.checkpoints import WEIGHTS
@@ -21,8 +21,8 @@ from vfsurgery.pruning.renormalizing import renormalize
 from vfsurgery.pruning.schedule import check_scope, read_pattern, read_sparsity
 from vfsurgery.recipes import entries
 from vfsurgery.recipes.bench import Bench, Net, Shown, Told, Write
-from vfsurgery.recipes.sections import AsTuple, Count, FrozenDict, Options, Patterns, Section
-from vfsurgery.recipes.stage import MERGED, Place, Stage, Table, stage
+from vfsurgery.recipes.sections import AsTuple, Count, Options, Patterns, Section
+from vfsurgery.recipes.stage import MERGED, Misplaced, Place, Stage, Table, stage
 from vfsurgery.recipes.store import digest
 from vfsurgery.records.results import report_of
 from vfsurgery.soups.phases import Retraining, sparse_soup
@@ -102,12 +102,12 @@ class Train(Stage):
 class Prune(Each):
     """Options of :func:`vfsurgery.prune`."""
 
-    sparsity: float | Annotated[dict[str, float], AfterValidator(FrozenDict)] | None = None
+    sparsity: float | dict[str, float] | None = None
     method: entries.PrunerName = "magnitude"
     scope: Literal["global", "layer", "row"] | None = None
     pattern: str | None = None
     exclude: Patterns = ()
-    options: Options = FrozenDict()
+    options: Options = {}
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
@@ -148,7 +148,7 @@ class Merge(Stage):
     """Options of :func:`vfsurgery.merge`, by the same names; ``preserve`` may be a budget.
 
     >>> found = Merge(matching="weights", preserve={"flops": 1.2}).arguments()
-    >>> found["matching"], found["max_flops"]
+    >>> found["matching"].name, found["max_flops"]
     ('weights', 1.2)
     """
 
@@ -162,20 +162,18 @@ class Merge(Stage):
     leaf: Patterns = ()
 
     def parts(self) -> Sequence[Any]:
-        passes = entries.build_normalizations(self.renormalize)
-        return (entries.built_matcher(self.matching), *(passes if isinstance(passes, list) else ()))
+        matchers = [] if self.matching == "auto" else [entries.build_matcher(self.matching)]
+        return [*matchers, *([] if self.renormalize == "auto" else entries.build_passes(self.renormalize))]
 
     def follow(self, at: Place) -> Place:
         if at.merged:
             raise ValueError("there is one network left, and nothing to merge it with")
         if len(at.networks) < 2:
             raise ValueError("a merge needs two sources, and there is one")
-        if self.weights is None and len(at.networks) > 2 and self.alpha != 0.5:
-            raise ValueError(f"alpha is for two sources, not {len(at.networks)}: write weights")
         try:
-            plan_shares(len(at.networks), 0.5, self.weights)
+            plan_shares(len(at.networks), self.alpha, self.weights)
         except OptionError as error:
-            raise ValueError(str(error)) from None
+            raise Misplaced(error, "alpha" if self.weights is None else "weights") from None
         return replace(at, networks=(MERGED,), pruned=False, preserved=bool(self.preserve))
 
     def arguments(self) -> dict[str, Any]:
@@ -311,7 +309,7 @@ class Soup(Table):
     def after(self, bench: Bench, models: Mapping[str, nn.Module], told: Told) -> Bench:
         ((name, model),) = models.items()
         own = {name: f"phase {self.phases} soup"}
-        shown = Shown(told.rows, published=self.published, own=own, subject=model)
+        shown = Shown(told.rows, published=self.published, own=own)
         return replace(super().after(bench, models, told), shown=shown).wrote(
             Write(f"{bench.lab.run}_masks{WEIGHTS}", Masks.of(model, self.exclude).save)
         )

@@ -1,15 +1,17 @@
-"""What a recipe expects of its table, as text: orders of rows and numbers, and bands around published figures."""
+"""What is expected of a table of figures, as text: orders of rows and numbers, bands around published ones, ratios."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 _BAND = re.compile(r"(?P<row>.+) within (?P<points>\d+(\.\d+)?) of published")
 _NUMBER = re.compile(r"\d+(\.\d+)?")
+RATIO = "ratio "
+_AT = re.compile(r"(?P<merge>.+) at (?P<percent>\d{1,2}|100)%")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,41 @@ class Outcome:
         figures = [_figure(value) for value in self.found]
         figures += [] if self.published is None else [f"published {_figure(self.published)}"]
         return f"{'holds' if self.holds else 'FAILS'}  {self.text}  ({', '.join(figures)})"
+
+
+@dataclass(frozen=True)
+class RatioRow:
+    """``ratio LABEL`` or ``ratio LABEL at PERCENT%``: the bound of a merge's vanishing-feature ratio at that depth.
+
+    It is the tight bound ``e_l = max(e_{l+1}, r_l)`` (Qu & Horvath, CPAL 2025, section 5.1), the largest ratio from
+    there on, so that "below 0.1 at 50%" says that no later layer has a tenth of its sources' feature norm. At full
+    depth, where no other is given, it is the ratio of the last layer, as in the paper's figure 17. The smoothed bound
+    of its other figures would not do for "falls with depth": it falls by itself.
+
+    ``label`` is the row as written, ``merge`` the label of the merge, and ``depth`` a share, 0 to 1.
+
+    >>> RatioRow.parse("ratio direct at 50%", ["direct"])
+    RatioRow(label='ratio direct at 50%', merge='direct', depth=0.5)
+    >>> RatioRow.parse("ratio WM at 0.1", ["WM at 0.1"]).depth
+    1.0
+    >>> RatioRow.parse("direct", ["direct"]) is None
+    True
+    """
+
+    label: str
+    merge: str
+    depth: float = 1.0
+
+    @classmethod
+    def parse(cls, label: str, merges: Collection[str]) -> RatioRow | None:
+        """Read the row of one of ``merges``; ``None`` where it is none."""
+        merge = label.removeprefix(RATIO)
+        found = _AT.fullmatch(merge)
+        if merge != label and merge in merges:
+            return cls(label, merge)
+        if merge != label and found is not None and found["merge"] in merges:
+            return cls(label, found["merge"], int(found["percent"]) / 100)
+        return None
 
 
 def is_number(row: str) -> bool:
