@@ -142,7 +142,7 @@ def trace_sources(
     batches = in_bound_runs(batches, sources[0].graph_module)
     modes = tuple(module.training for module in models[0].modules())
     kept = (f"kept as one node by the user: {getattr(entry, '__name__', entry)}" for entry in listed(leaf))
-    imagined = [str(data.report)] if isinstance(data, Imagined) else []
+    imagined = str(data.report).splitlines() if isinstance(data, Imagined) else []
     notes = (*kept, *_exported(sources[0]), *note_on(batches), *imagined)
     return Traced(models[0], sources, inputs, batches, modes, notes, seed, progress, clock)
 

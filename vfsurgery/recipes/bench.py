@@ -24,6 +24,7 @@ from vfsurgery.records.results import report_of
 from vfsurgery.scoring.barriers import Barrier
 from vfsurgery.scoring.evaluation import Score, compare, evaluate, first_images
 from vfsurgery.scoring.flip_rates import Flips
+from vfsurgery.stats.imagined import Imagined
 from vfsurgery.tracing.examples import BATCH, random_images
 from vfsurgery.training import from_seed
 
@@ -32,8 +33,9 @@ class Told(BaseModel):
     """What a stage says: lines for the terminal, plain values for the report, figures by row, all fit to be kept.
 
     ``rows`` are what expectations look at, accuracies in percent; ``goes_on`` is the way that a comparison chose, and
-    ``chain`` what was made on it. What is to be written and what was made are not kept. Of the networks that a stage
-    made, ``metadata`` and ``summaries`` are what their files and cards say; they are filled in by the one who runs it.
+    ``chain`` what was made on it. What is to be written, what was made and ``images`` that were imagined are not kept.
+    Of the networks that a stage made, ``metadata`` and ``summaries`` are what their files and cards say; they are
+    filled in by the one who runs it.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", ser_json_inf_nan="constants")
@@ -47,6 +49,7 @@ class Told(BaseModel):
     goes_on: str | None = None
     metadata: dict[str, dict[str, str]] = {}
     summaries: dict[str, Summary | None] = {}
+    images: Annotated[Any, Field(exclude=True)] = None
     writes: Annotated[list[Any], Field(exclude=True)] = []
     chain: Annotated[list[Any], Field(exclude=True)] = []
 
@@ -65,6 +68,7 @@ class Lab:
     recipe: str
     progress: bool
     trainings: Path | None = None
+    imagined: Imagined | None = None
 
     @cached_property
     def files(self) -> dict[str, FileRecord]:
@@ -81,16 +85,22 @@ class Lab:
         ]
         return [*self.files.values(), *words]
 
+    @property
+    def calibration(self) -> Any:
+        """The images that statistics are taken of: imagined ones if there are any, else those of the data."""
+        return self.imagined or (None if self.splits is None else self.splits.calibration)
+
     def part(self, name: str) -> Any:
         """The images for training, calibration or the test."""
+        if name == "calibration" and self.imagined is not None:
+            return self.imagined
         assert self.splits is not None  # the recipe is checked for that
         return getattr(self.splits, name)
 
     @property
     def common(self) -> dict[str, Any]:
         """What merging, pruning and passes are given alike."""
-        calibration = None if self.splits is None else self.splits.calibration
-        return {"data": calibration, "seed": self.seed, "progress": self.progress}
+        return {"data": self.calibration, "seed": self.seed, "progress": self.progress}
 
     def example(self, model: nn.Module) -> Tensor | None:
         """Two images: of the data, or of the size that the sources are said to take."""

@@ -21,6 +21,7 @@ from vfsurgery.recipes.bench import Bench, Lab, Shown, Told
 from vfsurgery.recipes.stage import Stage
 from vfsurgery.recipes.store import Store, digest, loads
 from vfsurgery.scoring.expectations import Outcome
+from vfsurgery.stats.imagined import NO_REAL_IMAGE
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ class Finding:
         """Every network that is written, with what a card says of it: figures, as far as they are of this network."""
         bench, lab = self.bench, self.bench.lab
         first = next(iter(lab.sections.values()))
-        images = None if lab.splits is None else lab.splits.calibration
+        images = lab.calibration
         count = f"{len(images)} " if isinstance(images, Sized) else ""
+        kind = f"imagined images; {NO_REAL_IMAGE}" if lab.imagined is not None else f"calibration images of {data}"
         found: list[tuple[Network, nn.Module]] = []
         for file, name, net in [(each.file, each.name, each.net) for each in bench.writes if each.net is not None]:
             now = [*bench.networks.values(), *bench.ends.values()]  # the figures are theirs
@@ -93,7 +95,7 @@ class Finding:
                 published={row: figure for row, figure in shown.published.items() if row in shown.rows},
                 measured="Accuracies and barriers in percent." if shown.rows else "",
                 accuracy=None if own is None else own / 100,
-                statistics="" if images is None else f"of {count}calibration images of {data}",
+                statistics="" if images is None else f"of {count}{kind}",
                 pictures={one.caption: one.file for one in bench.writes if one.caption},
             )
             found.append((network, net.model))
@@ -145,7 +147,7 @@ class Runner:
                 done = step.told.chain[place] if step.told.chain else None
                 more, bench = self._step(one, None, key, bench, [*way[place + 1 :], *later], done)
                 steps.append(more)
-            bench, key = stage.behind(bench, step.told), own if stage.changes else key
+            bench, key = stage.behind(bench, step.told), own if stage.changes or stage.decides else key
         steps[0].told.lines[:0] = notes
         return Finding(self.lab.run, tuple(steps), bench)
 

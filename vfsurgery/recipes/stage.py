@@ -52,14 +52,15 @@ class Misplaced(ValueError):
 class Place:
     """What there is at some point of a list of stages, as far as it is known before it runs.
 
-    ``pruned`` says that the networks come from a pruner, ``preserved`` that they are not of their class any more, and
-    ``files`` are the names of those that are written by then.
+    ``imagined`` says that there are imagined images, ``pruned`` that the networks come from a pruner, ``preserved``
+    that they are not of their class any more, and ``files`` are the names of those that are written by then.
     """
 
     run: str
     sources: tuple[str, ...]
     networks: tuple[str, ...]
     data: bool
+    imagined: bool = False
     pruned: bool = False
     preserved: bool = False
     files: tuple[str, ...] = ()
@@ -111,8 +112,10 @@ class Stage(Section):
     """Whether it needs to know how its networks were made, and by what."""
     kept: ClassVar[bool] = True
     """Whether what it gives is kept for a run that goes on."""
-    images: ClassVar[bool] = True
+    needs_images: ClassVar[bool] = True
     """Whether it needs some, whatever its parts need."""
+    decides: ClassVar[bool] = False
+    """Whether stages behind it give something else because of it, though the networks are the same."""
     branches: ClassVar[bool] = False
     """Whether it chooses one of several ways, whose stages then run behind it."""
     whole: ClassVar[str | None] = None
@@ -165,9 +168,16 @@ class Stage(Section):
 
     def checked(self, at: Place) -> Place:
         """As :meth:`follow`, once it is known that there is the data that it needs."""
-        if not at.data and (self.images or any(getattr(part, "needs_data", False) for part in self.parts())):
+        needed = any(getattr(part, "needs_data", False) for part in self.parts())
+        if self.needs_images and not at.data:
             raise ValueError(f"{self.name} needs data")
+        if needed and not (at.data or at.imagined or self.imagines()):
+            raise ValueError(f"{self.name} needs data, or the stage imagine before it")
         return self.follow(at)
+
+    def imagines(self) -> bool:
+        """Whether it imagines images where there are none."""
+        return False
 
     def dump(self) -> Any:
         """What stands behind its name in a recipe, every option written down."""

@@ -113,7 +113,7 @@ def renormalize(
     device = device_of(compressed)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         work = Work.prepare(compressed, reference, data, example_inputs, keep, progress)
-        work.notes += [str(data.report)] if isinstance(data, Imagined) else []
+        work.notes += str(data.report).splitlines() if isinstance(data, Imagined) else []
         context, names = work.run(passes or work.sensible())
     result = work.deliver(compressed, context, inplace)
     remember(result, work.report(compressed, reference, names, context))

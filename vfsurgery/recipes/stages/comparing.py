@@ -25,7 +25,7 @@ from vfsurgery.recipes.stages.looking import Scoring
 from vfsurgery.recipes.stages.surgery import Merge, Prune
 from vfsurgery.recipes.text import changed
 from vfsurgery.scoring.diagnosis import diagnose
-from vfsurgery.scoring.evaluation import evaluate, first_images
+from vfsurgery.scoring.evaluation import evaluate
 from vfsurgery.scoring.expectations import RATIO, RatioRow
 from vfsurgery.scoring.sweeps import Course, Sweep
 from vfsurgery.scoring.tables import scores_of
@@ -307,8 +307,7 @@ class Shared:
         key = _matched(merge), *map(id, models)
         if key not in self._found:
             options: dict[str, Any] = {"pins": merge.pins, "leaf": merge.leaf, **lab.common}
-            if lab.splits is not None:
-                options["example_inputs"] = first_images(models[0], lab.splits.calibration)
+            options["example_inputs"] = lab.example(models[0])
             found = match([*models], matching=build_matcher(merge.matching), **options)
             self._found[key] = Given(found), models
         return self._found[key][0]

@@ -141,7 +141,7 @@ class Diagnose(Stage):
         return {}, told
 
 
-@stage("export", whole="files", images=False, kept=False)
+@stage("export", whole="files", needs_images=False, kept=False)
 class Export(Stage):
     """Files of the networks as they are here: weights, programs or ONNX, written once all has succeeded."""
 

@@ -98,7 +98,7 @@ class Train(Stage):
         return lab.trainings / f"{net.source.model.rpartition(':')[2]}_seed{net.source.seed}_{decides}.pt"
 
 
-@stage("prune", changes=True, images=False)
+@stage("prune", changes=True, needs_images=False)
 class Prune(Each):
     """Options of :func:`vfsurgery.prune`."""
 
@@ -143,7 +143,7 @@ class Prune(Each):
         return {"sparse": True, "origins": before.origins if len(before.origins) == 1 else (before.model,)}
 
 
-@stage("merge", changes=True, joins=True, images=False)
+@stage("merge", changes=True, joins=True, needs_images=False)
 class Merge(Stage):
     """Options of :func:`vfsurgery.merge`, by the same names; ``preserve`` may be a budget.
 
@@ -158,6 +158,7 @@ class Merge(Stage):
     renormalize: entries.Normalizations = "auto"
     preserve: entries.Boundary = 0
     masks: entries.Masks | None = None
+    imagine: bool = True
     pins: Patterns = ()
     leaf: Patterns = ()
 
@@ -178,7 +179,7 @@ class Merge(Stage):
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of :func:`vfsurgery.merge`."""
-        given = {key: getattr(self, key) for key in ("alpha", "weights", "masks", "pins", "leaf")}
+        given = {key: getattr(self, key) for key in ("alpha", "weights", "masks", "imagine", "pins", "leaf")}
         given["matching"] = entries.build_matcher(self.matching)
         given["renormalize"] = entries.build_normalizations(self.renormalize)
         if isinstance(self.preserve, Mapping):
@@ -186,12 +187,15 @@ class Merge(Stage):
             return given | {f"max_{name}": limit for name, limit in limits.items()}
         return given | {"preserve": self.preserve}
 
+    def imagines(self) -> bool:
+        return self.imagine
+
     def notes(self, at: Place, cost: Callable[..., list[str]]) -> list[str]:
         return cost(self.arguments(), len(at.networks))
 
     def work(self, bench: Bench) -> tuple[dict[str, nn.Module], Told]:
         models, options = [*bench.models.values()], self.arguments()
-        if bench.lab.splits is None:
+        if bench.lab.calibration is None:
             options["example_inputs"] = bench.lab.example(models[0])
         given = bench.shared and bench.shared.matching(self, models, bench.lab)
         options["matching"] = given or options["matching"]
@@ -205,7 +209,7 @@ class Merge(Stage):
         return replace(bench, networks={MERGED: merged}, ends=bench.networks)
 
 
-@stage("renormalize", changes=True, whole="passes")
+@stage("renormalize", changes=True, whole="passes", needs_images=False)
 class Renormalize(Each):
     """Statistics of what was pruned, restored from what it was: :func:`vfsurgery.renormalize`."""
 
@@ -224,16 +228,25 @@ class Renormalize(Each):
         return at
 
     def one(self, net: Net, bench: Bench) -> nn.Module:
-        (dense,) = net.origins
+        (dense,), lab = net.origins, bench.lab
         chosen: Any = entries.build_normalizations(self.passes)
-        images, progress = bench.lab.part("calibration"), bench.lab.progress
-        return renormalize(net.model, reference=dense, data=images, renormalize=chosen, progress=progress)
+        return renormalize(
+            net.model,
+            reference=dense,
+            data=lab.calibration,
+            renormalize=chosen,
+            example_inputs=lab.example(dense) if lab.calibration is None else None,
+            progress=lab.progress,
+        )
+
+    def imagines(self) -> bool:
+        return True
 
     def known(self, before: Net) -> dict[str, Any]:
         return {"before": before.model}
 
 
-@stage("apply", changes=True, whole="passes", images=False)
+@stage("apply", changes=True, whole="passes", needs_images=False)
 class Apply(Each):
     """Passes, run one after another on every network; a pass alone is a stage by its own name."""
 
