@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 from tiny_nets import groups_of, images, net, planted
-from torch import nn
+from torch import Tensor, nn
 
 import vfsurgery as surgery
 from vfsurgery.checkpoints import provenance
@@ -129,3 +129,35 @@ def test_a_result_that_is_not_finite_is_refused_before_anything_is_written(inpla
     assert all(torch.equal(tensor, before[name]) for name, tensor in a.state_dict().items())
     large = surgery.merge(a, b, data=DATA, matching="weights", renormalize=Enlarge(2.0), progress=False)
     assert large(DATA[0]).isfinite().all()  # the negative control: the pass is not to blame, the overflow is
+
+
+class Cancelling(nn.Module):
+    """Pairs of equal units whose large weights nearly cancel: what rounding does to them depends on their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(6, 64), nn.Linear(64, 3)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            rows = torch.randn(32, 6, generator=generator)
+            self.hidden.weight.copy_(torch.cat([rows, rows]))
+            self.hidden.bias.zero_()
+            large = 1e5 * torch.randn(3, 32, generator=generator)
+            self.out.weight.copy_(torch.cat([large, torch.randn(3, 32, generator=generator) - large], 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.hidden(x).relu())
+
+
+def test_what_rounding_alone_does_is_decided_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    a, b = Cancelling().eval(), Cancelling().eval()
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(2))
+    given = surgery.Given({"g0": surgery.Permutation(tuple(order.tolist()))})
+    options = {"example_inputs": x, "matching": given, "renormalize": None, "progress": False}
+    (certificate,) = surgery.report_of(surgery.merge(a, b, **options)).certificates
+    assert certificate.dtype == "float64" and certificate.error < 1e-9
+    (exact,) = surgery.report_of(
+        surgery.merge(a.double(), b.double(), **options | {"example_inputs": x.double()})
+    ).certificates
+    assert exact.error == certificate.error
