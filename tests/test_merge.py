@@ -148,7 +148,7 @@ def test_a_model_merged_with_its_permuted_copy_is_itself(name: str, matching: st
 def test_alpha_goes_from_a_to_b(alpha: float) -> None:
     a, b = net("residual", 1), net("residual", 2)
     merged = surgery.merge(a, b, alpha=alpha, **PLAIN)
-    orders = surgery.match(a, b, example_inputs=images(2), progress=False)
+    orders = surgery.match(a, b, matching="weights", example_inputs=images(2), progress=False)
     states = [canonical_state(a), canonical_state(permuted(b, groups_of(a), orders))]
     for name, found in canonical_state(merged).items():
         if found.is_floating_point():

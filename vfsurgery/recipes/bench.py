@@ -167,8 +167,8 @@ class Shown:
     a network; others lie beside. ``figures`` are the line between sources, flips and a sweep.
     """
 
-    rows: Mapping[str, float] = field(default_factory=dict[str, float])
-    scores: Mapping[str, Score] = field(default_factory=dict[str, Score])
+    rows: dict[str, float] = field(default_factory=dict[str, float])
+    scores: dict[str, Score] = field(default_factory=dict[str, Score])
     published: Mapping[str, float] = field(default_factory=dict[str, float])
     own: Mapping[str, str] = field(default_factory=dict[str, str])
     figures: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -179,6 +179,10 @@ class Shown:
         gone = {*self.own.values()} - {*own.values()}
         scores = {row: score for row, score in self.scores.items() if row not in gone}
         return Shown({row: self.rows[row] for row in scores}, scores, self.published, own)
+
+    def beside(self, others: Shown) -> Shown:
+        """What was measured of a network when it was as it is, and what is known of others by now."""
+        return replace(self, rows=self.rows | others.rows, scores=self.scores | others.scores)
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ class Bench:
 class Write:
     """A file to be written when all has succeeded; ``caption`` says what a picture shows.
 
-    Of a file of a network, ``name`` and ``net`` say which one it is.
+    Of a file of a network, ``name`` and ``net`` say which one it is, and ``shown`` is what was measured by then.
     """
 
     file: str
@@ -230,3 +234,4 @@ class Write:
     caption: str = ""
     name: str = ""
     net: Net | None = None
+    shown: Shown = field(default_factory=Shown)

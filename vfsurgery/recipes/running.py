@@ -17,7 +17,7 @@ from vfsurgery.data.datasets import find_data
 from vfsurgery.errors import SurgeryError
 from vfsurgery.hub.cards import Network, Summary, described
 from vfsurgery.hub.loading import Written, is_of_timm
-from vfsurgery.recipes.bench import Bench, Lab, Shown, Told
+from vfsurgery.recipes.bench import Bench, Lab, Told
 from vfsurgery.recipes.stage import Stage
 from vfsurgery.recipes.store import Store, digest, loads
 from vfsurgery.scoring.expectations import Outcome
@@ -82,9 +82,13 @@ class Finding:
         count = f"{len(images)} " if isinstance(images, Sized) else ""
         kind = f"imagined images; {NO_REAL_IMAGE}" if lab.imagined is not None else f"calibration images of {data}"
         found: list[tuple[Network, nn.Module]] = []
-        for file, name, net in [(each.file, each.name, each.net) for each in bench.writes if each.net is not None]:
-            now = [*bench.networks.values(), *bench.ends.values()]  # the figures are theirs
-            shown = bench.shown if any(net.model is each.model for each in now) else Shown()
+        now = [*bench.networks.values(), *bench.ends.values()]  # the figures are theirs
+        for one in bench.writes:
+            if one.net is None:
+                continue
+            file, name, net, shown = one.file, one.name, one.net, bench.shown
+            if not any(net.model is each.model for each in now):
+                shown = one.shown.beside(shown.once_changed(bench.ends))
             own = shown.rows.get(shown.own.get(name, ""))
             network = Network(
                 name=file,

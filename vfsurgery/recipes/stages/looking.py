@@ -164,7 +164,7 @@ class Export(Stage):
             for name, net in bench.networks.items():
                 target = file_of(file, name, bench.networks)
                 write = self._writer(target, name, net.model, net.metadata, bench)
-                told.writes.append(Write(target, write, name=name, net=net))
+                told.writes.append(Write(target, write, name=name, net=net, shown=bench.shown))
                 told.lines.append(target)
         return {}, told
 
