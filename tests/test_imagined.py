@@ -339,7 +339,7 @@ def test_networks_that_compute_images_together_get_leaves():
     model = Frames()
     model(real_images(40))
     report = surgery.imagine(model, 16, example_inputs=torch.zeros(4, 3, SIDE, SIDE)).report
-    assert report.notes == ("not steered: the network does not compute each image by itself",)
+    assert report.notes == ("not moved: the network does not compute each image by itself",)
 
 
 def test_smaller_batches_come_nearer_too(pair):
@@ -374,6 +374,42 @@ def test_images_stay_in_the_pixels_range(steered):
 def test_the_size_is_that_of_the_configuration_and_few_large_images_are_drawn():
     made = surgery.imagine(timm.create_model("test_resnet", num_classes=3), 2, "leaves")
     assert made.images.shape == (2, 3, 160, 160)
+
+
+def summing(side: int) -> nn.Module:
+    """A network that was trained on leaves of a size, on whose sums over all pixels it depends; configured for 128."""
+
+    class Sums(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sum((2, 3))
+
+    model = Sums(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), Unpooled(6))
+    model.default_cfg = {"input_size": (3, 128, 128)}
+    images = Leaves().draw(60, (3, side, side), torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for _ in range(50):
+            model(images)
+    return model.eval()
+
+
+class Unpooled(nn.Module):
+    """A norm of sums over all pixels, spread over the map again."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(units)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.norm(x.sum((2, 3)))[..., None, None]
+
+
+@pytest.mark.parametrize(("trained_on", "found"), [(32, 32), (96, 96), (128, 128)])
+def test_statistics_tell_the_size_that_a_network_was_trained_on(trained_on, found):
+    made = surgery.imagine(summing(trained_on), 2, "leaves")
+    assert made.images.shape == (2, 3, found, found)
+    assert len(made.report.notes) == (found < 128) and all("configured 128 x 128" in note for note in made.report.notes)
+    asked = surgery.imagine(summing(trained_on), 2, "leaves", example_inputs=torch.zeros(1, 3, 64, 64))
+    assert asked.images.shape == (2, 3, 64, 64) and asked.report.notes == ()
 
 
 def test_near_duplicates_are_counted():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,10 +55,10 @@ class Aim:
         ratio = (var / own_var + TINY).sqrt()
         return ((mean - own_mean).square() / own_var + (ratio - 1).square()).mean()
 
-    @property
+    @cached_property
     def alive(self) -> Tensor:
-        """The units that are no constants, as a mask."""
-        return self.var > DEAD * self.var.mean()
+        """The units that are no constants, as indices."""
+        return (self.var > DEAD * self.var.mean()).nonzero().flatten()
 
     @property
     def is_new(self) -> bool:
@@ -91,7 +92,7 @@ class Watched:
         for place, (mean, var, momentum) in onlooker.kept.items():
             name = names.get(place, f"batch_norm {len(found)}").removesuffix(f".{MEAN}")
             found[place] = Aim(name, mean.detach().clone(), var.detach().clone(), momentum)
-        self.aims = {place: aim for place, aim in found.items() if not aim.is_new and bool(aim.alive.any())}
+        self.aims = {place: aim for place, aim in found.items() if not aim.is_new and len(aim.alive)}
         self.new = [aim.name for aim in found.values() if aim.is_new]
 
     def look(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:

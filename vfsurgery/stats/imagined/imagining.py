@@ -9,15 +9,16 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.data.procedural import Leaves
+from vfsurgery.data.procedural import Leaves, Pixels
 from vfsurgery.data.progress import progress_line
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.stats.imagined.aims import Watched
 from vfsurgery.stats.imagined.images import Imagined
 from vfsurgery.stats.imagined.judging import looks_of
 from vfsurgery.stats.imagined.pixels import example_of, pixels_of
-from vfsurgery.stats.imagined.planning import Plan, device_of, networks_of, plan
+from vfsurgery.stats.imagined.planning import Plan, device_of, networks_of, plan, run_on
 from vfsurgery.stats.imagined.report import ImagineReport, NormReport
+from vfsurgery.stats.imagined.sizes import trained_size
 from vfsurgery.stats.imagined.steering import Steering
 from vfsurgery.tracing.examples import ExampleInputs
 
@@ -27,6 +28,8 @@ HOWS = ("auto", "leaves", "statistics")
 IMAGES, BYTES = 1000, 2**28
 """Images by default, fewer where they would take more than so many bytes in float32: 445 of 3 x 224 x 224."""
 STEPS = 20
+MOST_TOGETHER = 64
+"""Images of an example that networks are tried on together, as they compute the frames of a clip; of larger ones 2."""
 LOOKED_AT, LEAST_LOOKED_AT, LOOKED_FLOPS = 100, 8, 2e11
 """Images that the sources are asked about for the report, fewer where that takes more operations."""
 
@@ -56,7 +59,8 @@ def imagine(
             which moves some of them; ``"auto"``, the latter where there are statistics and it is affordable (2e13
             floating-point operations on a CPU, some minutes), with fewer moved images if need be.
         example_inputs: As for :func:`trace`: one batch of images of the size that is wanted, of which nothing but the
-            shape matters; by default the size that timm's or torchvision's configuration names.
+            shape matters; by default the size that timm's or torchvision's configuration names, or a smaller one if
+            the first network's BatchNorm layers clearly remember that: the report says so.
         seed: Of all that is drawn. torch's global random state is neither used nor changed.
         steps: How often images are moved, 20 by default.
         memory: GiB that the activations of a batch may take; smaller batches know less of the statistics.
@@ -80,12 +84,20 @@ def imagine(
     networks = networks_of(models)
     example = example_of(networks[0], example_inputs)
     channels, height, width = example.shape[1:]
-    count = images or max(min(IMAGES, BYTES // (4 * example[0].numel())), 2)
     devices = [device for device in {device_of(each) for each in networks} if device.type == "cuda"]
     with torch.random.fork_rng(devices), progress_line("imagined images", progress) as tell:
         pixels, generator = pixels_of(networks[0], channels), torch.Generator().manual_seed(seed)
-        few = Leaves().draw(max(len(example), 2), (channels, height, width), generator, pixels)
+        together = len(example) if 1 < len(example) <= MOST_TOGETHER else 2
+        few = _leaves(together, example, pixels)
+        notes: list[str] = []
+        if example_inputs is None and height == width:
+            tell("looking for the size that the networks were trained on")
+            height, reason = trained_size(networks[0], run_on(networks[0], few), pixels)
+            width, few = height, few if height == width else _leaves(together, few[..., :height, :height], pixels)
+            notes += [reason] if reason else []
+        count = images or max(min(IMAGES, BYTES // (4 * few[0].numel())), 2)
         planned = plan(networks, few, count, how, steps or STEPS, memory)
+        notes += [f"not moved: {planned.why}"] if planned.why else []
         tell(f"drawing {count} leaves")
         drawn = Leaves().draw(count, (channels, height, width), generator, pixels).to(planned.dtype)
         layers: tuple[NormReport, ...] = ()
@@ -108,9 +120,15 @@ def imagine(
         seconds=time.perf_counter() - started,
         flops=planned.flops * planned.steered * (steps or STEPS),
         seed=seed,
-        notes=(f"not steered: {planned.why}",) if planned.why else (),
+        notes=tuple(notes),
     )
     return Imagined(drawn, pixels, report)
+
+
+def _leaves(count: int, like: Tensor, pixels: Pixels) -> Tensor:
+    """Leaves to try the networks on, of the size of others; always the same."""
+    channels, height, width = like.shape[1:]
+    return Leaves().draw(count, (channels, height, width), torch.Generator().manual_seed(0), pixels)
 
 
 def _check(images: int | None, how: str, steps: int | None, memory: float) -> None:

@@ -79,9 +79,7 @@ def plan(models: Sequence[nn.Module], example: Tensor, count: int, how: str, ste
         DataError: a network does not run on the example.
         OptionError: ``how="statistics"`` and there is nothing to aim at, or no memory for two images.
     """
-    examples = [example.to(device_of(model), image_dtype(model) or torch.float32) for model in models]
-    for model, own in zip(models, examples, strict=True):
-        _check_runs(model, own)
+    examples = [run_on(model, example) for model in models]
     sources = tuple(Watched(model, own) for model, own in zip(models, examples, strict=True))
     flops = 2 * sum(_flops(source, own) for source, own in zip(sources, examples, strict=True))  # there and back
     room = int(memory * GIB / max(2 * max(source.bytes for source in sources), 1))
@@ -109,19 +107,26 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
-def _check_runs(model: nn.Module, example: Tensor) -> None:
+def run_on(model: nn.Module, images: Tensor) -> Tensor:
+    """Images as a network takes them, on its device and in its precision, once it has run on them.
+
+    Raises:
+        DataError: it does not.
+    """
+    own = images.to(device_of(model), image_dtype(model) or torch.float32)
     try:
-        run_kept(model, (example,))
+        run_kept(model, (own,))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a forward may raise
         raise DataError(
             explain(
-                f"{type(model).__name__} does not run on images of {tuple(example.shape[1:])}",
+                f"{type(model).__name__} does not run on images of {tuple(images.shape[1:])}",
                 cause=str(error).partition("\n")[0],
                 remedy="pass example_inputs= of the size that it takes",
             )
         ) from error
+    return own
 
 
 def _nothing_to_aim_at(models: Sequence[nn.Module], sources: Sequence[Watched], examples: Sequence[Tensor]) -> str:
