@@ -50,7 +50,7 @@ from vfsurgery.tracing.sources import canonical_state
 SAME = TOLERANCE[torch.float32]
 """Relative output error of two float32 networks that compute the same."""
 
-PLAIN = {"renormalize": None, "progress": False, "example_inputs": images(2)}
+PLAIN = {"imagine": False, "renormalize": None, "progress": False, "example_inputs": images(2)}
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -230,7 +230,7 @@ def test_auto_chooses_by_architecture_and_data(
         pytest.warns(surgery.SurgeryWarning, match="pass data=") if "closed-form-reset" in without else nullcontext()
     )
     with blind:
-        report = surgery.report_of(surgery.merge(a, b, example_inputs=images(2), progress=False))
+        report = surgery.report_of(surgery.merge(a, b, example_inputs=images(2), imagine=False, progress=False))
     assert (report.matching, report.renormalize) == ("weights", without)
     assert not any("statistics of" in note for note in report.notes)
 

@@ -17,6 +17,7 @@ from vfsurgery.stats.imagined.images import Imagined
 from vfsurgery.stats.imagined.judging import looks_of
 from vfsurgery.stats.imagined.pixels import example_of, pixels_of
 from vfsurgery.stats.imagined.planning import Plan, device_of, networks_of, plan, run_on
+from vfsurgery.stats.imagined.ranges import trained_range
 from vfsurgery.stats.imagined.report import ImagineReport, NormReport
 from vfsurgery.stats.imagined.sizes import trained_size
 from vfsurgery.stats.imagined.steering import Steering
@@ -48,8 +49,8 @@ def imagine(
     """Make calibration images from the networks themselves, without one real image.
 
     All begin as dead leaves (:mod:`vfsurgery.data.procedural`), scaled to the pixels that the first network is
-    configured for. Where the networks have BatchNorm, a fifth of them, and at least 200, are then moved until its
-    layers, in all networks, are given the means and deviations that they keep from training.
+    configured for, or remembers. Where the networks have BatchNorm, a fifth of them, and at least 200, are then moved
+    until its layers, in all networks, are given the means and deviations that they keep from training.
 
     Args:
         models: A network, or several that shall share the images. They are not changed. Sources on several devices are
@@ -95,6 +96,9 @@ def imagine(
             height, reason = trained_size(networks[0], run_on(networks[0], few), pixels)
             width, few = height, few if height == width else _leaves(together, few[..., :height, :height], pixels)
             notes += [reason] if reason else []
+        pixels, reason = trained_range(networks[0], run_on(networks[0], few), pixels)
+        if reason:
+            notes, few = [*notes, reason], _leaves(together, few, pixels)
         count = images or max(min(IMAGES, BYTES // (4 * few[0].numel())), 2)
         planned = plan(networks, few, count, how, steps or STEPS, memory)
         notes += [f"not moved: {planned.why}"] if planned.why else []

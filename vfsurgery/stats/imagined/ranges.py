@@ -22,8 +22,8 @@ LOOKED_AT = 16
 """Leaves of each range."""
 FIRST = 3
 """Layers that are asked: the first ones see pixels, the late ones what is in a picture."""
-CLEARLY = 0.5
-"""A range is taken if its distance is less than this share of that of standardized images."""
+CLEARLY, NEAR = 0.5, 0.5
+"""A range is taken if its distance is less than this share of that of standardized images, and less than that."""
 
 
 def trained_range(model: nn.Module, example: Tensor, pixels: Pixels) -> tuple[Pixels, str]:
@@ -53,7 +53,7 @@ def trained_range(model: nn.Module, example: Tensor, pixels: Pixels) -> tuple[Pi
             distances, _ = watched.look(leaves)
         found[name] = float(torch.stack(distances[:FIRST]).mean())
     best = min(found, key=lambda name: found[name])
-    if not found[best] < CLEARLY * found[STANDARD]:
+    if not found[best] < min(CLEARLY * found[STANDARD], NEAR):
         return pixels, ""
     return choices[best], (
         f"pixels from {best}: their distance from the first BatchNorm statistics is {found[best]:.2f}, "
