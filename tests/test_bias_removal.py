@@ -157,7 +157,7 @@ def test_behind_removed_biases_the_feature_outweighs_the_offset() -> None:
 
 def test_choosing_a_number_of_biases_needs_data_and_saying_it_does_not() -> None:
     a, b = net("chain", 1), net("chain", 2)
-    options = {"example_inputs": images(2), "progress": False}
+    options = {"example_inputs": images(2), "imagine": False, "progress": False}
     with pytest.raises(DataError, match=r"(?s)a step chooses on held-out images.*remedy  pass data="):
         surgery.merge(a, b, renormalize="bias-removal", **options)
     merged = surgery.merge(a, b, renormalize=RemoveBiases(layers=1), **options)

@@ -89,7 +89,7 @@ def test_few_images_and_no_images_leave_the_choice_to_the_architecture():
     assert not tried(merge(a, b, data=[images(99)]))
     assert tried(merge(a, b, data=[images(100)]))
     with pytest.warns(surgery.SurgeryWarning, match="BatchNorm"):
-        assert not tried(merge(a, b, data=None, example_inputs=images(2)))
+        assert not tried(merge(a, b, data=None, imagine=False, example_inputs=images(2)))
 
 
 def test_a_net_in_which_maps_may_hardly_go_anywhere_is_tried_with_permutations_only():

@@ -122,10 +122,14 @@ def test_model_from_the_current_folder(tmp_path, monkeypatch):
 
 
 def test_merge_without_data(pair, tmp_path):
-    result = call("merge", *pair, *DEMO, "-o", tmp_path / "merged.safetensors")
-    assert result.exit_code == 0, result.output
     example = torch.randn(1, 1, 8, 8)
-    assert_same(load_state_dict(tmp_path / "merged.safetensors"), merged_in_python(example_inputs=example))
+    result = call("merge", *pair, *DEMO, "-o", tmp_path / "imagined.safetensors")
+    assert result.exit_code == 0 and "no real image was used" in result.output
+    assert_same(load_state_dict(tmp_path / "imagined.safetensors"), merged_in_python(example_inputs=example))
+    result = call("merge", *pair, *DEMO, "--no-imagine", "-o", tmp_path / "merged.safetensors")
+    assert result.exit_code == 0, result.output
+    expected = merged_in_python(example_inputs=example, imagine=False)
+    assert_same(load_state_dict(tmp_path / "merged.safetensors"), expected)
     report = json.loads((tmp_path / "merged.report.json").read_text())
     assert (report["matching"], report["renormalize"]) == ("weights", ["bias-calibration"])
     assert f"written to {tmp_path / 'merged.safetensors'} and {tmp_path / 'merged.report.json'}" in result.output
@@ -358,7 +362,6 @@ def test_wrong_options_of_prune_are_explained_and_nothing_is_written(pair, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "renormalize needs images remedy --data imagefolder:PATH"),
         (["--data", "digits", "--renormalize", "none"], "--renormalize none leaves nothing to do"),
         (["--data", "digits", "--renormalize", "repiar"], "did you mean 'repair'?"),
     ],

@@ -81,14 +81,14 @@ MISTAKES = [
     ),
     (["merge", "a.pt", "photos", *DEMO, *OUT], 1, "photos is a folder"),
     (
-        [*MERGE, *OUT, "--matching", "activations"],
+        [*MERGE, *OUT, "--matching", "activations", "--no-imagine"],
         1,
-        "--matching activations needs data remedy pass --data, or --matching weights",
+        "--matching activations needs data remedy pass --data, or --data imagined, or --matching weights",
     ),
     (
-        [*MERGE, *OUT, "--renormalize", "reset"],
+        [*MERGE, *OUT, "--renormalize", "reset", "--no-imagine"],
         1,
-        "--renormalize reset needs data remedy pass --data, or --renormalize auto, or --renormalize none",
+        "--renormalize reset needs data remedy pass --data, or --data imagined, or --renormalize auto",
     ),
     (
         [*MERGE, *OUT, "--data", "photos"],

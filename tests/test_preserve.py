@@ -70,11 +70,12 @@ def test_what_the_merged_rest_reads_has_the_shapes_of_one_source() -> None:
     def look(previous: Pass | None, graph_module: fx.GraphModule, following: Pass | None) -> None:
         shapes.extend(node.meta[VALUE].shape for node in graph_module.graph.nodes if node.target is torch.add)
 
-    with sweep.work.running():
-        context = Context(sweep.work.groups, sweep.work.sources, SHARES, [{}, {}, {}], sweep.work.survey)
+    grouped = sweep.grouped
+    with grouped.running():
+        context = Context(grouped.groups, grouped.sources, SHARES, [{}, {}, {}], sweep.surveyed.moments)
         for form in ("grouped", "branches"):
             Pipeline((Average(), Preserve(boundary=3, form=form)), look).run(
-                sweep.work.sources[0].clone().graph_module, context
+                grouped.sources[0].clone().graph_module, context
             )
     assert set(shapes) == {(2, 11, 12, 12)}
 
@@ -252,7 +253,7 @@ class Mapped(Chain):
 def test_what_only_export_records_is_preserved_too() -> None:
     models = [lively(Mapped(), seed).double() for seed in (1, 2)]
     sweep = Sweep(models)
-    assert "recorded through torch.export" in sweep.work.notes[0]
+    assert "recorded through torch.export" in sweep.grouped.notes[0]
     assert distance(sweep(5), (models[0](X) + models[1](X)) / 2) <= SAME
     assert distance(sweep(4), (models[0](X) + models[1](X)) / 2) > 100 * SAME
     assert distance(Sweep([models[0], copy.deepcopy(models[0])])(3), models[0]) <= SAME

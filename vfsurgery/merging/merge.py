@@ -261,9 +261,13 @@ def asks_for_images(matching: Matchings, renormalize: Renormalization = None) ->
         OptionError: there is no such renormalization.
     """
     steps = renormalize if isinstance(renormalize, Sequence) and not isinstance(renormalize, str) else [renormalize]
-    asked: list[object] = [MATCHERS[matching] if isinstance(matching, str) and matching in MATCHERS else matching]
-    asked += [NORMALIZATIONS[step] if isinstance(step, str) and step != "auto" else step for step in steps]
-    return "auto" in (matching, renormalize) or any(getattr(each, "needs_data", False) for each in asked)
+    passes = [NORMALIZATIONS[step]() if isinstance(step, str) and step != "auto" else step for step in steps]
+    matcher = MATCHERS[matching] if isinstance(matching, str) and matching in MATCHERS else matching
+    return (
+        "auto" in (matching, renormalize)
+        or getattr(matcher, "needs_data", False)
+        or any(isinstance(step, Pass) and (step.needs_data or step.holds_out()) for step in passes)
+    )
 
 
 def _matcher(matching: Matchings, has_data: bool) -> Matcher:
