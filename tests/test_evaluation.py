@@ -394,7 +394,8 @@ def test_plot_that_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> No
 def test_importing_evaluation_does_not_import_matplotlib_and_plotting_does_not_touch_pyplot(tmp_path: Path) -> None:
     script = f"""
 import sys
-from vfsurgery.scoring.evaluation import Barrier, Curve, Score
+from vfsurgery.scoring.barriers import Barrier, Curve
+from vfsurgery.scoring.evaluation import Score
 assert "matplotlib" not in sys.modules
 score, curve = Score(0.5, 1.0, 2), Curve((0.0, 0.5, 1.0), (0.5,) * 3, (1.0,) * 3)
 Barrier(score, score, score, curve, curve, None).plot({str(tmp_path / "b.png")!r})
