@@ -71,7 +71,7 @@ def test_the_report_names_sources_and_results_by_hash(pair, tmp_path):
 
 
 def test_the_file_says_where_it_comes_from(pair, tmp_path):
-    done("merge", *pair, *DEMO, "-o", tmp_path / "ab.safetensors")
+    done("merge", *pair, *DEMO, "--no-imagine", "-o", tmp_path / "ab.safetensors")
     with safe_open(tmp_path / "ab.safetensors", "pt") as file:
         found = file.metadata()
     assert json.loads(found["sources"]) == [file_hash(path) for path in pair]
