@@ -43,7 +43,7 @@ def sparse(name: str, seed: int, mask: int = 0, share: float = 0.5) -> nn.Module
 
 
 def merge(*models: nn.Module, **options: object) -> nn.Module:
-    return surgery.merge(list(models), **{"progress": False, "example_inputs": images(2), **options})
+    return surgery.merge(list(models), **{"imagine": False, "progress": False, "example_inputs": images(2), **options})
 
 
 def mean_of(*models: nn.Module) -> dict[str, Tensor]:
@@ -94,6 +94,7 @@ def test_masks_that_are_equal_after_alignment_are_kept_and_before_it_refused():
     assert Masks.of(a) != Masks.of(b)
     with pytest.warns(surgery.SurgeryWarning, match="BatchNorm"):
         assert Masks.of(merge(a, b)) == Masks.of(a)
+    assert Masks.of(merge(a, b, imagine=True)) == Masks.of(a)
     with pytest.raises(OptionError, match="the sources have different masks"):
         merge(a, b, matching="identity")
 

@@ -108,7 +108,7 @@ def pair() -> tuple[nn.Module, nn.Module, torch.Tensor]:
 FACTORIZATIONS = ("eigh", "svd", "cholesky_ex", "solve_triangular")
 
 WORK: dict[str, Callable[..., nn.Module]] = {
-    "weights": lambda a, b, x: surgery.merge(a, b, example_inputs=x[:2]),
+    "weights": lambda a, b, x: surgery.merge(a, b, imagine=False, example_inputs=x[:2]),
     "repair": lambda a, b, x: surgery.merge(a, b, data=x, matching="activations", renormalize="repair"),
     "cca": lambda a, b, x: surgery.merge(a, b, data=x, matching="cca", renormalize="repair", preserve=2),
     "sparsegpt": lambda a, b, x: surgery.prune(a, 0.5, method="sparsegpt", data=x),

@@ -82,15 +82,8 @@ class Hooks:
         _refuse_foreign_forwards(model)
         own = _own(model)
         found = Hooks.seen(model, inputs)
+        found.refuse_writers()
         for hook in found.found:
-            if hook.writes:
-                raise HookError(
-                    explain(
-                        f"a hook writes into {hook.writes} whenever the model runs",
-                        hook=f"{hook} on {hook.owner}",
-                        remedy=REMOVE,
-                    )
-                )
             held = _held(hook.function, own) if hook.computes is not False else ""
             if held:
                 raise HookError(
@@ -110,6 +103,22 @@ class Hooks:
         if found.found or any(map(global_hooks, GLOBAL)):
             found._watch(model, inputs)
         return found
+
+    def refuse_writers(self) -> None:
+        """Refuse hooks that write into weights.
+
+        Raises:
+            HookError: names the first one, and its module.
+        """
+        for hook in self.found:
+            if hook.writes:
+                raise HookError(
+                    explain(
+                        f"a hook writes into {hook.writes} whenever the model runs",
+                        hook=f"{hook} on {hook.owner}",
+                        remedy=REMOVE,
+                    )
+                )
 
     @property
     def onlookers(self) -> tuple[tuple[str, str, int], ...]:

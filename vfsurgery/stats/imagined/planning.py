@@ -15,6 +15,7 @@ from vfsurgery.stats.imagined.aims import Watched
 from vfsurgery.stats.precision import image_dtype
 from vfsurgery.stats.together import images_together, run_kept
 from vfsurgery.tracing.compatibility import check_finite
+from vfsurgery.tracing.hooks import Hooks
 from vfsurgery.tracing.precision import in_precision, is_inexact, real
 from vfsurgery.tracing.sources import canonical_state
 from vfsurgery.tracing.wrappers import network
@@ -112,6 +113,7 @@ def run_on(model: nn.Module, images: Tensor) -> Tensor:
 
     Raises:
         DataError: it does not.
+        HookError: a hook writes into its weights.
     """
     own = images.to(device_of(model), image_dtype(model) or torch.float32)
     try:
@@ -126,6 +128,7 @@ def run_on(model: nn.Module, images: Tensor) -> Tensor:
                 remedy="pass example_inputs= of the size that it takes",
             )
         ) from error
+    Hooks.seen(model, (own,)).refuse_writers()  # the networks themselves are run, and shall stay as they are
     return own
 
 
