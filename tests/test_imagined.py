@@ -22,7 +22,7 @@ from vfsurgery.data.batches import Batches
 from vfsurgery.data.folders import Pictures
 from vfsurgery.data.procedural import Leaves
 from vfsurgery.errors import CheckpointError, DataError, ExampleInputError, InvalidWeightsError, OptionError
-from vfsurgery.stats.imagined import steering
+from vfsurgery.stats.imagined import standing_in, steering
 from vfsurgery.stats.imagined.aims import Watched
 from vfsurgery.stats.imagined.judging import count_duplicates
 from vfsurgery.stats.imagined.pixels import pixels_of
@@ -410,6 +410,13 @@ def test_statistics_tell_the_size_that_a_network_was_trained_on(trained_on, foun
     assert len(made.report.notes) == (found < 128) and all("configured 128 x 128" in note for note in made.report.notes)
     asked = surgery.imagine(summing(trained_on), 2, "leaves", example_inputs=torch.zeros(1, 3, 64, 64))
     assert asked.images.shape == (2, 3, 64, 64) and asked.report.notes == ()
+
+
+def test_unasked_images_have_the_size_that_statistics_tell(monkeypatch):
+    monkeypatch.setattr(standing_in, "MOST", 40)
+    made = standing_in.stand_in([summing(32), summing(32)], None, unasked=True)
+    assert made.images.shape == (40, 3, 32, 32)
+    assert "of 32 x 32 pixels" in str(made.report)
 
 
 def test_near_duplicates_are_counted():

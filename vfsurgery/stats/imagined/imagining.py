@@ -9,17 +9,17 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.data.procedural import Leaves, Pixels
+from vfsurgery.data.procedural import Leaves
 from vfsurgery.data.progress import progress_line
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.stats.imagined.aims import Watched
 from vfsurgery.stats.imagined.images import Imagined
 from vfsurgery.stats.imagined.judging import looks_of
-from vfsurgery.stats.imagined.pixels import example_of, pixels_of
+from vfsurgery.stats.imagined.pixels import pixels_of
 from vfsurgery.stats.imagined.planning import Plan, device_of, networks_of, plan, run_on
 from vfsurgery.stats.imagined.ranges import trained_range
 from vfsurgery.stats.imagined.report import ImagineReport, NormReport
-from vfsurgery.stats.imagined.sizes import trained_size
+from vfsurgery.stats.imagined.sizes import fitting_leaves, leaves_of
 from vfsurgery.stats.imagined.steering import Steering
 from vfsurgery.tracing.examples import ExampleInputs
 
@@ -29,8 +29,6 @@ HOWS = ("auto", "leaves", "statistics")
 IMAGES, BYTES = 1000, 2**28
 """Images by default, fewer where they would take more than so many bytes in float32: 445 of 3 x 224 x 224."""
 STEPS = 20
-MOST_TOGETHER = 64
-"""Images of an example that networks are tried on together, as they compute the frames of a clip; of larger ones 2."""
 LOOKED_AT, LEAST_LOOKED_AT, LOOKED_FLOPS = 100, 8, 2e11
 """Images that the sources are asked about for the report, fewer where that takes more operations."""
 
@@ -83,25 +81,17 @@ def imagine(
     started = time.perf_counter()
     _check(images, how, steps, memory)
     networks = networks_of(models)
-    example = example_of(networks[0], example_inputs)
-    channels, height, width = example.shape[1:]
     devices = [device for device in {device_of(each) for each in networks} if device.type == "cuda"]
     with torch.random.fork_rng(devices), progress_line("imagined images", progress) as tell:
-        pixels, generator = pixels_of(networks[0], channels), torch.Generator().manual_seed(seed)
-        together = len(example) if 1 < len(example) <= MOST_TOGETHER else 2
-        few = _leaves(together, example, pixels)
-        notes: list[str] = []
-        if example_inputs is None and height == width:
-            tell("looking for the size that the networks were trained on")
-            height, reason = trained_size(networks[0], run_on(networks[0], few), pixels)
-            width, few = height, few if height == width else _leaves(together, few[..., :height, :height], pixels)
-            notes += [reason] if reason else []
-        pixels, reason = trained_range(networks[0], run_on(networks[0], few), pixels)
+        tell("looking at the networks")
+        few, *reasons = fitting_leaves(networks[0], example_inputs)
+        channels, height, width = few.shape[1:]
+        pixels, reason = trained_range(networks[0], run_on(networks[0], few), pixels_of(networks[0], channels))
         if reason:
-            notes, few = [*notes, reason], _leaves(together, few, pixels)
+            few, reasons = leaves_of(pixels, len(few), (channels, height, width)), [*reasons, reason]
         count = images or max(min(IMAGES, BYTES // (4 * few[0].numel())), 2)
+        generator = torch.Generator().manual_seed(seed)
         planned = plan(networks, few, count, how, steps or STEPS, memory)
-        notes += [f"not moved: {planned.why}"] if planned.why else []
         tell(f"drawing {count} leaves")
         drawn = Leaves().draw(count, (channels, height, width), generator, pixels).to(planned.dtype)
         layers: tuple[NormReport, ...] = ()
@@ -124,15 +114,9 @@ def imagine(
         seconds=time.perf_counter() - started,
         flops=planned.flops * planned.steered * (steps or STEPS),
         seed=seed,
-        notes=tuple(notes),
+        notes=tuple(note for note in (*reasons, planned.why and f"not moved: {planned.why}") if note),
     )
     return Imagined(drawn, pixels, report)
-
-
-def _leaves(count: int, like: Tensor, pixels: Pixels) -> Tensor:
-    """Leaves to try the networks on, of the size of others; always the same."""
-    channels, height, width = like.shape[1:]
-    return Leaves().draw(count, (channels, height, width), torch.Generator().manual_seed(0), pixels)
 
 
 def _check(images: int | None, how: str, steps: int | None, memory: float) -> None:

@@ -7,18 +7,52 @@ on 48 x 48 of 0.28, on 64 x 64 of 0.68, and on the 224 x 224 that it is configur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from vfsurgery.data.procedural import Leaves, Pixels
 from vfsurgery.stats.imagined.aims import Watched
+from vfsurgery.stats.imagined.pixels import example_of, pixels_of
+from vfsurgery.stats.imagined.planning import run_on
+from vfsurgery.tracing.examples import ExampleInputs
 
 SIDES = (32, 48, 64, 96, 128, 160, 192)
 """What networks are trained on, where it is less than what they are configured for."""
+MOST_TOGETHER = 64
+"""Images of an example that may belong together, as the frames of a clip; larger ones are plain batches."""
 LOOKED_AT = 12
 """Leaves of each size."""
 CLEARLY = 0.5
 """A size is taken if its distance is less than this share of that of the configured one."""
+
+
+def fitting_leaves(model: nn.Module, given: ExampleInputs | None) -> tuple[Tensor, str]:
+    """A few leaves of the size that a network is to be imagined images of, and why that is not the configured one.
+
+    Args:
+        model: The network itself.
+        given: An example, whose size then counts; as many leaves as it has images, where those may belong together.
+
+    Raises:
+        ExampleInputError: nothing was given and the network does not say what it takes.
+        DataError: it takes several inputs, no images, or not those of this size.
+    """
+    example = example_of(model, given)
+    channels, height, width = example.shape[1:]
+    count = len(example) if 1 < len(example) <= MOST_TOGETHER else 2
+    pixels = pixels_of(model, channels)
+    leaves = leaves_of(pixels, count, example.shape[1:])
+    if given is not None or height != width:
+        return leaves, ""
+    side, reason = trained_size(model, run_on(model, leaves), pixels)
+    return (leaves_of(pixels, count, (channels, side, side)), reason) if reason else (leaves, "")
+
+
+def leaves_of(pixels: Pixels, count: int, size: Sequence[int]) -> Tensor:
+    """Leaves to try networks on, always the same."""
+    return Leaves().draw(count, size, torch.Generator().manual_seed(0), pixels)
 
 
 def trained_size(model: nn.Module, example: Tensor, pixels: Pixels) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import overload
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from vfsurgery.data.batches import Data
 from vfsurgery.errors import DataError, ExampleInputError, explain
 from vfsurgery.stats.imagined.imagining import imagine
-from vfsurgery.stats.imagined.pixels import example_of
-from vfsurgery.stats.imagined.planning import MOST_FLOPS, MOST_FLOPS_ELSEWHERE, device_of
+from vfsurgery.stats.imagined.planning import MOST_FLOPS, MOST_FLOPS_ELSEWHERE, device_of, networks_of
+from vfsurgery.stats.imagined.sizes import fitting_leaves
 from vfsurgery.stats.precision import image_dtype
 from vfsurgery.stats.together import outputs_of
 from vfsurgery.tracing.examples import ExampleInputs
@@ -83,23 +84,31 @@ def stand_in(
             )
         )
     if data is None and unasked:
-        count = _affordable(models, given)
-        return imagine(models, count, example_inputs=given, seed=seed, progress=progress) if count else None
+        count, example, reason = _affordable(models, given)
+        if not count:
+            return None
+        images = imagine(models, count, example_inputs=example, seed=seed, progress=progress)
+        images.report = replace(images.report, notes=(reason, *images.report.notes)) if reason else images.report
+        return images
     if isinstance(data, str):
         return imagine(models, example_inputs=given, seed=seed, progress=progress)
     return data
 
 
-def _affordable(models: Sequence[nn.Module], given: ExampleInputs | None) -> int:
-    """How many images can be run through all networks several times; none where they take no images."""
+def _affordable(models: Sequence[nn.Module], given: ExampleInputs | None) -> tuple[int, ExampleInputs | None, str]:
+    """How many images can be run through all networks several times, and an example of them; why it is of its size.
+
+    None where the networks take no images.
+    """
     try:
-        example = example_of(models[0], given)
+        (model,) = networks_of(models[:1])
+        example, reason = fitting_leaves(model, given)
     except (DataError, ExampleInputError):
-        return 0
-    flops = _flops(models[0], example)
-    most = MOST_FLOPS.get(device_of(models[0]).type, MOST_FLOPS_ELSEWHERE)
+        return 0, given, ""
+    flops = _flops(model, example)
+    most = MOST_FLOPS.get(device_of(model).type, MOST_FLOPS_ELSEWHERE)
     count = 0 if flops is None else int(most / max(READ * len(models) * flops, 1))
-    return min(count, MOST) if count >= LEAST else 0
+    return (min(count, MOST) if count >= LEAST else 0), example if given is None else given, reason
 
 
 def _flops(model: nn.Module, example: Tensor) -> float | None:
