@@ -19,7 +19,7 @@ from vfsurgery.stats.imagined.pixels import pixels_of
 from vfsurgery.stats.imagined.planning import Plan, device_of, networks_of, plan, run_on
 from vfsurgery.stats.imagined.ranges import trained_range
 from vfsurgery.stats.imagined.report import ImagineReport, NormReport
-from vfsurgery.stats.imagined.sizes import fitting_leaves
+from vfsurgery.stats.imagined.sizes import fitting_leaves, leaves_of
 from vfsurgery.stats.imagined.steering import Steering
 from vfsurgery.tracing.examples import ExampleInputs
 
@@ -84,10 +84,12 @@ def imagine(
     devices = [device for device in {device_of(each) for each in networks} if device.type == "cuda"]
     with torch.random.fork_rng(devices), progress_line("imagined images", progress) as tell:
         tell("looking at the networks")
-        few, reason = fitting_leaves(networks[0], example_inputs)
+        few, *reasons = fitting_leaves(networks[0], example_inputs)
         channels, height, width = few.shape[1:]
+        pixels, reason = trained_range(networks[0], run_on(networks[0], few), pixels_of(networks[0], channels))
+        if reason:
+            few, reasons = leaves_of(pixels, len(few), (channels, height, width)), [*reasons, reason]
         count = images or max(min(IMAGES, BYTES // (4 * few[0].numel())), 2)
-        pixels, why = trained_range(networks[0], run_on(networks[0], few), pixels_of(networks[0], channels))
         generator = torch.Generator().manual_seed(seed)
         planned = plan(networks, few, count, how, steps or STEPS, memory)
         tell(f"drawing {count} leaves")
@@ -112,7 +114,7 @@ def imagine(
         seconds=time.perf_counter() - started,
         flops=planned.flops * planned.steered * (steps or STEPS),
         seed=seed,
-        notes=tuple(note for note in (reason, why, planned.why and f"not moved: {planned.why}") if note),
+        notes=tuple(note for note in (*reasons, planned.why and f"not moved: {planned.why}") if note),
     )
     return Imagined(drawn, pixels, report)
 

@@ -42,15 +42,17 @@ def fitting_leaves(model: nn.Module, given: ExampleInputs | None) -> tuple[Tenso
     example = example_of(model, given)
     channels, height, width = example.shape[1:]
     count = len(example) if 1 < len(example) <= MOST_TOGETHER else 2
-    leaves = _leaves(count, example.shape[1:], model)
+    pixels = pixels_of(model, channels)
+    leaves = leaves_of(pixels, count, example.shape[1:])
     if given is not None or height != width:
         return leaves, ""
-    side, reason = trained_size(model, run_on(model, leaves), pixels_of(model, channels))
-    return (_leaves(count, (channels, side, side), model), reason) if reason else (leaves, "")
+    side, reason = trained_size(model, run_on(model, leaves), pixels)
+    return (leaves_of(pixels, count, (channels, side, side)), reason) if reason else (leaves, "")
 
 
-def _leaves(count: int, size: Sequence[int], model: nn.Module) -> Tensor:
-    return Leaves().draw(count, size, torch.Generator().manual_seed(0), pixels_of(model, size[0]))
+def leaves_of(pixels: Pixels, count: int, size: Sequence[int]) -> Tensor:
+    """Leaves to try networks on, always the same."""
+    return Leaves().draw(count, size, torch.Generator().manual_seed(0), pixels)
 
 
 def trained_size(model: nn.Module, example: Tensor, pixels: Pixels) -> tuple[int, str]:
