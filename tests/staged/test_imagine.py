@@ -35,6 +35,16 @@ def test_stages_behind_it_calibrate_on_its_images(tmp_path):
     assert "40 imagined images; no real image was used" in (found.output / "README.md").read_text()
 
 
+def test_the_page_shows_them(tmp_path):
+    found = run(tmp_path, IMAGINE, MERGE, "diagnose")
+    page = (found.output / "small.html").read_text()
+    assert "<h2>Imagined images</h2>" in page and "on 40 images that were made from its sources" in page
+    with pytest.raises(RecipeError, match="diagnose needs data, or the stage imagine before it"):
+        surgery.Recipe.from_yaml(staged(MERGE, "diagnose", data=None, sources=SOURCES))
+    with pytest.raises(RecipeError, match="evaluate needs data"):
+        surgery.Recipe.from_yaml(staged(IMAGINE, MERGE, "evaluate", data=None, sources=SOURCES))
+
+
 def test_a_run_goes_on_behind_it_and_other_images_are_another_run(tmp_path):
     first = run(tmp_path, IMAGINE, MERGE)
     again = run(tmp_path, IMAGINE, MERGE, resume=True)

@@ -19,7 +19,7 @@ from vfsurgery.cli.options import (
 )
 from vfsurgery.errors import CheckpointError, OptionError, explain
 from vfsurgery.scoring.diagnosis import diagnose
-from vfsurgery.stats.imagined import stand_in
+from vfsurgery.stats.imagined import Imagined, stand_in
 from vfsurgery.stats.threads import find_device
 
 
@@ -65,6 +65,6 @@ def diagnose_checkpoint(
     found = diagnose(network, others, images, progress=not quiet)
     click.echo(found.to_json() if as_json else str(found))
     if output is not None:
-        found.page(output)
+        found.page(output, imagined=images if isinstance(images, Imagined) else None)
         if not quiet:
             click.echo(f"\nwritten to {output}", err=as_json)

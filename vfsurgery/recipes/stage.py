@@ -114,6 +114,8 @@ class Stage(Section):
     """Whether what it gives is kept for a run that goes on."""
     needs_images: ClassVar[bool] = True
     """Whether it needs some, whatever its parts need."""
+    without_labels: ClassVar[bool] = False
+    """Whether imagined ones do."""
     decides: ClassVar[bool] = False
     """Whether stages behind it give something else because of it, though the networks are the same."""
     branches: ClassVar[bool] = False
@@ -169,9 +171,9 @@ class Stage(Section):
     def checked(self, at: Place) -> Place:
         """As :meth:`follow`, once it is known that there is the data that it needs."""
         needed = any(getattr(part, "needs_data", False) for part in self.parts())
-        if self.needs_images and not at.data:
+        if self.needs_images and not self.without_labels and not at.data:
             raise ValueError(f"{self.name} needs data")
-        if needed and not (at.data or at.imagined or self.imagines()):
+        if (needed or self.needs_images) and not (at.data or at.imagined or self.imagines()):
             raise ValueError(f"{self.name} needs data, or the stage imagine before it")
         return self.follow(at)
 

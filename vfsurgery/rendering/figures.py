@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import torch
+from torch.nn.functional import pad
+
 from vfsurgery.checkpoints import atomic
 from vfsurgery.scoring.barriers import Barrier
 from vfsurgery.scoring.diagnosis import Diagnosis
@@ -99,17 +102,27 @@ def draw_imagined(images: Imagined, path: str | Path) -> Path:
     Raises:
         CheckpointError: The file cannot be written; nothing is left of it then.
     """
-    shown = images.pixels.to_bytes(images.images[: GRID**2])
+    rows = -(-min(len(images), GRID**2) // GRID)
+    figure = _figure(0.9 * min(GRID, len(images)), 0.9 * rows)
+    grid_panel(images, GRID**2)(figure.subplots())
+    return _save(figure, path)
+
+
+def grid_panel(images: Imagined, count: int) -> Draw:
+    """The first images side by side, :data:`GRID` in a row, with nothing around them."""
+    shown = images.pixels.to_bytes(images.images[:count])
     if shown.shape[1] not in (1, 3):
         shown = shown.float().mean(1, keepdim=True).round().byte()
-    columns = min(GRID, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = _figure(0.9 * columns, 0.9 * rows)
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+    margin = max(shown.shape[3] // 16, 1)
+    framed = pad(shown, (margin,) * 4, value=255)
+    rows = [torch.cat([*part], 2) for part in framed.split(min(GRID, len(framed)))]
+    whole = torch.cat([pad(row, (0, rows[0].shape[2] - row.shape[2]), value=255) for row in rows], 1)
+
+    def panel(axes: Axes) -> None:
         axes.set_axis_off()
-    for axes, image in zip(figure.axes, shown, strict=False):
-        axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    return _save(figure, path)
+        axes.imshow(whole.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+
+    return panel
 
 
 def sweep_panel(found: Sweep) -> Draw:

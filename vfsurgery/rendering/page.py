@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vfsurgery.checkpoints import write_text
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.records.report import MergeReport, Report
-from vfsurgery.rendering.figures import Draw, barrier_panels, diagnosis_panels, draw_costs, svg, sweep_panel
+from vfsurgery.rendering.figures import Draw, barrier_panels, diagnosis_panels, draw_costs, grid_panel, svg, sweep_panel
 from vfsurgery.scoring.barriers import Barrier
 from vfsurgery.scoring.diagnosis import CostRow, Diagnosis
 from vfsurgery.scoring.evaluation import Score
@@ -25,12 +25,16 @@ from vfsurgery.scoring.layers import LayerDiagnosis
 from vfsurgery.scoring.sweeps import Sweep
 from vfsurgery.scoring.verdict import VANISHED
 from vfsurgery.shown import write_page
+from vfsurgery.stats.imagined import Imagined
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 TONES = {"broken": "bad", "vanished": "bad", "faded": "fair", "grown": "fair", "kept": "good"}
 """Colour of the verdict."""
+
+SHOWN = 40
+"""Imagined images on the page."""
 
 GOLDEN_ANGLE = 137.508
 """Degrees between the hues of consecutive groups: however many there are, neighbours differ."""
@@ -49,6 +53,7 @@ def diagnosis_page(
     cost_curve: Sequence[CostRow] | None = None,
     before: Diagnosis | None = None,
     sweep: Sweep | None = None,
+    imagined: Imagined | None = None,
 ) -> Path:
     """What :meth:`vfsurgery.scoring.diagnosis.Diagnosis.page` does.
 
@@ -63,6 +68,7 @@ def diagnosis_page(
         "barrier": _figures(barrier_panels(barrier), "barrier") if barrier else [],
         "costs": _figures({"accuracy over cost": lambda axes: draw_costs(axes, costs)}, "cost") if costs else [],
         "sweep": _figures({"accuracy over sparsity": sweep_panel(sweep)}, "sweep") if sweep else [],
+        "imagined": _figures({"some of them": grid_panel(imagined, SHOWN)}, "imagined") if imagined else [],
     }
     text = (
         _environment()
@@ -82,6 +88,7 @@ def diagnosis_page(
             own=own,
             barrier=barrier,
             flips=flips,
+            imagined=imagined,
             costs=costs,
             figures=figures,
         )

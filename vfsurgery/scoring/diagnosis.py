@@ -33,7 +33,7 @@ from vfsurgery.scoring.layers import LayerDiagnosis
 from vfsurgery.scoring.sweeps import Sweep
 from vfsurgery.scoring.verdict import VANISHED, Remedy, State, first_below, in_words, state_of
 from vfsurgery.shown import Drawn, write_page
-from vfsurgery.stats.imagined import stand_in
+from vfsurgery.stats.imagined import Imagined, stand_in
 from vfsurgery.stats.layers import BATCH_NORM, Reading
 from vfsurgery.tracing.sources import eval_mode
 from vfsurgery.tracing.wrappers import network
@@ -167,6 +167,7 @@ class Diagnosis(Drawn):
         cost_curve: Sequence[CostRow] | None = None,
         before: Diagnosis | None = None,
         sweep: Sweep | None = None,
+        imagined: Imagined | None = None,
     ) -> Path:
         """Write one HTML file that needs nothing beside it, neither files nor a network.
 
@@ -180,6 +181,7 @@ class Diagnosis(Drawn):
             cost_curve: Rows ``(layers preserved, FLOPs ratio, parameter ratio, accuracy from 0 to 1)``.
             before: The diagnosis of the same network before it was renormalized, to show beside this one.
             sweep: Accuracy over sparsity, of a pruned network.
+            imagined: The images, where no real ones were used.
 
         Raises:
             OptionError: ``own`` is no name in ``scores``, or a row of ``cost_curve`` does not have four numbers.
@@ -196,6 +198,7 @@ class Diagnosis(Drawn):
             cost_curve=cost_curve,
             before=before,
             sweep=sweep,
+            imagined=imagined,
         )
 
     def __str__(self) -> str:

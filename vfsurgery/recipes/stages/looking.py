@@ -110,7 +110,7 @@ class Line(Table):
         return replace(bench, shown=shown).wrote(plot)
 
 
-@stage("diagnose", kept=False, needs_report=True)
+@stage("diagnose", kept=False, needs_report=True, without_labels=True)
 class Diagnose(Stage):
     """The page that shows where features vanish, with the figures that were measured of the network."""
 
@@ -132,6 +132,7 @@ class Diagnose(Stage):
                 "scores": bench.shown.scores or None,
                 "own": own if own in bench.shown.scores else None,
                 "before": next(iter(before), None),
+                "imagined": lab.imagined,
                 **bench.shown.figures,
             }
             file = file_of(self.page or f"{lab.run}.html", name, bench.networks)
