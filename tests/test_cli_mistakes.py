@@ -91,6 +91,16 @@ MISTAKES = [
         "--renormalize reset needs data remedy pass --data, or --data imagined, or --renormalize auto",
     ),
     (
+        [*MERGE, *OUT, "--data", "imagine"],
+        2,
+        "unknown data 'imagine' remedy did you mean 'imagined'?",
+    ),
+    (
+        [*MERGE, *OUT, "--data", "imagined", "--mean", "0.5"],
+        2,
+        "imagined images are made as the network expects them remedy no --mean, no --std",
+    ),
+    (
         [*MERGE, *OUT, "--data", "photos"],
         2,
         "unknown data 'photos' remedy imagefolder:photos, for the images in that folder",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -236,6 +237,8 @@ def load_images(
 
     Those that are to be imagined are left to the function that takes them, which knows of which networks.
     """
+    if data is not None and data != IMAGINED and get_close_matches(data, [IMAGINED], cutoff=0.85):
+        raise OptionError(explain(f"unknown data {data!r}", remedy=f"did you mean {IMAGINED!r}?"))
     if data == IMAGINED and (mean is not None or std is not None):
         raise OptionError(explain("imagined images are made as the network expects them", remedy="no --mean, no --std"))
     if data is None or data == IMAGINED:
