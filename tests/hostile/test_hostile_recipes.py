@@ -330,7 +330,7 @@ options = {
 }
 merge = st.fixed_dictionaries({"merge": st.fixed_dictionaries({}, optional=options)})
 ways = st.lists(
-    st.tuples(st.text("xyz {}%", min_size=1, max_size=5), merge), min_size=1, max_size=3, unique_by=lambda w: w[0]
+    st.tuples(st.text("xyz %", min_size=1, max_size=5), merge), min_size=1, max_size=3, unique_by=lambda w: w[0]
 )
 merging = merge | ways.map(lambda ways: {"compare": {"ways": [{f"w{label}": [way]} for label, way in ways]}})
 
