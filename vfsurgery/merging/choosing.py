@@ -36,12 +36,10 @@ from vfsurgery.passes.agreement import Judgement, Known, best_of, judge
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.records.report import Trial
 from vfsurgery.stats.batch_norms import batch_norm_nodes
+from vfsurgery.stats.threads import affordable_flops, device_of
 
 MAPPABLE = 0.5
 """Share of the units that must allow maps for matchers of maps to be tried."""
-MOST_FLOPS = {"cpu": 2e13}
-"""Floating-point operations above which the regression is not tried unasked, by device; some minutes each."""
-MOST_FLOPS_ELSEWHERE = 2e15
 JUDGED_ON = 400
 """Held-out images that ways are judged on, where there are twice as many."""
 SCREENED = 400
@@ -89,8 +87,7 @@ def sensible(
         found.append(Way(plain, (Repair(),)))
     regress = Regress()
     regresses = not fixed and not hidden_norms(graph_module) and regress.applies(graph_module, groups)
-    affordable = MOST_FLOPS.get(next(graph_module.parameters()).device.type, MOST_FLOPS_ELSEWHERE)
-    regresses = regresses and regress.flops(graph_module, groups) <= affordable
+    regresses = regresses and regress.flops(graph_module, groups) <= affordable_flops(device_of(graph_module))
     dear = [Way(plain, (regress,))] if regresses else []
     units = sum(group.units for group in groups)
     if matcher is None and units and sum(group.units for group in groups if group.mappable) >= MAPPABLE * units:

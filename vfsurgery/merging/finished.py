@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx, nn
 
 from vfsurgery.errors import OptionError, explain
@@ -50,7 +52,7 @@ def finish(traced: Traced, combined: Combined, inplace: bool, preserved: bool) -
     return merged
 
 
-def report_on(choice: Choice, notes: tuple[str, ...] = (), preserved: Preserved | None = None) -> MergeReport:
+def report_on(choice: Choice, notes: Sequence[str] = (), preserved: Preserved | None = None) -> MergeReport:
     """Freeze what happened."""
     surveyed, certified, context = choice.surveyed, choice.certified, choice.combined.context
     grouped = surveyed.grouped

@@ -202,15 +202,14 @@ def merge(
         if renormalize == "auto" and grouped.data is None and sum(planned.used) > 1:
             _warn_of_norms(graph_module)  # once nothing else can fail, and before a is written to
         merged = finish(grouped, choice.combined, inplace, preserved=kept is not None)
-    notes = {
-        f"shares by layer: {planned}": bool(shares.by_name),
-        "matching identity: the sources' masks are equal, so their units correspond already": matching == "auto"
-        and matcher == Identity(),
-        "nothing is renormalized: no layer takes a scale and a shift, or keeps statistics": renormalize == "auto"
-        and grouped.data is not None
-        and not choice.way.passes,
-    }
-    report = report_on(choice, tuple(note for note, holds in notes.items() if holds), told)
+    notes: list[str] = []
+    if shares.by_name:
+        notes.append(f"shares by layer: {planned}")
+    if matching == "auto" and matcher == Identity():
+        notes.append("matching identity: the sources' masks are equal, so their units correspond already")
+    if renormalize == "auto" and grouped.data is not None and not choice.way.passes:
+        notes.append("nothing is renormalized: no layer takes a scale and a shift, or keeps statistics")
+    report = report_on(choice, notes, told)
     if zeros is not None:
         report = replace(report, masks=zeros.record(merged))
     alone = None if shares.by_name else shares.overall[-1]

@@ -17,6 +17,7 @@ from vfsurgery.data.batches import Batches, Data, are_tokens
 from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, explain
 from vfsurgery.stats.precision import accepted_dtype, batches_for
+from vfsurgery.stats.threads import device_of
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.sources import eval_mode
 from vfsurgery.tracing.values import judged
@@ -174,11 +175,6 @@ class _Tally:
                 )
             )
         return Score(accuracy=correct / self.count, loss=loss / self.count, count=self.count)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first tensor lives."""
-    return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:

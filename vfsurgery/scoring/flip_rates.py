@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from vfsurgery.data.batches import Batches, Data
 from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.errors import DataError, OptionError, explain
-from vfsurgery.scoring.evaluation import device_of, logits_of
+from vfsurgery.scoring.evaluation import logits_of
 from vfsurgery.shown import Shown
+from vfsurgery.stats.threads import device_of
 from vfsurgery.tracing.sources import eval_mode
 
 ALL_RIGHT = "where all were right"

@@ -1,4 +1,7 @@
-"""Where torch computes, and with how many threads on the CPU: they decide how sums are cut, and so the last digits."""
+"""Where torch computes, how much is spent there unasked, and with how many threads on the CPU.
+
+Threads decide how sums are cut, and so the last digits.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,29 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from vfsurgery.errors import OptionError, explain
+
+_MOST_FLOPS, _MOST_FLOPS_ELSEWHERE = {"cpu": 2e13}, 2e15
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first tensor lives; the CPU where it has none.
+
+    >>> device_of(nn.Linear(2, 1))
+    device(type='cpu')
+    """
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def affordable_flops(device: torch.device) -> float:
+    """Floating-point operations that are spent at most where nobody asked for them: some minutes.
+
+    >>> affordable_flops(torch.device("cpu"))
+    20000000000000.0
+    """
+    return _MOST_FLOPS.get(device.type, _MOST_FLOPS_ELSEWHERE)
 
 
 @contextmanager

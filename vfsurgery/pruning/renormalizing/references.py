@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, fx, nn
 
 from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError, TraceError, explain
 from vfsurgery.pruning.renormalizing.pairing import Pairing, Unpaired
 from vfsurgery.stats.precision import image_dtype
+from vfsurgery.stats.threads import device_of
 from vfsurgery.tracing.compatibility import check_finite
 from vfsurgery.tracing.computed import is_plain, plain_copy
 from vfsurgery.tracing.copies import fresh
@@ -120,11 +120,6 @@ def check_pairing(pairing: Pairing, compressed: nn.Module, reference: nn.Module)
             remedy="pass the dense network itself, with the weights that were compressed",
         )
     )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first parameter lives."""
-    return next(iter(model.parameters())).device
 
 
 def _output_shapes(graph_module: fx.GraphModule) -> str:

@@ -25,10 +25,11 @@ from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
 from vfsurgery.passes import Pass, Repair, Rescale, Reset, Reshift
 from vfsurgery.passes.renormalize import Measured
 from vfsurgery.pruning.renormalizing.pairing import Keep
-from vfsurgery.pruning.renormalizing.references import check_reference, device_of
+from vfsurgery.pruning.renormalizing.references import check_reference
 from vfsurgery.pruning.renormalizing.work import Work
 from vfsurgery.records.results import remember
 from vfsurgery.stats.imagined import Imagined, stand_in
+from vfsurgery.stats.threads import device_of
 from vfsurgery.tracing.examples import ExampleInputs
 from vfsurgery.tracing.wrappers import as_given, network
 

@@ -20,12 +20,13 @@ from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.beside import Beside
 from vfsurgery.pruning import Masks
 from vfsurgery.pruning.renormalizing.pairing import Keep, Pair, Pairing, Unpaired, find_others, find_stages, pair_stages
-from vfsurgery.pruning.renormalizing.references import check_outputs, check_pairing, device_of, trace_reference
+from vfsurgery.pruning.renormalizing.references import check_outputs, check_pairing, trace_reference
 from vfsurgery.pruning.renormalizing.report import LayerPair, RenormalizeReport
 from vfsurgery.records.report import version_of
 from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.stats.collect import Survey, survey
 from vfsurgery.stats.precision import batches_for
+from vfsurgery.stats.threads import device_of
 from vfsurgery.stats.together import examples_of, in_bound_runs, note_on
 from vfsurgery.tracing.computed import PlainCopy, fake_quantized, plain_copy, refresh
 from vfsurgery.tracing.copies import copied, forget_kept, fresh

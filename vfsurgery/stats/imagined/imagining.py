@@ -16,11 +16,12 @@ from vfsurgery.stats.imagined.aims import Watched
 from vfsurgery.stats.imagined.images import Imagined
 from vfsurgery.stats.imagined.judging import looks_of
 from vfsurgery.stats.imagined.pixels import pixels_of
-from vfsurgery.stats.imagined.planning import Plan, device_of, networks_of, plan, run_on
+from vfsurgery.stats.imagined.planning import Plan, networks_of, plan, run_on
 from vfsurgery.stats.imagined.ranges import trained_range
 from vfsurgery.stats.imagined.report import ImagineReport, NormReport
 from vfsurgery.stats.imagined.sizes import fitting_leaves, leaves_of
 from vfsurgery.stats.imagined.steering import Steering
+from vfsurgery.stats.threads import device_of
 from vfsurgery.tracing.examples import ExampleInputs
 
 How: TypeAlias = Literal["auto", "leaves", "statistics"]

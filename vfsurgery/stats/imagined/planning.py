@@ -13,6 +13,7 @@ from vfsurgery.errors import DataError, InvalidWeightsError, OptionError, explai
 from vfsurgery.stats.batch_norms import is_batch_norm
 from vfsurgery.stats.imagined.aims import Watched
 from vfsurgery.stats.precision import image_dtype
+from vfsurgery.stats.threads import affordable_flops, device_of
 from vfsurgery.stats.together import images_together, run_kept
 from vfsurgery.tracing.compatibility import check_finite
 from vfsurgery.tracing.hooks import Hooks
@@ -26,9 +27,6 @@ LEAST_STEERED = 32
 """Of fewer, the statistics say more of chance than of the networks."""
 BATCH = 200
 """Images whose statistics are looked at together."""
-MOST_FLOPS = {"cpu": 2e13}
-"""Floating-point operations that ``how="auto"`` spends at most, by device; some minutes."""
-MOST_FLOPS_ELSEWHERE = 2e15
 GIB = 2**30
 
 
@@ -82,7 +80,7 @@ def plan(models: Sequence[nn.Module], example: Tensor, count: int, how: str, ste
     """
     examples = [run_on(model, example) for model in models]
     sources = tuple(Watched(model, own) for model, own in zip(models, examples, strict=True))
-    flops = 2 * sum(_flops(source, own) for source, own in zip(sources, examples, strict=True))  # there and back
+    flops = 2 * sum(map(flops_of_an_image, models, examples))  # there and back
     room = int(memory * GIB / max(2 * max(source.bytes for source in sources), 1))
     alone = Plan(sources, examples[0].dtype, flops, max(min(BATCH, room), 1), 0)
     if how == "leaves":
@@ -93,7 +91,7 @@ def plan(models: Sequence[nn.Module], example: Tensor, count: int, how: str, ste
         need = 4 * max(source.bytes for source in sources) / GIB
         why = f"two images take {need:.3g} GiB there and back, and memory={memory:g}"
     if not why and how == "auto":
-        most = MOST_FLOPS.get(sources[0].device.type, MOST_FLOPS_ELSEWHERE)
+        most = affordable_flops(sources[0].device)
         steered = min(wanted, int(most / max(flops * steps, 1)))
         if steered < min(wanted, LEAST_STEERED):
             why = f"{steps} steps of one image take {flops * steps:.1e} FLOPs, and {most:.0e} are spent unasked"
@@ -101,11 +99,6 @@ def plan(models: Sequence[nn.Module], example: Tensor, count: int, how: str, ste
         remedy = "give more memory=" if "memory=" in why else "how='leaves' needs none"
         raise OptionError(explain("there are no statistics to move images to", because=why, remedy=remedy))
     return replace(alone, why=why) if why else replace(alone, steered=steered)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a network lives."""
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def run_on(model: nn.Module, images: Tensor) -> Tensor:
@@ -145,10 +138,14 @@ def _nothing_to_aim_at(models: Sequence[nn.Module], sources: Sequence[Watched], 
     return ""
 
 
-def _flops(source: Watched, example: Tensor) -> float:
-    """Of one image, forward."""
+def flops_of_an_image(model: nn.Module, example: Tensor) -> float:
+    """Of one of the images, forward.
+
+    Raises:
+        SurgeryError: as for :func:`run_on`.
+    """
     from torch.utils.flop_counter import FlopCounterMode  # it imports triton's part of torch
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        source.look(example)
+    with FlopCounterMode(display=False) as counter:
+        run_on(model, example)
     return counter.get_total_flops() / len(example)

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import overload
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vfsurgery.data.batches import Data
 from vfsurgery.errors import DataError, ExampleInputError, explain
 from vfsurgery.stats.imagined.imagining import imagine
-from vfsurgery.stats.imagined.planning import MOST_FLOPS, MOST_FLOPS_ELSEWHERE, device_of, networks_of
+from vfsurgery.stats.imagined.planning import flops_of_an_image, networks_of
 from vfsurgery.stats.imagined.sizes import fitting_leaves
-from vfsurgery.stats.precision import image_dtype
-from vfsurgery.stats.together import outputs_of
+from vfsurgery.stats.threads import affordable_flops, device_of
 from vfsurgery.tracing.examples import ExampleInputs
 
 IMAGINED = "imagined"
@@ -103,19 +101,8 @@ def _affordable(models: Sequence[nn.Module], given: ExampleInputs | None) -> tup
     try:
         (model,) = networks_of(models[:1])
         example, reason = fitting_leaves(model, given)
+        flops = flops_of_an_image(model, example)
     except (DataError, ExampleInputError):
         return 0, given, ""
-    flops = _flops(model, example)
-    most = MOST_FLOPS.get(device_of(model).type, MOST_FLOPS_ELSEWHERE)
-    count = 0 if flops is None else int(most / max(READ * len(models) * flops, 1))
+    count = int(affordable_flops(device_of(model)) / max(READ * len(models) * flops, 1))
     return (min(count, MOST) if count >= LEAST else 0), example if given is None else given, reason
-
-
-def _flops(model: nn.Module, example: Tensor) -> float | None:
-    """Of one image, forward; ``None`` where the network does not run on it."""
-    from torch.utils.flop_counter import FlopCounterMode  # it imports triton's part of torch
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        if outputs_of(model, (example[:1].to(device_of(model), image_dtype(model)),)) is None:
-            return None
-    return counter.get_total_flops()
