@@ -7,21 +7,21 @@ Its connected components that reach no pin and hold parameters are the permutati
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import networkx as nx
-import numpy as np
 from torch import fx
 
+from vfsurgery.discovery.foldings import Foldings
+from vfsurgery.discovery.members import member_of
 from vfsurgery.discovery.nesting import Nesting, Outer
+from vfsurgery.discovery.symmetries import Symmetries
 from vfsurgery.discovery.unification import ONLY_IN_TRAINING, LocalAxis, Unification
-from vfsurgery.groups import GroupSet, Member, PermutationGroup
+from vfsurgery.groups import GroupSet, Member, PermutationGroup, Symmetry
 from vfsurgery.groups.axes import AxisRef, TensorRef
-from vfsurgery.groups.layouts import Run
 from vfsurgery.tracing.modes import not_followed
 from vfsurgery.tracing.selection import chosen_pins
 
@@ -51,6 +51,9 @@ class Components:
     def __init__(self, solved: Unification, training: bool = False) -> None:
         self.solved = solved
         self._nodes = self._places(solved.graphs if training else solved.graphs[:1])
+        self._symmetries = Symmetries(solved)
+        self._foldings = Foldings(self._symmetries)
+        self._scaled = frozenset().union(*self._foldings.places.values())
 
     def coupling_graph(self) -> nx.Graph[Any]:
         """Nodes ``(axis, atom)``, edges the ties with the node that made them as ``op``, pins as node attribute."""
@@ -85,11 +88,14 @@ class Components:
         found = [self._group(serial, axes, outers.get(serial), nesting) for serial, axes in components.items()]
         found.sort(key=lambda group: _place(group[1].members[0], self._entries))
         names = {serial: f"g{number}" for number, (serial, _) in enumerate(found)}
+        symmetries = self._symmetries.of_atoms(self._foldings.places)
+        around = {outer.serial for outer in outers.values()}
         groups = tuple(
             replace(
                 group,
                 name=names[serial],
                 outer=names[outers[serial].serial] if serial in outers else "",
+                symmetry=_of_group(group, symmetries[serial], has_others_inside=serial in around),
                 mappable=serial not in nested and self.solved.roles.closed.isdisjoint(components[serial]),
             )
             for serial, group in found
@@ -101,6 +107,7 @@ class Components:
             *self._coverage(groups),
             in_training=len(self.solved.graphs) > 1,
             notes=tuple(self._notes()),
+            foldings=tuple(self._foldings.each),
         )
 
     @cached_property
@@ -136,21 +143,25 @@ class Components:
         shown = (m for m in members if kinds[m.parameter] == "node" and m.parameter in self._nodes)
         values = sorted(shown, key=lambda m: _place(m, self._nodes))
         size = own[0].size
+        if own[0].dual:  # which of two duals is which is a matter of taste: what writes first counts
+            own, values = ([replace(member, dual=not member.dual) for member in each] for each in (own, values))
         blocks = self._size(next(iter(nesting.axes_of(outer.serial))), outer.serial) if outer and outer.separate else 1
         return serial, PermutationGroup("", size, tuple(own), tuple(values), blocks=blocks)
 
     def _members(self, axis: AxisRef, serial: int, outer: Outer | None, nesting: Nesting) -> Iterator[Member]:
         """The places of an atom on an axis of a parameter or node."""
         role = self.solved.roles.of.get(axis, "")
-        for run in self.solved.axes[axis]:
+        for number, run in enumerate(self.solved.axes[axis]):
             serials = [atom.serial for atom in run.atoms]
             for place in (place for place, found in enumerate(serials) if found == serial):
                 inside = outer is not None and outer.serial in serials
-                member = _member(axis, run, place, serials.index(outer.serial) if outer and inside else None)
+                member = member_of(axis, run, place, serials.index(outer.serial) if outer and inside else None)
                 block_axis = nesting.block_axis(axis, outer.serial) if outer and outer.separate and not inside else None
                 block_dim = member.block_dim if block_axis is None else block_axis.dim
+                at = (axis, number, place)
+                known = {"role": role, "dual": self._symmetries.is_dual(at), "scales": at in self._scaled}
                 for name in self._names(axis.tensor):
-                    yield replace(member, parameter=name, role=role, block_dim=block_dim)
+                    yield replace(member, parameter=name, block_dim=block_dim, **known)
 
     def _names(self, tensor: TensorRef) -> Sequence[str]:
         """What members call a tensor: one of several that a node computes goes by the nodes that pick it."""
@@ -162,23 +173,11 @@ class Components:
         return sum(sizes.values()), sum(size for name, size in sizes.items() if name in grouped)
 
 
+def _of_group(group: PermutationGroup, symmetry: Symmetry, has_others_inside: bool) -> Symmetry:
+    """What of a symmetry can be used: blocks that hold units of other groups, or lie on another dim, are reordered."""
+    apart = any(member.block_dim >= 0 for member in group.members)
+    return Symmetry.PERMUTATION if has_others_inside or apart else symmetry
+
+
 def _place(member: Member, order: Mapping[str, int]) -> tuple[object, ...]:
     return (order[member.parameter], member.dim, member.start, member.indices)
-
-
-def _member(axis: AxisRef, run: Run, place: int, outer: int | None) -> Member:
-    """Where the units of factor ``place`` of a run lie on the axis, inside those of factor ``outer`` if there is one.
-
-    Listed index by index where the run is irregular, or where the outer factor is the faster one.
-    """
-    grid = run.grid
-    first = place if outer is None else outer
-    size, blocks = grid[place], 1 if outer is None else grid[outer]
-    before, between = math.prod(grid[:first]), 1 if outer is None else math.prod(grid[first + 1 : place])
-    name, start, inner = axis.tensor.name, int(run.at[0]), math.prod(grid[place + 1 :])
-    regular = np.array_equal(run.at, np.arange(start, start + len(run.at)))
-    if regular and (outer is None or outer < place):
-        return Member(name, axis.dim, size, start, inner, before, (), blocks, between)
-    factors = [place] if outer is None else [outer, place]
-    by_unit = np.moveaxis(run.at.reshape(grid), factors, range(len(factors))).reshape(-1)
-    return Member(name, axis.dim, size, start, indices=tuple(by_unit.tolist()), blocks=blocks)

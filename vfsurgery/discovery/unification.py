@@ -27,6 +27,7 @@ from vfsurgery.discovery.rules import rule_for
 from vfsurgery.errors import SurgeryError, UnknownOpError, explain
 from vfsurgery.groups import PinnedAxis
 from vfsurgery.groups.axes import (
+    Allows,
     AxisRef,
     Concat,
     Constraint,
@@ -38,6 +39,7 @@ from vfsurgery.groups.axes import (
     Pin,
     Product,
     Reads,
+    Scales,
     Take,
     TensorRef,
     Tie,
@@ -63,6 +65,14 @@ BY_USER = "pinned by the user ({})"
 
 
 @dataclass(frozen=True, slots=True)
+class Said:
+    """What the rule of one op says."""
+
+    op: Op
+    constraints: tuple[Constraint, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LocalAxis:
     """A :class:`Fresh` axis of the op at node ``op``."""
 
@@ -80,7 +90,7 @@ class Unification:
     """The constraints of one traced model, and their solution.
 
     ``axes`` has the layout of every axis that an op speaks of, ``ties`` what each op, by its node's name, ties, and
-    ``mixes`` what it mixes along; ``graphs`` are what was read. ``picked`` are the nodes that pick a tensor out of
+    ``mixes`` what it mixes along, and ``said`` all that rules say; ``graphs`` are what was read. ``picked`` are the nodes that pick a tensor out of
     several.
     """
 
@@ -96,6 +106,8 @@ class Unification:
         self.ties: list[tuple[str, tuple[AxisRef | LocalAxis, ...]]] = []
         self.mixes: list[tuple[str, tuple[AxisRef | LocalAxis, ...]]] = []
         self._unknown_at: dict[tuple[str, str], fx.Graph] = {}
+        self.said: list[Said] = []
+        self.returned: set[TensorRef] = set()
         self.picked: dict[TensorRef, list[str]] = defaultdict(list)
         other = in_training(self.graph_module)
         self.graphs = [self.graph_module] if other is None else [self.graph_module, other]
@@ -121,6 +133,7 @@ class Unification:
                     self.picked[tensor].append(node.name)
             if node.op in ("placeholder", "output"):
                 reason = INPUT if node.op == "placeholder" else OUTPUT
+                self.returned.update(reader.tensors_of(node) if node.op == "output" else ())
                 for tensor in reader.tensors_of(node):
                     self._pin_all(tensor, reason)
 
@@ -135,7 +148,8 @@ class Unification:
             return
         seen: set[AxisRef | Fresh] = set()
         try:
-            constraints = list(rule(op))
+            constraints = tuple(rule(op))
+            self.said.append(Said(op, constraints))
             for constraint in constraints:
                 seen.update(mentioned(constraint))
                 self._constrain(constraint, op.node.name)
@@ -186,7 +200,7 @@ class Unification:
         elif isinstance(constraint, Pin):
             self.layouts.pin(self._layout(constraint.axis, op), constraint.reason)
         else:
-            assert isinstance(constraint, Indifferent | Reads)
+            assert isinstance(constraint, Indifferent | Reads | Allows | Scales)
 
     def _layout(self, expression: Expression, op: str) -> Layout:
         match expression:

@@ -14,16 +14,21 @@ not move; ``indifferent(x)`` that the op does not care about the order of ``x`` 
 does not mention is pinned: nothing is guessed. ``mixes(x)`` adds that what is computed at one index along ``x`` depends
 on the others (a softmax), which matters where units inside each of them have an order of their own. ``reads(x)`` adds
 that a weight takes in, along ``x``, units that no input of the op shows.
+
+More than orders may be free: ``contract(x, y)`` ties axes that are multiplied and summed over, ``allows(symmetry, x)``
+says by what units may be mapped besides (:mod:`vfsurgery.groups.symmetries`), and ``scales(w)`` that a weight
+multiplies single units. Where a rule says none of these, permutations are all that its op lets through.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from vfsurgery.errors import SurgeryError
+from vfsurgery.groups.symmetries import Symmetry
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +141,11 @@ Expression: TypeAlias = AxisRef | Fresh | Fixed | Concat | Product | Take
 
 @dataclass(frozen=True, slots=True)
 class Tie:
-    """Both sides are the same arrangement of the same units."""
+    """Both sides are the same arrangement of the same units; ``dual`` if the op multiplies them and sums over them."""
 
     left: Expression
     right: Expression
+    dual: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +177,22 @@ class Reads:
     axis: AxisRef
 
 
-Constraint: TypeAlias = Tie | Pin | Indifferent | Mixes | Reads
+@dataclass(frozen=True, slots=True)
+class Allows:
+    """Units along these axes may be mapped by more than permutations."""
+
+    symmetry: Symmetry
+    axes: tuple[Expression, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """A weight multiplies each unit along this axis by a number of its own."""
+
+    axis: AxisRef
+
+
+Constraint: TypeAlias = Tie | Pin | Indifferent | Mixes | Reads | Allows | Scales
 
 
 def tie(left: Expression, right: Expression) -> Tie:
@@ -183,6 +204,31 @@ def tie(left: Expression, right: Expression) -> Tie:
     if left.size != right.size:
         raise SurgeryError(f"cannot tie axes of {left.size} and {right.size} indices: {left}, {right}")
     return Tie(left, right)
+
+
+def contract(left: Expression, right: Expression) -> Tie:
+    """Tie two axes that the op multiplies and sums over: any matrix on one is undone by its inverse on the other.
+
+    Raises:
+        SurgeryError: the sizes differ.
+    """
+    return replace(tie(left, right), dual=True)
+
+
+def allows(symmetry: Symmetry, *axes: Expression) -> Allows:
+    """Say that the op commutes with more than permutations along these axes and all that it ties to them.
+
+    Whatever is tied and not spoken of lets permutations through. It does not tie or pin.
+    """
+    return Allows(symmetry, axes)
+
+
+def scales(axis: AxisRef) -> Scales:
+    """Say that a weight multiplies single units: as long as it does, they can be reordered and nothing else.
+
+    What :func:`allows` says of the op counts once the weight is folded into others. It does not tie or pin.
+    """
+    return Scales(axis)
 
 
 def pin(axis: Expression, reason: str) -> Pin:
@@ -228,7 +274,7 @@ def mentioned(constraint: Constraint) -> Iterator[AxisRef | Fresh]:
     if isinstance(constraint, Tie):
         yield from references(constraint.left)
         yield from references(constraint.right)
-    elif not isinstance(constraint, Mixes | Reads):  # which say nothing about the order
+    elif isinstance(constraint, Pin | Indifferent):  # the others say nothing about the order
         yield from references(constraint.axis)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from vfsurgery.groups.permutations import Permutation
+from vfsurgery.groups.symmetries import Symmetry
 from vfsurgery.shown import Shown
 
 UNKNOWN_OP_REMEDY = "register a rule with @surgery.rule, see docs/write_a_rule.md; leaf= and pins= are other ways out"
@@ -39,7 +40,9 @@ class Member:
     repeated ``outer`` times. An irregular layout, as channel shuffles leave behind, lists every index in ``indices``
     instead, unit by unit.
 
-    ``role`` says what a weight does with the units: see :mod:`vfsurgery.discovery.roles`; empty for activations.
+    ``role`` says what a weight does with the units: see :mod:`vfsurgery.discovery.roles`; empty for activations. Where
+    the group has more symmetry than permutations, ``dual`` says that the units here are mapped by the inverse transposed,
+    and ``scales`` that here lie numbers that multiply single units, which have to be folded away first.
 
     Units of a nested group lie ``blocks`` times on the axis, once in each unit of the outer group, with ``between``
     repetitions inside a block; or, with ``block_dim``, the blocks lie along another dim of the same parameter.
@@ -61,6 +64,8 @@ class Member:
     between: int = 1
     block_dim: int = -1
     role: str = field(default="", compare=False, repr=False)
+    dual: bool = field(default=False, compare=False, repr=False)
+    scales: bool = field(default=False, compare=False, repr=False)
 
     def positions(self) -> np.ndarray:
         """Indices along ``dim``, one row per unit, block by block: int64, ``(blocks * size, places per unit)``."""
@@ -110,7 +115,9 @@ class PermutationGroup:
     A nested group names its ``outer`` group. ``blocks`` is the number of units of that group if each may order the
     ``size`` units inside it by itself, and 1 if one order serves all.
 
-    ``mappable`` says whether the units may be mapped by any matrix, not only reordered.
+    ``symmetry`` says by which matrices the units can be mapped with nothing changed in what the network computes, once
+    the set's ``foldings`` are done. ``mappable`` says whether matchers of maps may map them, which needs less: there it
+    holds nearly.
     """
 
     name: str
@@ -120,6 +127,7 @@ class PermutationGroup:
     outer: str = ""
     blocks: int = 1
     mappable: bool = field(default=False, compare=False, repr=False)
+    symmetry: Symmetry = field(default=Symmetry.PERMUTATION, compare=False, repr=False)
 
     @property
     def units(self) -> int:
@@ -149,7 +157,8 @@ class PermutationGroup:
     def __str__(self) -> str:
         size = f"{self.blocks} x {self.size}" if self.blocks > 1 else str(self.size)
         inside = f" in {self.outer}" if self.outer else ""
-        return f"{self.name} ({self.label}, {size} units{inside})"
+        symmetry = f", {self.symmetry}" if self.symmetry.is_continuous else ""
+        return f"{self.name} ({self.label}, {size} units{inside}{symmetry})"
 
 
 @dataclass(frozen=True, order=True)
@@ -166,12 +175,40 @@ class PinnedAxis:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """A weight that reads units, at a node: ``weight`` says where, ``bias`` what a shift of the units can be folded into.
+
+    It is ``None`` where the op has none of its own, or units are padded with zeros on the way there.
+    """
+
+    node: str
+    weight: Member
+    bias: str | None
+
+
+@dataclass(frozen=True)
+class Folding:
+    """A weight that multiplies units, at ``nodes``, and can be folded into others.
+
+    ``scale`` says where its numbers lie, unit by unit; ``shift`` those that a norm adds behind it. They go into all
+    ``readers``; or the scale into ``writers``, the rows of the layer before and its bias.
+    """
+
+    nodes: tuple[str, ...]
+    scale: Member
+    shift: Member | None = None
+    readers: tuple[Reader, ...] = ()
+    writers: tuple[Member, ...] = ()
+
+
+@dataclass(frozen=True)
 class GroupSet(Shown):
     """The permutation groups of one architecture, the axes that may not move, and the ops that had no rule.
 
     Iterate over it for its groups, index it by a group's name, print it for a table that fits on a screen;
     :meth:`listing` has every member. ``in_training`` says whether training computes another graph than eval mode, for
-    which the groups hold too; ``None`` if nobody has looked. ``notes`` are for people.
+    which the groups hold too; ``None`` if nobody has looked. ``notes`` are for people. ``foldings`` are weights that
+    multiply single units and can be folded into others: what symmetries beyond permutations suppose.
     """
 
     groups: tuple[PermutationGroup, ...]
@@ -181,6 +218,7 @@ class GroupSet(Shown):
     grouped_count: int = field(default=0, compare=False)
     in_training: bool | None = field(default=None, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
+    foldings: tuple[Folding, ...] = field(default=(), compare=False, repr=False)
 
     def __iter__(self) -> Iterator[PermutationGroup]:
         return iter(self.groups)

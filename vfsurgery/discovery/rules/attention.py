@@ -22,11 +22,14 @@ from vfsurgery.groups.axes import (
     Fresh,
     Product,
     TensorRef,
+    allows,
+    contract,
     mixes,
     pin,
     reads,
     tie,
 )
+from vfsurgery.groups.symmetries import Symmetry
 from vfsurgery.tracing.ops import Op
 
 
@@ -37,8 +40,9 @@ def attention(op: Op) -> Iterator[Constraint]:
     q, k, v = (op.param(name, place) for place, name in enumerate(names))
     assert q is not None and k is not None and v is not None
     y, mask = op.output, op.param("attn_mask", 3)
-    yield tie(q.axis(-1), k.axis(-1))
+    yield contract(q.axis(-1), k.axis(-1))
     yield tie(v.axis(-1), y.axis(-1))
+    yield allows(Symmetry.GENERAL_LINEAR, v.axis(-1))
     yield tie(k.axis(-2), v.axis(-2))
     yield tie(q.axis(-2), y.axis(-2))
     yield from align(q.axes()[:-2], y.axes()[:-2])
@@ -104,14 +108,16 @@ class _Attention:
         y = self.op.output
         rows = self.weights["out_proj.weight"].shape[1]
         heads = Fresh("head", self.heads)
-        inner = Product((heads, Fresh("query and key", rows // self.heads)))
-        value = Product((heads, Fresh("value", rows // self.heads)))
-        yield from self._projections((q, k, v), (inner, inner, value))
-        for name, axis in (("bias_k", inner), ("bias_v", value)):
+        queried, keyed, valued = (Fresh(name, rows // self.heads) for name in ("query", "key", "value"))
+        yield contract(queried, keyed)
+        yield allows(Symmetry.GENERAL_LINEAR, valued, y.axis(-1))
+        query, key, value = (Product((heads, inner)) for inner in (queried, keyed, valued))
+        yield from self._projections((q, k, v), (query, key, value))
+        for name, axis in (("bias_k", key), ("bias_v", value)):
             if name in self.weights:
                 yield tie(self.weights[name].axis(-1), axis)
         output = self.weights["out_proj.weight"]
-        yield tie(output.axis(1), value)
+        yield contract(output.axis(1), value)
         yield reads(output.axis(1))
         yield tie(output.axis(0), y.axis(-1))
         if "out_proj.bias" in self.weights:
@@ -134,7 +140,7 @@ class _Attention:
             if weight is None:
                 weight = self.weights[f"{name[0]}_proj_weight"]
                 yield tie(weight.axis(0), row)
-            yield tie(weight.axis(1), x.axis(-1))
+            yield contract(weight.axis(1), x.axis(-1))
             yield mixes(x.axis(-1))
         if bias is not None:
             yield tie(bias.axis(0), Concat(tuple(rows)))

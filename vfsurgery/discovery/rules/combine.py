@@ -9,7 +9,20 @@ import torch
 from torch import fx, nn
 
 from vfsurgery.discovery.rules.registry import rule
-from vfsurgery.groups.axes import Concat, Constraint, Fixed, Fresh, Product, Take, TensorRef, indifferent, tie, tie_all
+from vfsurgery.groups.axes import (
+    Concat,
+    Constraint,
+    Fixed,
+    Fresh,
+    Product,
+    Take,
+    TensorRef,
+    allows,
+    indifferent,
+    tie,
+    tie_all,
+)
+from vfsurgery.groups.symmetries import Symmetry
 from vfsurgery.tracing.ops import Op
 from vfsurgery.tracing.values import VALUE, TensorValue
 
@@ -22,6 +35,7 @@ def cat(op: Op) -> Iterator[Constraint]:
     yield tie(op.output.axis(dim), Concat(tuple(part.axis(dim) for part in parts)))
     for part in parts:
         yield from tie_all(part, op.output, skip=(dim,))
+    yield allows(Symmetry.GENERAL_LINEAR, *op.output.axes())
 
 
 @rule("stack")
@@ -31,6 +45,7 @@ def stack(op: Op) -> Iterator[Constraint]:
     for part in op.inputs:
         for dim, axis in enumerate(part.axes()):
             yield tie(axis, op.output.axis(dim + (dim >= new)))
+            yield allows(Symmetry.GENERAL_LINEAR, axis)
 
 
 @rule("chunk", "split", "split_with_sizes", "tensor_split")
@@ -40,6 +55,7 @@ def split(op: Op) -> Iterator[Constraint]:
     yield tie(op.input.axis(dim), Concat(tuple(piece.axis(dim) for piece in op.outputs)))
     for piece in op.outputs:
         yield from tie_all(op.input, piece, skip=(dim,))
+    yield allows(Symmetry.GENERAL_LINEAR, *op.input.axes())
 
 
 @rule("unbind")
@@ -50,6 +66,7 @@ def unbind(op: Op) -> Iterator[Constraint]:
     for piece in op.outputs:
         for axis, own in zip(kept, piece.axes(), strict=True):
             yield tie(axis, own)
+    yield allows(Symmetry.GENERAL_LINEAR, *kept)
 
 
 @rule("getitem")
@@ -59,6 +76,7 @@ def getitem(op: Op) -> Iterator[Constraint]:
     What is picked from stays pinned; the dims beside it pass through.
     """
     yield from _index(op.input, op.args[1], op.output)
+    yield allows(Symmetry.GENERAL_LINEAR, *op.output.axes())
 
 
 @rule("setitem")
@@ -139,6 +157,10 @@ def _pass_through(source: TensorRef, index: tuple[Any, ...], result: TensorRef, 
             mine += 1
 
 
+MOVED_WHOLE = ("index_select", "roll", "flip", "cumsum", "diff")
+"""Ops that do the same to each index beside their own dims, and linearly."""
+
+
 @rule("index_select", "gather", "take_along_dim", "index_add", "index_copy", "scatter", "scatter_add")
 @rule("cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "diff", "select", "fft", "ifft", "rfft", "irfft")
 @rule("fft2", "ifft2", "rfft2", "irfft2", "fft_rfft2", "fft_irfft2", "fft_fft2", "fft_ifft2")
@@ -165,11 +187,14 @@ def along_dims(op: Op) -> Iterator[Constraint]:
     if op.key == "select":  # which removes its dim
         kept = [axis for axis in op.input.axes() if axis.dim not in own]
         yield from (tie(axis, result) for axis, result in zip(kept, op.output.axes(), strict=True))
+        yield allows(Symmetry.GENERAL_LINEAR, *kept)
         return
     others = [tensor for tensor in (*op.inputs[1:], *op.outputs) if tensor.ndim == op.input.ndim]
     for axis in op.input.axes():
         if axis.dim not in own:
             yield from (tie(axis, other.axis(axis.dim)) for other in others if other.shape[axis.dim] == axis.size)
+            if op.key in MOVED_WHOLE:
+                yield allows(Symmetry.GENERAL_LINEAR, axis)
 
 
 @rule(nn.Embedding, "embedding")
@@ -178,6 +203,7 @@ def embedding(op: Op) -> Iterator[Constraint]:
     table = op.parameters["weight"] if op.module is not None else op.inputs[1]
     indices = op.inputs[0]
     yield tie(table.axis(1), op.output.axis(-1))
+    yield allows(Symmetry.GENERAL_LINEAR, op.output.axis(-1))
     for axis in indices.axes():
         yield tie(axis, op.output.axis(axis.dim))
 
@@ -229,6 +255,7 @@ def unfold(op: Op) -> Iterator[Constraint]:
         return
     channels = op.input.axis(-3)
     yield tie(op.output.axis(-2), Product((channels, Fixed(op.output.shape[-2] // channels.size, "kernel offsets"))))
+    yield allows(Symmetry.GENERAL_LINEAR, channels)
     if op.input.ndim == 4:
         yield tie(op.input.axis(0), op.output.axis(0))
 
@@ -250,6 +277,7 @@ def filled(op: Op) -> Iterator[Constraint]:
     """The same number everywhere, or one drawn for each place: any order is the right one; only the shape counts."""
     for tensor in (*op.inputs, *op.outputs):
         yield from map(indifferent, tensor.axes())
+    yield from (allows(Symmetry.GENERAL_LINEAR, *tensor.axes()) for tensor in op.inputs)
 
 
 @rule("diagonal", "diag_embed")
@@ -280,6 +308,7 @@ def narrow(op: Op) -> Iterator[Constraint]:
     start, length = op.argument("start", 2), op.argument("length", 3)
     yield tie(op.output.axis(dim), Take(op.input.axis(dim), tuple(range(start, start + length))))
     yield from tie_all(op.input, op.output, skip=(dim,))
+    yield allows(Symmetry.GENERAL_LINEAR, *op.output.axes())
 
 
 @rule("expand", "expand_as", "broadcast_to")
@@ -290,8 +319,11 @@ def expand(op: Op) -> Iterator[Constraint]:
     for axis in op.output.axes():
         if axis.dim < ahead or op.input.shape[axis.dim - ahead] != axis.size:
             yield indifferent(axis)
+        else:
+            yield allows(Symmetry.GENERAL_LINEAR, axis)
     for shape_giver in op.inputs[1:]:
         yield from map(indifferent, shape_giver.axes())
+        yield allows(Symmetry.GENERAL_LINEAR, *shape_giver.axes())
 
 
 @rule("repeat", "tile")
@@ -303,6 +335,7 @@ def repeat(op: Op) -> Iterator[Constraint]:
         result = op.output.axis(axis.dim + ahead)
         copies = result.size // axis.size
         yield tie(result, axis if copies == 1 else Product((Fresh(f"copies {axis.dim}", copies), axis)))
+        yield allows(Symmetry.GENERAL_LINEAR, axis)
 
 
 @rule("repeat_interleave")
@@ -312,6 +345,7 @@ def repeat_interleave(op: Op) -> Iterator[Constraint]:
     if isinstance(copies, int) and dim is not None:
         dim = dim % op.input.ndim
         yield tie(op.output.axis(dim), Product((op.input.axis(dim), Fresh("copies", copies))))
+        yield allows(Symmetry.GENERAL_LINEAR, *op.input.axes())
         yield from (tie(axis, op.output.axis(axis.dim)) for axis in op.input.axes() if axis.dim != dim)
 
 
@@ -331,6 +365,7 @@ def pixel_shuffle(op: Op) -> Iterator[Constraint]:
     """``c * r * r`` channels become ``c`` channels on a map ``r`` times as wide and high."""
     channels = op.output.axis(-3)
     yield tie(op.input.axis(-3), Product((channels, Fixed(op.input.shape[-3] // channels.size, "places in a pixel"))))
+    yield allows(Symmetry.GENERAL_LINEAR, channels)
 
 
 @rule(nn.PixelUnshuffle, "pixel_unshuffle")
@@ -338,3 +373,4 @@ def pixel_unshuffle(op: Op) -> Iterator[Constraint]:
     """The inverse of a pixel shuffle."""
     channels = op.input.axis(-3)
     yield tie(op.output.axis(-3), Product((channels, Fixed(op.output.shape[-3] // channels.size, "places in a pixel"))))
+    yield allows(Symmetry.GENERAL_LINEAR, channels)

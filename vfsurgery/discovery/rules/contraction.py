@@ -13,7 +13,8 @@ from itertools import pairwise, zip_longest
 from torch import nn
 
 from vfsurgery.discovery.rules.registry import rule
-from vfsurgery.groups.axes import AxisRef, Constraint, TensorRef, indifferent, tie
+from vfsurgery.groups.axes import AxisRef, Constraint, TensorRef, allows, contract, indifferent, tie
+from vfsurgery.groups.symmetries import Symmetry
 from vfsurgery.tracing.ops import Op
 
 
@@ -21,6 +22,9 @@ from vfsurgery.tracing.ops import Op
 def matrix_product(op: Op) -> Iterator[Constraint]:
     """``y[..., m, n] = sum_k a[..., m, k] b[..., k, n]``; a vector on either side has only the contracted dim."""
     yield from _matrix_product(op.inputs[-2], op.inputs[-1], op.output)
+    for operand, dim in ((op.inputs[-2], -2), (op.inputs[-1], -1)):
+        if operand.ndim > 1:
+            yield allows(Symmetry.GENERAL_LINEAR, operand.axis(dim))
 
 
 @rule("baddbmm", "addmm", "addbmm")
@@ -32,7 +36,7 @@ def added_matrix_product(op: Op) -> Iterator[Constraint]:
 
 
 def _matrix_product(a: TensorRef, b: TensorRef, y: TensorRef) -> Iterator[Constraint]:
-    yield tie(a.axis(-1), b.axis(-2 if b.ndim > 1 else -1))
+    yield contract(a.axis(-1), b.axis(-2 if b.ndim > 1 else -1))
     rows, columns = a.ndim > 1, b.ndim > 1
     if rows:
         yield tie(a.axis(-2), y.axis(-2 if columns else -1))
@@ -56,8 +60,10 @@ def einsum(op: Op) -> Iterator[Constraint]:
     if not arrow:
         letters = left.replace(",", "").replace(".", "")
         right = ("..." if "..." in left else "") + "".join(sorted(x for x in set(letters) if letters.count(x) == 1))
-    seen: dict[str, AxisRef] = {}
-    for term, tensor in zip([*left.split(","), right], tensors, strict=True):
+    seen: dict[str, tuple[int, AxisRef]] = {}
+    summed = {letter for letter in left if left.count(letter) == 2 and letter not in right}
+    kept = {letter for letter in left if left.count(letter) == 1 and letter in right}
+    for number, (term, tensor) in enumerate(zip([*left.split(","), right], tensors, strict=True)):
         before, _, after = term.partition("...")
         named = [*zip(before, tensor.axes(), strict=False)]
         named += [*zip(reversed(after), reversed(tensor.axes()), strict=False)]
@@ -65,7 +71,10 @@ def einsum(op: Op) -> Iterator[Constraint]:
         named += [(f"...{place}", axis) for place, axis in enumerate(reversed(covered))]
         for letter, axis in named:
             if axis.size > 1:
-                yield tie(seen.setdefault(letter, axis), axis)
+                first, other = seen.setdefault(letter, (number, axis))
+                yield contract(other, axis) if letter in summed and first != number else tie(other, axis)
+                if letter in kept:
+                    yield allows(Symmetry.GENERAL_LINEAR, axis)
 
 
 @rule("outer", "ger", "inner", "tensordot")

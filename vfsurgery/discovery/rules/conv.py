@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from vfsurgery.discovery.rules.registry import rule
-from vfsurgery.groups.axes import Concat, Constraint, Fresh, Product, TensorRef, pin, tie
+from vfsurgery.groups.axes import Concat, Constraint, Fresh, Product, TensorRef, allows, contract, pin, tie
+from vfsurgery.groups.symmetries import Symmetry
 from vfsurgery.tracing.ops import Op
 
 
@@ -69,7 +70,8 @@ def _convolution(op: Op, groups: int, rows: int) -> Iterator[Constraint]:
     x, y = op.input.axis(channel), op.output.axis(channel)
     if groups == 1:
         yield tie(weight.axis(rows), y)
-        yield tie(weight.axis(1 - rows), x)
+        yield contract(weight.axis(1 - rows), x)
+        yield allows(Symmetry.GENERAL_LINEAR, y)
     else:
         yield from _grouped(op, weight, groups, rows)
     if bias is not None:

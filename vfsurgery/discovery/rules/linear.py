@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from vfsurgery.discovery.rules.registry import rule
-from vfsurgery.groups.axes import Constraint, tie, tie_all
+from vfsurgery.groups.axes import Constraint, allows, contract, tie, tie_all
+from vfsurgery.groups.symmetries import Symmetry
 from vfsurgery.tracing.ops import Op
 
 
@@ -18,6 +19,7 @@ def linear(op: Op) -> Iterator[Constraint]:
     assert weight is not None
     yield from tie_all(op.input, op.output, skip=(op.input.ndim - 1,))
     yield tie(weight.axis(0), op.output.axis(-1))
-    yield tie(weight.axis(1), op.input.axis(-1))
+    yield contract(weight.axis(1), op.input.axis(-1))
+    yield allows(Symmetry.GENERAL_LINEAR, op.output.axis(-1))
     if bias is not None:
         yield tie(bias.axis(0), op.output.axis(-1))

@@ -18,7 +18,19 @@ import numpy as np
 from torch import nn
 
 from vfsurgery.discovery.rules.registry import rule
-from vfsurgery.groups.axes import AxisRef, Concat, Constraint, Expression, Fixed, Fresh, Product, Take, tie
+from vfsurgery.groups.axes import (
+    AxisRef,
+    Concat,
+    Constraint,
+    Expression,
+    Fixed,
+    Fresh,
+    Product,
+    Take,
+    allows,
+    tie,
+)
+from vfsurgery.groups.symmetries import Symmetry
 from vfsurgery.tracing.ops import PERMUTES, PICK, RESHAPES, Op, Step
 
 
@@ -43,6 +55,7 @@ def movement(op: Op) -> Iterator[Constraint]:
     """Tie input and output dims through the elementary factors of the chain; pin those that a reshape cuts across."""
     if 0 in op.input.shape:
         return
+    yield allows(Symmetry.GENERAL_LINEAR, *op.input.axes())
     start = [Factor(size) for size in op.input.shape]
     end = _follow([[factor] for factor in start], op.steps)
     sources = [_leaves([factor]) for factor in start]

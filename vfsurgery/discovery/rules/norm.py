@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from vfsurgery.discovery.rules.registry import rule
-from vfsurgery.groups.axes import Constraint, Fresh, Product, mixes, tie, tie_all
+from vfsurgery.groups.axes import Constraint, Fresh, Product, allows, mixes, scales, tie, tie_all
+from vfsurgery.groups.symmetries import Symmetry
 from vfsurgery.tracing.ops import Op
 
 
@@ -38,13 +39,22 @@ def functional_channel_norm(op: Op) -> Iterator[Constraint]:
 
 @rule(nn.LayerNorm, nn.RMSNorm, "layer_norm", "rms_norm")
 def layer_norm(op: Op) -> Iterator[Constraint]:
-    """Mean and variance over the last dims do not depend on their order; scale and shift follow them."""
+    """Mean and variance over the last dims do not depend on their order; scale and shift follow them.
+
+    The length of what is normalized stays under rotations, and its mean under those that fix ones. RMSNorm has no mean.
+    """
     yield from tie_all(op.input, op.output)
-    yield mixes(*op.input.axes()[-len(op.argument("normalized_shape", 1)) :])
+    normalized = op.input.axes()[-len(op.argument("normalized_shape", 1)) :]
+    yield mixes(*normalized)
+    if len(normalized) == 1:
+        without_mean = op.key in (nn.RMSNorm, "rms_norm")
+        yield allows(Symmetry.ORTHOGONAL if without_mean else Symmetry.ORTHOGONAL_FIXING_ONES, *normalized)
     for name, position in (("weight", 2), ("bias", 3)):
         parameter = op.param(name, position)
         if parameter is not None:
             yield from tie_all(parameter, op.input)
+            if name == "weight":
+                yield from map(scales, parameter.axes())
 
 
 @rule(nn.GroupNorm, "group_norm")

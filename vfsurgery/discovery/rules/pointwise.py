@@ -6,12 +6,25 @@ does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import nn
 
 from vfsurgery.discovery.rules.registry import rule
-from vfsurgery.groups.axes import Constraint, Fixed, Product, indifferent, mixes, tie, tie_all
+from vfsurgery.groups.axes import (
+    Constraint,
+    Fixed,
+    Product,
+    TensorRef,
+    allows,
+    indifferent,
+    mixes,
+    scales,
+    tie,
+    tie_all,
+)
+from vfsurgery.groups.symmetries import Symmetry
 from vfsurgery.tracing.ops import Op
 
 ACTIVATIONS = (
@@ -37,6 +50,11 @@ BINARY = (
     "__and__ __or__ __xor__"
 )
 
+SUMS = ("add", "sub", "rsub", "radd", "subtract")
+PRODUCTS, QUOTIENTS = ("mul", "multiply", "rmul"), ("div", "divide", "true_divide")
+UNCHANGED = (*DROPOUTS, "dropout", "dropout1d", "dropout2d", "dropout3d", "neg", "negative", "positive", "bfloat16")
+"""Ops that are linear in units; dropout is, in eval mode."""
+
 
 @rule(*ACTIVATIONS, *DROPOUTS, *UNARY.split(), *BINARY.split())
 def pointwise(op: Op) -> Iterator[Constraint]:
@@ -49,6 +67,34 @@ def pointwise(op: Op) -> Iterator[Constraint]:
         return
     for operand in op.inputs:
         yield from tie_all(operand, op.output)
+    yield from _linear(op)
+
+
+def _linear(op: Op) -> Iterator[Constraint]:
+    """Along which dims the op is linear: a sum where all summands have the units, a product where one has them.
+
+    Where the other factor is a weight along one dim alone, it scales the units.
+    """
+    numbers = any(isinstance(arg, int | float) and arg != 0 for arg in op.args)
+    for axis in op.output.axes() if op.outputs else ():
+        place = axis.dim - op.output.ndim
+        owners = [x for x in op.inputs if x.ndim >= -place and x.shape[place] == axis.size > 1]
+        if (
+            op.key in UNCHANGED
+            or (op.key in SUMS and not numbers and len(owners) == len(op.inputs))
+            or (len(owners) == 1 and _multiplies(op, owners[0]))
+        ):
+            yield allows(Symmetry.GENERAL_LINEAR, axis)
+        elif op.key in PRODUCTS and len(owners) == 2:
+            weights = [x for x in owners if x.kind == "parameter" and math.prod(x.shape) == axis.size]
+            if len(weights) == 1:
+                yield allows(Symmetry.GENERAL_LINEAR, axis)
+                yield scales(weights[0].axis(place))
+
+
+def _multiplies(op: Op, operand: TensorRef) -> bool:
+    """Whether the result is a multiple of that operand."""
+    return op.key in PRODUCTS or (op.key in QUOTIENTS and bool(op.args) and op.args[0] == operand)
 
 
 @rule("argmax", "argmin", "median", "nanmedian", "mode", "kthvalue")
@@ -82,6 +128,8 @@ def equivariant(op: Op) -> Iterator[Constraint]:
         yield from tie_all(operand, op.output)
     place, default = {"normalize": (2, 1), "gumbel_softmax": (4, -1)}.get(str(op.key), (1, None))
     dim = op.argument("dim", place, default)
+    if op.key == "normalize" and isinstance(dim, int) and op.argument("p", 1, 2) == 2:  # lengths stay under rotations
+        yield allows(Symmetry.ORTHOGONAL, op.input.axis(dim))
     if dim is None:  # it depends on the number of dims which one that is: any of them
         yield from map(mixes, op.input.axes())
     else:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vfsurgery.discovery.rules.registry import rule
-from vfsurgery.groups.axes import Concat, Constraint, Fixed, indifferent, tie
+from vfsurgery.groups.axes import Concat, Constraint, Fixed, allows, indifferent, tie
+from vfsurgery.groups.symmetries import Symmetry
 from vfsurgery.tracing.ops import Op
 
 MODULES = (
@@ -29,6 +30,10 @@ FUNCTIONS = (
 )  # fmt: skip
 
 
+LINEAR = ("avg_pool", "avgpool", "interpolate", "upsampl", "zeropad", "reflectionpad", "replicationpad", "circularpad")
+"""Words in names of what takes sums over positions: any map of the channels passes."""
+
+
 @rule(*MODULES, *FUNCTIONS)
 def pooling(op: Op) -> Iterator[Constraint]:
     """``(batch, channel, positions...)`` or ``(channel, positions...)``: the positions are mixed, the rest passes."""
@@ -38,6 +43,8 @@ def pooling(op: Op) -> Iterator[Constraint]:
         for tensor in (*op.inputs[1:], *op.outputs):  # the places of maxima, too
             if tensor.ndim == op.input.ndim:
                 yield tie(op.input.axis(dim), tensor.axis(dim))
+    if any(word in op.name.lower() for word in LINEAR):
+        yield allows(Symmetry.GENERAL_LINEAR, op.input.axis(op.input.ndim - positions - 1))
 
 
 @rule("pad")
@@ -50,6 +57,8 @@ def pad(op: Op) -> Iterator[Constraint]:
         before, after = amounts[back : back + 2] if back < len(amounts) else (0, 0)
         if before == after == 0:
             yield tie(op.input.axis(dim), op.output.axis(dim))
+            if not constant or not op.argument("value", 3, None):
+                yield allows(Symmetry.GENERAL_LINEAR, op.input.axis(dim))
         elif constant and before >= 0 and after >= 0:
             parts = (Fixed(before, "padding"), op.input.axis(dim), Fixed(after, "padding"))
             yield tie(op.output.axis(dim), Concat(tuple(part for part in parts if part.size)))
@@ -79,6 +88,8 @@ def reduction(op: Op) -> Iterator[Constraint]:
             for result in op.outputs:
                 for place, dim in enumerate(kept):
                     yield tie(op.input.axis(dim), result.axis(dim if keepdim else place))
+                    if op.key in ("mean", "sum"):
+                        yield allows(Symmetry.GENERAL_LINEAR, op.input.axis(dim))
             return
 
 

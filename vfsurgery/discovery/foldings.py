@@ -1,0 +1,205 @@
+"""Weights that multiply single units and can be folded into others, with nothing changed in what a network computes.
+
+The scale of a norm goes into all weights that read what it gives out, if nothing else looks at it. A factor behind a
+linear layer (LayerScale) goes into that layer's rows. Whatever lies between has to be linear in the units: reshapes,
+windows, dropout, sums over tokens. What is folded leaves ones behind, and units that can be rotated.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from vfsurgery.discovery.members import member_of
+from vfsurgery.discovery.symmetries import Class, Place, Symmetries
+from vfsurgery.groups import Folding, Member, Reader, Symmetry
+from vfsurgery.groups.axes import AxisRef, TensorRef
+
+NOWHERE = TensorRef("", "", ())
+"""Where an axis lies that no tensor shows."""
+Key: TypeAlias = tuple[str, int]
+"""A tensor by the name of its node and its item."""
+
+
+@dataclass
+class _Walk:
+    """What was found on the way from the units that a weight multiplies, or back to where they come from."""
+
+    readers: list[Reader] = field(default_factory=list[Reader])
+    writers: list[Member] = field(default_factory=list[Member])
+    ends: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
+    """Weights that were found, each with the op that uses it."""
+
+
+Step: TypeAlias = Callable[[int, Class, _Walk], bool]
+"""Goes on from a class of an op, writes down the weights that it meets, and says whether it met nothing else."""
+
+
+class Foldings:
+    """Weights that multiply single units and can be folded away.
+
+    ``each`` has them all; ``places``, by the op's place in ``solved.said``, those where units are multiplied.
+    """
+
+    def __init__(self, found: Symmetries) -> None:
+        self._found, self._said = found, found.solved.said
+        self._returned = {_key(tensor) for tensor in found.solved.returned}
+        self._made = {_key(x): number for number, said in enumerate(self._said) for x in said.op.outputs}
+        self._takers: dict[Key, list[int]] = defaultdict(list)
+        self._uses: dict[str, set[int]] = defaultdict(set)
+        for number, said in enumerate(self._said):
+            for tensor in dict.fromkeys((*said.op.inputs, *said.op.parameters.values())):
+                self._takers[_key(tensor)].append(number)
+                if tensor.kind == "parameter":
+                    self._uses[tensor.name].add(number)
+        self.each: list[Folding] = []
+        self.places: dict[int, frozenset[Place]] = {}
+        for scale in dict.fromkeys(place for classes in found.classes for each in classes for place in each.scaled):
+            self._fold(scale)
+
+    def _fold(self, scale: Place) -> None:
+        """Fold what lies at a place of a weight, if that is possible at all ops that use the weight."""
+        name = _tensor(scale).name
+        at = [
+            (number, each)
+            for number in sorted(self._uses[name])
+            for each in self._found.classes[number]
+            if scale in each.scaled
+        ]
+        if {number for number, _ in at} != self._uses[name] or not self._is_plain(scale):
+            return
+        back, ahead = self._walk(at, self._back), self._walk(at, self._ahead)
+        linear = all(each.allowed is Symmetry.GENERAL_LINEAR for _, each in at)
+        walk = (back or ahead) if linear else ahead
+        shifts = {self._shift(number, each) for number, each in at}
+        if walk is None or len(shifts) > 1:
+            return
+        shift = shifts.pop()
+        self.each.append(
+            Folding(
+                tuple(self._said[number].op.node.name for number, _ in at),
+                self._member(scale),
+                None if shift is None else self._member(shift),
+                tuple(walk.readers),
+                tuple(walk.writers),
+            )
+        )
+        for number, each in at:
+            self.places[number] = self.places.get(number, frozenset()) | {scale}
+
+    def _walk(self, at: list[tuple[int, Class]], step: Step) -> _Walk | None:
+        """Follow all uses; ``None`` if something else than weights is met, or a weight that others use too."""
+        walk = _Walk()
+        if not all(step(number, each, walk) for number, each in at):
+            return None
+        names = {name for name, _ in walk.ends}
+        whole = all({number for end, number in walk.ends if end == name} == self._uses[name] for name in names)
+        return walk if whole and names else None
+
+    def _ahead(self, number: int, each: Class, walk: _Walk, padded: bool = False) -> bool:
+        """From what an op gives out to all weights that read it."""
+        for place in each.places:
+            key = _key(_tensor(place))
+            if key not in self._outputs(number):
+                continue
+            if key in self._returned:
+                return False
+            for other in self._takers[key]:
+                classes = [one for one in self._found.classes[other] if place in one.places]
+                if not all(self._passes_on(other, one, place, walk, padded) for one in classes):
+                    return False
+        return True
+
+    def _passes_on(self, number: int, each: Class, came: Place, walk: _Walk, padded: bool) -> bool:
+        """Whether an op hands units on to weights alone, and whatever else it hands them to does."""
+        op = self._said[number].op
+        if each.allowed is not Symmetry.GENERAL_LINEAR or each.scaled:
+            return False
+        padded |= op.key == "pad" or "ZeroPad" in op.name
+        hands_on = False
+        for place in each.places:
+            tensor = _tensor(place)
+            if tensor.kind == "parameter":
+                if self._found.is_dual(place) == self._found.is_dual(came) or not self._is_plain(place):
+                    return False
+                walk.ends.add((tensor.name, number))
+                walk.readers.append(Reader(op.node.name, self._member(place), self._bias(number, place, padded)))
+            elif _key(tensor) in self._outputs(number):
+                hands_on = True
+            elif tensor is not NOWHERE and place[0] != came[0]:  # other units come in
+                return False
+        return not hands_on or self._ahead(number, each, walk, padded)
+
+    def _back(self, number: int, each: Class, walk: _Walk) -> bool:
+        """From what goes into an op back to the weights that write it, if nothing else looks at it on the way."""
+        own = self._said[number].op.node.name
+        for place in each.places:
+            tensor, key = _tensor(place), _key(_tensor(place))
+            if tensor.kind != "node" or key in self._outputs(number):
+                continue
+            takers = {self._said[taker].op.node.name for taker in self._takers[key]}
+            if key not in self._made or takers != {own} or key in self._returned:
+                return False
+            maker = self._made[key]
+            for one in self._found.classes[maker]:
+                if place in one.places and not self._is_written(maker, one, place, walk):
+                    return False
+        return True
+
+    def _is_written(self, number: int, each: Class, made: Place, walk: _Walk) -> bool:
+        """Whether an op's units come from weights alone that write them, there or before."""
+        if each.allowed is not Symmetry.GENERAL_LINEAR or each.scaled:
+            return False
+        before = False
+        for place in each.places:
+            tensor = _tensor(place)
+            if tensor.kind == "parameter":
+                if self._found.is_dual(place) != self._found.is_dual(made) or not self._is_plain(place):
+                    return False
+                walk.ends.add((tensor.name, number))
+                walk.writers.append(self._member(place))
+            else:
+                before |= tensor.kind == "node" and _key(tensor) not in self._outputs(number)
+        return not before or self._back(number, each, walk)
+
+    def _shift(self, number: int, each: Class) -> Place | None:
+        """Where the numbers lie that a norm adds to its units."""
+        op = self._said[number].op
+        bias = op.param("bias", 3) if any(_tensor(place) == op.param("weight", 2) for place in each.scaled) else None
+        return None if bias is None else next((place for place in each.places if _tensor(place) == bias), None)
+
+    def _bias(self, number: int, read: Place, padded: bool) -> str | None:
+        """The bias of what reads, if a shift of what it reads can go into it."""
+        op, weight, dim = self._said[number].op, _tensor(read), read[0].dim if isinstance(read[0], AxisRef) else 0
+        bias = op.parameters.get("in_proj_bias") or op.param("bias", 2)
+        padding = op.argument("padding", 4, 0)
+        pads = padded or (padding not in (0, "valid") and any(padding if isinstance(padding, tuple | list) else [1]))
+        if bias is None or pads or bias.kind != "parameter" or self._uses[bias.name] != self._uses[weight.name]:
+            return None
+        return bias.name if weight.ndim > 1 and bias.shape == (weight.shape[1 - dim],) else None
+
+    def _outputs(self, number: int) -> set[Key]:
+        """What an op gives out."""
+        return {_key(tensor) for tensor in self._said[number].op.outputs}
+
+    def _is_plain(self, place: Place) -> bool:
+        """Whether units lie on a run of their own, one number each and not inside others."""
+        axis, run, _ = place
+        return len(self._found.solved.axes[axis][run].atoms) == 1
+
+    def _member(self, place: Place) -> Member:
+        axis, run, factor = place
+        assert isinstance(axis, AxisRef)
+        return member_of(axis, self._found.solved.axes[axis][run], factor, None)
+
+
+def _key(tensor: TensorRef) -> Key:
+    return tensor.name, tensor.item
+
+
+def _tensor(place: Place) -> TensorRef:
+    """The tensor on which a place lies."""
+    axis = place[0]
+    return axis.tensor if isinstance(axis, AxisRef) else NOWHERE
