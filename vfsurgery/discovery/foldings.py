@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from vfsurgery.discovery.members import member_of
 from vfsurgery.discovery.symmetries import Class, Place, Symmetries
 from vfsurgery.groups import Folding, Member, Reader, Symmetry
 from vfsurgery.groups.axes import AxisRef, TensorRef
+from vfsurgery.groups.layouts import Atom
 
 NOWHERE = TensorRef("", "", ())
 """Where an axis lies that no tensor shows."""
@@ -25,8 +25,12 @@ Key: TypeAlias = tuple[str, int]
 
 @dataclass
 class _Walk:
-    """What was found on the way from the units that a weight multiplies, or back to where they come from."""
+    """What was found on the way from the units that a weight multiplies, or back to where they come from.
 
+    ``atoms`` are those of the run of the weight: the runs that it is folded into have to be made alike.
+    """
+
+    atoms: tuple[Atom, ...]
     readers: list[Reader] = field(default_factory=list[Reader])
     writers: list[Member] = field(default_factory=list[Member])
     ends: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
@@ -56,42 +60,40 @@ class Foldings:
                     self._uses[tensor.name].add(number)
         self.each: list[Folding] = []
         self.places: dict[int, frozenset[Place]] = {}
+        runs: dict[tuple[Any, int], list[Place]] = defaultdict(list)  # a run may be the product of several units
         for scale in dict.fromkeys(place for classes in found.classes for each in classes for place in each.scaled):
-            self._fold(scale)
+            runs[scale[:2]].append(scale)
+        for scales in runs.values():
+            foldings = [self._folding(scale) for scale in scales]
+            if foldings[0] is not None and all(folding == foldings[0] for folding in foldings):
+                self.each.append(foldings[0])
+                for number in self._uses[foldings[0].scale.parameter]:
+                    self.places[number] = self.places.get(number, frozenset()) | {*scales}
 
-    def _fold(self, scale: Place) -> None:
-        """Fold what lies at a place of a weight, if that is possible at all ops that use the weight."""
-        name = _tensor(scale).name
-        at = [
-            (number, each)
-            for number in sorted(self._uses[name])
-            for each in self._found.classes[number]
-            if scale in each.scaled
-        ]
-        if {number for number, _ in at} != self._uses[name] or not self._is_plain(scale):
-            return
-        back, ahead = self._walk(at, self._back), self._walk(at, self._ahead)
+    def _folding(self, scale: Place) -> Folding | None:
+        """Of what lies at a place of a weight, if it is possible at all ops that use the weight."""
+        uses = self._uses[_tensor(scale).name]
+        at = [(n, each) for n in sorted(uses) for each in self._found.classes[n] if scale in each.scaled]
+        if {number for number, _ in at} != uses:
+            return None
+        back, ahead = self._walk(at, scale, self._back), self._walk(at, scale, self._ahead)
         linear = all(each.allowed is Symmetry.GENERAL_LINEAR for _, each in at)
         walk = (back or ahead) if linear else ahead
         shifts = {self._shift(number, each) for number, each in at}
         if walk is None or len(shifts) > 1:
-            return
+            return None
         shift = shifts.pop()
-        self.each.append(
-            Folding(
-                tuple(self._said[number].op.node.name for number, _ in at),
-                self._member(scale),
-                None if shift is None else self._member(shift),
-                tuple(walk.readers),
-                tuple(walk.writers),
-            )
+        return Folding(
+            tuple(self._said[number].op.node.name for number, _ in at),
+            self._run_of(scale),
+            None if shift is None else self._run_of(shift),
+            tuple(walk.readers),
+            tuple(walk.writers),
         )
-        for number, each in at:
-            self.places[number] = self.places.get(number, frozenset()) | {scale}
 
-    def _walk(self, at: list[tuple[int, Class]], step: Step) -> _Walk | None:
+    def _walk(self, at: list[tuple[int, Class]], scale: Place, step: Step) -> _Walk | None:
         """Follow all uses; ``None`` if something else than weights is met, or a weight that others use too."""
-        walk = _Walk()
+        walk = _Walk(self._atoms(scale))
         if not all(step(number, each, walk) for number, each in at):
             return None
         names = {name for name, _ in walk.ends}
@@ -122,10 +124,10 @@ class Foldings:
         for place in each.places:
             tensor = _tensor(place)
             if tensor.kind == "parameter":
-                if self._found.is_dual(place) == self._found.is_dual(came) or not self._is_plain(place):
+                if self._found.is_dual(place) == self._found.is_dual(came) or self._atoms(place) != walk.atoms:
                     return False
                 walk.ends.add((tensor.name, number))
-                walk.readers.append(Reader(op.node.name, self._member(place), self._bias(number, place, padded)))
+                walk.readers.append(Reader(op.node.name, self._run_of(place), self._bias(number, place, padded)))
             elif _key(tensor) in self._outputs(number):
                 hands_on = True
             elif tensor is not NOWHERE and place[0] != came[0]:  # other units come in
@@ -156,10 +158,10 @@ class Foldings:
         for place in each.places:
             tensor = _tensor(place)
             if tensor.kind == "parameter":
-                if self._found.is_dual(place) != self._found.is_dual(made) or not self._is_plain(place):
+                if self._found.is_dual(place) != self._found.is_dual(made) or self._atoms(place) != walk.atoms:
                     return False
                 walk.ends.add((tensor.name, number))
-                walk.writers.append(self._member(place))
+                walk.writers.append(self._run_of(place))
             else:
                 before |= tensor.kind == "node" and _key(tensor) not in self._outputs(number)
         return not before or self._back(number, each, walk)
@@ -184,15 +186,16 @@ class Foldings:
         """What an op gives out."""
         return {_key(tensor) for tensor in self._said[number].op.outputs}
 
-    def _is_plain(self, place: Place) -> bool:
-        """Whether units lie on a run of their own, one number each and not inside others."""
-        axis, run, _ = place
-        return len(self._found.solved.axes[axis][run].atoms) == 1
+    def _atoms(self, place: Place) -> tuple[Atom, ...]:
+        """Those of the run of a place."""
+        return self._found.solved.axes[place[0]][place[1]].atoms
 
-    def _member(self, place: Place) -> Member:
-        axis, run, factor = place
+    def _run_of(self, place: Place) -> Member:
+        """All numbers of the run of a place, one by one."""
+        axis, run, _ = place
         assert isinstance(axis, AxisRef)
-        return member_of(axis, self._found.solved.axes[axis][run], factor, None)
+        at = self._found.solved.axes[axis][run].at
+        return Member(axis.tensor.name, axis.dim, len(at), indices=tuple(at.tolist()))
 
 
 def _key(tensor: TensorRef) -> Key:

@@ -82,14 +82,16 @@ def map_tensor(name: str, tensor: Tensor, groups: GroupSet, orders: Mapping[str,
         name: The entry's state-dict key.
         tensor: The entry, any shape; where a map applies, floating point.
         groups: The groups of its architecture.
-        orders: An order or a map per group name; groups left out stay as they are.
+        orders: An order or a map per group name; groups left out stay as they are. A map of a group whose symmetry is
+            more than permutations supposes weights in canonical form (:mod:`vfsurgery.discovery.canonical`).
     """
     plain = {group: order for group, order in orders.items() if isinstance(order, Permutation)}
     tensor = permute_tensor(name, tensor, groups, plain)
     for group, member in groups.by_parameter.get(name, ()):
         order = orders.get(group.name)
-        if isinstance(order, UnitMap):
-            tensor = _apply(tensor, member, order.unmerge.T if member.role == READS else order.merge)
+        if isinstance(order, UnitMap) and not (member.scales and group.symmetry.is_continuous):
+            is_undone = member.dual if group.symmetry.is_continuous else member.role == READS
+            tensor = _apply(tensor, member, order.unmerge.T if is_undone else order.merge)
     return tensor
 
 
@@ -119,7 +121,7 @@ def _apply(tensor: Tensor, member: Member, matrix: Tensor) -> Tensor:
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     rows = tensor.movedim(member.dim, 0).to(dtype, copy=True)
     places = torch.from_numpy(member.positions()).to(tensor.device)  # (units, places per unit)
-    units = rows[places].reshape(len(places), -1)
+    units = rows[places].reshape(-1, len(matrix), rows[places[:1]].numel())  # one map may serve several blocks
     rows[places] = (matrix.to(units) @ units).reshape(*places.shape, *rows.shape[1:])
     return rows.movedim(0, member.dim).to(tensor.dtype)
 

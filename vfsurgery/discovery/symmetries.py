@@ -103,7 +103,7 @@ class Class:
 class Symmetries:
     """What rules say beyond orders, by the places of a solved unification.
 
-    ``classes`` has the classes of each op, in the order of ``solved.said``; ``twisted`` joins all places of the network.
+    ``classes`` has the classes of each op, in the order of ``solved.said``; ``twisted`` joins all places there are.
     """
 
     def __init__(self, solved: Unification) -> None:
@@ -256,5 +256,5 @@ def _free(atom: Atom, place: Place) -> Place | None:
 
 
 def _without_single_units(spot: Spot) -> Spot:
-    kept = [number for number, atom in enumerate(spot.atoms) if atom.size > 1] or [0]
-    return Spot(tuple(spot.atoms[k] for k in kept), tuple(spot.places[k] for k in kept), spot.at)
+    kept = [(atom, place) for atom, place in zip(spot.atoms, spot.places, strict=True) if atom.size > 1]
+    return Spot(tuple(atom for atom, _ in kept), tuple(place for _, place in kept), spot.at)

@@ -89,9 +89,9 @@ class LocalAxis:
 class Unification:
     """The constraints of one traced model, and their solution.
 
-    ``axes`` has the layout of every axis that an op speaks of, ``ties`` what each op, by its node's name, ties, and
-    ``mixes`` what it mixes along, and ``said`` all that rules say; ``graphs`` are what was read. ``picked`` are the nodes that pick a tensor out of
-    several.
+    ``axes`` has the layout of every axis that an op speaks of, ``ties`` what each op, by its node's name, ties,
+    ``mixes`` what it mixes along, and ``said`` all that rules say; ``graphs`` are what was read, ``returned`` what
+    comes out. ``picked`` are the nodes that pick a tensor out of several.
     """
 
     graph_module: fx.GraphModule

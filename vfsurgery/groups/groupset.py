@@ -41,8 +41,8 @@ class Member:
     instead, unit by unit.
 
     ``role`` says what a weight does with the units: see :mod:`vfsurgery.discovery.roles`; empty for activations. Where
-    the group has more symmetry than permutations, ``dual`` says that the units here are mapped by the inverse transposed,
-    and ``scales`` that here lie numbers that multiply single units, which have to be folded away first.
+    the group has more symmetry than permutations, ``dual`` says that units are mapped by the inverse transposed here,
+    and ``scales`` that these numbers multiply single units, and have to be folded away first.
 
     Units of a nested group lie ``blocks`` times on the axis, once in each unit of the outer group, with ``between``
     repetitions inside a block; or, with ``block_dim``, the blocks lie along another dim of the same parameter.
@@ -176,7 +176,7 @@ class PinnedAxis:
 
 @dataclass(frozen=True)
 class Reader:
-    """A weight that reads units, at a node: ``weight`` says where, ``bias`` what a shift of the units can be folded into.
+    """A weight that reads units, at a node: ``weight`` says where, ``bias`` what takes a shift of the units.
 
     It is ``None`` where the op has none of its own, or units are padded with zeros on the way there.
     """

@@ -259,13 +259,16 @@ class ValueTracer(GuardingTracer):
         proxy = cast(ValueProxy, super().create_proxy(kind, target, args, kwargs, name, type_expr))
         if kind != "placeholder":
             proxy.node.meta["stack_trace"] = _forward_line()
+            first = values_of(args[0]) if args else None
+            before = _writes(first)
             value = self._compute(kind, target, values_of(args), values_of(kwargs))
             proxy.__dict__["value"] = value
             proxy.node.meta[VALUE] = abstract(value)
             if kind in ("call_function", "call_method") and value is not None:
                 self._follow_in_place(args, value, proxy)
-            returns_input = kind == "call_module" and len(args) == 1 and value is values_of(args[0])
-            proxy.node.meta[RETURNS_INPUT] = returns_input and target not in self.leaves  # which may write into it
+            returns_input = kind == "call_module" and len(args) == 1 and isinstance(value, Tensor) and value is first
+            untouched = returns_input and _writes(value) == before
+            proxy.node.meta[RETURNS_INPUT] = untouched and target not in self.leaves
         return proxy
 
     def _follow_in_place(self, args: tuple[Any, ...], value: Any, proxy: ValueProxy) -> None:
@@ -354,6 +357,11 @@ def _unwrapped_functions() -> Generator[None]:
     finally:
         wrapped.clear()
         wrapped.update(before)
+
+
+def _writes(value: Any) -> int:
+    """How often a tensor has been written into; nobody counts under inference mode."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def _forward_line() -> str:

@@ -15,16 +15,19 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from vfsurgery.discovery.canonical import Canonical, canonical, drawn_map
+from vfsurgery.discovery.maps import Order, UnitMap, map_tensor
 from vfsurgery.discovery.recording import record
 from vfsurgery.discovery.verification.certificate import ROUNDING_FACTOR, TOLERANCE, outputs_of, relative_error
 from vfsurgery.discovery.verification.halving import culprits
 from vfsurgery.discovery.verification.lively import keep_signals_alive, randomize
 from vfsurgery.errors import SurgeryError
-from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, permute_tensor
+from vfsurgery.groups import GroupSet, Permutation, PermutationGroup
 from vfsurgery.tracing.chance import several
 from vfsurgery.tracing.computed import settle
 from vfsurgery.tracing.copies import copied, fresh
@@ -60,7 +63,7 @@ class Verification:
     ``rounding`` is measured where ``error`` exceeds the tolerance: the output error when nothing moves but every weight
     is off in its last place. Where that is as large, or no broken group is seen, the model is ``undecided``.
     ``training`` says whether training computes another graph, and all was shown there, too; ``passes``
-    how often the model ran.
+    how often the model ran. Of the groups, ``continuous`` were mapped by matrices of their symmetry, too.
     """
 
     error: float
@@ -72,6 +75,7 @@ class Verification:
     wrong: tuple[str, ...] = ()
     training: bool = False
     passes: int = 0
+    continuous: int = 0
 
     def __bool__(self) -> bool:
         return self.error <= self.tolerance and self.control_error > self.tolerance
@@ -97,8 +101,9 @@ class Verification:
         worst = f" ({self.worst_group})" if self.worst_group else ""
         others = [name for name in self.wrong if name != self.worst_group]
         also = f", also wrong: {'; '.join(others)}" if others else ""
+        mapped = f", {self.continuous} of them mapped by random matrices too" if self.continuous else ""
         return (
-            f"{self.groups} groups {verdict}: largest relative error {self.error:.1e}{worst}{also}, "
+            f"{self.groups} groups{mapped} {verdict}: largest relative error {self.error:.1e}{worst}{also}, "
             f"negative control {self.control_error:.1e}, tolerance {self.tolerance:.0e}"
         )
 
@@ -132,7 +137,7 @@ def _computes_otherwise(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
 
 @dataclass
 class _Runs:
-    """Runs of one model under other orders of its units, counted."""
+    """Runs of one model under other orders of its units, or maps of them, counted."""
 
     model: nn.Module
     groups: GroupSet
@@ -141,9 +146,16 @@ class _Runs:
     passes: int = 0
     _expected: dict[bool, tuple[Tensor, ...]] = field(default_factory=dict[bool, "tuple[Tensor, ...]"])
 
-    def permuted(self, orders: Mapping[str, Permutation]) -> dict[str, Tensor]:
-        """The weights in other orders."""
-        return {name: permute_tensor(name, tensor, self.groups, orders) for name, tensor in self.state.items()}
+    @cached_property
+    def canonical(self) -> Canonical:
+        """The weights in the form that maps of units suppose."""
+        return canonical(self.state, self.groups)
+
+    def moved(self, orders: Mapping[str, Order], groups: GroupSet | None = None) -> dict[str, Tensor]:
+        """The weights under other orders, or maps, of the units of all groups, or of others in their place."""
+        mapped = any(isinstance(order, UnitMap) for order in orders.values())
+        state = self.canonical.state if mapped else self.state
+        return {name: map_tensor(name, tensor, groups or self.groups, orders) for name, tensor in state.items()}
 
     def error(self, state: Mapping[str, Tensor], training: bool) -> float:
         """How far other weights take the outputs."""
@@ -158,9 +170,12 @@ class _Runs:
 
 def _prove(runs: _Runs, modes: Sequence[bool], generator: torch.Generator, controls: int) -> Verification:
     tolerance = TOLERANCE[torch.float64]
-    most = (MOST_PASSES - runs.passes - len(modes) - 1) // len(modes)
-    draws = drawn_orders(runs.groups, generator, min(_enough_draws(runs.groups), most))
-    errors = {(mode, n): runs.error(runs.permuted(orders), mode) for n, orders in enumerate(draws) for mode in modes}
+    continuous = [group for group in runs.groups if runs.canonical.maps(group)]
+    most = (MOST_PASSES - runs.passes - len(modes) * (1 + bool(continuous)) - 1) // len(modes)
+    draws: list[Mapping[str, Order]] = [*drawn_orders(runs.groups, generator, min(_enough_draws(runs.groups), most))]
+    if continuous:
+        draws.append({**draws[-1], **{group.name: drawn_map(group, generator) for group in continuous}})
+    errors = {(mode, n): runs.error(runs.moved(orders), mode) for n, orders in enumerate(draws) for mode in modes}
     (mode, draw), error = max(errors.items(), key=lambda item: item[1])
     rounding, wrong = 0.0, dict[str, float]()
     if error > tolerance:
@@ -172,16 +187,25 @@ def _prove(runs: _Runs, modes: Sequence[bool], generator: torch.Generator, contr
     control = _control_error(runs, draws, modes[-1], min(controls, max(1, MOST_PASSES - runs.passes)))
     worst = max(wrong, key=lambda name: wrong[name], default="")
     return Verification(
-        error, worst, control, tolerance, len(runs.groups), rounding, tuple(wrong), len(modes) > 1, runs.passes
+        error,
+        worst,
+        control,
+        tolerance,
+        len(runs.groups),
+        rounding,
+        tuple(wrong),
+        len(modes) > 1,
+        runs.passes,
+        continuous=len(continuous),
     )
 
 
-def _wrong_groups(runs: _Runs, orders: Mapping[str, Permutation], training: bool) -> dict[str, float]:
+def _wrong_groups(runs: _Runs, orders: Mapping[str, Order], training: bool) -> dict[str, float]:
     """The groups whose orders change the outputs, in words, and by how much."""
     errors: dict[tuple[str, ...], float] = {}
 
     def fails(names: Sequence[str]) -> bool:
-        state = runs.permuted({name: orders[name] for name in names})
+        state = runs.moved({name: orders[name] for name in names})
         errors[tuple(names)] = runs.error(state, training)
         return errors[tuple(names)] > TOLERANCE[torch.float64]
 
@@ -241,7 +265,7 @@ def _rotated(group: PermutationGroup) -> Permutation:
     return Permutation(tuple(unit + 1 if (unit + 1) % size else unit + 1 - size for unit in range(group.units)))
 
 
-def _control_error(runs: _Runs, draws: Sequence[Mapping[str, Permutation]], training: bool, controls: int) -> float:
+def _control_error(runs: _Runs, draws: Sequence[Mapping[str, Order]], training: bool, controls: int) -> float:
     """The smallest error of groups that are broken on purpose, spread over the network; 0 if none has any.
 
     The parameter that produces a group's units stays where it is, while all the rest moves. A group of one parameter
@@ -254,10 +278,8 @@ def _control_error(runs: _Runs, draws: Sequence[Mapping[str, Permutation]], trai
     for number, group in enumerate([*chosen, *(group for group in breakable if group not in chosen)][:TRIED]):
         if number >= len(chosen) and broken:
             break
-        orders = next(drawn for drawn in draws if not drawn[group.name].is_identity)
-        producer = group.members[0].parameter
-        left_behind = permute_tensor(producer, runs.state[producer], _without_producer(runs.groups, group), orders)
-        error = runs.error({**runs.permuted(orders), producer: left_behind}, training)
+        orders = next(drawn for drawn in reversed(draws) if not drawn[group.name].is_identity)
+        error = runs.error(runs.moved(orders, _without_producer(runs.groups, group)), training)
         if error > ROUNDED:
             broken.append(error)
     return min(broken, default=0.0 if breakable else float("inf"))
