@@ -95,6 +95,12 @@ def map_tensor(name: str, tensor: Tensor, groups: GroupSet, orders: Mapping[str,
     return tensor
 
 
+def exact_maps(groups: GroupSet, orders: Mapping[str, Order]) -> dict[str, UnitMap]:
+    """The maps that change nothing in what a network computes: those of groups whose symmetry is more than orders."""
+    maps = {name: order for name, order in orders.items() if isinstance(order, UnitMap)}
+    return {name: order for name, order in maps.items() if groups[name].symmetry.is_continuous}
+
+
 def map_units(units: Tensor, name: str, dim: int, groups: GroupSet, orders: Mapping[str, Order]) -> Tensor:
     """Bring units along the first dim of ``units``, laid out as dim ``dim`` of an entry, to those of the merged model.
 

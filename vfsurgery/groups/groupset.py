@@ -13,8 +13,8 @@ all blocks. The outer order moves whole blocks and is applied first: ``new[h, i]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -232,6 +232,14 @@ class GroupSet(Shown):
     @cached_property
     def _by_name(self) -> dict[str, PermutationGroup]:
         return {group.name: group for group in self.groups}
+
+    def only_ordered(self, names: Collection[str] | None = None) -> GroupSet:
+        """The same with nothing but orders for the units of some groups; of all without ``names``."""
+        groups = (
+            replace(group, symmetry=Symmetry.PERMUTATION) if names is None or group.name in names else group
+            for group in self.groups
+        )
+        return replace(self, groups=tuple(groups))
 
     @cached_property
     def by_parameter(self) -> Mapping[str, tuple[tuple[PermutationGroup, Member], ...]]:

@@ -17,12 +17,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from vfsurgery.discovery.maps import Order
 from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, Permutations
-from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem
+from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem, Symmetries, check_symmetries
 from vfsurgery.matching.nested import BlockAssignment, Family, families
 from vfsurgery.matching.pairwise import mean_state
 from vfsurgery.matching.schemes import DEFAULT, MAX_ROUNDS, Scheme, align, check_scheme, units_in_order
 from vfsurgery.matching.ties import Ties, break_ties
+from vfsurgery.matching.turning import Parts, turn_by_activations
 from vfsurgery.matching.weights import match_rest, match_rest_of_all
 from vfsurgery.stats.correlation import CrossMoments, mean_correlation
 
@@ -41,8 +43,12 @@ class ActivationMatching:
     tr(P_i C_ij P_j^T)``, the correlations of corresponding units of all pairs of sources, and never lowers it. All
     pairs are correlated in the one pass over the data.
 
+    With ``symmetries="all"`` spaces that allow more than orders are mapped by matrices, streams of transformers and the
+    insides of heads (:mod:`vfsurgery.matching.turning`), of every source to the first; ``"permutations"`` reorders
+    these, too.
+
     Raises:
-        OptionError: there is no such scheme, or no round is allowed.
+        OptionError: there is no such scheme or choice of symmetries, or no round is allowed.
 
     >>> ActivationMatching(scheme="sequential").needs_pairs
     True
@@ -50,11 +56,14 @@ class ActivationMatching:
 
     scheme: Scheme = DEFAULT
     max_rounds: int = MAX_ROUNDS
+    symmetries: Symmetries = "all"
     name: str = field(default="activations", init=False)
     needs_data: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         check_scheme(self.scheme, self.max_rounds)
+        if check_symmetries(self.symmetries) == "permutations":
+            object.__setattr__(self, "name", "activations, orders only")
 
     @property
     def needs_pairs(self) -> bool:
@@ -67,9 +76,19 @@ class ActivationMatching:
         Gains are mean correlations of paired units; for more than two sources, under a scheme other than
         ``"reference"``, the mean of those with all other sources.
         """
+        if self.symmetries == "all" and Parts.of(problem.groups).any:
+            return [self._turn(problem, n, found) for n, found in enumerate(problem.correlations(), start=1)]
         if self.scheme == "reference" or len(problem.states) == 2:
             return [match_on(problem, source, found) for source, found in enumerate(problem.correlations(), start=1)]
         return match_all(problem, problem.joint(), self.scheme, self.max_rounds)
+
+    def _turn(self, problem: Problem, source: int, moments: Mapping[str, Sequence[CrossMoments]]) -> Matching:
+        def rest(smaller: Problem, orders: Mapping[str, Order]) -> Matching:
+            del orders  # activations need no beginning
+            names = {group.name for group in smaller.groups}
+            return match_on(smaller, 1, {name: shown for name, shown in moments.items() if name in names})
+
+        return turn_by_activations(problem, source, moments, problem.duals, rest)
 
 
 def match_on(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from vfsurgery.discovery.maps import Order
+from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.registry import Registry
 from vfsurgery.stats.correlation import CrossMoments
@@ -45,7 +46,8 @@ class Problem:
     ``correlations()`` runs the sources over the calibration data, once, and gives for every source but the first the
     cross moments of each group, one for every place where its units are read. ``joint()`` gives those of all pairs of
     sources ``i <= j``, each source with itself among them, or of pairs ``i < j`` alone. ``seed`` is the only source of
-    randomness.
+    randomness. Where groups have more symmetry than permutations the states are in canonical form, and ``duals`` says,
+    by group and place that its units are read at, whether they are mapped by the inverse transposed there.
     """
 
     groups: GroupSet
@@ -54,10 +56,27 @@ class Problem:
     seed: int = 0
     advance: Callable[[str], None] = field(default=lambda message: None)
     joint: Callable[[], Mapping[tuple[int, int], Mapping[str, Sequence[CrossMoments]]]] = dict
+    duals: Mapping[str, Sequence[bool]] = field(default_factory=dict[str, "Sequence[bool]"])
 
     def generator(self) -> torch.Generator:
         """A fresh generator seeded with ``seed``."""
         return torch.Generator().manual_seed(self.seed)
+
+
+Symmetries: TypeAlias = Literal["all", "permutations"]
+"""What matchers may make of units: all that leaves the function unchanged, or orders alone."""
+
+
+def check_symmetries(symmetries: str, *others: str) -> str:
+    """Return a choice of symmetries, if there is such a one; ``others`` are allowed too.
+
+    Raises:
+        OptionError: with the nearest spelling.
+    """
+    known = (*get_args(Symmetries), *others)
+    if symmetries not in known:
+        raise OptionError(explain(f"unknown symmetries {symmetries!r}", remedy=did_you_mean(symmetries, known)))
+    return symmetries
 
 
 @runtime_checkable
@@ -65,7 +84,8 @@ class Matcher(Protocol):
     """Anything with a name, a statement whether it needs data, and a ``match``.
 
     One that asks for ``problem.joint()`` says so by an attribute ``needs_joint = True``, or ``needs_pairs = True`` if
-    pairs ``i < j`` are enough for it.
+    pairs ``i < j`` are enough for it; one that maps units by more than orders where that is exact, by ``symmetries =
+    "all"``.
     """
 
     @property

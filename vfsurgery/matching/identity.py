@@ -9,7 +9,7 @@ from typing import TypeAlias
 from vfsurgery.discovery.maps import Order, UnitMap
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.groups import Permutation
-from vfsurgery.matching.base import MATCHERS, Matching, Problem
+from vfsurgery.matching.base import MATCHERS, Matching, Problem, Symmetries
 
 
 @MATCHERS.register("identity")
@@ -43,6 +43,13 @@ class Given:
     name: str = field(default="given", init=False)
     needs_data: bool = field(default=False, init=False)
 
+    @property
+    def symmetries(self) -> Symmetries:
+        """Whether there are maps among them."""
+        mappings = self.permutations if isinstance(self.permutations, tuple) else (self.permutations,)
+        maps = any(isinstance(order, UnitMap) for mapping in mappings for order in mapping.values())
+        return "all" if maps else "permutations"
+
     def match(self, problem: Problem) -> list[Matching]:
         """The given orders, checked against the groups."""
         per_source = self.permutations if isinstance(self.permutations, tuple) else (self.permutations,)
@@ -60,7 +67,7 @@ class Given:
                             remedy=did_you_mean(name, groups),
                         )
                     )
-                if isinstance(permutation, UnitMap) and not group.mappable:
+                if isinstance(permutation, UnitMap) and not (group.mappable or group.symmetry.is_continuous):
                     raise OptionError(
                         explain(
                             f"a map of units was given for group {name!r}, which lets only permutations through",

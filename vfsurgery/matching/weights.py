@@ -29,14 +29,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vfsurgery.discovery.maps import permutations_of
+from vfsurgery.discovery.maps import Order, permutations_of
 from vfsurgery.groups import GroupSet, Permutation, Permutations, random_permutations
-from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem
+from vfsurgery.matching.base import MATCHERS, Gain, Matching, Problem, Symmetries, check_symmetries
 from vfsurgery.matching.family_orders import PRIOR, FamilyProblem
 from vfsurgery.matching.nested import families
 from vfsurgery.matching.pairwise import gains_of_all, mean_state, pairwise_similarity
 from vfsurgery.matching.schemes import DEFAULT, MAX_ROUNDS, Scheme, align, check_scheme, units_in_order
 from vfsurgery.matching.similarity import States, columns
+from vfsurgery.matching.turning import Parts, turn_all_by_weights
 
 MAX_SWEEPS, TOLERANCE = 100, 3e-3
 FEW_UNITS, STARTS = 128, 12
@@ -61,8 +62,11 @@ class WeightMatching:
     for ``max_rounds`` (:mod:`vfsurgery.matching.schemes`). The last one raises ``sum over pairs i < j of
     <P_i(i), P_j(j)>`` and never lowers it.
 
+    With ``symmetries="all"`` spaces that allow more than orders are mapped by matrices, streams of transformers and the
+    insides of heads (:mod:`vfsurgery.matching.turning`); ``"permutations"`` reorders these, too.
+
     Raises:
-        OptionError: there is no such scheme, or no round is allowed.
+        OptionError: there is no such scheme or choice of symmetries, or no round is allowed.
 
     >>> WeightMatching(scheme="sequential").scheme
     'sequential'
@@ -73,11 +77,14 @@ class WeightMatching:
     scheme: Scheme = DEFAULT
     max_rounds: int = MAX_ROUNDS
     starts: int = STARTS
+    symmetries: Symmetries = "all"
     name: str = field(default="weights", init=False)
     needs_data: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         check_scheme(self.scheme, self.max_rounds)
+        if check_symmetries(self.symmetries) == "permutations":
+            object.__setattr__(self, "name", "weights, orders only")
 
     def match(self, problem: Problem) -> list[Matching]:
         """Orders of every source after the first; the order of visits comes from ``problem.seed``.
@@ -86,6 +93,8 @@ class WeightMatching:
         ``"reference"``, to the mean of all others.
         """
         sources = range(len(problem.states))
+        if self.symmetries == "all" and Parts.of(problem.groups).any:
+            return turn_all_by_weights(problem, self._rest, self.scheme)
         if self.scheme == "reference" or len(sources) == 2:
             return [
                 match_rest(problem, source, {}, self.max_sweeps, self.tolerance, self.starts) for source in sources[1:]
@@ -93,6 +102,20 @@ class WeightMatching:
         known = [{} for _ in sources]
         options = (self.max_rounds, self.max_sweeps, self.tolerance, self.starts)
         return match_rest_of_all(problem, known, self.scheme, *options)[1:]
+
+    def _rest(self, problem: Problem, orders: Mapping[str, Order]) -> Matching:
+        """Match what only has orders, from those that it has."""
+        names = {group.name for group in problem.groups}
+        start = permutations_of({name: order for name, order in orders.items() if name in names})
+        if start:
+            descent = _Descent(problem.groups, _both(problem), self.tolerance, {}, start)
+            return descent.run(problem, self.max_sweeps)
+        return match_rest(problem, 1, {}, self.max_sweeps, self.tolerance, self.starts)
+
+
+def _both(problem: Problem) -> States:
+    a, b = problem.states
+    return a, b
 
 
 def match_rest(

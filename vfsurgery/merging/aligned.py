@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vfsurgery.data.progress import progress_line
-from vfsurgery.discovery.maps import Order, UnitMap, permutations_of
+from vfsurgery.discovery.maps import Order, UnitMap, exact_maps, map_tensor, permutations_of
 from vfsurgery.discovery.verification import certify, drift
-from vfsurgery.groups import Permutation
+from vfsurgery.groups import Permutation, PermutationGroup
 from vfsurgery.matching import Given, Matcher, Matching, Problem
 from vfsurgery.matching.pairwise import describe
 from vfsurgery.merging.surveyed import Surveyed
 from vfsurgery.records.report import Certificate
+from vfsurgery.stats.collect import Site
+from vfsurgery.tracing.sources import Source
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ def match_sources(surveyed: Surveyed, matcher: Matcher) -> Matched:
         states = [source.state for source in grouped.sources]
         correlations = lambda: surveyed.statistics.correlations  # noqa: E731
         joint = lambda: surveyed.statistics.crossed  # noqa: E731
-        found = matcher.match(Problem(grouped.groups, states, correlations, grouped.seed, advance, joint))
+        duals = {name: _duals(grouped.groups[name], sites) for name, sites in surveyed.pairs.items()}
+        problem = Problem(grouped.groups, states, correlations, grouped.seed, advance, joint, duals)
+        found = matcher.match(problem)
     return Matched(matcher, (*found,), (*[Matching({})] * (len(grouped.sources) - len(found)), *found))
 
 
@@ -65,16 +69,44 @@ def certify_sources(surveyed: Surveyed, matched: Matched) -> Certified:
     with grouped.clock("certificate"):
         certificates: list[Certificate] = []
         for number, (source, matching) in enumerate(zip(grouped.sources, matched.each, strict=True)):
-            mapped = count_maps(matching.permutations)
-            if not number and not mapped:
+            exact = exact_maps(grouped.groups, matching.permutations)
+            mapped = count_maps({name: order for name, order in matching.permutations.items() if name not in exact})
+            original = grouped.originals[number] if grouped.originals else None
+            if not number and not mapped and original is None:
                 continue  # the reference, as it is
-            orders = permutations_of(matching.permutations)
-            certificate = certify(number, source, grouped.groups, orders, grouped.inputs)
+            orders = {**permutations_of(matching.permutations), **exact}
+            certificate = certify(number, source, grouped.groups, orders, grouped.inputs, original)
             if mapped:
                 error = drift(source, grouped.groups, matching.permutations, grouped.inputs)
                 certificate = replace(certificate, mapped=mapped, drift=error)
             certificates.append(certificate)
         return Certified(**vars(matched), certificates=(*certificates,), notes=(*_similarities(surveyed, matched),))
+
+
+def settle_maps(surveyed: Surveyed, certified: Certified) -> tuple[Surveyed, Matched]:
+    """Sources that exact maps were found for, as they are under them; with orders alone nothing changes.
+
+    So what averages, renormalizes and preserves reads them as if they had been trained so. Their statistics are read
+    anew, if anything asks: those of rotated units do not follow from those of the units.
+    """
+    grouped = surveyed.grouped
+    if not any(exact_maps(grouped.groups, matching.permutations) for matching in certified.each):
+        return surveyed, certified
+    sources: list[Source] = []
+    for source, matching in zip(grouped.sources, certified.each, strict=True):
+        aligned = source.clone() if matching.permutations else source
+        for name, tensor in source.state.items() if matching.permutations else ():
+            aligned.state[name].copy_(map_tensor(name, tensor, grouped.groups, matching.permutations))
+        sources.append(aligned)
+    anew = replace(surveyed, grouped=replace(grouped, sources=tuple(sources)), pairs={}, known=None)
+    as_they_are = tuple(replace(matching, permutations={}) for matching in certified.each)
+    return anew, Matched(certified.matcher, certified.found, as_they_are)
+
+
+def _duals(group: PermutationGroup, sites: Sequence[Site]) -> tuple[bool, ...]:
+    """Of each site, whether the units there are mapped by the inverse transposed."""
+    dual = {(member.parameter, member.dim): member.dual for member in group.activations}
+    return tuple(dual.get((site.node, site.dim), False) for site in sites)
 
 
 def count_maps(orders: Mapping[str, Order]) -> int:

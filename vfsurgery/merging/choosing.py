@@ -26,7 +26,7 @@ from vfsurgery.discovery.recording import hidden_norms
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet
 from vfsurgery.matching import ActivationMatching, CCAMatching, Matcher, ZipMatching
-from vfsurgery.merging.aligned import Certified, certify_sources, match_sources
+from vfsurgery.merging.aligned import Certified, Matched, certify_sources, match_sources, settle_maps
 from vfsurgery.merging.combined import Combined, Terms, combine
 from vfsurgery.merging.prepared import Grouped
 from vfsurgery.merging.sparse import MaskPlan
@@ -89,6 +89,10 @@ def sensible(
     regresses = not fixed and not hidden_norms(graph_module) and regress.applies(graph_module, groups)
     regresses = regresses and regress.flops(graph_module, groups) <= affordable_flops(device_of(graph_module))
     dear = [Way(plain, (regress,))] if regresses else []
+    if matcher is None and any(group.symmetry.is_continuous for group in groups):
+        ordered = ActivationMatching(symmetries="permutations")
+        found += [Way(ordered, way.passes) for way in found]
+        dear += [Way(ordered, (regress,))] if regresses else []
     units = sum(group.units for group in groups)
     if matcher is None and units and sum(group.units for group in groups if group.mappable) >= MAPPABLE * units:
         if fixed or has_batch_norm or not default:
@@ -146,6 +150,7 @@ class _Contest:
         self.failures: list[tuple[Way, SurgeryError]] = []
         self._mapped: set[int] = set()
         self._certified: dict[str, Certified] = {}
+        self._settled: dict[str, tuple[Surveyed, Matched]] = {}
         self._unmatched = {way.matcher.name for way in ways}
         self._known = Known()
 
@@ -206,11 +211,14 @@ class _Contest:
         if name not in self._certified:
             matched = match_sources(self.surveyed, way.matcher)
             self._certified[name] = certify_sources(self.surveyed, matched)
+            self._settled = {name: settle_maps(self.surveyed, self._certified[name])}  # one at a time: a model more
             self._unmatched.discard(name)
             if not self._unmatched:
                 self.surveyed = self.surveyed.without_correlations()
         certified = self._certified[name]
-        combined = combine(self.surveyed, certified, way.passes, self.terms, data)
+        if name not in self._settled:
+            self._settled = {name: settle_maps(self.surveyed, certified)}
+        combined = combine(*self._settled[name], way.passes, self.terms, data)
         return Choice(way, self.surveyed, certified, combined)
 
 

@@ -11,6 +11,7 @@ from torch import fx, nn
 from vfsurgery.data.batches import Data
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain, warn
 from vfsurgery.matching import MATCHERS, Given, Identity, Matcher, Orders
+from vfsurgery.matching.base import check_symmetries
 from vfsurgery.merging.aligned import match_sources
 from vfsurgery.merging.budget import Budget, plan_prefix
 from vfsurgery.merging.choosing import choose, sensible
@@ -18,7 +19,7 @@ from vfsurgery.merging.combined import Terms
 from vfsurgery.merging.finished import finish, report_on
 from vfsurgery.merging.prepared import prepare
 from vfsurgery.merging.shares import Alpha, Weights, plan_shares
-from vfsurgery.merging.sparse import MaskPlan, plan_masks
+from vfsurgery.merging.sparse import MaskPlan, is_sparse, plan_masks
 from vfsurgery.merging.surveyed import Way, can_judge, plan_survey
 from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
 from vfsurgery.passes.normalizations import Renormalization, normalizations
@@ -51,6 +52,7 @@ def match(
     *,
     data: Data | str | None = None,
     matching: Matchings = "auto",
+    symmetries: str = "auto",
     imagine: bool = True,
     example_inputs: ExampleInputs | None = None,
     leaf: Leaf | Sequence[Leaf] = (),
@@ -68,7 +70,17 @@ def match(
     models = _networks(_sources(a, b))
     imagine = imagine and asks_for_images(matching)
     _matcher(matching, imagine or data is not None)
-    grouped = prepare(models, data, example_inputs, leaf=leaf, pins=pins, imagine=imagine, seed=seed, progress=progress)
+    grouped = prepare(
+        models,
+        data,
+        example_inputs,
+        leaf=leaf,
+        pins=pins,
+        imagine=imagine,
+        maps=_maps(matching, symmetries) and not is_sparse(models, None),
+        seed=seed,
+        progress=progress,
+    )
     matcher = _matcher(matching, grouped.data is not None)
     zeros = plan_masks(models, None, plan_shares(len(models), 0.5, None).over(grouped.graph_module).overall)
     matcher = _suiting(zeros, matching, matcher)
@@ -90,6 +102,7 @@ def merge(
     max_flops: float | None = None,
     max_params: float | None = None,
     masks: str | None = None,
+    symmetries: str = "auto",
     imagine: bool = True,
     example_inputs: ExampleInputs | None = None,
     leaf: Leaf | Sequence[Leaf] = (),
@@ -137,6 +150,10 @@ def merge(
             source's weights are zero, else zeros mean nothing. Nothing that follows gives a pruned weight a value,
             which is asserted; ``"regress"`` would, and is refused. Preserved layers keep their source's zeros. See
             docs/sparse.md.
+        symmetries: What may be made of units to align them: ``"permutations"``, orders alone; ``"all"``, matrices too
+            where the function allows it: rotations of the streams of transformers, and any maps inside their heads.
+            All sources are then brought to a canonical form: scales of norms are folded into the layers behind them.
+            ``"auto"`` is all, and with data both are tried where the matching is chosen. See docs/symmetries.md.
         imagine: Whether images are imagined where there is no ``data`` and images would help; docs/without_data.md says
             what they are. Otherwise, and for models that do not take images, weights alone are used.
         example_inputs: As for :func:`trace`; by default the shape of ``data``'s images, else as configured. A model
@@ -181,7 +198,17 @@ def merge(
                 remedy="leave inplace out",
             )
         )
-    grouped = prepare(models, data, example_inputs, leaf=leaf, pins=pins, imagine=imagine, seed=seed, progress=progress)
+    grouped = prepare(
+        models,
+        data,
+        example_inputs,
+        leaf=leaf,
+        pins=pins,
+        imagine=imagine,
+        maps=_maps(matching, symmetries) and not is_sparse(models, masks),
+        seed=seed,
+        progress=progress,
+    )
     matcher, graph_module, shares = (
         _matcher(matching, grouped.data is not None),
         grouped.graph_module,
@@ -267,6 +294,18 @@ def asks_for_images(matching: Matchings, renormalize: Renormalization = None) ->
         or getattr(matcher, "needs_data", False)
         or any(isinstance(step, Pass) and (step.needs_data or step.holds_out()) for step in passes)
     )
+
+
+def _maps(matching: Matchings, symmetries: str) -> bool:
+    """Whether units are to be mapped by more than orders where that is exact: where the matcher can do so.
+
+    Raises:
+        OptionError: there is no such choice of symmetries.
+    """
+    if check_symmetries(symmetries, "auto") == "permutations":
+        return False
+    matcher = MATCHERS[matching]() if isinstance(matching, str) and matching in MATCHERS else matching
+    return matching == "auto" or getattr(matcher, "symmetries", "permutations") == "all"
 
 
 def _matcher(matching: Matchings, has_data: bool) -> Matcher:

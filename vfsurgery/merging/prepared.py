@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.data.batches import Batches, Data
 from vfsurgery.discovery import discover
+from vfsurgery.discovery.canonical import canonical
 from vfsurgery.discovery.recording import hidden_norms, record_or_export
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, TraceError, explain
 from vfsurgery.groups import GroupSet
@@ -80,9 +81,14 @@ class Traced:
 
 @dataclass(frozen=True)
 class Grouped(Traced):
-    """The same with the groups of their units."""
+    """The same with the groups of their units.
+
+    Where units of some may be mapped by more than orders, the sources are copies in canonical form, and ``originals``
+    are they as they came.
+    """
 
     groups: GroupSet
+    originals: tuple[Source, ...] = ()
 
 
 def prepare(
@@ -93,17 +99,47 @@ def prepare(
     leaf: Leaf | Sequence[Leaf] = (),
     pins: str | Sequence[str] = (),
     imagine: bool = False,
+    maps: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> Grouped:
-    """Check, trace and group the sources of a merge; arguments and errors as for :func:`~vfsurgery.merge`."""
+    """Check, trace and group the sources of a merge; arguments and errors as for :func:`~vfsurgery.merge`.
+
+    With ``maps`` they are brought to canonical form where some units may then be mapped by more than orders.
+    """
     clock = Clock()
     with clock("trace and groups"):
         traced = trace_sources(models, data, given, leaf, imagine, seed, progress, clock)
         groups = discover(traced.graph_module, pins=pins)
     pinned = (f"pinned by the user: {pattern}" for pattern in listed(pins))
     traced = replace(traced, notes=(*traced.notes, *pinned))
-    return Grouped(**vars(traced), groups=groups)
+    grouped = Grouped(**vars(traced), groups=groups.only_ordered())
+    with clock("canonical form"):
+        return _canonical(grouped, groups) if maps else grouped
+
+
+def _canonical(grouped: Grouped, groups: GroupSet) -> Grouped:
+    """Copies of the sources in canonical form; the same sources where that would free nothing."""
+    found = [canonical(source.state, groups) for source in grouped.sources]
+    left = {name: reason for each in found for name, reason in each.left.items()}
+    groups = groups.only_ordered(left)
+    notes = tuple(f"only reordered, not mapped: {groups[name]}, since {reason}" for name, reason in left.items())
+    if not any(group.symmetry.is_continuous for group in groups):
+        return replace(grouped, notes=(*grouped.notes, *notes))
+    sources: list[Source] = []
+    for source in grouped.sources:
+        copy, state = source.clone(), canonical(source.state, groups)
+        for name in state.changed:
+            copy.state[name].copy_(state.state[name])
+        sources.append(copy)
+    mapped = [group for group in groups if group.symmetry.is_continuous]
+    streams = [str(group) for group in mapped if not group.outer]
+    told = (
+        "all sources brought to a canonical form, so that units are mapped by matrices: "
+        f"{', '.join(streams) or 'no stream'}; {len(mapped) - len(streams)} spaces inside heads"
+    )
+    notes = (*grouped.notes, told, *notes)
+    return replace(grouped, sources=tuple(sources), originals=grouped.sources, groups=groups, notes=notes)
 
 
 def trace_sources(

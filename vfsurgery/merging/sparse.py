@@ -105,6 +105,13 @@ class MaskPlan:
         )
 
 
+def is_sparse(models: Sequence[nn.Module], choice: str | None) -> bool:
+    """Whether zeros of the sources mean something; arguments as for :func:`plan_masks`."""
+    weights = weight_names(models[0])
+    found = max(sparsity_of([state[name] for name in weights]) for state in map(canonical_state, models))
+    return found >= SPARSE if choice is None else bool(found)
+
+
 def plan_masks(models: Sequence[nn.Module], choice: str | None, shares: Sequence[float]) -> MaskPlan | None:
     """What a merge has to do about zeros; nothing where the sources are dense.
 

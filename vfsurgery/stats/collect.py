@@ -226,6 +226,8 @@ def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.de
     non-linearity of their own are read after their first and last sum (the streams of transformers), else at their
     largest and latest value; queries and keys both count.
 
+    Groups that can be rotated are read behind the norms whose scale is folded away, where all lengths are alike.
+
     Nested groups are read where their units lie inside the blocks on one axis, all of them at once, and no other group
     of the same blocks lies there. The outer group is read only where no inner one lies: elsewhere blocks could be
     compared only once the units inside are paired.
@@ -239,7 +241,10 @@ def group_sites(graph_module: fx.GraphModule, groups: GroupSet, device: torch.de
     reached = {name for name in reached_by_input(graph_module.graph) if _has_numbers(nodes[name])}
     sites: dict[str, tuple[Site, ...]] = {}
     for group in groups:
-        members = _read_at(_candidates(group, groups, reached), nodes, modules)
+        candidates = _candidates(group, groups, reached)
+        normed = {node for folding in groups.foldings if folding.readers for node in folding.nodes}
+        behind = [m for m in candidates if m.parameter in normed and group.symmetry.is_continuous]
+        members = behind or _read_at(candidates, nodes, modules)
         if members:
             lengths = [nodes[member.parameter].meta[VALUE].shape[member.dim] for member in members]
             sites[group.name] = tuple(

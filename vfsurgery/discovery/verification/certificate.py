@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vfsurgery.discovery.maps import Order, map_tensor
 from vfsurgery.errors import CertificateError, explain
-from vfsurgery.groups import GroupSet, Permutation, permute_tensor
+from vfsurgery.groups import GroupSet
 from vfsurgery.records.report import Certificate
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.chance import several, without_chance
@@ -106,8 +106,9 @@ def certify(
     number: int,
     source: Source,
     groups: GroupSet,
-    orders: Mapping[str, Permutation],
+    orders: Mapping[str, Order],
     inputs: tuple[Tensor, ...],
+    original: Source | None = None,
 ) -> Certificate:
     """Compare an aligned source with itself and refuse a difference.
 
@@ -115,8 +116,9 @@ def certify(
         number: The source's place, for messages.
         source: The source as it is.
         groups: The groups of its architecture.
-        orders: The order of units it was brought into.
+        orders: The order of units it was brought into, or exact maps of them.
         inputs: What both are run on.
+        original: The source as it came, if it was brought to a canonical form since.
 
     Raises:
         CertificateError: the outputs differ by more than the tolerance; names the group that broke them.
@@ -124,11 +126,11 @@ def certify(
     dtype, both = precision_of(source), in_training(source.graph_module) is not None
     certificate = Certificate(number, 0.0, TOLERANCE[dtype], str(dtype).removeprefix("torch."))
     for training in (False, True) if both else (False,):
-        error = _comparison(source, groups, inputs, dtype, training)
+        error = _comparison(source, groups, inputs, dtype, training, original)
         found = error(orders)
         if found > certificate.tolerance and dtype != torch.float64:  # a fault, or rounding that depth has multiplied?
             dtype = torch.float64
-            error = _comparison(source, groups, inputs, dtype, training)
+            error = _comparison(source, groups, inputs, dtype, training, original)
             found = error(orders)
         certificate = replace(
             certificate,
@@ -141,7 +143,7 @@ def certify(
     return certificate
 
 
-Comparison: TypeAlias = Callable[[Mapping[str, Permutation]], float]
+Comparison: TypeAlias = Callable[[Mapping[str, Order]], float]
 """How far orders of units take a model's outputs."""
 
 
@@ -151,14 +153,16 @@ def _comparison(
     inputs: tuple[Tensor, ...],
     dtype: torch.dtype,
     training: bool,
+    original: Source | None,
 ) -> Comparison:
-    """Of a source in one mode and precision with itself."""
+    """Of a source in one mode and precision with itself as it came."""
     state = {name: raised(tensor, dtype) for name, tensor in source.state.items()}
     given = tuple(raised(x, dtype) for x in (several(inputs) if training else inputs))
-    expected = outputs_of(source.model, state, given, dtype, training=training)
+    came = state if original is None else {name: raised(each, dtype) for name, each in original.state.items()}
+    expected = outputs_of(source.model, came, given, dtype, training=training)
 
-    def error(chosen: Mapping[str, Permutation]) -> float:
-        permuted = {name: permute_tensor(name, tensor, groups, chosen) for name, tensor in state.items()}
+    def error(chosen: Mapping[str, Order]) -> float:
+        permuted = {name: map_tensor(name, tensor, groups, chosen) for name, tensor in state.items()}
         return relative_error(outputs_of(source.model, permuted, given, dtype, training=training), expected)
 
     return error
@@ -168,7 +172,7 @@ def _refusal(
     certificate: Certificate,
     groups: GroupSet,
     error: Comparison,
-    orders: Mapping[str, Permutation],
+    orders: Mapping[str, Order],
 ) -> str:
     """Why a source is refused: a forward that draws random numbers, or the group that breaks the function."""
     number, size = certificate.source, f"{certificate.error:.2e} relative, tolerance {certificate.tolerance:.0e}"
