@@ -37,8 +37,10 @@ TURNS, SETTLED = 30, 1e-3
 """Rounds of streams, heads and orders at most, and the relative gain below which they end."""
 ROUNDS = 3
 """How often each of more than two sources is matched to the mean of all others."""
-TINY = 1e-9
+TINY = 1e-13
 """Share of a mean second moment that is added to every direction, so that none is divided by nothing."""
+LARGEST_CONDITION = 1e6
+"""Of the map of a head: a worse one would drown units in rounding, and a rotation has to do."""
 
 Moments = Mapping[str, Sequence[CrossMoments]]
 Orders = Mapping[str, Order]
@@ -316,30 +318,28 @@ class _Heads:
         plus, minus = (side[range(self.count), list(pairs)] for side in self.sides[group.name])
         if group.blocks == 1:
             plus, minus = plus.sum(0, keepdim=True), minus.sum(0, keepdim=True)
-        symmetry = min(group.symmetry, Symmetry.ORTHOGONAL)
-        own, other = self._gauges(group, pairs)
-        back, other_back = torch.linalg.inv(own), torch.linalg.inv(other)
-        # in the gauge in which both sides of a head have equal second moments
-        plus = own @ plus @ other.transpose(1, 2)
-        minus = back.transpose(1, 2) @ minus @ other_back
-        turns = procrustes(_unit(plus) + _unit(minus), symmetry)
-        found = back @ turns @ other
+        found = procrustes(_unit(plus) + _unit(minus), min(group.symmetry, Symmetry.ORTHOGONAL))
+        gauges = self._gauges(group, pairs)
+        if gauges is not None:
+            own, other = gauges
+            back, other_back = torch.linalg.inv(own), torch.linalg.inv(other)
+            plus = own @ plus @ other.transpose(1, 2)
+            minus = back.transpose(1, 2) @ minus @ other_back
+            balanced = back @ procrustes(_unit(plus) + _unit(minus)) @ other
+            sound = torch.linalg.cond(balanced) < LARGEST_CONDITION
+            found = torch.where(sound[:, None, None], balanced, found)
         return UnitMap(torch.block_diag(*found), torch.block_diag(*torch.linalg.inv(found)))
 
-    def _gauges(self, group: PermutationGroup, pairs: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What balances each head of a, and its partner of b: ``(heads, size, size)``; nothing where all is fixed."""
-        blocks = len(pairs) if group.blocks > 1 else 1
-        plain = torch.eye(group.size, dtype=torch.float64).expand(blocks, -1, -1)
+    def _gauges(self, group: PermutationGroup, pairs: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """What balances each head of a, and its partner of b: ``(heads, size, size)``; nothing where not all is free."""
         sides = [self._rows(group, side) for side in (False, True)]
         if group.symmetry is not Symmetry.GENERAL_LINEAR or group.blocks == 1 or not all(sides):
-            return plain, plain
+            return None
         own, other = (
             _balance(*(torch.stack([_gram(pair[source], self.count) for pair in rows]).sum(0) for rows in sides))
             for source in (0, 1)
         )
-        if own is None or other is None:
-            return plain, plain
-        return own, other[list(pairs)]
+        return None if own is None or other is None else (own, other[list(pairs)])
 
 
 def _alike(plus: Tensor, minus: Tensor) -> Tensor:
@@ -355,10 +355,9 @@ def _unit(cross: Tensor) -> Tensor:
 
 
 def _gram(rows: Tensor, count: int) -> Tensor:
-    """Second moments of the units inside each head, over the mean of all: ``(heads, size, size)``."""
+    """Second moments of the units inside each head, ``(heads, size, size)``."""
     inside = rows.double().cpu().view(count, -1, rows.shape[1])
-    found = inside @ inside.transpose(1, 2)
-    return found / found.diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return inside @ inside.transpose(1, 2)
 
 
 def _balance(plus: Tensor, minus: Tensor) -> Tensor | None:
