@@ -41,6 +41,12 @@ from vfsurgery.tracing.examples import example_inputs_of
 @click.option("--max-params", type=float, metavar="X", help="The same for parameters.")
 @click.option("--masks", help="What the result of pruned sources keeps: keep, intersect, union or reprune.")
 @click.option(
+    "--symmetries",
+    default="auto",
+    show_default=True,
+    help="How B's units are aligned: permutations (orders alone), all (matrices too, in transformers), or auto.",
+)
+@click.option(
     "--imagine/--no-imagine",
     default=True,
     help="Without --data: imagine images, or use weights alone.  [default: imagine]",
@@ -101,6 +107,7 @@ def merge_files(a: Path, b: Path, output: Path, **options: Any) -> tuple[MergeRe
         max_flops=max_flops,
         max_params=max_params,
         masks=options["masks"],
+        symmetries=options["symmetries"],
         imagine=options["imagine"],
         example_inputs=job.example,
         seed=options["seed"],

@@ -67,13 +67,16 @@ Symmetries: TypeAlias = Literal["all", "permutations"]
 """What matchers may make of units: all that leaves the function unchanged, or orders alone."""
 
 
-def check_symmetries(symmetries: str, *others: str) -> str:
-    """Return a choice of symmetries, if there is such a one; ``others`` are allowed too.
+SYMMETRIES = ("auto", *get_args(Symmetries))
+"""The same for a merge: ``auto`` leaves it to the matcher, or tries both where that is chosen too."""
+
+
+def check_symmetries(symmetries: str, known: Sequence[str] = get_args(Symmetries)) -> str:
+    """Return a choice of symmetries, if there is such a one.
 
     Raises:
         OptionError: with the nearest spelling.
     """
-    known = (*get_args(Symmetries), *others)
     if symmetries not in known:
         raise OptionError(explain(f"unknown symmetries {symmetries!r}", remedy=did_you_mean(symmetries, known)))
     return symmetries

@@ -11,7 +11,7 @@ from torch import fx, nn
 from vfsurgery.data.batches import Data
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain, warn
 from vfsurgery.matching import MATCHERS, Given, Identity, Matcher, Orders
-from vfsurgery.matching.base import check_symmetries
+from vfsurgery.matching.base import SYMMETRIES, check_symmetries
 from vfsurgery.merging.aligned import match_sources
 from vfsurgery.merging.budget import Budget, plan_prefix
 from vfsurgery.merging.choosing import choose, sensible
@@ -19,7 +19,7 @@ from vfsurgery.merging.combined import Terms
 from vfsurgery.merging.finished import finish, report_on
 from vfsurgery.merging.prepared import prepare
 from vfsurgery.merging.shares import Alpha, Weights, plan_shares
-from vfsurgery.merging.sparse import MaskPlan, is_sparse, plan_masks
+from vfsurgery.merging.sparse import MaskPlan, plan_masks
 from vfsurgery.merging.surveyed import Way, can_judge, plan_survey
 from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
 from vfsurgery.passes.normalizations import Renormalization, normalizations
@@ -77,7 +77,7 @@ def match(
         leaf=leaf,
         pins=pins,
         imagine=imagine,
-        maps=_maps(matching, symmetries) and not is_sparse(models, None),
+        maps=_maps(matching, symmetries),
         seed=seed,
         progress=progress,
     )
@@ -205,7 +205,8 @@ def merge(
         leaf=leaf,
         pins=pins,
         imagine=imagine,
-        maps=_maps(matching, symmetries) and not is_sparse(models, masks),
+        maps=_maps(matching, symmetries),
+        masks=masks,
         seed=seed,
         progress=progress,
     )
@@ -302,7 +303,7 @@ def _maps(matching: Matchings, symmetries: str) -> bool:
     Raises:
         OptionError: there is no such choice of symmetries.
     """
-    if check_symmetries(symmetries, "auto") == "permutations":
+    if check_symmetries(symmetries, SYMMETRIES) == "permutations":
         return False
     matcher = MATCHERS[matching]() if isinstance(matching, str) and matching in MATCHERS else matching
     return matching == "auto" or getattr(matcher, "symmetries", "permutations") == "all"

@@ -16,7 +16,7 @@ from vfsurgery.discovery.canonical import canonical
 from vfsurgery.discovery.recording import hidden_norms, record_or_export
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, TraceError, explain
 from vfsurgery.groups import GroupSet
-from vfsurgery.merging.sparse import refuse_hooks
+from vfsurgery.merging.sparse import is_sparse, refuse_hooks
 from vfsurgery.stats.imagined import Imagined, stand_in
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.stats.together import examples_of, in_bound_runs, note_on
@@ -100,12 +100,14 @@ def prepare(
     pins: str | Sequence[str] = (),
     imagine: bool = False,
     maps: bool = False,
+    masks: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Grouped:
     """Check, trace and group the sources of a merge; arguments and errors as for :func:`~vfsurgery.merge`.
 
-    With ``maps`` they are brought to canonical form where some units may then be mapped by more than orders.
+    With ``maps`` they are brought to canonical form where some units may then be mapped by more than orders, and zeros
+    of the sources, by what ``masks`` says, mean nothing.
     """
     clock = Clock()
     with clock("trace and groups"):
@@ -115,11 +117,16 @@ def prepare(
     traced = replace(traced, notes=(*traced.notes, *pinned))
     grouped = Grouped(**vars(traced), groups=groups.only_ordered())
     with clock("canonical form"):
-        return _canonical(grouped, groups) if maps else grouped
+        return _canonical(grouped, groups, masks) if maps else grouped
 
 
-def _canonical(grouped: Grouped, groups: GroupSet) -> Grouped:
+def _canonical(grouped: Grouped, groups: GroupSet, masks: str | None) -> Grouped:
     """Copies of the sources in canonical form; the same sources where that would free nothing."""
+    if not any(group.symmetry.is_continuous for group in groups):
+        return grouped
+    if is_sparse([source.model for source in grouped.sources], masks):
+        note = "units are only reordered, not mapped by matrices: those would fill the sources' zeros"
+        return replace(grouped, notes=(*grouped.notes, note))
     found = [canonical(source.state, groups) for source in grouped.sources]
     left = {name: reason for each in found for name, reason in each.left.items()}
     groups = groups.only_ordered(left)

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonS
 
 from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS
 from vfsurgery.matching import MATCHERS, Matcher
+from vfsurgery.matching.base import SYMMETRIES
 from vfsurgery.merging.budget import Budget
 from vfsurgery.merging.shares import plan_shares
 from vfsurgery.passes import NORMALIZATIONS, PASSES, Pass, build_pass
@@ -160,6 +161,7 @@ Normalizations = Annotated[
     Any, BeforeValidator(_normalizations), PlainSerializer(lambda entries: entries or NONE), _any_of(*_PASSES, _NULL)
 ]
 Passes = Annotated[Any, BeforeValidator(_applied), _any_of(*_PASSES)]
+Symmetries = Annotated[str, _one_of("choice of symmetries", SYMMETRIES)]
 Masks = Annotated[str, _one_of("choice of masks", CHOICES)]
 PrunerName = Annotated[str, _one_of("pruner", PRUNERS)]
 FileNames = Annotated[tuple[Annotated[str, AfterValidator(_file_name)], ...], AsTuple, BeforeValidator(_several)]

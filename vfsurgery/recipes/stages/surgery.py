@@ -158,6 +158,7 @@ class Merge(Stage):
     renormalize: entries.Normalizations = "auto"
     preserve: entries.Boundary = 0
     masks: entries.Masks | None = None
+    symmetries: entries.Symmetries = "auto"
     imagine: bool = True
     pins: Patterns = ()
     leaf: Patterns = ()
@@ -179,7 +180,9 @@ class Merge(Stage):
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of :func:`vfsurgery.merge`."""
-        given = {key: getattr(self, key) for key in ("alpha", "weights", "masks", "imagine", "pins", "leaf")}
+        given = {
+            key: getattr(self, key) for key in ("alpha", "weights", "masks", "symmetries", "imagine", "pins", "leaf")
+        }
         given["matching"] = entries.build_matcher(self.matching)
         given["renormalize"] = entries.build_normalizations(self.renormalize)
         if isinstance(self.preserve, Mapping):
