@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vfsurgery.discovery.maps import UnitMap
 from vfsurgery.groups import Folding, GroupSet, Member, PermutationGroup
-from vfsurgery.tracing.precision import is_inexact
+from vfsurgery.tracing.precision import is_inexact, real
 
 LARGEST_SHIFT = 100.0
 """A shift that stays in a norm, over its scale, may be so large: mapped, it would drown the units in rounding."""
@@ -78,8 +78,11 @@ def _belongs(folding: Folding, group: PermutationGroup) -> bool:
 def _refusal(state: Mapping[str, Tensor], group: PermutationGroup) -> str:
     """Why the units of a group cannot be mapped in these weights."""
     for member in group.members:
-        if not is_inexact(state[member.parameter]):
+        tensor = state[member.parameter]
+        if not is_inexact(tensor):
             return f"{member.parameter} holds whole numbers"
+        if real(tensor.dtype).itemsize < 4:
+            return f"{member.parameter} is held in {str(tensor.dtype).removeprefix('torch.')}, which a map would round"
     return ""
 
 

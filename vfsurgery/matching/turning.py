@@ -27,13 +27,13 @@ from vfsurgery.discovery.maps import Order, UnitMap, map_tensor
 from vfsurgery.groups import GroupSet, Member, PermutationGroup, Symmetry
 from vfsurgery.groups.symmetries import complement_of_ones
 from vfsurgery.matching.base import Gain, Matching, Problem
-from vfsurgery.matching.nested import BlockAssignment, Family, families
+from vfsurgery.matching.nested import BlockAssignment, families
 from vfsurgery.matching.pairwise import mean_state
 from vfsurgery.matching.schemes import Scheme
 from vfsurgery.matching.similarity import States, is_matrix, member_rows
 from vfsurgery.stats.correlation import CrossMoments, mean_correlation
 
-TURNS, SETTLED = 30, 1e-3
+TURNS, SETTLED = 30, 1e-6
 """Rounds of streams, heads and orders at most, and the relative gain below which they end."""
 ROUNDS = 3
 """How often each of more than two sources is matched to the mean of all others."""
@@ -49,19 +49,45 @@ Rest = Callable[[Problem, Orders], Matching]
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Heads and the groups inside them; one head that no group numbers, where ``outer`` is ``None``."""
+
+    outer: PermutationGroup | None
+    inners: tuple[PermutationGroup, ...]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return 1 if self.outer is None else self.outer.size
+
+    @property
+    def groups(self) -> tuple[PermutationGroup, ...]:
+        """All of their groups."""
+        return self.inners if self.outer is None else (self.outer, *self.inners)
+
+
+@dataclass(frozen=True)
 class Parts:
-    """Groups by how they are matched: streams, families of heads with units that are mapped inside, and all others."""
+    """Groups by how they are matched: streams, heads with units that are mapped inside, and all others.
+
+    A space that any matrix may map is a single head.
+    """
 
     streams: tuple[PermutationGroup, ...]
-    heads: tuple[Family, ...]
+    heads: tuple[Heads, ...]
     rest: GroupSet
 
     @staticmethod
     def of(groups: GroupSet) -> Parts:
         """Sort the groups of an architecture."""
-        streams = tuple(group for group in groups if group.symmetry.is_continuous and not group.outer)
-        heads = tuple(each for each in families(groups) if any(g.symmetry.is_continuous for g in each.inners))
-        taken = {group.name for group in (*streams, *(group for family in heads for group in family.groups))}
+        plain = [group for group in groups if group.symmetry.is_continuous and not group.outer]
+        streams = tuple(group for group in plain if group.symmetry is not Symmetry.GENERAL_LINEAR)
+        several = [each for each in families(groups) if any(g.symmetry.is_continuous for g in each.inners)]
+        heads = (
+            *(Heads(each.outer, each.inners) for each in several),
+            *(Heads(None, (group,)) for group in plain if group not in streams),
+        )
+        taken = {group.name for group in (*streams, *(group for each in heads for group in each.groups))}
         return Parts(streams, heads, GroupSet(tuple(group for group in groups if group.name not in taken)))
 
     @property
@@ -83,27 +109,27 @@ def turn_by_weights(problem: Problem, source: int, rest: Rest) -> Matching:
     streams: dict[str, Order] = {}
     for stream in parts.streams:  # each begins where all that it meets is known
         streams[stream.name] = _turned(stream, _evidence(stream, groups, (a, b), streams, known_only=True)).map
-    orders: dict[str, Order] = {}
+    orders, inside = dict[str, Order](), dict[str, Order]()
     reached, gains = -float("inf"), dict[str, Gain]()
     for turn in range(TURNS):
         problem.advance(f"turn {turn + 1}")
-        seen = mapped_state(groups, b, streams)
-        inside: dict[str, Order] = {}
-        for family in parts.heads:
-            inside |= _Heads(family, (a, seen), {}, {}).solve(gains)
-        seen = mapped_state(groups, seen, inside)
+        seen = mapped_state(groups, b, {**streams, **orders})
+        for heads in parts.heads:
+            inside |= _HeadMatching(heads, (a, seen), {}, {}).solve(gains)
+        seen = mapped_state(groups, b, {**streams, **inside})
         others = rest(replace(problem, groups=parts.rest, states=(a, seen)), orders)
-        orders, total = {**inside, **others.permutations}, 0.0
+        orders, total = dict(others.permutations), 0.0
         gains |= {gain.group: gain for gain in others.gains}
-        arranged = mapped_state(groups, b, orders)
+        arranged = mapped_state(groups, b, {**orders, **inside})
         for stream in parts.streams:
             found = _turned(stream, _evidence(stream, groups, (a, arranged), streams))
             streams[stream.name], gains[stream.name] = found.map, found.gain
             total += found.gain.after
+        print("turn", turn, total)
         if total <= reached + SETTLED * abs(reached):
             break
         reached = total
-    return Matching({**streams, **orders}, tuple(gains.values()))
+    return Matching({**streams, **orders, **inside}, tuple(gains.values()))
 
 
 def turn_all_by_weights(problem: Problem, rest: Rest, scheme: Scheme) -> list[Matching]:
@@ -148,14 +174,14 @@ def turn_by_activations(
         found = _turned(stream, evidence)
         streams[stream.name], gains[stream.name] = found.map, found.gain
     seen = mapped_state(groups, b, streams)
-    inside: dict[str, Order] = {}
-    for family in parts.heads:
-        problem.advance(str(family.outer))
-        inside |= _Heads(family, (a, seen), moments, duals).solve(gains)
-    seen = mapped_state(groups, seen, inside)
     others = rest(replace(problem, groups=parts.rest, states=(a, seen)), {})
     gains |= {gain.group: gain for gain in others.gains}
-    return Matching({**streams, **inside, **others.permutations}, tuple(gains.values()))
+    seen = mapped_state(groups, seen, others.permutations)
+    inside: dict[str, Order] = {}
+    for heads in parts.heads:
+        problem.advance(str(heads.groups[0]))
+        inside |= _HeadMatching(heads, (a, seen), moments, duals).solve(gains)
+    return Matching({**streams, **others.permutations, **inside}, tuple(gains.values()))
 
 
 def mapped_state(groups: GroupSet, state: Mapping[str, Tensor], orders: Orders) -> Mapping[str, Tensor]:
@@ -241,23 +267,28 @@ def _normalized(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T) / norms.clamp_min(torch.finfo(torch.float64).tiny)
 
 
-class _Heads:
-    """One family of heads: what both sources' weights and activations say of pairs of them."""
+class _HeadMatching:
+    """Heads of both sources: what both sources' weights and activations say of pairs of them."""
 
-    def __init__(self, family: Family, states: States, moments: Moments, duals: Mapping[str, Sequence[bool]]) -> None:
-        self.family, self.states, self.count = family, states, family.outer.size
-        self.mapped = [group for group in family.inners if group.symmetry.is_continuous]
-        self.ordered = [group for group in family.inners if not group.symmetry.is_continuous]
+    def __init__(self, heads: Heads, states: States, moments: Moments, duals: Mapping[str, Sequence[bool]]) -> None:
+        self.heads, self.states, self.count = heads, states, heads.count
+        self.mapped = [group for group in heads.inners if group.symmetry.is_continuous]
+        self.ordered = [group for group in heads.inners if not group.symmetry.is_continuous]
         self.moments = moments
         self.sides = {group.name: self._sides(group, duals.get(group.name, ())) for group in self.mapped}
 
     def solve(self, gains: dict[str, Gain]) -> dict[str, Order]:
         """Pair the heads, then find the map of each pair."""
+        pairs, orders = ((0,), dict[str, Order]()) if self.heads.outer is None else self._pair(self.heads.outer, gains)
+        return orders | {group.name: self._map(group, pairs) for group in self.mapped}
+
+    def _pair(self, outer: PermutationGroup, gains: dict[str, Gain]) -> tuple[tuple[int, ...], dict[str, Order]]:
+        """Which head belongs to which, with the orders of heads and of units that only have orders."""
         whole = torch.zeros(self.count, self.count, dtype=torch.float64)
         for group in self.mapped:
             score = _alike(*self.sides[group.name])
             whole += group.size * score / score.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-        for member in self.family.outer.members:
+        for member in outer.members:
             if self._alone(member):
                 rows = [member_rows(state[member.parameter], member) for state in self.states]
                 if len(rows[0]) == self.count:
@@ -266,15 +297,11 @@ class _Heads:
         shared = {group.name: None for group in self.ordered if group.blocks == 1}
         assignment = BlockAssignment(self.count, whole, inner, shared)
         solved = assignment.solve()
-        pairs = solved[""].order
-        name = self.family.outer.name
-        unmoved = {"": self.family.outer.identity(), **{group.name: group.identity() for group in self.ordered}}
+        name = outer.name
+        unmoved = {"": outer.identity(), **{group.name: group.identity() for group in self.ordered}}
         before, after = (assignment.total(orders) / self.count for orders in (unmoved, solved))
         gains[name] = Gain(name, before, after, solved[""].moved)
-        orders: dict[str, Order] = {name: solved[""], **{group.name: solved[group.name] for group in self.ordered}}
-        for group in self.mapped:
-            orders[group.name] = self._map(group, pairs)
-        return orders
+        return solved[""].order, {name: solved[""], **{group.name: solved[group.name] for group in self.ordered}}
 
     def _sides(self, group: PermutationGroup, duals: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """``M+`` and ``M-`` of all pairs of heads, ``(heads, heads, size, size)``: of the units, and of their duals.
@@ -301,7 +328,7 @@ class _Heads:
 
     def _alone(self, member: Member) -> bool:
         """Whether a weight of the heads shows nothing of the units inside them."""
-        inside = {other.parameter for group in self.family.inners for other in group.members}
+        inside = {other.parameter for group in self.heads.inners for other in group.members}
         return member.parameter not in inside and is_matrix(self.states[0][member.parameter])
 
     def _between(self, group: PermutationGroup) -> Tensor:
@@ -331,9 +358,9 @@ class _Heads:
         return UnitMap(torch.block_diag(*found), torch.block_diag(*torch.linalg.inv(found)))
 
     def _gauges(self, group: PermutationGroup, pairs: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-        """What balances each head of a, and its partner of b: ``(heads, size, size)``; nothing where not all is free."""
+        """What balances each head of a and its partner of b, ``(heads, size, size)``; nothing where not all is free."""
         sides = [self._rows(group, side) for side in (False, True)]
-        if group.symmetry is not Symmetry.GENERAL_LINEAR or group.blocks == 1 or not all(sides):
+        if group.symmetry is not Symmetry.GENERAL_LINEAR or group.blocks < self.count or not all(sides):
             return None
         own, other = (
             _balance(*(torch.stack([_gram(pair[source], self.count) for pair in rows]).sum(0) for rows in sides))

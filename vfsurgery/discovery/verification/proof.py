@@ -294,7 +294,9 @@ def _off_in_its_last_place(tensor: Tensor, generator: torch.Generator) -> Tensor
 
 def _without_producer(groups: GroupSet, broken: PermutationGroup) -> GroupSet:
     """The same groups, but one of them leaves the parameter that produces its units where it is."""
-    members = tuple(member for member in broken.members if member.parameter != broken.members[0].parameter)
+    # a scale is folded away where units are mapped, and stays as it is anyway
+    producer = next((member for member in broken.members if not member.scales), broken.members[0]).parameter
+    members = tuple(member for member in broken.members if member.parameter != producer)
     changed = replace(broken, members=members)
     return GroupSet(tuple(changed if group == broken else group for group in groups))
 
