@@ -1,0 +1,93 @@
+"""The canonical form: scales folded, writers centred, dead biases dropped, and nothing changed in what is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import vfsurgery as surgery
+from vfsurgery.discovery.verification import randomize
+from vfsurgery.passes import canonicalize
+
+ALL = ["fold-norm-scales", "fold-layer-scales", "centre-writers", "drop-dead-biases"]
+TOLERANCE = 1e-9
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+
+
+class Encoder(nn.Module):
+    """torch's own encoder layers between two linear layers."""
+
+    def __init__(self, norm_first: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=norm_first)
+        self.stem, self.head = nn.Linear(6, 16), nn.Linear(16, 5)
+        norm = nn.LayerNorm(16) if norm_first else None
+        self.encoder = nn.TransformerEncoder(layer, 2, norm, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.stem(x)).mean(1))
+
+
+def timm_net(name: str, **given: object) -> Callable[[], nn.Module]:
+    return partial(timm.create_model, name, **{**TINY, **given})
+
+
+SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4}
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "vit": timm_net("vit_tiny_patch16_224"),
+    "without qkv biases": timm_net("vit_tiny_patch16_224", qkv_bias=False),
+    "with layer scales": timm_net("deit3_small_patch16_224", init_values=0.1),
+    "norms of queries and keys": timm_net("vit_tiny_patch16_224", qk_norm=True),
+    "rms norms": timm_net("vit_tiny_patch16_224", norm_layer=nn.RMSNorm),
+    "beit": timm_net("beit_base_patch16_224", init_values=0.1),
+    "swin": partial(timm.create_model, "swin_tiny_patch4_window7_224", num_classes=5, **SWIN),
+    "cait": timm_net("cait_xxs24_224", init_values=0.1),
+    "rotary": timm_net("eva02_tiny_patch14_224"),
+    "convnext": partial(timm.create_model, "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=5),
+    "norm first": partial(Encoder, True),
+    "norm last": partial(Encoder, False),
+}
+
+
+def made(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
+    """A network with random norms, biases and buffers in float64, and what goes in."""
+    torch.manual_seed(seed)
+    model = NETS[name]().double().eval()
+    randomize(model, torch.Generator().manual_seed(seed))
+    shape = (2, 7, 6) if isinstance(model, Encoder) else (2, 3, 32, 32)
+    return model, torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def error(model: nn.Module, other: nn.Module, x: Tensor) -> float:
+    """The largest relative difference of the outputs in both modes."""
+    worst = 0.0
+    for training in (False, True):
+        with torch.no_grad():
+            ours, theirs = model.train(training)(x), other.train(training)(x)
+        worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max()))
+    return worst
+
+
+def run(model: nn.Module, x: Tensor, *passes: str) -> nn.Module:
+    return surgery.run_passes(model, list(passes), example_inputs=x, progress=False)
+
+
+def notes(model: nn.Module) -> str:
+    return str(surgery.report_of(model))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_nothing_changes_in_what_is_computed_and_the_class_takes_the_weights(name):
+    model, x = made(name)
+    for steps in (*([step] for step in ALL), ALL):
+        result = run(model, x, *steps)
+        assert error(model, result, x) < TOLERANCE, steps
+        print(notes(result))
+    fresh = NETS[name]().double()
+    fresh.load_state_dict(result.state_dict(), strict=True)
+    assert error(model, fresh, x) < TOLERANCE
