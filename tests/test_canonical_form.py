@@ -45,7 +45,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "norms of queries and keys": timm_net("vit_tiny_patch16_224", qk_norm=True),
     "rms norms": timm_net("vit_tiny_patch16_224", norm_layer=nn.RMSNorm),
     "beit": timm_net("beit_base_patch16_224", init_values=0.1),
-    "swin": partial(timm.create_model, "swin_tiny_patch4_window7_224", num_classes=5, **SWIN),
+    "swin": partial(timm.create_model, "swin_tiny_patch4_window7_224", num_classes=5, drop_path_rate=0.0, **SWIN),
     "cait": timm_net("cait_xxs24_224", init_values=0.1),
     "rotary": timm_net("eva02_tiny_patch14_224"),
     "convnext": partial(timm.create_model, "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=5),
@@ -84,10 +84,9 @@ def notes(model: nn.Module) -> str:
 @pytest.mark.parametrize("name", NETS)
 def test_nothing_changes_in_what_is_computed_and_the_class_takes_the_weights(name):
     model, x = made(name)
-    for steps in (*([step] for step in ALL), ALL):
-        result = run(model, x, *steps)
-        assert error(model, result, x) < TOLERANCE, steps
-        print(notes(result))
+    result = run(model, x, *ALL)
+    assert error(model, result, x) < TOLERANCE
+    print(notes(result))
     fresh = NETS[name]().double()
     fresh.load_state_dict(result.state_dict(), strict=True)
     assert error(model, fresh, x) < TOLERANCE

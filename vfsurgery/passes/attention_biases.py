@@ -35,8 +35,12 @@ NONE = -1
 """The number of what is no entry of a vector."""
 SHAPED = frozenset("view reshape flatten unflatten unsqueeze squeeze view_as reshape_as".split())
 PICKS = frozenset("getitem unbind select chunk split split_with_sizes tensor_split narrow repeat_interleave".split())
+EXPANDS = ("expand", "expand_as")
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+LIKE = frozenset("zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty".split())
+SHAPED_LIKE = frozenset("type_as view_as reshape_as expand_as".split())
+"""Ops that look at the shape or precision of what is given, the second ones of their second operand."""
 PRODUCTS = ("matmul", "bmm", "__matmul__")
 Slot: TypeAlias = tuple[fx.Node, fx.Node]
 """A node and one of those that it reads."""
@@ -147,7 +151,7 @@ class AttentionBiases:
         """The softmax over the last dim that logits go into and nothing else, and whether an input masks them."""
         masked = False
         while True:
-            users = [user for user in node.users if not self._asks_for_shape(user)]
+            users = [user for user in node.users if not self._asks_for_shape(user, node)]
             if len(users) != 1:
                 return None
             user, key = users[0], self._key(users[0])
@@ -219,7 +223,7 @@ class AttentionBiases:
         while waiting:
             made, carried = waiting.pop()
             for user in made.users:
-                if self._asks_for_shape(user):
+                if self._asks_for_shape(user, made):
                     continue
                 moved = self._moved(user, made, carried)
                 if isinstance(moved, Tensor):
@@ -254,7 +258,7 @@ class AttentionBiases:
         if module is not None and not self._is_layer(node) and not isinstance(module, nn.MultiheadAttention):
             for name in self._vectors_of(node):  # added in another way than by a layer
                 self._ways["other"].update(self._range(name))
-        ends = [user for user in node.users if not self._hands_on(user, node) and not self._asks_for_shape(user)]
+        ends = [user for user in node.users if not self._hands_on(user, node) and not self._asks_for_shape(user, node)]
         if node.op == "output" or not ends or (numbers := self._numbers(node)) is None:
             return
         for user in ends:
@@ -320,7 +324,7 @@ class AttentionBiases:
             return numbers if self._is_dropout(node) else numbers.reshape(_shape(node))
         if key in SHAPED:
             return numbers.reshape(_shape(node))
-        if key == "expand":
+        if key in EXPANDS:
             return numbers.expand(_shape(node))
         if key in PERMUTES:
             attribute = getattr(numbers, str(key))
@@ -338,9 +342,9 @@ class AttentionBiases:
         key, module = self._key(node), self._module(node)
         if module is not None:
             return isinstance(module, RESHAPE_MODULES) or self._is_dropout(node)
-        known = key in RESHAPES or key in PERMUTES or key in PICKS or key == "expand" or self._is_dropout(node)
+        known = key in RESHAPES or key in PERMUTES or key in PICKS or key in EXPANDS or self._is_dropout(node)
         tensors = [each for each in _operands(node)[1:] if isinstance(each.meta.get(VALUE), TensorValue)]
-        return known and (not tensors or key in ("view_as", "reshape_as", "type_as"))
+        return known and (not tensors or key in SHAPED_LIKE)
 
     def _is_dropout(self, node: fx.Node) -> bool:
         return isinstance(self._module(node), DROPOUTS) or self._key(node) == "dropout"
@@ -351,8 +355,10 @@ class AttentionBiases:
             return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
         return self._key(node) in ("linear", *CONVOLUTIONS)
 
-    def _asks_for_shape(self, node: fx.Node) -> bool:
-        return node.op != "output" and self._key(node) in SHAPE_QUERIES
+    def _asks_for_shape(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether a node sees no numbers of its source."""
+        key = self._key(node)
+        return key in SHAPE_QUERIES or key in LIKE or (key in SHAPED_LIKE and node.args[0] is not source)
 
     def _may_mask_all(self, mask: object) -> bool:
         """Whether a mask comes in with the input, and so may leave a query no key at all."""
