@@ -90,3 +90,56 @@ def test_nothing_changes_in_what_is_computed_and_the_class_takes_the_weights(nam
     fresh = NETS[name]().double()
     fresh.load_state_dict(result.state_dict(), strict=True)
     assert error(model, fresh, x) < TOLERANCE
+
+
+class Behind(nn.Module):
+    """A norm over channels and a layer that reads it, with something between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], reader: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.norm, self.reader = nn.Linear(3, 8), nn.LayerNorm(8), reader
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reader(self.between(self.norm(self.stem(x))))
+
+
+def channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+UNEVEN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[], nn.Module]]] = {
+    "a factor": (lambda x: x * 0.5, lambda: nn.Linear(8, 4)),
+    "a factor for each place": (lambda x: x * torch.linspace(0, 1, 6, dtype=x.dtype)[:, None], lambda: nn.Linear(8, 4)),
+    "a sum": (lambda x: x.sum(1), lambda: nn.Linear(8, 4)),
+    "padding": (lambda x: nn.functional.pad(x, (0, 0, 1, 1)), lambda: nn.Linear(8, 4)),
+    "a padded average": (lambda x: nn.functional.avg_pool2d(channels_first(x), 3, 1, 1), lambda: nn.Conv2d(8, 4, 1)),
+    "a padded convolution": (channels_first, lambda: nn.Conv2d(8, 4, 3, padding=1)),
+    "a transposed convolution": (channels_first, lambda: nn.ConvTranspose2d(8, 4, 3, stride=2)),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_a_shift_that_does_not_arrive_alike_everywhere_stays_in_its_norm(name):
+    between, reader = UNEVEN[name]
+    model = Behind(between, reader()).double().eval()
+    randomize(model, torch.Generator().manual_seed(0))
+    x = torch.randn(2, 6, 6, 3, dtype=torch.float64)
+    folded = run(model, x, "fold-norm-scales")
+    assert "1 norm scales folded, 1 shifts stay" in notes(folded)
+    assert error(model, folded, x) < TOLERANCE
+    wrong = run(model, x, "fold-norm-scales")
+    weight = wrong.reader.weight.detach()
+    columns = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+    columns = columns.T if name == "a transposed convolution" else columns
+    wrong.reader.bias.data += columns @ wrong.norm.bias.data  # as if the shift arrived as it is
+    wrong.norm.bias.data.zero_()
+    assert error(model, wrong, x) > 1e-3
+
+
+def test_a_shift_goes_through_what_moves_places_and_takes_means():
+    model = Behind(lambda x: channels_first(x.roll(1, 1))[:, :, 1:].mean((2, 3)), nn.Linear(8, 4)).double().eval()
+    randomize(model, torch.Generator().manual_seed(0))
+    x = torch.randn(2, 6, 6, 3, dtype=torch.float64)
+    folded = run(model, x, "fold-norm-scales")
+    assert not folded.norm.bias.any() and error(model, folded, x) < TOLERANCE
