@@ -186,7 +186,11 @@ class Foldings:
         op, weight, dim = self._said[number].op, _tensor(read), read[0].dim if isinstance(read[0], AxisRef) else 0
         bias = op.parameters.get("in_proj_bias") or op.param("bias", 2)
         padding = op.argument("padding", 4, 0)
-        pads = uneven or dim != 1 or (padding not in (0, "valid") and any(padding if isinstance(padding, tuple | list) else [1]))
+        pads = (
+            uneven
+            or dim != 1
+            or (padding not in (0, "valid") and any(padding if isinstance(padding, tuple | list) else [1]))
+        )
         if bias is None or pads or bias.kind != "parameter" or self._uses[bias.name] != self._uses[weight.name]:
             return None
         return bias.name if weight.ndim > 1 and bias.shape == (weight.shape[1 - dim],) else None

@@ -195,7 +195,9 @@ class AttentionBiases:
         else:
             packed = _argument(node, "in_proj_bias", 6)
             numbers = self._numbers(packed) if isinstance(packed, fx.Node) else None
-            weight, bias = (self._name_of(_argument(node, *at)) for at in (("out_proj_weight", 11), ("out_proj_bias", 12)))
+            weight, bias = (
+                self._name_of(_argument(node, *at)) for at in (("out_proj_weight", 11), ("out_proj_bias", 12))
+            )
             plain = _argument(node, "bias_k", 7) is None and not _argument(node, "add_zero_attn", 9)
             plain &= _argument(node, "static_k", 21) is None and _argument(node, "static_v", 22) is None
             masks = [_argument(node, "key_padding_mask", 14), _argument(node, "attn_mask", 16)]
