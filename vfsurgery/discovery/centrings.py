@@ -95,6 +95,8 @@ class Centrings:
         folded = self._foldings.places.get(number, frozenset())
         if not folded.issuperset(each.scaled):
             raise _Seen(f"{_named(op)} multiplies single units by a weight that cannot be folded away")
+        if self._found.is_self_dual(came):
+            raise _Seen("they are multiplied by themselves, or a weight both writes and reads them")
         for place in each.places:
             if self._found.is_dual(place) != self._found.is_dual(came):
                 raise _Seen(f"{_named(op)} reads these units without a LayerNorm before it")

@@ -38,11 +38,12 @@ class _Walk:
     """Weights that were found, each with the op that uses it."""
 
 
-KEEPS_CONSTANTS = frozenset(
+_KEEPS_CONSTANTS = (
     "pick getitem unbind select index_select narrow chunk split split_with_sizes tensor_split roll flip expand "
     "expand_as repeat repeat_interleave mean Identity Flatten Unflatten Dropout Dropout1d Dropout2d Dropout3d "
-    "AlphaDropout FeatureAlphaDropout dropout dropout1d dropout2d dropout3d".split()
+    "AlphaDropout FeatureAlphaDropout dropout dropout1d dropout2d dropout3d"
 )
+KEEPS_CONSTANTS = frozenset(_KEEPS_CONSTANTS.split())
 """Ops, by their names, behind which a shift is what it was before; others scale it, sum it up, or pad with zeros."""
 Step: TypeAlias = Callable[[int, Class, _Walk], bool]
 """Goes on from a class of an op, writes down the weights that it meets, and says whether it met nothing else."""
@@ -108,7 +109,7 @@ class Foldings:
         return walk if whole and names else None
 
     def _ahead(self, number: int, each: Class, walk: _Walk, uneven: bool = False) -> bool:
-        """From what an op gives out to all weights that read it; ``uneven`` if a shift has not come through as it was."""
+        """From what an op gives out to all weights that read it; ``uneven`` if a shift does not come through."""
         for place in each.places:
             key = _key(_tensor(place))
             if key not in self._outputs(number):

@@ -1,7 +1,7 @@
 """Which biases attention makes superfluous, found from the graph: whose numbers arrive at keys, and whose at values.
 
-With a softmax over keys, what is added to all keys alike adds ``q . b`` to all logits of a query, and changes none of its
-weights. The weights sum to one, so what is added to all values alike is added to the result.
+With a softmax over keys, what is added to all keys alike adds ``q . b`` to all logits of a query, and changes no
+weights. These sum to one, so what is added to all values alike is added to the result.
 
 Every entry of every vector among the parameters has a number, and numbers are moved along with the units through
 reshapes, transpositions, picks and concatenations. Anything else (a norm of keys, a rotary embedding) ends their way,
@@ -33,14 +33,15 @@ from vfsurgery.tracing.values import VALUE, TensorValue
 
 NONE = -1
 """The number of what is no entry of a vector."""
-SHAPED = frozenset("view reshape flatten unflatten unsqueeze squeeze view_as reshape_as".split())
-PICKS = frozenset("getitem unbind select chunk split split_with_sizes tensor_split narrow repeat_interleave".split())
+_PICKS = "getitem unbind select chunk split split_with_sizes tensor_split narrow repeat_interleave"
+_LIKE = "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty"
+SHAPED = frozenset(["view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as"])
+PICKS, LIKE = frozenset(_PICKS.split()), frozenset(_LIKE.split())
 EXPANDS = ("expand", "expand_as")
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
-LIKE = frozenset("zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty".split())
-SHAPED_LIKE = frozenset("type_as view_as reshape_as expand_as".split())
-"""Ops that look at the shape or precision of what is given, the second ones of their second operand."""
+SHAPED_LIKE = ("type_as", "view_as", "reshape_as", "expand_as")
+"""Ops that look at nothing but the shape or precision of a second operand."""
 PRODUCTS = ("matmul", "bmm", "__matmul__")
 Slot: TypeAlias = tuple[fx.Node, fx.Node]
 """A node and one of those that it reads."""

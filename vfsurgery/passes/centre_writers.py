@@ -1,8 +1,8 @@
 """Centring of what writes into units that only LayerNorms look at: ``W <- C W``, ``b <- C b``, ``C = 1 - 11'/d``.
 
 A LayerNorm subtracts the mean over its units. So whatever weights add to all of them alike can be taken away: then the
-units have no mean, and two networks differ in one thing less. Where something else sees the mean (a layer that reads the
-units without a norm, an RMSNorm, a norm over the units of several places) nothing is changed.
+units have no mean, and two networks differ in one thing less. Where something else sees the mean (a layer that reads
+the units without a norm, an RMSNorm, a norm over the units of several places) nothing is changed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Dropping of biases that softmax attention makes superfluous: those of keys become zero, those of values move on.
 
-The bias of keys adds the same to all logits of a query, which its softmax does not see. Attention weights sum to one, so
-the bias of values is added to every result, and the output projection adds what it makes of it: ``b_o <- b_o + W_o b_v``,
-``b_v <- 0``. Nothing is dropped where a norm or a rotary embedding stands between bias and product, where keys that no
-projection makes take part (``bias_k``, zero tokens, attention sinks), or where a projection has no bias.
+The bias of keys adds the same to all logits of a query, which its softmax does not see. Attention weights sum to one,
+so the bias of values is added to every result, and the output projection adds what it makes of it:
+``b_o <- b_o + W_o b_v``, ``b_v <- 0``. Nothing is dropped where a norm or a rotary embedding stands between bias and
+product, where keys that no projection makes take part (``bias_k``, zero tokens, attention sinks), or where a projection
+has no bias.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from vfsurgery.tracing.sources import canonical_state
 class DropDeadBiases(Pass):
     """Set biases of keys to zero, and move biases of values into the biases of the output projections.
 
-    Of a packed bias (``qkv.bias``, ``in_proj_bias``) it is the part of keys and that of values. The report has the names
-    of both.
+    Of a packed bias (``qkv.bias``, ``in_proj_bias``) it is the part of keys and that of values. The report has the
+    names of both.
 
     >>> DropDeadBiases()
     DropDeadBiases()
@@ -46,8 +47,8 @@ class DropDeadBiases(Pass):
         vectors = _Vectors(state, biases.first)
         for projection in dead.projections:
             _move(state, projection, vectors.at(projection, dead.values))
-        context.notes.append(f"{self.name}: of keys {_listed(vectors.clear(dead.keys), 'none')}")
-        moved = _listed(vectors.clear(dead.values), "none")
+        context.notes.append(f"{self.name}: of keys {_listed(vectors.clear(dead.keys))}")
+        moved = _listed(vectors.clear(dead.values))
         context.notes.append(f"{self.name}: of values, moved into output projections, {moved}")
         return graph_module
 
@@ -64,7 +65,7 @@ class _Vectors:
         numbers = torch.tensor(projection.numbers)
         values = torch.zeros(len(numbers), dtype=torch.float64)
         known = torch.tensor([number != NONE and number in allowed for number in projection.numbers])
-        for name, start, tensor in self._each():
+        for _, start, tensor in self._each():
             here = known & (numbers >= start) & (numbers < start + len(tensor))
             if bool(here.any()):
                 values[here] = tensor.to("cpu", torch.float64)[numbers[here] - start]
@@ -91,5 +92,5 @@ def _move(state: Mapping[str, Tensor], projection: Projection, values: Tensor) -
     bias.copy_(bias.to(torch.float64) + weight.to(torch.float64) @ values.to(weight.device))
 
 
-def _listed(names: list[str], otherwise: str) -> str:
-    return ", ".join(names) or otherwise
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "none"

@@ -2,8 +2,8 @@
 
 A norm with scale ``g`` and shift ``e`` in front of readers ``W x + b``: ``b <- b + W e``, ``W <- W diag(g)``, then
 ``g <- 1`` and ``e <- 0``. Where a reader has no bias that could take it, the shift stays in the norm as ``e / g``. A
-factor ``s`` behind a layer ``W x + b`` (LayerScale): ``W <- diag(s) W``, ``b <- s b``, ``s <- 1``. What can be folded is
-found by discovery (:mod:`vfsurgery.discovery.foldings`); the network computes the same in eval mode and in training,
+factor ``s`` behind a layer ``W x + b`` (LayerScale): ``W <- diag(s) W``, ``b <- s b``, ``s <- 1``. What can be folded
+is found by discovery (:mod:`vfsurgery.discovery.foldings`); the network computes the same in eval mode and in training,
 where no dropout lies between a shift and its readers.
 """
 
