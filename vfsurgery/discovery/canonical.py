@@ -103,7 +103,7 @@ def takes_shift(folding: Folding) -> bool:
 def written(folding: Folding) -> tuple[str, ...]:
     """The keys of all tensors that a folding may change, each once."""
     weights = [folding.scale, *folding.writers, *(reader.weight for reader in folding.readers)]
-    names = [member.parameter for member in (*weights, *[folding.shift] * (folding.shift is not None))]
+    names = [member.parameter for member in (*weights, *([] if folding.shift is None else [folding.shift]))]
     return tuple(dict.fromkeys([*names, *(reader.bias for reader in folding.readers if reader.bias is not None)]))
 
 

@@ -82,7 +82,7 @@ class Centrings:
             return Centring(group, reason=str(seen))
         if not walk.writers:
             return Centring(group, reason="nothing writes these units but what is not a weight")
-        return Centring(group, *(tuple(map(self._member, places)) for places in (walk.writers, walk.scales)))
+        return Centring(group, tuple(map(self._member, walk.writers)), tuple(map(self._member, walk.scales)))
 
     def _follow(self, number: int, each: Class, came: Place, walk: _Walk) -> None:
         """Go on from a place through one of the ops that make or take it."""

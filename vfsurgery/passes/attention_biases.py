@@ -145,8 +145,9 @@ class AttentionBiases:
         if numbers is not None and numbers.ndim > 1 and _is_constant(numbers, -1):
             self._keys.add((node, columns))
         for product in [] if masked else self._products_of(softmax):
-            if isinstance(product.args[1], fx.Node):
-                self._take_values(product, product.args[1])
+            values = product.args[1]
+            if isinstance(values, fx.Node):
+                self._take_values(product, values)
 
     def _softmax_of(self, node: fx.Node) -> tuple[fx.Node, bool] | None:
         """The softmax over the last dim that logits go into and nothing else, and whether an input masks them."""
@@ -189,7 +190,7 @@ class AttentionBiases:
         """All of it in one node: thirds of the packed bias belong to queries, keys and values."""
         module = self._module(node)
         if isinstance(module, nn.MultiheadAttention):
-            numbers = self._numbers_of(module.in_proj_bias) if module.in_proj_bias is not None else None
+            numbers = self._numbers_of(module.in_proj_bias)
             weight, bias = self._names.get(id(module.out_proj.weight)), self._names.get(id(module.out_proj.bias))
             plain = module.bias_k is None and not module.add_zero_attn
             masks = [_argument(node, "key_padding_mask", 3), _argument(node, "attn_mask", 5)]
@@ -305,7 +306,7 @@ class AttentionBiases:
         if numbers is None:
             return None
         key = self._key(node)
-        after = module.weight.ndim - 2 if isinstance(module, nn.Module) else CONVOLUTIONS.get(str(key), 0)
+        after = CONVOLUTIONS.get(str(key), 0) if module is None else module.weight.ndim - 2
         return numbers.view(-1, *[1] * after).expand(shape)
 
     def _joined(self, node: fx.Node) -> Tensor | None:
