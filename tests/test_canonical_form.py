@@ -206,6 +206,14 @@ def test_units_that_a_layer_norm_alone_reads_are_centred():
     assert result.stem.weight.mean(0).abs().max() < 1e-15 < 1e-3 < model.stem.weight.mean(0).abs().max()
 
 
+def test_zeros_of_pruned_weights_are_not_filled():
+    model, x = stream(lambda m, x: m.head(m.norm(x)))
+    model.inner.weight.data[::2, 1] = 0
+    assert "inner.weight is sparse, and its zeros would be filled" in notes(run(model, x, "centre-writers"))
+    model.inner.weight.data.zero_()  # a layer that begins with nothing stays so
+    assert "4 weights that write into" in notes(run(model, x, "centre-writers"))
+
+
 def test_centring_behind_rms_norms_changes_the_function():
     model, x = made("rms norms")
     centred = copy.deepcopy(model)

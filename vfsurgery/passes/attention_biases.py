@@ -84,11 +84,12 @@ class AttentionBiases:
         self._names = canonical_parameters(graph_module)
         self._reached = reached_by_input(graph_module.graph)
         self.first: dict[str, int] = {}
-        self._count = 0
+        self._ranges: dict[str, range] = {}
+        count = 0
         for name, tensor in graph_module.state_dict(keep_vars=True).items():
             if tensor.ndim == 1 and self._names[id(tensor)] == name:
-                self.first[name] = self._count
-                self._count += len(tensor)
+                self.first[name] = count
+                self._ranges[name] = range(count, count := count + len(tensor))
         self._keys: set[Slot] = set()
         self._values: dict[Slot, list[Projection]] = {}
         self._ways: dict[str, set[int]] = {"key": set(), "value": set(), "other": set()}
@@ -261,7 +262,7 @@ class AttentionBiases:
         module = self._module(node)
         if module is not None and not self._is_layer(node) and not isinstance(module, nn.MultiheadAttention):
             for name in self._vectors_of(node):  # added in another way than by a layer
-                self._ways["other"].update(self._range(name))
+                self._ways["other"].update(self._ranges[name])
         ends = [user for user in node.users if not self._hands_on(user, node) and not self._asks_for_shape(user, node)]
         if node.op == "output" or not ends or (numbers := self._numbers(node)) is None:
             return
@@ -395,10 +396,7 @@ class AttentionBiases:
         return self._vector(name) if name in self.first else None
 
     def _vector(self, name: str | None) -> Tensor:
-        return torch.tensor(self._range(str(name)))
-
-    def _range(self, name: str) -> range:
-        return range(self.first[name], self.first[name] + len(self._graph_module.state_dict()[name]))
+        return torch.tensor(self._ranges[str(name)])
 
 
 def _argument(node: fx.Node, name: str, place: int) -> Any:

@@ -18,6 +18,9 @@ from vfsurgery.groups import Centring, Member
 from vfsurgery.passes.base import Context, Pass
 from vfsurgery.tracing.sources import canonical_state
 
+SPARSE = 0.05
+"""A weight of which a larger share are zeros that centring would fill counts as pruned, and is left as it is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CentreWriters(Pass):
@@ -45,7 +48,7 @@ class CentreWriters(Pass):
                 context.notes.append(f"{self.name}: {group} is left as it is, {reason}")
                 continue
             for member in centring.writers:
-                _centre(state[member.parameter], member)
+                state[member.parameter].copy_(_centred(state[member.parameter], member))
             context.notes.append(f"{self.name}: {len(centring.writers)} weights that write into {group}")
         if not context.groups.centrings:
             context.notes.append(f"{self.name}: no LayerNorm reads units that can be rotated")
@@ -55,17 +58,22 @@ class CentreWriters(Pass):
 def _refusal(state: Mapping[str, Tensor], centring: Centring) -> str:
     """Why it does not hold for these weights."""
     for member in centring.writers:
-        if not state[member.parameter].is_floating_point():
+        tensor = state[member.parameter]
+        if not tensor.is_floating_point():
             return f"{member.parameter} holds no real numbers"
+        if float((tensor.eq(0) & _centred(tensor, member).ne(0)).double().mean()) > SPARSE:
+            return f"{member.parameter} is sparse, and its zeros would be filled"
     for member in centring.scales:
         if not bool((state[member.parameter] == 1).all()):
             return f"{member.parameter} multiplies single units (run fold-layer-scales before)"
     return ""
 
 
-def _centre(tensor: Tensor, member: Member) -> None:
-    """Subtract the mean over the units at each place, in float64."""
-    rows = tensor.movedim(member.dim, 0)
+def _centred(tensor: Tensor, member: Member) -> Tensor:
+    """A weight less its mean over the units at each place, float64."""
+    result = tensor.to(torch.float64, copy=True)
+    rows = result.movedim(member.dim, 0)
     places = torch.from_numpy(member.positions()).to(tensor.device)  # (units, places per unit)
-    units = rows[places].to(torch.float64)
-    rows[places] = (units - units.mean(0, keepdim=True)).to(tensor.dtype)
+    units = rows[places]
+    rows[places] = units - units.mean(0, keepdim=True)
+    return result
