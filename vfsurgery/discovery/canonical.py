@@ -7,18 +7,20 @@ units. A factor behind a linear layer goes into its rows. What the network compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from vfsurgery.discovery.maps import UnitMap
 from vfsurgery.groups import Folding, GroupSet, Member, PermutationGroup
-from vfsurgery.tracing.precision import is_inexact, real
 
 LARGEST_SHIFT = 100.0
 """A shift that stays in a norm, over its scale, may be so large: mapped, it would drown the units in rounding."""
+State: TypeAlias = Mapping[str, Tensor]
+"""Parameters and buffers by canonical state-dict key, detached."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Canonical:
     ``changed`` are the keys of the weights that are others than before, ``left`` reasons by the names of groups.
     """
 
-    state: Mapping[str, Tensor]
+    state: State
     changed: tuple[str, ...]
     left: Mapping[str, str]
 
@@ -37,31 +39,40 @@ class Canonical:
         return group.symmetry.is_continuous and group.name not in self.left
 
 
-def canonical(state: Mapping[str, Tensor], groups: GroupSet) -> Canonical:
+def canonical(state: State, groups: GroupSet) -> Canonical:
     """Fold whatever stands in the way of mapping the units of some group.
 
     Args:
-        state: Parameters and buffers by canonical state-dict key. They stay as they are.
-        groups: The groups of their architecture.
+        state: What a network holds. It stays as it is.
+        groups: The groups of its architecture.
 
     Returns:
         The same tensors but for those that change.
     """
-    found, changed, left = dict(state), dict[str, None](), dict[str, str]()
+    left = obstacles(state, groups)
+    foldings = needed(groups.only_ordered(left))
+    changed = tuple(dict.fromkeys(name for folding in foldings for name in written(folding)))
+    found = {**state, **{name: state[name].detach().clone() for name in changed}}
+    for folding in foldings:
+        fold(found, folding)
+    return Canonical(found, changed, left)
+
+
+def obstacles(state: State, groups: GroupSet) -> dict[str, str]:
+    """Why the units of groups whose symmetry is more than orders can only be reordered in these weights, by name."""
+    found: dict[str, str] = {}
     for group in groups:
-        if not group.symmetry.is_continuous:
-            continue
-        foldings = [folding for folding in groups.foldings if _belongs(folding, group)]
-        reason = _refusal(state, group) or next((why for each in foldings if (why := _unstable(state, each))), "")
-        if reason:
-            left[group.name] = reason
-    for folding in groups.foldings:
-        owners = [group for group in groups if _belongs(folding, group)]
-        if any(group.symmetry.is_continuous for group in owners) and not any(group.name in left for group in owners):
-            for name, tensor in _folded(found, folding):
-                found[name] = tensor
-                changed[name] = None
-    return Canonical(found, (*changed,), left)
+        if group.symmetry.is_continuous:
+            foldings = [folding for folding in groups.foldings if _belongs(folding, group)]
+            reason = unmappable(state, group) or next((why for each in foldings if (why := refusal(state, each))), "")
+            found |= {group.name: reason} if reason else {}
+    return found
+
+
+def needed(groups: GroupSet) -> list[Folding]:
+    """The foldings that stand in the way of mapping the units of some group."""
+    mapped = [group for group in groups if group.symmetry.is_continuous]
+    return [folding for folding in groups.foldings if any(_belongs(folding, group) for group in mapped)]
 
 
 def drawn_map(group: PermutationGroup, generator: torch.Generator) -> UnitMap:
@@ -70,78 +81,104 @@ def drawn_map(group: PermutationGroup, generator: torch.Generator) -> UnitMap:
     return UnitMap(torch.block_diag(*drawn), torch.block_diag(*(torch.linalg.inv(each) for each in drawn)))
 
 
+def unmappable(state: State, group: PermutationGroup) -> str:
+    """Why the units of a group cannot be mapped in these weights, whatever is folded; empty if they can."""
+    names = dict.fromkeys(member.parameter for member in group.members)
+    odd = next((name for name in names if not state[name].is_floating_point()), None)
+    if odd is not None:
+        return f"{odd} holds no real numbers"
+    coarse = next((name for name in names if state[name].dtype.itemsize < 4), None)
+    return "" if coarse is None else f"{coarse} is in half precision, which would round what is mapped"
+
+
+def refusal(state: State, folding: Folding) -> str:
+    """Why a weight cannot be folded in these weights: the shift that stays would be too large; empty if it can."""
+    odd = next((name for name in written(folding) if not state[name].is_floating_point()), None)
+    if odd is not None:
+        return f"{odd} holds no real numbers"
+    if folding.shift is None or takes_shift(folding):
+        return ""
+    largest = float(_over(_numbers(state, folding.shift), _numbers(state, folding.scale)).abs().max())
+    if largest <= LARGEST_SHIFT:
+        return ""
+    scale, shift = folding.scale.parameter, folding.shift.parameter
+    reader = next(reader.weight.parameter for reader in folding.readers if reader.bias is None)
+    return f"{scale} is near zero, and {shift} over it would be {largest:.0e}: {reader} has no bias that could take it"
+
+
+def takes_shift(folding: Folding) -> bool:
+    """Whether all readers have a bias that a shift can go into."""
+    return all(reader.bias is not None for reader in folding.readers)
+
+
+def written(folding: Folding) -> tuple[str, ...]:
+    """The keys of all tensors that a folding may change, each once."""
+    weights = [folding.scale, *folding.writers, *(reader.weight for reader in folding.readers)]
+    names = [member.parameter for member in (*weights, *([] if folding.shift is None else [folding.shift]))]
+    return tuple(dict.fromkeys([*names, *(reader.bias for reader in folding.readers if reader.bias is not None)]))
+
+
+@torch.no_grad()
+def fold(state: State, folding: Folding) -> None:
+    """Fold a weight into others, in place; numbers are computed in float64."""
+    scale = _numbers(state, folding.scale)
+    readers = {reader.weight: reader.bias for reader in folding.readers}  # a layer that runs twice is changed once
+    if folding.shift is not None:
+        shift = _numbers(state, folding.shift)
+        if takes_shift(folding):
+            for weight, bias in readers.items():
+                _add(state[str(bias)], _read(state, weight, shift))
+            shift = torch.zeros_like(shift)
+        else:
+            shift = _over(shift, scale)
+        _put(state, folding.shift, shift)
+    for member in (*readers, *dict.fromkeys(folding.writers)):
+        _multiply(state, member, scale)
+    _put(state, folding.scale, torch.ones_like(scale))
+
+
 def _belongs(folding: Folding, group: PermutationGroup) -> bool:
     """Whether the units that a folding is of are those of a group."""
     return any(member.scales and member.overlaps(folding.scale) for member in group.members)
 
 
-def _refusal(state: Mapping[str, Tensor], group: PermutationGroup) -> str:
-    """Why the units of a group cannot be mapped in these weights."""
-    for member in group.members:
-        tensor = state[member.parameter]
-        if not is_inexact(tensor):
-            return f"{member.parameter} holds whole numbers"
-        if real(tensor.dtype).itemsize < 4:
-            return f"{member.parameter} is held in {str(tensor.dtype).removeprefix('torch.')}, which a map would round"
-    return ""
+def _over(shift: Tensor, scale: Tensor) -> Tensor:
+    """A shift over a scale; where there is no shift, none stays."""
+    return torch.where(shift == 0, shift, shift / scale)
 
 
-def _unstable(state: Mapping[str, Tensor], folding: Folding) -> str:
-    """Why a scale cannot be folded: the shift that stays behind would be too large."""
-    if folding.shift is None or _takes_shift(folding):
-        return ""
-    scale, shift = _numbers(state, folding.scale), _numbers(state, folding.shift)
-    if not bool(shift.any()) or float((shift / scale).abs().nan_to_num(nan=torch.inf).max()) <= LARGEST_SHIFT:
-        return ""
-    name = folding.scale.parameter
-    return f"{name} is near zero where {folding.shift.parameter} is not, and a layer that reads them has no bias"
+def _numbers(state: State, member: Member) -> Tensor:
+    """What lies at a member of a vector: ``(units, places per unit)``, float64."""
+    values = state[member.parameter].flatten().to(torch.float64)
+    return values[_places(member, values)]
 
 
-def _takes_shift(folding: Folding) -> bool:
-    return all(reader.bias is not None for reader in folding.readers)
+def _put(state: State, member: Member, numbers: Tensor) -> None:
+    """Write what lies at a member of a vector."""
+    flat = state[member.parameter].view(-1)
+    flat[_places(member, flat)] = numbers.to(flat)
 
 
-def _folded(state: Mapping[str, Tensor], folding: Folding) -> Iterator[tuple[str, Tensor]]:
-    """The weights that a folding changes, one after the other."""
-    scale = _numbers(state, folding.scale)
-    if folding.shift is not None and bool((shift := _numbers(state, folding.shift)).any()):
-        if _takes_shift(folding):
-            for reader in folding.readers:
-                yield _shifted(state, reader.weight, str(reader.bias), shift)
-            yield _with_numbers(state, folding.shift, torch.zeros_like(shift))
-        else:
-            yield _with_numbers(state, folding.shift, shift / scale)
-    for member in (*(reader.weight for reader in folding.readers), *folding.writers):
-        yield _scaled(state, member, scale)
-    yield _with_numbers(state, folding.scale, torch.ones_like(scale))
-
-
-def _numbers(state: Mapping[str, Tensor], member: Member) -> Tensor:
-    """What lies at a member of a vector, unit by unit, in float64."""
-    values = state[member.parameter].detach().to(torch.float64).flatten()
-    return values[torch.from_numpy(member.positions()[:, 0]).to(values.device)]
-
-
-def _with_numbers(state: Mapping[str, Tensor], member: Member, numbers: Tensor) -> tuple[str, Tensor]:
-    tensor = state[member.parameter].detach().clone()
-    places = torch.from_numpy(member.positions()[:, 0]).to(tensor.device)
-    tensor.view(-1)[places] = numbers.to(tensor)
-    return member.parameter, tensor
-
-
-def _scaled(state: Mapping[str, Tensor], member: Member, scale: Tensor) -> tuple[str, Tensor]:
-    """A weight with its units multiplied along the member's dim."""
-    tensor = state[member.parameter].detach()
+def _multiply(state: State, member: Member, scale: Tensor) -> None:
+    """Multiply units along a member's dim, each by its number."""
+    tensor = state[member.parameter]
     factors = torch.ones(tensor.shape[member.dim], dtype=scale.dtype, device=scale.device)
-    factors[torch.from_numpy(member.positions()).to(scale.device)] = scale[:, None]
+    factors[_places(member, factors)] = scale
     shape = [-1 if dim == member.dim else 1 for dim in range(tensor.ndim)]
-    return member.parameter, (tensor.to(scale.dtype) * factors.view(shape)).to(tensor.dtype)
+    tensor.copy_(tensor.to(scale.dtype) * factors.view(shape))
 
 
-def _shifted(state: Mapping[str, Tensor], weight: Member, bias: str, shift: Tensor) -> tuple[str, Tensor]:
-    """A bias with what its layer makes of a shift of the units that it reads: the same at all offsets of a kernel."""
-    columns = state[weight.parameter].detach().to(shift.dtype).movedim(weight.dim, 0)
-    columns = columns.flatten(2).sum(2) if columns.ndim > 2 else columns
-    read = columns[torch.from_numpy(weight.positions()).to(columns.device)].sum(1)
-    old = state[bias].detach()
-    return bias, (old.to(shift.dtype) + shift @ read).to(old.dtype)
+def _read(state: State, weight: Member, shift: Tensor) -> Tensor:
+    """What a layer makes of a shift of the units that it reads, alike at all places of a kernel: a number per row."""
+    columns = state[weight.parameter].to(shift.dtype).movedim(weight.dim, 0)  # (columns, rows, kernel...)
+    shifts = shift.new_zeros(len(columns))
+    shifts[_places(weight, shifts)] = shift
+    return shifts @ columns.flatten(2).sum(2) if columns.ndim > 2 else shifts @ columns
+
+
+def _add(tensor: Tensor, other: Tensor) -> None:
+    tensor.copy_(tensor.to(other.dtype) + other)
+
+
+def _places(member: Member, like: Tensor) -> Tensor:
+    return torch.from_numpy(member.positions()).to(like.device)

@@ -15,6 +15,7 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
+from vfsurgery.discovery.centrings import Centrings
 from vfsurgery.discovery.foldings import Foldings
 from vfsurgery.discovery.members import member_of
 from vfsurgery.discovery.nesting import Nesting, Outer
@@ -100,6 +101,7 @@ class Components:
             )
             for serial, group in found
         )
+        centrings = Centrings(self._symmetries, self._foldings)
         return GroupSet(
             groups,
             tuple(self.solved.pinned_axes()),
@@ -108,6 +110,11 @@ class Components:
             in_training=len(self.solved.graphs) > 1,
             notes=tuple(self._notes()),
             foldings=tuple(self._foldings.each),
+            centrings=tuple(
+                centrings.of(serial, group.name)
+                for group, (serial, _) in zip(groups, found, strict=True)
+                if group.symmetry is Symmetry.ORTHOGONAL_FIXING_ONES
+            ),
         )
 
     @cached_property

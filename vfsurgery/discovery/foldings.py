@@ -16,6 +16,7 @@ from vfsurgery.discovery.symmetries import Class, Place, Symmetries
 from vfsurgery.groups import Folding, Member, Reader, Symmetry
 from vfsurgery.groups.axes import AxisRef, TensorRef
 from vfsurgery.groups.layouts import Atom
+from vfsurgery.tracing.ops import PERMUTES, RESHAPES, Op
 
 NOWHERE = TensorRef("", "", ())
 """Where an axis lies that no tensor shows."""
@@ -37,6 +38,13 @@ class _Walk:
     """Weights that were found, each with the op that uses it."""
 
 
+_KEEPS_CONSTANTS = (
+    "pick getitem unbind select index_select narrow chunk split split_with_sizes tensor_split roll flip expand "
+    "expand_as repeat repeat_interleave mean Identity Flatten Unflatten Dropout Dropout1d Dropout2d Dropout3d "
+    "AlphaDropout FeatureAlphaDropout dropout dropout1d dropout2d dropout3d"
+)
+KEEPS_CONSTANTS = frozenset(_KEEPS_CONSTANTS.split())
+"""Ops, by their names, behind which a shift is what it was before; others scale it, sum it up, or pad with zeros."""
 Step: TypeAlias = Callable[[int, Class, _Walk], bool]
 """Goes on from a class of an op, writes down the weights that it meets, and says whether it met nothing else."""
 
@@ -100,8 +108,8 @@ class Foldings:
         whole = all({number for end, number in walk.ends if end == name} == self._uses[name] for name in names)
         return walk if whole and names else None
 
-    def _ahead(self, number: int, each: Class, walk: _Walk, padded: bool = False) -> bool:
-        """From what an op gives out to all weights that read it."""
+    def _ahead(self, number: int, each: Class, walk: _Walk, uneven: bool = False) -> bool:
+        """From what an op gives out to all weights that read it; ``uneven`` if a shift does not come through."""
         for place in each.places:
             key = _key(_tensor(place))
             if key not in self._outputs(number):
@@ -110,16 +118,15 @@ class Foldings:
                 return False
             for other in self._takers[key]:
                 classes = [one for one in self._found.classes[other] if place in one.places]
-                if not all(self._passes_on(other, one, place, walk, padded) for one in classes):
+                if not all(self._passes_on(other, one, place, walk, uneven) for one in classes):
                     return False
         return True
 
-    def _passes_on(self, number: int, each: Class, came: Place, walk: _Walk, padded: bool) -> bool:
+    def _passes_on(self, number: int, each: Class, came: Place, walk: _Walk, uneven: bool) -> bool:
         """Whether an op hands units on to weights alone, and whatever else it hands them to does."""
         op = self._said[number].op
         if each.allowed is not Symmetry.GENERAL_LINEAR or each.scaled:
             return False
-        padded |= op.key == "pad" or "ZeroPad" in op.name
         hands_on = False
         for place in each.places:
             tensor = _tensor(place)
@@ -127,12 +134,12 @@ class Foldings:
                 if self._found.is_dual(place) == self._found.is_dual(came) or self._atoms(place) != walk.atoms:
                     return False
                 walk.ends.add((tensor.name, number))
-                walk.readers.append(Reader(op.node.name, self._run_of(place), self._bias(number, place, padded)))
+                walk.readers.append(Reader(op.node.name, self._run_of(place), self._bias(number, place, uneven)))
             elif _key(tensor) in self._outputs(number):
                 hands_on = True
             elif tensor is not NOWHERE and place[0] != came[0]:  # other units come in
                 return False
-        return not hands_on or self._ahead(number, each, walk, padded)
+        return not hands_on or self._ahead(number, each, walk, uneven or not _keeps_constants(op))
 
     def _back(self, number: int, each: Class, walk: _Walk) -> bool:
         """From what goes into an op back to the weights that write it, if nothing else looks at it on the way."""
@@ -172,12 +179,19 @@ class Foldings:
         bias = op.param("bias", 3) if any(_tensor(place) == op.param("weight", 2) for place in each.scaled) else None
         return None if bias is None else next((place for place in each.places if _tensor(place) == bias), None)
 
-    def _bias(self, number: int, read: Place, padded: bool) -> str | None:
-        """The bias of what reads, if a shift of what it reads can go into it."""
+    def _bias(self, number: int, read: Place, uneven: bool) -> str | None:
+        """The bias of what reads, if a shift of what it reads can go into it: the same at all positions.
+
+        It is not where maps are padded with zeros, nor behind a transposed convolution, whose columns come first.
+        """
         op, weight, dim = self._said[number].op, _tensor(read), read[0].dim if isinstance(read[0], AxisRef) else 0
         bias = op.parameters.get("in_proj_bias") or op.param("bias", 2)
         padding = op.argument("padding", 4, 0)
-        pads = padded or (padding not in (0, "valid") and any(padding if isinstance(padding, tuple | list) else [1]))
+        pads = (
+            uneven
+            or dim != 1
+            or (padding not in (0, "valid") and any(padding if isinstance(padding, tuple | list) else [1]))
+        )
         if bias is None or pads or bias.kind != "parameter" or self._uses[bias.name] != self._uses[weight.name]:
             return None
         return bias.name if weight.ndim > 1 and bias.shape == (weight.shape[1 - dim],) else None
@@ -196,6 +210,12 @@ class Foldings:
         assert isinstance(axis, AxisRef)
         at = self._found.solved.axes[axis][run].at
         return Member(axis.tensor.name, axis.dim, len(at), indices=tuple(at.tolist()))
+
+
+def _keeps_constants(op: Op) -> bool:
+    """Whether what is added to all places alike is added to all places of the result, as it was."""
+    name = op.key if isinstance(op.key, str) else op.key.__name__
+    return bool(op.steps) or op.key in RESHAPES or op.key in PERMUTES or name in KEEPS_CONSTANTS
 
 
 def _key(tensor: TensorRef) -> Key:

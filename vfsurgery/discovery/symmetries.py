@@ -136,6 +136,10 @@ class Symmetries:
         """Whether units at a place transform by the inverse transposed of those at the first place of their class."""
         return self.twisted.find(place)[1]
 
+    def is_self_dual(self, place: Place) -> bool:
+        """Whether the class of a place is its own dual, so that :meth:`is_dual` says nothing."""
+        return self.twisted.find(place)[0] in self.twisted.clashes
+
     def atom(self, place: Place) -> Atom:
         """The atom at a place."""
         axis, run, factor = place

@@ -3,6 +3,7 @@
 from vfsurgery.groups.applying import Entries as Entries
 from vfsurgery.groups.applying import gather_index as gather_index
 from vfsurgery.groups.applying import permute_tensor as permute_tensor
+from vfsurgery.groups.groupset import Centring as Centring
 from vfsurgery.groups.groupset import Folding as Folding
 from vfsurgery.groups.groupset import GroupSet as GroupSet
 from vfsurgery.groups.groupset import Member as Member

@@ -202,13 +202,29 @@ class Folding:
 
 
 @dataclass(frozen=True)
+class Centring:
+    """Weights that write the units of ``group``, where none but LayerNorms over just these units look at them.
+
+    A LayerNorm subtracts the mean over its units, so what ``writers`` add to all units alike is never seen. It holds as
+    long as all ``scales``, which multiply single units on the way, are one. With a ``reason`` it does not hold: the
+    group is orthogonal fixing ones, and something sees the mean.
+    """
+
+    group: str
+    writers: tuple[Member, ...] = ()
+    scales: tuple[Member, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class GroupSet(Shown):
     """The permutation groups of one architecture, the axes that may not move, and the ops that had no rule.
 
     Iterate over it for its groups, index it by a group's name, print it for a table that fits on a screen;
     :meth:`listing` has every member. ``in_training`` says whether training computes another graph than eval mode, for
     which the groups hold too; ``None`` if nobody has looked. ``notes`` are for people. ``foldings`` are weights that
-    multiply single units and can be folded into others: what symmetries beyond permutations suppose.
+    multiply single units and can be folded into others: what symmetries beyond permutations suppose. ``centrings`` say
+    for each group that is orthogonal fixing ones whether its mean over the units is seen.
     """
 
     groups: tuple[PermutationGroup, ...]
@@ -219,6 +235,7 @@ class GroupSet(Shown):
     in_training: bool | None = field(default=None, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
     foldings: tuple[Folding, ...] = field(default=(), compare=False, repr=False)
+    centrings: tuple[Centring, ...] = field(default=(), compare=False, repr=False)
 
     def __iter__(self) -> Iterator[PermutationGroup]:
         return iter(self.groups)

@@ -33,8 +33,10 @@ from vfsurgery.matching.schemes import Scheme
 from vfsurgery.matching.similarity import States, is_matrix, member_rows
 from vfsurgery.stats.correlation import CrossMoments, mean_correlation
 
-TURNS, SETTLED = 30, 1e-6
-"""Rounds of streams, heads and orders at most, and the relative gain below which they end."""
+TURNS, SETTLED = 30, 1e-3
+"""Rounds of streams, heads and orders at most; they end when one closes less than this share of what is left."""
+EQUAL = 1e-10
+"""What is left of two sources that are the same."""
 ROUNDS = 3
 """How often each of more than two sources is matched to the mean of all others."""
 TINY = 1e-13
@@ -108,9 +110,9 @@ def turn_by_weights(problem: Problem, source: int, rest: Rest) -> Matching:
     a, b = problem.states[0], problem.states[source]
     streams: dict[str, Order] = {}
     for stream in parts.streams:  # each begins where all that it meets is known
-        streams[stream.name] = _turned(stream, _evidence(stream, groups, (a, b), streams, known_only=True)).map
+        streams[stream.name] = _turned(stream, _evidence(stream, groups, (a, b), streams, known_only=True).cross).map
     orders, inside = dict[str, Order](), dict[str, Order]()
-    reached, gains = -float("inf"), dict[str, Gain]()
+    reached, gains = -1e9, dict[str, Gain]()
     for turn in range(TURNS):
         problem.advance(f"turn {turn + 1}")
         seen = mapped_state(groups, b, {**streams, **orders})
@@ -118,15 +120,15 @@ def turn_by_weights(problem: Problem, source: int, rest: Rest) -> Matching:
             inside |= _HeadMatching(heads, (a, seen), {}, {}).solve(gains)
         seen = mapped_state(groups, b, {**streams, **inside})
         others = rest(replace(problem, groups=parts.rest, states=(a, seen)), orders)
-        orders, total = dict(others.permutations), 0.0
+        orders, total, most = dict(others.permutations), 0.0, 0
         gains |= {gain.group: gain for gain in others.gains}
         arranged = mapped_state(groups, b, {**orders, **inside})
         for stream in parts.streams:
-            found = _turned(stream, _evidence(stream, groups, (a, arranged), streams))
+            evidence = _evidence(stream, groups, (a, arranged), streams)
+            found = _turned(stream, evidence.cross)
             streams[stream.name], gains[stream.name] = found.map, found.gain
-            total += found.gain.after
-        print("turn", turn, total)
-        if total <= reached + SETTLED * abs(reached):
+            total, most = total + found.gain.after, most + evidence.count
+        if total - reached <= max(SETTLED * (most - reached), EQUAL * most):
             break
         reached = total
     return Matching({**streams, **orders, **inside}, tuple(gains.values()))
@@ -170,8 +172,10 @@ def turn_by_activations(
     streams, gains = dict[str, Order](), dict[str, Gain]()
     for stream in parts.streams:
         shown = moments.get(stream.name)
-        evidence = _evidence(stream, groups, (a, b), streams, known_only=True) if shown is None else _crossed(shown)
-        found = _turned(stream, evidence)
+        if shown is None:
+            found = _turned(stream, _evidence(stream, groups, (a, b), streams, known_only=True).cross)
+        else:
+            found = _turned(stream, _crossed(shown))
         streams[stream.name], gains[stream.name] = found.map, found.gain
     seen = mapped_state(groups, b, streams)
     others = rest(replace(problem, groups=parts.rest, states=(a, seen)), {})
@@ -209,6 +213,14 @@ def procrustes(cross: Tensor, symmetry: Symmetry = Symmetry.ORTHOGONAL) -> Tenso
 
 
 @dataclass(frozen=True)
+class _Evidence:
+    """Sum of cross products, each of norm at most 1, and how many there are; ``None`` where there is none."""
+
+    cross: Tensor | None
+    count: int
+
+
+@dataclass(frozen=True)
 class _Found:
     map: UnitMap
     gain: Gain
@@ -226,7 +238,7 @@ def _turned(group: PermutationGroup, cross: Tensor | None) -> _Found:
 
 def _evidence(
     group: PermutationGroup, groups: GroupSet, states: States, streams: Orders, known_only: bool = False
-) -> Tensor | None:
+) -> _Evidence:
     """Cross products of the weights that write or read a space, each divided by its norms.
 
     Args:
@@ -238,7 +250,7 @@ def _evidence(
     """
     a, b = states
     others = {name: order for name, order in streams.items() if name != group.name}
-    total: Tensor | None = None
+    total, count = None, 0
     for name in dict.fromkeys(member.parameter for member in group.members):
         partners = {owner.name for owner, _ in groups.by_parameter[name]} - {group.name}
         if not is_matrix(a[name]) or (known_only and not partners <= others.keys()):
@@ -246,8 +258,8 @@ def _evidence(
         mine, theirs = a[name], map_tensor(name, b[name], groups, others)
         for member in (member for member in group.members if member.parameter == name and not member.scales):
             cross = _normalized(member_rows(mine, member), member_rows(theirs, member))
-            total = cross if total is None else total.add_(cross)
-    return total
+            total, count = cross if total is None else total.add_(cross), count + 1
+    return _Evidence(total, count)
 
 
 def _crossed(moments: Sequence[CrossMoments]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.data.batches import Batches, Data
 from vfsurgery.discovery import discover
-from vfsurgery.discovery.canonical import canonical
+from vfsurgery.discovery.canonical import fold, needed, obstacles
 from vfsurgery.discovery.recording import hidden_norms, record_or_export
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, TraceError, explain
 from vfsurgery.groups import GroupSet
@@ -127,18 +127,16 @@ def _canonical(grouped: Grouped, groups: GroupSet, masks: str | None) -> Grouped
     if is_sparse([source.model for source in grouped.sources], masks):
         note = "units are only reordered, not mapped by matrices: those would fill the sources' zeros"
         return replace(grouped, notes=(*grouped.notes, note))
-    found = [canonical(source.state, groups) for source in grouped.sources]
-    left = {name: reason for each in found for name, reason in each.left.items()}
+    left = {name: why for source in grouped.sources for name, why in obstacles(source.state, groups).items()}
     groups = groups.only_ordered(left)
     notes = tuple(f"only reordered, not mapped: {groups[name]}, since {reason}" for name, reason in left.items())
     if not any(group.symmetry.is_continuous for group in groups):
         return replace(grouped, notes=(*grouped.notes, *notes))
     sources: list[Source] = []
     for source in grouped.sources:
-        copy, state = source.clone(), canonical(source.state, groups)
-        for name in state.changed:
-            copy.state[name].copy_(state.state[name])
-        sources.append(copy)
+        sources.append(source.clone())
+        for folding in needed(groups):
+            fold(sources[-1].state, folding)
     mapped = [group for group in groups if group.symmetry.is_continuous]
     streams = [str(group) for group in mapped if not group.outer]
     told = (

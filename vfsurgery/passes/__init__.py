@@ -4,9 +4,14 @@ from vfsurgery.passes.average import Average as Average
 from vfsurgery.passes.base import Context as Context
 from vfsurgery.passes.base import Pass as Pass
 from vfsurgery.passes.calibrate_biases import CalibrateBiases as CalibrateBiases
+from vfsurgery.passes.centre_writers import CentreWriters as CentreWriters
 from vfsurgery.passes.closed_form import ClosedFormRepair as ClosedFormRepair
 from vfsurgery.passes.closed_form_reset import ClosedFormReset as ClosedFormReset
+from vfsurgery.passes.drop_dead_biases import DropDeadBiases as DropDeadBiases
 from vfsurgery.passes.fold import Fold as Fold
+from vfsurgery.passes.fold_scales import FoldLayerScales as FoldLayerScales
+from vfsurgery.passes.fold_scales import FoldNormScales as FoldNormScales
+from vfsurgery.passes.fold_scales import canonicalize as canonicalize
 from vfsurgery.passes.mask import KeepZeros as KeepZeros
 from vfsurgery.passes.mask import Mask as Mask
 from vfsurgery.passes.options import Option as Option
@@ -28,4 +33,6 @@ from vfsurgery.passes.renormalize import Reshift as Reshift
 for _step in (Average, Preserve, Fold, Reset, Repair, ClosedFormRepair, Rescale, Reshift):
     register_pass(_step)
 for _step in (CalibrateBiases, RemoveBiases, Regress, ClosedFormReset):
+    register_pass(_step)
+for _step in (FoldNormScales, FoldLayerScales, CentreWriters, DropDeadBiases):
     register_pass(_step)
