@@ -126,7 +126,13 @@ def test_read_anywhere_the_order_would_not_be_found(monkeypatch: pytest.MonkeyPa
 
     def error() -> float:
         merged = surgery.merge(
-            model, planted(model, groups), data=DATA, matching="activations", renormalize=None, progress=False
+            model,
+            planted(model, groups),
+            data=DATA,
+            matching="activations",
+            symmetries="permutations",
+            renormalize=None,
+            progress=False,
         )
         return float((outputs(merged, (DATA,))[0] - outputs(model, (DATA,))[0]).abs().max())
 

@@ -249,14 +249,14 @@ def test_auto_says_why_there_is_nothing_to_aim_at(pair, monkeypatch):
     untracked(EXAMPLE)
     assert "keep no running statistics" in notes(untracked)
     assert "memory=1e-06" in notes(pair[0], memory=1e-6)
-    monkeypatch.setitem(surgery.stats.imagined.planning.MOST_FLOPS, "cpu", 1.0)
+    monkeypatch.setattr(surgery.stats.imagined.planning, "affordable_flops", lambda device: 1.0)
     assert "FLOPs" in notes(pair[0])
     assert surgery.imagine(pair[0], 8, "statistics", example_inputs=EXAMPLE, steps=1).report.steered == 8
 
 
 def test_auto_moves_as_many_as_it_may(pair, monkeypatch):
     flops = surgery.imagine(pair[0], 40, "statistics", example_inputs=EXAMPLE, steps=1).report.flops / 40
-    monkeypatch.setitem(surgery.stats.imagined.planning.MOST_FLOPS, "cpu", 2 * 35.5 * flops)
+    monkeypatch.setattr(surgery.stats.imagined.planning, "affordable_flops", lambda device: 2 * 35.5 * flops)
     assert surgery.imagine(pair[0], 50, example_inputs=EXAMPLE, steps=2).report.steered == 35
 
 

@@ -44,7 +44,7 @@ class Sources:
 
     @cached_property
     def groups(self) -> GroupSet:
-        return surgery.find_groups(self.models[0], self.data[:2])
+        return surgery.find_groups(self.models[0], self.data[:2]).only_ordered()
 
     @cached_property
     def states(self) -> list[dict[str, Tensor]]:

@@ -274,6 +274,14 @@ def test_in_place_and_with_shares_of_one_source_the_function_stays() -> None:
     torch.testing.assert_close(a(IMAGES), mean)
 
 
+def test_a_network_merged_with_itself_is_that_network() -> None:
+    a, _ = pair()
+    for model in (a, vit(init_values=1e-3), vit(qkv_bias=False), swin()):
+        merged = surgery.merge(model, copy.deepcopy(model), matching="weights", **OPTIONS)
+        for name, tensor in merged.state_dict().items():
+            torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_orders_found_once_serve_again() -> None:
     a, b = pair()
     orders = surgery.match(a, b, matching="weights", imagine=False, progress=False, example_inputs=IMAGES)

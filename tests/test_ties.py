@@ -73,11 +73,20 @@ def test_a_permuted_copy_is_found_though_activations_do_not_tell_its_units_apart
     model, data = UNTOLD[name]()
     groups = surgery.find_groups(model, data[:2])
     first, second = planted(model, groups, 1), planted(model, groups, 2)
-    orders = surgery.match(model, first, data=data, matching="activations", example_inputs=data[:2], progress=False)
+    orders = surgery.match(
+        model,
+        first,
+        data=data,
+        matching="activations",
+        symmetries="permutations",
+        example_inputs=data[:2],
+        progress=False,
+    )
     assert same_state(permuted(first, groups, orders).state_dict(), model.state_dict())
     assert not same_state(first.state_dict(), model.state_dict())
     merged = surgery.merge(
-        [model, first, second], data=data, matching="activations", renormalize=None, progress=False
+        [model, first, second],
+        data=data, matching="activations", symmetries="permutations", renormalize=None, progress=False,
     )  # fmt: skip
     for key, tensor in model.state_dict().items():
         assert torch.allclose(merged.state_dict()[key], tensor, rtol=0, atol=1e-9), key
@@ -90,7 +99,15 @@ def test_without_the_weights_the_copy_is_not_found(name: str, monkeypatch: pytes
     groups = surgery.find_groups(model, data[:2])
     copy = planted(model, groups, 2)
     monkeypatch.setattr(activations.Ties, "of", lambda *_: None)
-    orders = surgery.match(model, copy, data=data, matching="activations", example_inputs=data[:2], progress=False)
+    orders = surgery.match(
+        model,
+        copy,
+        data=data,
+        matching="activations",
+        symmetries="permutations",
+        example_inputs=data[:2],
+        progress=False,
+    )
     assert not same_state(permuted(copy, groups, orders).state_dict(), model.state_dict())
 
 
@@ -100,10 +117,14 @@ def test_correlations_come_first() -> None:
     b = net("chain", 3).double()
     with torch.no_grad():
         b[0].bias[[0, 2, 5]] = -1e3
-    found = surgery.match(a, b, data=data, matching="activations", example_inputs=data[:2], progress=False)
+    found = surgery.match(
+        a, b, data=data, matching="activations", symmetries="permutations", example_inputs=data[:2], progress=False
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(activations.Ties, "of", lambda *_: None)
-        plain = surgery.match(a, b, data=data, matching="activations", example_inputs=data[:2], progress=False)
+        plain = surgery.match(
+            a, b, data=data, matching="activations", symmetries="permutations", example_inputs=data[:2], progress=False
+        )
     first = next(iter(found))
     dead, cut = {1, 4, 6}, {0, 2, 5}
     pairs = {(unit, own) for unit, own in enumerate(plain[first].order) if unit not in dead and own not in cut}

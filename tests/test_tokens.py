@@ -51,7 +51,7 @@ def test_a_permuted_copy_is_found_and_merges_to_the_network(data: object) -> Non
 def test_all_ways_are_tried_and_the_result_is_evaluated_on_tokens() -> None:
     a, b = reader(0), reader(1)
     merged = surgery.merge(a, b, data=TOKENS, progress=False)
-    assert len(surgery.report_of(merged).trials) == 5
+    assert len(surgery.report_of(merged).trials) == 7
     labels = merged(TOKENS).argmax(1)
     assert surgery.evaluate(merged, (TOKENS, labels), progress=False).accuracy == 1.0
     assert surgery.evaluate(merged, (TOKENS, (labels + 1) % 4), progress=False).accuracy == 0.0

@@ -19,6 +19,8 @@ from vfsurgery.groups import Folding, GroupSet, Member, PermutationGroup
 
 LARGEST_SHIFT = 100.0
 """A shift that stays in a norm, over its scale, may be so large: mapped, it would drown the units in rounding."""
+SMALLEST_SCALE = 1e-3
+"""Share of the largest scale below which one is near zero: weights divided by it would be anything."""
 State: TypeAlias = Mapping[str, Tensor]
 """Parameters and buffers by canonical state-dict key, detached."""
 
@@ -135,6 +137,34 @@ def fold(state: State, folding: Folding) -> None:
     for member in (*readers, *dict.fromkeys(folding.writers)):
         _multiply(state, member, scale)
     _put(state, folding.scale, torch.ones_like(scale))
+
+
+@torch.no_grad()
+def unfold(state: State, folding: Folding, like: State) -> None:
+    """Undo a folding, in place: give a network in canonical form the scale and shift that another one has.
+
+    Units whose scale is near zero there keep what they have.
+
+    Args:
+        state: The weights of the network.
+        folding: What was folded.
+        like: The weights of the other one, before anything was folded.
+    """
+    scale = _numbers(like, folding.scale)
+    usable = scale.abs() > SMALLEST_SCALE * scale.abs().max()
+    scale = torch.where(usable, scale, torch.ones_like(scale))
+    readers = {reader.weight: reader.bias for reader in folding.readers}
+    for member in (*readers, *dict.fromkeys(folding.writers)):
+        _multiply(state, member, 1 / scale)
+    _put(state, folding.scale, _numbers(state, folding.scale) * scale)
+    if folding.shift is not None:
+        shift = _numbers(state, folding.shift) * scale
+        if takes_shift(folding):
+            added = torch.where(usable, _numbers(like, folding.shift), torch.zeros_like(shift))
+            for weight, bias in readers.items():
+                _add(state[str(bias)], -_read(state, weight, added))
+            shift = shift + added
+        _put(state, folding.shift, shift)
 
 
 def _belongs(folding: Folding, group: PermutationGroup) -> bool:

@@ -17,7 +17,7 @@ All else is matched as before, on weights that these maps have been applied to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,7 @@ from vfsurgery.matching.pairwise import mean_state
 from vfsurgery.matching.schemes import Scheme
 from vfsurgery.matching.similarity import States, is_matrix, member_rows
 from vfsurgery.stats.correlation import CrossMoments, mean_correlation
+from vfsurgery.tracing.precision import as_real
 
 TURNS, SETTLED = 30, 1e-3
 """Rounds of streams, heads and orders at most; they end when one closes less than this share of what is left."""
@@ -72,7 +73,8 @@ class Heads:
 class Parts:
     """Groups by how they are matched: streams, heads with units that are mapped inside, and all others.
 
-    A space that any matrix may map is a single head.
+    A space that any matrix may map is a single head; where it meets another such space, as between linear layers that
+    follow each other, nothing tells the two matrices apart, and it is reordered.
     """
 
     streams: tuple[PermutationGroup, ...]
@@ -83,6 +85,9 @@ class Parts:
     def of(groups: GroupSet) -> Parts:
         """Sort the groups of an architecture."""
         plain = [group for group in groups if group.symmetry.is_continuous and not group.outer]
+        plain = [
+            group for group in plain if group.symmetry < Symmetry.GENERAL_LINEAR or not _beside_free(group, groups)
+        ]
         streams = tuple(group for group in plain if group.symmetry is not Symmetry.GENERAL_LINEAR)
         several = [each for each in families(groups) if any(g.symmetry.is_continuous for g in each.inners)]
         heads = (
@@ -92,10 +97,29 @@ class Parts:
         taken = {group.name for group in (*streams, *(group for each in heads for group in each.groups))}
         return Parts(streams, heads, GroupSet(tuple(group for group in groups if group.name not in taken)))
 
+    def rest_alone(self) -> GroupSet:
+        """The others, without weights that heads lie in, too: nothing is known of these at first."""
+        inside = {m.parameter for each in self.heads for group in each.groups for m in group.members}
+        return GroupSet(
+            tuple(
+                replace(group, members=tuple(m for m in group.members if m.parameter not in inside) or group.members)
+                for group in self.rest
+            )
+        )
+
     @property
     def any(self) -> bool:
         """Whether there is anything to be mapped."""
         return bool(self.streams or self.heads)
+
+
+def _beside_free(group: PermutationGroup, groups: GroupSet) -> bool:
+    """Whether a weight of the group lies in another one, too, that any matrix may map."""
+    return any(
+        owner.symmetry is Symmetry.GENERAL_LINEAR and other.dim != member.dim
+        for member in group.members
+        for owner, other in groups.by_parameter[member.parameter]
+    )
 
 
 def turn_by_weights(problem: Problem, source: int, rest: Rest) -> Matching:
@@ -110,9 +134,10 @@ def turn_by_weights(problem: Problem, source: int, rest: Rest) -> Matching:
     a, b = problem.states[0], problem.states[source]
     streams: dict[str, Order] = {}
     for stream in parts.streams:  # each begins where all that it meets is known
-        streams[stream.name] = _turned(stream, _evidence(stream, groups, (a, b), streams, known_only=True).cross).map
-    orders, inside = dict[str, Order](), dict[str, Order]()
-    reached, gains = -1e9, dict[str, Gain]()
+        streams[stream.name] = _turned(stream, _evidence(stream, groups, (a, b), streams, known_only=True)).map
+    gains = dict[str, Gain]()
+    first = rest(replace(problem, groups=parts.rest_alone(), states=(a, mapped_state(groups, b, streams))), {})
+    orders, inside, reached = dict(first.permutations), dict[str, Order](), -1.0
     for turn in range(TURNS):
         problem.advance(f"turn {turn + 1}")
         seen = mapped_state(groups, b, {**streams, **orders})
@@ -120,17 +145,15 @@ def turn_by_weights(problem: Problem, source: int, rest: Rest) -> Matching:
             inside |= _HeadMatching(heads, (a, seen), {}, {}).solve(gains)
         seen = mapped_state(groups, b, {**streams, **inside})
         others = rest(replace(problem, groups=parts.rest, states=(a, seen)), orders)
-        orders, total, most = dict(others.permutations), 0.0, 0
+        orders = dict(others.permutations)
         gains |= {gain.group: gain for gain in others.gains}
         arranged = mapped_state(groups, b, {**orders, **inside})
         for stream in parts.streams:
-            evidence = _evidence(stream, groups, (a, arranged), streams)
-            found = _turned(stream, evidence.cross)
+            found = _turned(stream, _evidence(stream, groups, (a, arranged), streams))
             streams[stream.name], gains[stream.name] = found.map, found.gain
-            total, most = total + found.gain.after, most + evidence.count
-        if total - reached <= max(SETTLED * (most - reached), EQUAL * most):
+        before, reached = reached, _agreement(groups, a, mapped_state(groups, b, {**streams, **orders, **inside}))
+        if reached - before <= max(SETTLED * (1 - before), EQUAL):
             break
-        reached = total
     return Matching({**streams, **orders, **inside}, tuple(gains.values()))
 
 
@@ -173,7 +196,7 @@ def turn_by_activations(
     for stream in parts.streams:
         shown = moments.get(stream.name)
         if shown is None:
-            found = _turned(stream, _evidence(stream, groups, (a, b), streams, known_only=True).cross)
+            found = _turned(stream, _evidence(stream, groups, (a, b), streams, known_only=True))
         else:
             found = _turned(stream, _crossed(shown))
         streams[stream.name], gains[stream.name] = found.map, found.gain
@@ -188,9 +211,36 @@ def turn_by_activations(
     return Matching({**streams, **others.permutations, **inside}, tuple(gains.values()))
 
 
+class Mapped(Mapping[str, Tensor]):
+    """Weights under orders and maps, each made when it is first asked for."""
+
+    def __init__(self, groups: GroupSet, state: Mapping[str, Tensor], orders: Orders) -> None:
+        self.groups, self.state, self.orders = groups, state, orders
+        self._made: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            self._made[name] = map_tensor(name, self.state[name], self.groups, self.orders)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
 def mapped_state(groups: GroupSet, state: Mapping[str, Tensor], orders: Orders) -> Mapping[str, Tensor]:
     """Weights under orders and maps; those that nothing moves are the same tensors."""
-    return {name: map_tensor(name, tensor, groups, orders) for name, tensor in state.items()} if orders else state
+    return Mapped(groups, state, dict(orders)) if orders else state
+
+
+def _agreement(groups: GroupSet, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Mean cosine of all matrices that lie in groups."""
+    names = [name for name in groups.by_parameter if is_matrix(a[name])]
+    flat = ((as_real(a[name]).flatten().double(), as_real(b[name]).flatten().double()) for name in names)
+    cosines = [torch.cosine_similarity(mine, theirs, dim=0) for mine, theirs in flat]
+    return float(torch.stack(cosines).mean()) if cosines else 1.0
 
 
 def procrustes(cross: Tensor, symmetry: Symmetry = Symmetry.ORTHOGONAL) -> Tensor:
@@ -213,14 +263,6 @@ def procrustes(cross: Tensor, symmetry: Symmetry = Symmetry.ORTHOGONAL) -> Tenso
 
 
 @dataclass(frozen=True)
-class _Evidence:
-    """Sum of cross products, each of norm at most 1, and how many there are; ``None`` where there is none."""
-
-    cross: Tensor | None
-    count: int
-
-
-@dataclass(frozen=True)
 class _Found:
     map: UnitMap
     gain: Gain
@@ -238,7 +280,7 @@ def _turned(group: PermutationGroup, cross: Tensor | None) -> _Found:
 
 def _evidence(
     group: PermutationGroup, groups: GroupSet, states: States, streams: Orders, known_only: bool = False
-) -> _Evidence:
+) -> Tensor | None:
     """Cross products of the weights that write or read a space, each divided by its norms.
 
     Args:
@@ -250,7 +292,7 @@ def _evidence(
     """
     a, b = states
     others = {name: order for name, order in streams.items() if name != group.name}
-    total, count = None, 0
+    total: Tensor | None = None
     for name in dict.fromkeys(member.parameter for member in group.members):
         partners = {owner.name for owner, _ in groups.by_parameter[name]} - {group.name}
         if not is_matrix(a[name]) or (known_only and not partners <= others.keys()):
@@ -258,8 +300,8 @@ def _evidence(
         mine, theirs = a[name], map_tensor(name, b[name], groups, others)
         for member in (member for member in group.members if member.parameter == name and not member.scales):
             cross = _normalized(member_rows(mine, member), member_rows(theirs, member))
-            total, count = cross if total is None else total.add_(cross), count + 1
-    return _Evidence(total, count)
+            total = cross if total is None else total.add_(cross)
+    return total
 
 
 def _crossed(moments: Sequence[CrossMoments]) -> Tensor:

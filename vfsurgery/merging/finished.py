@@ -6,21 +6,24 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
+from vfsurgery.discovery.canonical import needed, unfold
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.merging.choosing import Choice
 from vfsurgery.merging.combined import Combined
-from vfsurgery.merging.prepared import Traced
+from vfsurgery.merging.prepared import Grouped
 from vfsurgery.passes.preserve import standalone
 from vfsurgery.records.report import GroupMatch, MergeReport, Preserved, version_of
 from vfsurgery.tracing.bound import refuse_bound
 from vfsurgery.tracing.computed import settle
 from vfsurgery.tracing.copies import forget_kept
 from vfsurgery.tracing.modes import limits
-from vfsurgery.tracing.sources import write_into
+from vfsurgery.tracing.sources import canonical_state, write_into
 
 
-def finish(traced: Traced, combined: Combined, inplace: bool, preserved: bool) -> nn.Module:
+def finish(traced: Grouped, combined: Combined, inplace: bool, preserved: bool) -> nn.Module:
     """Give the result the reference's training modes, or write it into the reference.
+
+    Where sources were brought to a canonical form, a result of their class gets the scales of a's norms back.
 
     In place, the copy's values go into a's tensors at the very end: whatever fails before leaves a as it was.
 
@@ -36,6 +39,9 @@ def finish(traced: Traced, combined: Combined, inplace: bool, preserved: bool) -
                 remedy="leave inplace out: the result is then a graph module",
             )
         )
+    if traced.originals and not (preserved or context.restructured):
+        for folding in needed(traced.groups):
+            unfold(canonical_state(merged), folding, traced.originals[0].state)
     if inplace:
         write_into(reference, merged, context.created_biases)
         settle(reference, merged)
