@@ -5,10 +5,11 @@ Their weights are kept in the folder ``--cache``, and those that are there are n
 what they miss. ``merge``: three pairs on digits (0, 1), (2, 3), (0, 2), and one on CIFAR-10, merged half and half by
 each matching and each renormalization, and by each choice of ``symmetries`` where ``merge`` has that option. Accuracy
 (%) is on 500 test images of digits, with statistics from 297 others, and on the 10,000 of CIFAR-10, with statistics
-from 5,000 training images. A cell is the mean over the pairs with the lowest and the highest; a second table has the
-CPU seconds of one merge, tracing included, and a list what ``"auto"`` chose. ``nested``: what nested groups add, when
-orders of heads (or of groups of channels), of the dims inside them, or of both are left out of one and the same
-matching. ``speed``: seconds that matching two ViT-B/16 of random weights takes with and without all symmetries.
+from 5,000 training images. A cell is the mean over the pairs with the lowest and the highest. A second table has the
+CPU seconds of one merge, tracing included, a third what ``renormalize="auto"`` kept beside the best that there was.
+``nested``: what nested groups add, when orders of heads (or of groups of channels), of the dims inside them, or of both
+are left out of one and the same matching. ``speed``: seconds that matching two ViT-B/16 of random weights takes with
+and without all symmetries.
 
 CIFAR-10 comes from a shared folder; without it, only digits are measured.
 
@@ -41,9 +42,10 @@ from torch.utils.data import TensorDataset
 
 import vfsurgery as surgery
 from vfsurgery.data import digits
+from vfsurgery.discovery.maps import permutations_of
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet, Permutations
-from vfsurgery.matching import Given, Matching, Problem
+from vfsurgery.matching import Given, Matcher, Matching, Problem
 from vfsurgery.matching.nested import BlockAssignment, families
 from vfsurgery.matching.weights import match_rest
 from vfsurgery.networks.architectures import build_model
@@ -234,13 +236,13 @@ Cells = dict[tuple[str, str], float]
 """By row and column of a table."""
 
 
-def measure(a: nn.Module, b: nn.Module, data: Data, matchings: Sequence[str]) -> tuple[Cells, Cells, str]:
-    """All merges of one pair: accuracies, CPU seconds, and what the last one, with most on auto, came to."""
+def measure(a: nn.Module, b: nn.Module, data: Data, matchings: Sequence[str]) -> tuple[Cells, Cells, list[str]]:
+    """All merges of one pair: accuracies, CPU seconds, and what ``renormalize="auto"`` kept in each row."""
     scores = compare({"a": a, "b": b}, data.test, progress=False)
     sources = {"sources": (scores["a"].accuracy + scores["b"].accuracy) / 2, "ensemble": scores["ensemble"].accuracy}
     table: Cells = {(name, "none"): accuracy for name, accuracy in sources.items()}
     seconds: Cells = {}
-    told = ""
+    told: list[str] = []
     for matching in matchings:
         for symmetries in choices(surgery.merge, matching):
             row = ", ".join([matching, *symmetries.values()])
@@ -254,8 +256,8 @@ def measure(a: nn.Module, b: nn.Module, data: Data, matchings: Sequence[str]) ->
                     continue
                 table[row, column] = surgery.evaluate(merged, data.test, progress=False).accuracy
                 seconds[row, column] = watch.cpu
-            if (row, "auto") in table:
-                told = chosen(merged, table, row)
+                if renormalize == "auto":
+                    told.append(chosen(merged, table, row))
     return table, seconds, told
 
 
@@ -276,16 +278,18 @@ def merged_of(
 
 
 def chosen(merged: nn.Module, table: Cells, row: str) -> str:
-    """What ``renormalize="auto"`` kept in a row, beside the best cell of the whole table."""
+    """What was kept in a row, beside the best that could have been: of the row, or of the whole table.
+
+    The agreement with the sources' ensemble of all that was tried follows, by which one was kept.
+    """
     report = surgery.report_of(merged)
-    ways = "; ".join(f"{trial.way} {100 * trial.agreement:.1f}" for trial in report.trials)
-    merges = {place: accuracy for place, accuracy in table.items() if place[0] not in ("sources", "ensemble")}
-    best = max(merges, key=lambda place: merges[place])
+    rivals = {place: accuracy for place, accuracy in table.items() if place[0] == row or row.startswith("auto")}
+    rivals = {place: accuracy for place, accuracy in rivals.items() if place[0] not in ("sources", "ensemble")}
+    best = max(rivals, key=lambda place: rivals[place])
+    tried = ", ".join(f"{trial.way} {100 * trial.agreement:.1f}" for trial in report.trials)
     kept = " + ".join([report.matching, *report.renormalize])
-    return (
-        f"{row}: kept {kept}, {100 * table[row, 'auto']:.1f}; best cell {best[0]} + {best[1]}, "
-        f"{100 * merges[best]:.1f}; agreement with the ensemble of what was tried: {ways}"
-    )
+    accuracies = f"{100 * table[row, 'auto']:.1f} | {' + '.join(best)} | {100 * rivals[best]:.1f}"
+    return f"{row} | {kept} | {accuracies} | {tried}"
 
 
 def measure_merges(name: str, case: Case, matchings: Sequence[str]) -> None:
@@ -293,9 +297,13 @@ def measure_merges(name: str, case: Case, matchings: Sequence[str]) -> None:
     found = [measure(case.models[a], case.models[b], case.data, matchings) for a, b in case.pairs]
     print_table(name, [table for table, _, _ in found])
     print_table(f"{name}, CPU seconds of one merge", [seconds for _, seconds, _ in found], mean_seconds)
-    print()
-    for pair, (_, _, told) in zip(case.pairs, found, strict=True):
-        print(f"- pair {pair}: {told}", flush=True)
+    print(f"\n### {name}, what auto kept\n")
+    print(
+        "| pair | matching | kept | accuracy | best | accuracy | agreement of all tried |\n|---|---|---|---|---|---|---|"
+    )
+    for (a, b), (_, _, told) in zip(case.pairs, found, strict=True):
+        for line in told:
+            print(f"| {a}, {b} | {line} |", flush=True)
 
 
 def measure_nested(name: str, case: Case) -> None:
@@ -316,14 +324,20 @@ def nested_merges(a: nn.Module, b: nn.Module, data: Data, groups: GroupSet) -> C
     nested: Cells = {}
     options: Mapping[str, Any] = choices(surgery.match, "weights")[0]  # orders are of permutations
     for matching in ("weights", "activations"):
-        orders = surgery.match(a, b, data=data.calibration, matching=matching, progress=False, **options)
-        heads_kept = HeadsKept(matching, orders)
-        dims_only = surgery.match(a, b, data=data.calibration, matching=heads_kept, progress=False)
+        orders = orders_of(a, b, data, matching, **options)
+        dims_only = orders_of(a, b, data, HeadsKept(matching, orders), **options)
         for row, kept in nested_orders(orders, dims_only, groups).items():
             for column in ("none", "REPAIR, output layer too", "regress"):
                 merged = merged_of(a, b, data, Given(kept), NORMALIZATIONS[column])
                 nested[f"{matching}: {row}", column] = surgery.evaluate(merged, data.test, progress=False).accuracy
     return nested
+
+
+def orders_of(a: nn.Module, b: nn.Module, data: Data, matching: str | Matcher, **options: Any) -> Permutations:
+    """What a matching finds."""
+    found = surgery.match(a, b, data=data.calibration, matching=matching, progress=False, **options)
+    assert isinstance(found, Mapping)
+    return permutations_of(found)
 
 
 def nested_orders(orders: Permutations, dims_only: Permutations, groups: GroupSet) -> dict[str, Permutations]:
