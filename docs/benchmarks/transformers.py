@@ -298,9 +298,8 @@ def measure_merges(name: str, case: Case, matchings: Sequence[str]) -> None:
     print_table(name, [table for table, _, _ in found])
     print_table(f"{name}, CPU seconds of one merge", [seconds for _, seconds, _ in found], mean_seconds)
     print(f"\n### {name}, what auto kept\n")
-    print(
-        "| pair | matching | kept | accuracy | best | accuracy | agreement of all tried |\n|---|---|---|---|---|---|---|"
-    )
+    print("| pair | matching | kept | accuracy | best | accuracy | agreement of all tried |")
+    print(f"|{'---|' * 7}")
     for (a, b), (_, _, told) in zip(case.pairs, found, strict=True):
         for line in told:
             print(f"| {a}, {b} | {line} |", flush=True)
@@ -386,11 +385,14 @@ class HeadsKept:
             correlations = {
                 group.name: torch.stack([place.correlation() for place in moments[group.name]]).mean(0)
                 for group in family.inners
+                if group.name in moments  # torch's attention does not show all of them
             }
+            if not correlations:
+                continue
             stay = torch.eye(family.outer.size) * len(inner) * family.units  # outweighs all that heads could gain
             found = BlockAssignment(family.outer.size, stay, correlations).solve()
-            known |= {group.name: found[group.name] for group in family.inners}
-        return [Matching(known)]
+            known |= {name: found[name] for name in correlations}
+        return [match_rest(problem, 1, known)]
 
 
 def look_closer(a: nn.Module, b: nn.Module, data: Data) -> None:
