@@ -401,7 +401,7 @@ def look_closer(a: nn.Module, b: nn.Module, data: Data) -> None:
     for alpha in (0.1, 0.2, 0.3, 0.5):
         merged = surgery.merge(a, b, alpha=alpha, data=data.calibration, matching="activations", progress=False)
         print(f"| {alpha} | {100 * surgery.evaluate(merged, data.test, progress=False).accuracy:.1f} |", flush=True)
-    print("\n| group | mean correlation of paired units |\n|---|---|")
+    print("\n| group | mean correlation of paired units (similarity of weights inside torch's attention) |\n|---|---|")
     report = surgery.report_of(merged)
     for found in report.matches:
         print(f"| {report.groups[found.group]} | {found.after:.2f} |")
