@@ -283,8 +283,8 @@ def chosen(merged: nn.Module, table: Cells, row: str) -> str:
     The agreement with the sources' ensemble of all that was tried follows, by which one was kept.
     """
     report = surgery.report_of(merged)
-    rivals = {place: accuracy for place, accuracy in table.items() if place[0] == row or row.startswith("auto")}
-    rivals = {place: accuracy for place, accuracy in rivals.items() if place[0] not in ("sources", "ensemble")}
+    fixed = [place for place in table if place[1] != "auto" and place[0] not in ("sources", "ensemble")]
+    rivals = {place: table[place] for place in fixed if place[0] == row or row.startswith("auto")}
     best = max(rivals, key=lambda place: rivals[place])
     tried = ", ".join(f"{trial.way} {100 * trial.agreement:.1f}" for trial in report.trials)
     kept = " + ".join([report.matching, *report.renormalize])
