@@ -326,7 +326,7 @@ def nested_merges(a: nn.Module, b: nn.Module, data: Data, groups: GroupSet) -> C
         orders = orders_of(a, b, data, matching, **options)
         dims_only = orders_of(a, b, data, HeadsKept(matching, orders), **options)
         for row, kept in nested_orders(orders, dims_only, groups).items():
-            for column in ("none", "REPAIR, output layer too", "regress"):
+            for column in ("none", "REPAIR, output layer too"):
                 merged = merged_of(a, b, data, Given(kept), NORMALIZATIONS[column])
                 nested[f"{matching}: {row}", column] = surgery.evaluate(merged, data.test, progress=False).accuracy
     return nested
