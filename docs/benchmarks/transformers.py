@@ -1,42 +1,59 @@
-"""Merge small transformers, ConvNeXts and GroupNorm nets trained on digits, and print what each merge keeps.
+"""Merge small transformers, ConvNeXts and GroupNorm nets from different seeds in every way; time ViT-B/16.
 
-Four networks of each architecture learn scikit-learn's 8x8 digits from different seeds; three pairs are merged in every
-way. Accuracy (%) is on 500 test images, statistics come from 297 others; a cell is the mean over the pairs with the
-lowest and the highest. A second table says what nested groups add: orders of heads (or of groups of channels), of the
-dims inside them, or of both are left out of one and the same matching. Trained weights are kept for the next time.
+``train``: four networks of each architecture learn scikit-learn's 8x8 digits from seeds 0 to 3, two ViTs CIFAR-10.
+Their weights are kept in the folder ``--cache``, and those that are there are not trained again; the other parts train
+what they miss. ``merge``: three pairs on digits (0, 1), (2, 3), (0, 2), and one on CIFAR-10, merged half and half by
+each matching and each renormalization, and by each choice of ``symmetries`` where ``merge`` has that option. Accuracy
+(%) is on 500 test images of digits, with statistics from 297 others, and on the 10,000 of CIFAR-10, with statistics
+from 5,000 training images. A cell is the mean over the pairs with the lowest and the highest. A second table has the
+CPU seconds of one merge, tracing included, a third what ``renormalize="auto"`` kept beside the best that there was.
+``nested``: what nested groups add, when orders of heads (or of groups of channels), of the dims inside them, or of both
+are left out of one and the same matching. ``speed``: seconds that matching two ViT-B/16 of random weights takes with
+and without all symmetries.
 
-    python docs/benchmarks/transformers.py
-    python docs/benchmarks/transformers.py --network vit --epochs 5 --pairs 1
+CIFAR-10 comes from a shared folder; without it, only digits are measured.
+
+    python docs/benchmarks/transformers.py train merge
+    python docs/benchmarks/transformers.py merge --networks vit swin --matchings weights --pairs 1
+    python docs/benchmarks/transformers.py merge --networks vit --images 100
+    python docs/benchmarks/transformers.py speed --threads 2
 """
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pairs import decoded, folder_parser, load_images, load_networks
 from safetensors.torch import load_file, save_file
-from timing import Stopwatch, begin, parser
+from timing import Stopwatch, begin
 from timm.models.convnext import ConvNeXt
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import vfsurgery as surgery
 from vfsurgery.data import digits
+from vfsurgery.discovery.maps import permutations_of
+from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet, Permutations
-from vfsurgery.matching import Given, Matching, Problem
+from vfsurgery.matching import Given, Matcher, Matching, Problem
 from vfsurgery.matching.nested import BlockAssignment, families
 from vfsurgery.matching.weights import match_rest
+from vfsurgery.networks.architectures import build_model
 from vfsurgery.passes import Repair
 from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.scoring.evaluation import compare
-from vfsurgery.training import from_seed
+from vfsurgery.training import from_seed, train
 
-ROOT = Path(__file__).resolve().parents[2]
 BATCH = 50
 RATE = 2e-3
 
@@ -74,14 +91,57 @@ def groupnorm() -> nn.Module:
     return nn.Sequential(*stem, Block(32), nn.MaxPool2d(2), Block(32), Block(32), *head)
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"vit": vit, "convnext": convnext, "groupnorm": groupnorm}
+def swin() -> nn.Module:
+    """Two stages of two blocks, windows of 4x4, shifted in the first: 8x8 places of 32 units, then 4x4 of 64."""
+    sizes: dict[str, Any] = {"patch_size": 1, "window_size": 4, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4)}
+    return SwinTransformer(img_size=8, in_chans=1, num_classes=10, drop_path_rate=0.0, **sizes)
+
+
+class Encoder(nn.Module):
+    """torch's ``nn.TransformerEncoder``, norms first, over 16 patches of 2x2 pixels; the mean token is classified."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, 48, 2, stride=2)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 16, 48))
+        layer = nn.TransformerEncoderLayer(
+            48, 4, 192, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, 4, norm=nn.LayerNorm(48), enable_nested_tensor=False)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (N, 1, 8, 8) to logits (N, 10)."""
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        return self.head(self.encoder(tokens + self.positions).mean(1))
+
+
+def cifar_vit() -> nn.Module:
+    """16 tokens of 8x8 pixels of CIFAR-10 and a class token; four blocks with four heads of 24 dims."""
+    return VisionTransformer(img_size=32, patch_size=8, num_classes=10, embed_dim=96, depth=4, num_heads=4)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "vit": vit,
+    "convnext": convnext,
+    "groupnorm": groupnorm,
+    "swin": swin,
+    "encoder": Encoder,
+}
+"""Those that learn digits."""
+CIFAR = "cifar_vit"
 PAIRS = ((0, 1), (2, 3), (0, 2))
+MATCHINGS = ("identity", "weights", "activations", "auto")
 NORMALIZATIONS: dict[str, Renormalization] = {
     "none": None,
-    "REPAIR, output layer as it is": "repair",
-    "REPAIR (the default)": Repair(include_output=True),
     "RESCALE": "rescale",
+    "REPAIR": "repair",
+    "REPAIR, output layer too": Repair(include_output=True),
+    "regress": "regress",
+    "auto": "auto",
 }
+"""None of the networks has BatchNorm, which RESET is for."""
+LARGE, SIDE = "timm:vit_base_patch16_224", 224
 
 
 def learn(model: nn.Module, train: TensorDataset, epochs: int, seed: int) -> nn.Module:
@@ -101,18 +161,25 @@ def learn(model: nn.Module, train: TensorDataset, epochs: int, seed: int) -> nn.
     return model.eval()
 
 
-def sources_of(name: str, count: int, epochs: int, cache: Path, train: TensorDataset) -> list[nn.Module]:
+def learn_cifar(model: nn.Module, images: TensorDataset, epochs: int, seed: int) -> nn.Module:
+    """Train in place with AdamW and one learning-rate cycle, on images that are shifted and mirrored."""
+    options: dict[str, Any] = {"lr": 1e-3, "batch_size": 100, "optimizer": "adamw", "weight_decay": 0.05}
+    return train(model, images, epochs=epochs, seed=seed, augment=True, progress=False, **options)
+
+
+def sources_of(name: str, count: int, epochs: int, cache: Path, images: TensorDataset) -> list[nn.Module]:
     """Networks trained from seeds 0, 1, ..., or their weights from the last time."""
+    factory, teach = (cifar_vit, learn_cifar) if name == CIFAR else (NETWORKS[name], learn)
     models: list[nn.Module] = []
     for seed in range(count):
-        model = from_seed(NETWORKS[name], seed)
+        model = from_seed(factory, seed)
         path = cache / f"{name}_{epochs}_epochs_seed{seed}.safetensors"
         if path.exists():
             model.load_state_dict(load_file(path))
         else:
             watch = Stopwatch()
             with watch:
-                learn(model, train, epochs, seed)
+                teach(model, images, epochs, seed)
             print(f"trained {name} from seed {seed}: {watch}", flush=True)
             cache.mkdir(parents=True, exist_ok=True)
             save_file(dict(model.state_dict()), path)
@@ -128,36 +195,148 @@ class Data:
     test: list[tuple[Tensor, Tensor]]
 
 
-Accuracies = dict[tuple[str, str], float]
+@dataclass(frozen=True)
+class Case:
+    """Trained networks, which of them are merged, and the data."""
+
+    models: list[nn.Module]
+    pairs: Sequence[tuple[int, int]]
+    data: Data
+
+
+def load(name: str, options: argparse.Namespace) -> Case:
+    """The networks of one architecture, trained unless their weights are kept."""
+    pairs = PAIRS[:1] if name == CIFAR else PAIRS[: options.pairs]
+    count = 1 + max(map(max, pairs))
+    if name == CIFAR:
+        images = load_images(options.shared, options.cache, test=options.images or 10_000)
+        data, learnt, epochs = Data(images.calibration, images.test), cifar_images(options), options.cifar_epochs
+    else:
+        splits, epochs = digits(), options.epochs
+        learnt, calibration, test = (tensors(part) for part in (splits.train, splits.calibration, splits.test))
+        tested = [part[: options.images].split(BATCH) for part in test.tensors]
+        data = Data([*calibration.tensors[0].split(BATCH)], [*zip(*tested, strict=True)])
+    return Case(sources_of(name, count, epochs, options.cache / "transformers", learnt), pairs, data)
+
+
+def tensors(part: object) -> TensorDataset:
+    """A part of digits, which lies in tensors."""
+    assert isinstance(part, TensorDataset)
+    return part
+
+
+def cifar_images(options: argparse.Namespace) -> TensorDataset:
+    """CIFAR-10's 50,000 training images and labels, standardised."""
+    pixels = decoded(options.shared / "data" / "cifar10.tar.gz", options.cache / "cifar10.safetensors")
+    images: Tensor = load_networks(options.shared).normalize(pixels["train_images"])
+    return TensorDataset(images, pixels["train_labels"].long())
+
+
+Cells = dict[tuple[str, str], float]
 """By row and column of a table."""
 
 
-def measure(a: nn.Module, b: nn.Module, data: Data) -> tuple[Accuracies, Accuracies]:
-    """All merges of one pair: by matching and normalization, and by which nested orders were kept."""
-    groups = surgery.find_groups(a, data.calibration[0][:2])
+def measure(a: nn.Module, b: nn.Module, data: Data, matchings: Sequence[str]) -> tuple[Cells, Cells, list[str]]:
+    """All merges of one pair: accuracies, CPU seconds, and what ``renormalize="auto"`` kept in each row."""
     scores = compare({"a": a, "b": b}, data.test, progress=False)
     sources = {"sources": (scores["a"].accuracy + scores["b"].accuracy) / 2, "ensemble": scores["ensemble"].accuracy}
-    table: Accuracies = {(name, "none"): accuracy for name, accuracy in sources.items()}
-    nested: Accuracies = {}
-    for matching in ("identity", "weights", "activations"):
-        orders = surgery.match(a, b, data=data.calibration, matching=matching, progress=False)
-        for column in NORMALIZATIONS:
-            table[matching, column] = accuracy_of(a, b, orders, column, data)
-        if matching == "identity" or not any(group.outer for group in groups):
-            continue
-        heads_kept = HeadsKept(matching, orders)
-        dims_only = surgery.match(a, b, data=data.calibration, matching=heads_kept, progress=False)
-        for row, chosen in nested_orders(orders, dims_only, groups).items():
-            for column in ("none", "REPAIR (the default)"):
-                nested[f"{matching}: {row}", column] = accuracy_of(a, b, chosen, column, data)
-    return table, nested
+    table: Cells = {(name, "none"): accuracy for name, accuracy in sources.items()}
+    seconds: Cells = {}
+    told: list[str] = []
+    for matching in matchings:
+        for symmetries in choices(surgery.merge, matching):
+            row = ", ".join([matching, *symmetries.values()])
+            for column, renormalize in NORMALIZATIONS.items():
+                watch = Stopwatch()
+                try:
+                    with watch:
+                        merged = merged_of(a, b, data, matching, renormalize, **symmetries)
+                except SurgeryError as error:  # a hole in the table, not the end of the others
+                    print(f"failed, {row}, {column}: {error}", flush=True)
+                    continue
+                table[row, column] = surgery.evaluate(merged, data.test, progress=False).accuracy
+                seconds[row, column] = watch.cpu
+                if renormalize == "auto":
+                    told.append(chosen(merged, table, row))
+    return table, seconds, told
 
 
-def accuracy_of(a: nn.Module, b: nn.Module, orders: Permutations, normalization: str, data: Data) -> float:
-    """Accuracy of one merge under given orders."""
-    renormalize = NORMALIZATIONS[normalization]
-    merged = surgery.merge(a, b, data=data.calibration, matching=Given(orders), renormalize=renormalize, progress=False)
-    return surgery.evaluate(merged, data.test, progress=False).accuracy
+def choices(function: Callable[..., object], matching: str) -> list[dict[str, str]]:
+    """What to hand to ``symmetries=``: nothing where a function has no such option, or where nothing is matched."""
+    if matching == "identity" or "symmetries" not in inspect.signature(function).parameters:
+        return [{}]
+    names = ("permutations", "all", "auto") if matching == "auto" else ("permutations", "all")
+    return [{"symmetries": name} for name in names]
+
+
+def merged_of(
+    a: nn.Module, b: nn.Module, data: Data, matching: str | Given, renormalize: Renormalization, **symmetries: Any
+) -> nn.Module:
+    """Merge half and half."""
+    options: Mapping[str, Any] = {"matching": matching, "renormalize": renormalize, **symmetries}
+    return surgery.merge(a, b, data=data.calibration, progress=False, **options)
+
+
+def chosen(merged: nn.Module, table: Cells, row: str) -> str:
+    """What was kept in a row, beside the best that could have been: of the row, or of the whole table.
+
+    The agreement with the sources' ensemble of all that was tried follows, by which one was kept.
+    """
+    report = surgery.report_of(merged)
+    fixed = [place for place in table if place[1] != "auto" and place[0] not in ("sources", "ensemble")]
+    rivals = {place: table[place] for place in fixed if place[0] == row or row.startswith("auto")}
+    best = max(rivals, key=lambda place: rivals[place])
+    tried = ", ".join(f"{trial.way} {100 * trial.agreement:.1f}" for trial in report.trials)
+    kept = " + ".join([report.matching, *report.renormalize])
+    accuracies = f"{100 * table[row, 'auto']:.1f} | {' + '.join(best)} | {100 * rivals[best]:.1f}"
+    return f"{row} | {kept} | {accuracies} | {tried}"
+
+
+def measure_merges(name: str, case: Case, matchings: Sequence[str]) -> None:
+    """Print the tables of one architecture."""
+    found = [measure(case.models[a], case.models[b], case.data, matchings) for a, b in case.pairs]
+    print_table(name, [table for table, _, _ in found])
+    print_table(f"{name}, CPU seconds of one merge", [seconds for _, seconds, _ in found], mean_seconds)
+    print(f"\n### {name}, what auto kept\n")
+    print("| pair | matching | kept | accuracy | best | accuracy | agreement of all tried |")
+    print(f"|{'---|' * 7}")
+    for (a, b), (_, _, told) in zip(case.pairs, found, strict=True):
+        for line in told:
+            print(f"| {a}, {b} | {line} |", flush=True)
+
+
+def measure_nested(name: str, case: Case) -> None:
+    """Print what the orders of heads and of the dims inside them add, where there are any."""
+    found: list[Cells] = []
+    for a, b in ((case.models[a], case.models[b]) for a, b in case.pairs):
+        groups = surgery.find_groups(a, case.data.calibration[0][:2])
+        if any(group.outer for group in groups):
+            found.append(nested_merges(a, b, case.data, groups))
+    if found:
+        print_table(f"{name}, orders of nested groups", found)
+        (a, b), *_ = case.pairs
+        look_closer(case.models[a], case.models[b], case.data)
+
+
+def nested_merges(a: nn.Module, b: nn.Module, data: Data, groups: GroupSet) -> Cells:
+    """Accuracy of one pair by which nested orders were kept."""
+    nested: Cells = {}
+    options: Mapping[str, Any] = choices(surgery.match, "weights")[0]  # orders are of permutations
+    for matching in ("weights", "activations"):
+        orders = orders_of(a, b, data, matching, **options)
+        dims_only = orders_of(a, b, data, HeadsKept(matching, orders), **options)
+        for row, kept in nested_orders(orders, dims_only, groups).items():
+            for column in ("none", "REPAIR, output layer too"):
+                merged = merged_of(a, b, data, Given(kept), NORMALIZATIONS[column])
+                nested[f"{matching}: {row}", column] = surgery.evaluate(merged, data.test, progress=False).accuracy
+    return nested
+
+
+def orders_of(a: nn.Module, b: nn.Module, data: Data, matching: str | Matcher, **options: Any) -> Permutations:
+    """What a matching finds."""
+    found = surgery.match(a, b, data=data.calibration, matching=matching, progress=False, **options)
+    assert isinstance(found, Mapping)
+    return permutations_of(found)
 
 
 def nested_orders(orders: Permutations, dims_only: Permutations, groups: GroupSet) -> dict[str, Permutations]:
@@ -206,31 +385,58 @@ class HeadsKept:
             correlations = {
                 group.name: torch.stack([place.correlation() for place in moments[group.name]]).mean(0)
                 for group in family.inners
+                if group.name in moments  # torch's attention does not show all of them
             }
+            if not correlations:
+                continue
             stay = torch.eye(family.outer.size) * len(inner) * family.units  # outweighs all that heads could gain
             found = BlockAssignment(family.outer.size, stay, correlations).solve()
-            known |= {group.name: found[group.name] for group in family.inners}
-        return [Matching(known)]
+            known |= {name: found[name] for name in correlations}
+        return [match_rest(problem, 1, known)]
 
 
 def look_closer(a: nn.Module, b: nn.Module, data: Data) -> None:
     """Print for one pair how well each group's units correlate, and what merges nearer to the first source keep."""
     print("\n### first pair, on activations\n\n| share of b | accuracy |\n|---|---|")
     for alpha in (0.1, 0.2, 0.3, 0.5):
-        merged = surgery.merge(a, b, alpha=alpha, data=data.calibration, progress=False)
+        merged = surgery.merge(a, b, alpha=alpha, data=data.calibration, matching="activations", progress=False)
         print(f"| {alpha} | {100 * surgery.evaluate(merged, data.test, progress=False).accuracy:.1f} |", flush=True)
-    print("\n| group | mean correlation of paired units |\n|---|---|")
+    print("\n| group | mean correlation of paired units (similarity of weights inside torch's attention) |\n|---|---|")
     report = surgery.report_of(merged)
     for found in report.matches:
         print(f"| {report.groups[found.group]} | {found.after:.2f} |")
 
 
-def print_table(title: str, found: Sequence[Accuracies]) -> None:
-    """Print mean, lowest and highest of each cell over the pairs."""
-    columns = list(dict.fromkeys(column for _, column in found[0]))
+def measure_speed(count: int) -> None:
+    """Print the seconds that matching two large ViTs takes, and their ratio to those of permutations."""
+    a, b = (from_seed(lambda: build_model(LARGE), seed).eval() for seed in (0, 1))
+    images = torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    watch = Stopwatch()
+    with watch:
+        surgery.find_groups(a, images[:2])
+    print(f"\n{LARGE}, random weights of two seeds, {count} images; groups of one network: {watch}")
+    print("\n| matching | symmetries | wall s | CPU s | times permutations, wall | CPU |\n|---|---|--:|--:|--:|--:|")
+    for matching in ("weights", "activations"):
+        first: Stopwatch | None = None
+        for symmetries in choices(surgery.match, matching):
+            options: Mapping[str, Any] = {"matching": matching, **symmetries}
+            watch = Stopwatch()
+            with watch:
+                surgery.match(a, b, data=[images], progress=False, **options)
+            first = first or watch
+            name = symmetries.get("symmetries", "permutations")
+            ratios = f"{watch.wall / first.wall:.2f} | {watch.cpu / first.cpu:.2f}"
+            print(f"| {matching} | {name} | {watch.wall:.1f} | {watch.cpu:.1f} | {ratios} |", flush=True)
+
+
+def print_table(title: str, found: Sequence[Cells], show: Callable[[Sequence[float]], str] | None = None) -> None:
+    """Print each cell over the pairs: mean, lowest and highest in percent, or as ``show`` has it."""
+    columns = list(dict.fromkeys(column for table in found for _, column in table))
     print(f"\n### {title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for row in dict.fromkeys(row for row, _ in found[0]):
-        cells = (cell([table[row, column] for table in found if (row, column) in table]) for column in columns)
+    for row in dict.fromkeys(row for table in found for row, _ in table):
+        cells = (
+            (show or cell)([table[row, column] for table in found if (row, column) in table]) for column in columns
+        )
         print(f"| {row} | {' | '.join(cells)} |", flush=True)
 
 
@@ -242,28 +448,38 @@ def cell(accuracies: Sequence[float]) -> str:
     return f"{100 * statistics.mean(accuracies):.1f}{spread}"
 
 
+def mean_seconds(seconds: Sequence[float]) -> str:
+    """Their mean."""
+    return f"{statistics.mean(seconds):.1f}" if seconds else ""
+
+
 def main() -> None:
     """Read the options, train what is missing, and print the tables."""
-    made = parser(__doc__)
-    made.add_argument("--network", action="append", choices=list(NETWORKS), help="only this one; may be repeated")
-    made.add_argument("--epochs", type=int, default=40, help="of training (default: %(default)s)")
-    made.add_argument("--pairs", type=int, default=len(PAIRS), help="how many pairs (default: %(default)s)")
-    made.add_argument(
-        "--cache", type=Path, default=ROOT / "out" / "cache", metavar="DIR", help="for weights (default: out/cache)"
-    )
+    made = folder_parser(__doc__)
+    made.set_defaults(threads=1)
+    names = [*NETWORKS, CIFAR]
+    made.add_argument("parts", nargs="+", choices=("train", "merge", "nested", "speed"))
+    made.add_argument("--networks", nargs="+", choices=names, default=names, help="only these")
+    made.add_argument("--matchings", nargs="+", choices=MATCHINGS, default=MATCHINGS, help="only these")
+    made.add_argument("--pairs", type=int, default=len(PAIRS), help="how many on digits (default: %(default)s)")
+    made.add_argument("--images", type=int, help="test images; for speed, images of a batch (default: all; 16)")
+    made.add_argument("--epochs", type=int, default=40, help="of training on digits (default: %(default)s)")
+    made.add_argument("--cifar-epochs", type=int, default=5, help="of training on CIFAR-10 (default: %(default)s)")
     options = made.parse_args()
     begin(options.threads)
-    splits = digits()
-    images, (test, labels) = splits.calibration.tensors[0], splits.test.tensors
-    data = Data(list(images.split(BATCH)), list(zip(test.split(BATCH), labels.split(BATCH), strict=True)))
-    for name in options.network or NETWORKS:
-        pairs = PAIRS[: options.pairs]
-        models = sources_of(name, 1 + max(map(max, pairs)), options.epochs, options.cache, splits.train)
-        found = [measure(models[a], models[b], data) for a, b in pairs]
-        print_table(name, [table for table, _ in found])
-        if found[0][1]:
-            print_table(f"{name}, orders of nested groups", [nested for _, nested in found])
-            look_closer(models[pairs[0][0]], models[pairs[0][1]], data)
+    there = options.shared.is_dir()
+    if not there and CIFAR in options.networks:
+        print(f"there is no folder {options.shared}: CIFAR-10 is left out")
+    for name in options.networks:
+        if {*options.parts} <= {"speed"} or (name == CIFAR and not there):
+            continue
+        case = load(name, options)
+        if "merge" in options.parts:
+            measure_merges(name, case, options.matchings)
+        if "nested" in options.parts:
+            measure_nested(name, case)
+    if "speed" in options.parts:
+        measure_speed(options.images or 16)
 
 
 if __name__ == "__main__":
