@@ -17,11 +17,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from vfsurgery.errors import OptionError, PluginWarning, did_you_mean, explain
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 PLUGINS = "vfsurgery.plugins"
 """The group of entry points that name modules of plugins."""
@@ -73,14 +74,14 @@ class Registry(Generic[T]):
         self.kind = kind
         self._entries: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that enters what it decorates under ``name`` and hands it back.
+    def register(self, name: str) -> Callable[[E], E]:
+        """Return a decorator that enters what it decorates under ``name`` and hands it back, with its own type.
 
         Raises:
             OptionError: ``name`` is taken already; both places are named.
         """
 
-        def enter(entry: T) -> T:
+        def enter(entry: E) -> E:
             taken = self._entries.get(name)
             if taken is not None and taken is not entry:
                 raise OptionError(
@@ -91,7 +92,7 @@ class Registry(Generic[T]):
                         remedy="register the second one under another name",
                     )
                 )
-            self._entries[name] = entry
+            self._entries[name] = cast(T, entry)
             return entry
 
         return enter
