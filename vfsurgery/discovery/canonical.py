@@ -27,13 +27,9 @@ State: TypeAlias = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Canonical:
-    """Weights in canonical form, by state-dict key, and why the units of some groups can only be reordered.
-
-    ``changed`` are the keys of the weights that are others than before, ``left`` reasons by the names of groups.
-    """
+    """Weights in canonical form, by state-dict key, and why the units of some groups can only be reordered, by name."""
 
     state: State
-    changed: tuple[str, ...]
     left: Mapping[str, str]
 
     def maps(self, group: PermutationGroup) -> bool:
@@ -53,11 +49,11 @@ def canonical(state: State, groups: GroupSet) -> Canonical:
     """
     left = obstacles(state, groups)
     foldings = needed(groups.only_ordered(left))
-    changed = tuple(dict.fromkeys(name for folding in foldings for name in written(folding)))
+    changed = {name for folding in foldings for name in written(folding)}
     found = {**state, **{name: state[name].detach().clone() for name in changed}}
     for folding in foldings:
         fold(found, folding)
-    return Canonical(found, changed, left)
+    return Canonical(found, left)
 
 
 def obstacles(state: State, groups: GroupSet) -> dict[str, str]:

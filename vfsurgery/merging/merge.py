@@ -289,7 +289,7 @@ def asks_for_images(matching: Matchings, renormalize: Renormalization = None) ->
     """
     steps = renormalize if isinstance(renormalize, Sequence) and not isinstance(renormalize, str) else [renormalize]
     passes = [NORMALIZATIONS[step]() if isinstance(step, str) and step != "auto" else step for step in steps]
-    matcher = MATCHERS[matching] if isinstance(matching, str) and matching in MATCHERS else matching
+    matcher = _named(matching)
     return (
         "auto" in (matching, renormalize)
         or getattr(matcher, "needs_data", False)
@@ -305,8 +305,12 @@ def _maps(matching: Matchings, symmetries: str) -> bool:
     """
     if check_symmetries(symmetries, SYMMETRIES) == "permutations":
         return False
-    matcher = MATCHERS[matching]() if isinstance(matching, str) and matching in MATCHERS else matching
-    return matching == "auto" or getattr(matcher, "symmetries", "permutations") == "all"
+    return matching == "auto" or getattr(_named(matching), "symmetries", "permutations") == "all"
+
+
+def _named(matching: Matchings) -> object:
+    """The matcher of a name, whose attributes say what it needs; anything else as it is."""
+    return MATCHERS[matching]() if isinstance(matching, str) and matching in MATCHERS else matching
 
 
 def _matcher(matching: Matchings, has_data: bool) -> Matcher:

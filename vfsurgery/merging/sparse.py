@@ -108,8 +108,14 @@ class MaskPlan:
 def is_sparse(models: Sequence[nn.Module], choice: str | None) -> bool:
     """Whether zeros of the sources mean something; arguments as for :func:`plan_masks`."""
     weights = weight_names(models[0])
-    found = max(sparsity_of([state[name] for name in weights]) for state in map(canonical_state, models))
-    return found >= SPARSE if choice is None else bool(found)
+    return _means_something(
+        [sparsity_of([state[name] for name in weights]) for state in map(canonical_state, models)], choice
+    )
+
+
+def _means_something(sparsity: Sequence[float], choice: str | None) -> bool:
+    """Whether one of the sources counts as sparse."""
+    return max(sparsity) >= SPARSE if choice is None else any(sparsity)
 
 
 def plan_masks(models: Sequence[nn.Module], choice: str | None, shares: Sequence[float]) -> MaskPlan | None:
@@ -125,7 +131,7 @@ def plan_masks(models: Sequence[nn.Module], choice: str | None, shares: Sequence
         raise OptionError(explain(f"masks={choice!r} is unknown", remedy=did_you_mean(str(choice), CHOICES)))
     weights, states = weight_names(models[0]), [canonical_state(model) for model in models]
     sparsity = tuple(sparsity_of([state[name] for name in weights]) for state in states)
-    if max(sparsity) < SPARSE if choice is None else not any(sparsity):
+    if not _means_something(sparsity, choice):
         return None
     first, *others = [state for state, share in zip(states, shares, strict=True) if share]
     equal = all(torch.equal(state[name] != 0, first[name] != 0) for state in others for name in weights)
