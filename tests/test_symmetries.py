@@ -18,7 +18,11 @@ from vfsurgery.discovery.canonical import canonical, drawn_map
 from vfsurgery.discovery.maps import UnitMap, map_tensor
 from vfsurgery.discovery.verification import outputs_of, randomize, relative_error
 from vfsurgery.groups import GroupSet, PermutationGroup, Symmetry
-from vfsurgery.records.results import report_of
+from vfsurgery.matching import WeightMatching
+from vfsurgery.merging.aligned import certify_sources, match_sources
+from vfsurgery.merging.prepared import prepare
+from vfsurgery.merging.surveyed import Way, plan_survey
+from vfsurgery.records.results import merge_report_of, report_of
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 P, ONES, TURNS, GL = Symmetry
@@ -260,6 +264,16 @@ def test_the_report_says_what_was_done_and_sources_stay() -> None:
     assert {certificate.source for certificate in report.certificates} == {0, 1}
     for model, old in zip((a, b), before, strict=True):
         assert all(torch.equal(tensor, old[name]) for name, tensor in model.state_dict().items())
+
+
+def test_exact_maps_count_as_certified_and_others_do_not() -> None:
+    exact = merge_report_of(surgery.merge(*pair(), matching="weights", **OPTIONS))
+    assert [certificate.mapped for certificate in exact.certificates] == [0, 0]
+    surveyed = plan_survey(prepare(pair(), given=IMAGES, maps=True, progress=False), [Way(WeightMatching(), ())])
+    with surveyed.grouped.running():
+        matched = match_sources(surveyed, WeightMatching())
+        assert matched.mapped > 0
+        assert certify_sources(surveyed, matched).mapped == 0
 
 
 def test_in_place_and_with_shares_of_one_source_the_function_stays() -> None:

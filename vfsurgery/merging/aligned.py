@@ -43,6 +43,11 @@ class Certified(Matched):
     certificates: tuple[Certificate, ...]
     notes: tuple[str, ...]
 
+    @property
+    def mapped(self) -> int:
+        """How many groups are mapped by matrices that nothing certifies: exact ones are."""
+        return sum(certificate.mapped for certificate in self.certificates)
+
 
 def match_sources(surveyed: Surveyed, matcher: Matcher) -> Matched:
     """Find every source's order of units."""
