@@ -116,14 +116,14 @@ def prepare(
     pinned = (f"pinned by the user: {pattern}" for pattern in listed(pins))
     traced = replace(traced, notes=(*traced.notes, *pinned))
     grouped = Grouped(**vars(traced), groups=groups.only_ordered())
+    if not maps or not any(group.symmetry.is_continuous for group in groups):
+        return grouped
     with clock("canonical form"):
-        return _canonical(grouped, groups, masks) if maps else grouped
+        return _canonical(grouped, groups, masks)
 
 
 def _canonical(grouped: Grouped, groups: GroupSet, masks: str | None) -> Grouped:
     """Copies of the sources in canonical form; the same sources where that would free nothing."""
-    if not any(group.symmetry.is_continuous for group in groups):
-        return grouped
     if is_sparse([source.model for source in grouped.sources], masks):
         note = "units are only reordered, not mapped by matrices: those would fill the sources' zeros"
         return replace(grouped, notes=(*grouped.notes, note))
