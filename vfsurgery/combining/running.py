@@ -1,0 +1,164 @@
+"""One method over all tensors of all sources, the same in memory and from files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vfsurgery.combining.base import Combiner, Entry, InMemory, Kind, Problem, Store, Trait
+from vfsurgery.combining.traits import traits_of_states
+from vfsurgery.errors import OptionError, explain
+
+TRAINED = (Kind.MATRIX, Kind.REST)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The tensors that there are, in the order in which they are worked on and written: shapes, dtypes and traits."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    traits: Mapping[str, Trait]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What is combined: the sources' stores and weights, the base's if there is one, what tensors there are, and how.
+
+    Iterate :meth:`parts` for the result. ``notes`` are for the report.
+    """
+
+    listing: Listing
+    stores: Sequence[Store]
+    base: Store | None
+    combiner: Combiner
+    weights: tuple[float, ...]
+    seed: int = 0
+    notes: list[str] = field(default_factory=list[str])
+
+    def __post_init__(self) -> None:
+        if self.combiner.needs_base and self.base is None:
+            raise OptionError(
+                explain(
+                    f"{self.combiner.name} combines what training added to a base, and there is none",
+                    remedy="base= the checkpoint that all were fine-tuned from; combine='mean' needs none",
+                )
+            )
+
+    def parts(self, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, int, Tensor]]:
+        """The result part by part: name, where in the flat tensor it begins, and its numbers, of the tensor's dtype.
+
+        Args:
+            skip: Tensors that are done already.
+        """
+        combined = self.combiner.plan(Problem(self._trained, len(self.stores), self.seed, self.notes))
+        for name, trait in self.listing.traits.items():
+            if name in skip:
+                continue
+            entry, dtype = self._entry(name, trait), self.listing.dtypes[name]
+            if trait.kind is Kind.FIXED:
+                keeper = self.base or self.stores[0]
+                for part in entry.parts():
+                    yield name, part.start, keeper.read(name, part.start, part.stop)
+            elif trait.kind in TRAINED:
+                for part in entry.parts() if self.combiner.elementwise else [entry]:
+                    total = combined(part).mul_(self.combiner.scale)
+                    if self.base is not None:
+                        total.add_(part.origin())
+                    yield name, part.start, total.reshape(-1).to(dtype)
+            else:
+                for part in entry.parts():
+                    yield name, part.start, self._mean(part).reshape(-1).to(dtype)
+
+    def _mean(self, part: Entry) -> Tensor:
+        """The mean of the sources, whatever the method; those that are taken away count for nothing."""
+        weights = [max(weight, 0.0) for weight in self.weights]
+        if not any(weights):
+            weights = [1.0] * len(weights)
+        plain = Entry(
+            part.name, part.shape, part.trait, self.weights, part.dtype, self.stores, None, part.start, part.stop
+        )
+        total = plain.task_vector(0).mul_(weights[0])
+        for source, weight in enumerate(weights[1:], start=1):
+            total.add_(plain.task_vector(source), alpha=weight)
+        return total.div_(sum(weights))
+
+    def _trained(self) -> Iterator[Entry]:
+        for name, trait in self.listing.traits.items():
+            if trait.kind in TRAINED:
+                yield self._entry(name, trait)
+
+    def _entry(self, name: str, trait: Trait) -> Entry:
+        shape, stored = self.listing.shapes[name], self.listing.dtypes[name]
+        dtype = torch.promote_types(stored, torch.float32) if stored.is_floating_point else torch.float32
+        base = self.base if trait.kind in TRAINED else None
+        return Entry(name, shape, trait, self.weights, dtype, self.stores, base, 0, math.prod(shape))
+
+
+def combine_states(
+    states: Sequence[Mapping[str, Tensor]],
+    combiner: Combiner,
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    weights: Sequence[float] | None = None,
+    traits: Mapping[str, Trait] | None = None,
+    seed: int = 0,
+    notes: list[str] | None = None,
+) -> dict[str, Tensor]:
+    """Combine state dicts in memory.
+
+    Args:
+        states: Of all sources, with the same names and shapes.
+        combiner: The method.
+        base: State dict of the checkpoint that they were fine-tuned from.
+        weights: A number for each, by default 1.
+        traits: What the tensors are; by default what names and shapes tell.
+        seed: Of random draws.
+        notes: Takes sentences for a report.
+
+    Returns:
+        New tensors, of the dtypes of the first source.
+
+    Raises:
+        OptionError: the method cannot combine these.
+
+    >>> from vfsurgery.combining import TaskArithmetic
+    >>> base, tuned = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    >>> combine_states([tuned, tuned], TaskArithmetic(scale=0.25), base=base)
+    {'w': tensor([0.5000, 0.5000])}
+    """
+    first = states[0]
+    traits = traits_of_states(states, base) if traits is None else traits
+    listing = Listing(
+        {name: tuple(first[name].shape) for name in traits}, {name: first[name].dtype for name in traits}, traits
+    )
+    stores = [InMemory(state) for state in states]
+    combination = Combination(
+        listing,
+        stores,
+        None if base is None else InMemory(base),
+        combiner,
+        check_weights_of(len(states), weights),
+        seed,
+        [] if notes is None else notes,
+    )
+    found = {name: torch.empty_like(first[name], memory_format=torch.contiguous_format) for name in traits}
+    for name, start, part in combination.parts():
+        found[name].view(-1)[start : start + part.numel()] = part
+    return found
+
+
+def check_weights_of(count: int, weights: Sequence[float] | None) -> tuple[float, ...]:
+    """One finite number for each source.
+
+    Raises:
+        OptionError: there are others.
+    """
+    found = (1.0,) * count if weights is None else tuple(map(float, weights))
+    if len(found) != count or not all(map(math.isfinite, found)):
+        raise OptionError(explain(f"weights are one number for each of {count} sources, not {list(found)}"))
+    return found
