@@ -43,9 +43,9 @@ class Mean(Combiner):
 @register_combiner
 @dataclass(frozen=True)
 class WiseFT(Combiner):
-    """``theta_0 + scale * (theta_1 - theta_0)``: between a model and its base (Wortsman et al., CVPR 2022). All tensors.
+    """``theta_0 + scale * (theta_1 - theta_0)``: between a model and its base (Wortsman et al., CVPR 2022).
 
-    For one source; head included where base and source have it. ``scale`` is the paper's alpha, 0.5 unless there is
+    All tensors. For one source; head included where base and source have it. ``scale`` is the paper's alpha, 0.5 unless there is
     something to choose it by.
     """
 

@@ -2,11 +2,12 @@
 
 Models that were fine-tuned from one checkpoint, the *base*, have their units in one order. What training added to it is
 a *task vector*, ``tau_i = theta_i - theta_0``, tensor by tensor. A :class:`Combiner` makes one task vector of several,
-and the result is ``theta_0 + scale * combined``. Without a base ``theta_0`` is zero, and weights themselves are combined.
+and the result is ``theta_0 + scale * combined``. Without a base ``theta_0`` is zero, and weights themselves are
+combined.
 
-A method sees one tensor at a time, so that models are never held whole: :meth:`Combiner.plan` may go through all tensors
-as often as it needs for what concerns all of them (a threshold, a norm), and returns what is then done to each. The same
-code runs on models in memory and on files, and gives the same bits.
+A method sees one tensor at a time, so that models are never held whole: :meth:`Combiner.plan` may go through all
+tensors as often as it needs for what concerns all of them (a threshold, a norm), and returns what is then done to each.
+The same code runs on models in memory and on files, and gives the same bits.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ Combined: TypeAlias = Callable[[Entry], Tensor]
 class Problem:
     """All that a method may look at.
 
-    ``entries()`` goes through all trained tensors, in a fixed order, each whole; ``notes`` are sentences for the report.
+    ``entries()`` goes through all trained tensors, in a fixed order, each whole; ``notes`` are sentences for the
+    report.
     """
 
     entries: Callable[[], Iterator[Entry]]

@@ -1,8 +1,8 @@
 """The largest of all numbers of a task vector, exactly, without ever holding it.
 
-Magnitudes sort like the bit patterns of float32. One pass counts their upper 16 bits, another the lower 16 of those that
-share the threshold's upper ones: two passes and 2^17 counters give the very threshold that sorting would, and how many
-numbers equal it. Only where more of these than are needed is a third pass made, to keep the first ones.
+Magnitudes sort like the bit patterns of float32. One pass counts their upper 16 bits, another the lower 16 of those
+that share the threshold's upper ones: two passes and 2^17 counters give the very threshold that sorting would, and how
+many numbers equal it. Only where more of these than are needed is a third pass made, to keep the first ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Parts = Callable[[], Iterable[tuple[Place, Tensor]]]
 
 @dataclass(frozen=True)
 class Threshold:
-    """What is kept: all numbers of a greater magnitude than ``bits`` says, and of those that equal it all, or the first.
+    """What is kept: all numbers of a greater magnitude than ``bits`` says, and of those that equal it all, or the
+    first.
 
     ``first`` says how many come into question in each part, where not all do.
     """

@@ -24,8 +24,8 @@ class Ties(Combiner):
     ``sum w_i tau_i / sum |w_i|``, or with ``aggregate="sum"`` added up, which needs a smaller ``scale`` (0.2 to 0.4).
 
     Published codes differ: the authors' keeps one number more and all ties and fails at density 1; mergekit and peft
-    trim tensor by tensor (``scope="tensor"`` here), mergekit divides by the *signed* sum of weights, so that a weight of
-    -1 adds the task; peft elects before it weights.
+    trim tensor by tensor (``scope="tensor"`` here), mergekit divides by the *signed* sum of weights, so that a weight
+    of -1 adds the task; peft elects before it weights.
 
     >>> from vfsurgery.combining import combine_states
     >>> base = {"w": torch.zeros(3)}
