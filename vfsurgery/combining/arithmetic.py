@@ -45,8 +45,8 @@ class Mean(Combiner):
 class WiseFT(Combiner):
     """``theta_0 + scale * (theta_1 - theta_0)``: between a model and its base (Wortsman et al., CVPR 2022).
 
-    All tensors. For one source; head included where base and source have it. ``scale`` is the paper's alpha, 0.5 unless there is
-    something to choose it by.
+    All tensors. For one source; head included where base and source have it. ``scale`` is the paper's alpha, 0.5 unless
+    there is something to choose it by.
     """
 
     scale: float = 0.5

@@ -209,6 +209,9 @@ class Combiner:
         """One task vector of one tensor, for methods that need not look at others before."""
         raise TypeError(f"{type(self).__name__} has neither plan nor combine")
 
+    def __str__(self) -> str:
+        return f"{self.name} x{self.scale:g}"
+
 
 COMBINERS: Registry[type[Combiner]] = Registry("combining method")
 """All methods by name."""

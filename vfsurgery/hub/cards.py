@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vfsurgery.checkpoints import FileRecord, file_hash, write_text
+from vfsurgery.combining.soups import SoupReport
 from vfsurgery.errors import CheckpointError, explain
 from vfsurgery.hub.loading import Written
 from vfsurgery.pruning import PruneReport
 from vfsurgery.pruning.renormalizing import RenormalizeReport
 from vfsurgery.pruning.units import UnitPruneReport
 from vfsurgery.records.report import MergeReport, Report, version_of
-from vfsurgery.soups import SoupReport
 
 if TYPE_CHECKING:
     from jinja2 import Template

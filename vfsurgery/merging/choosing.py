@@ -218,11 +218,12 @@ class _Contest:
         certified = self._certified[name]
         if name not in self._settled:
             self._settled = {name: settle_maps(self.surveyed, certified)}
-        combined = combine(*self._settled[name], way.passes, self.terms, data)
+        combined = combine(*self._settled[name], way.passes, self.terms, data, way.combiner)
         return Choice(way, self.surveyed, certified, combined)
 
 
 def _trial(way: Way, judgement: Judgement, seconds: float) -> Trial:
     names = tuple(step.name for step in way.passes)
     images = len(judgement.agreed)
-    return Trial(way.matcher.name, names, judgement.agreement, judgement.cross_entropy, images, seconds)
+    method = "" if way.combiner is None else str(way.combiner)
+    return Trial(way.matcher.name, names, judgement.agreement, judgement.cross_entropy, images, seconds, combine=method)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from vfsurgery.combining.base import Combiner
 from vfsurgery.data.batches import Batches
 from vfsurgery.data.holdout import EVERY, every_for, first, split
 from vfsurgery.matching import Matcher
@@ -23,10 +24,11 @@ SURVEYED = 1000
 
 @dataclass(frozen=True)
 class Way:
-    """One way to merge."""
+    """One way to merge; without a ``combiner``, by the weighted average."""
 
     matcher: Matcher
     passes: tuple[Pass, ...]
+    combiner: Combiner | None = None
 
     @property
     def is_dear(self) -> bool:
@@ -34,7 +36,8 @@ class Way:
         return any(isinstance(step, Regress) for step in self.passes)
 
     def __str__(self) -> str:
-        return f"{self.matcher.name} + {', '.join(step.name for step in self.passes) or 'no renormalization'}"
+        steps = ", ".join(step.name for step in self.passes) or "no renormalization"
+        return f"{self.matcher.name} + {steps}" if self.combiner is None else f"{self.combiner} + {steps}"
 
 
 @dataclass(frozen=True)

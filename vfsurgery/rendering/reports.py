@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import singledispatch
 
+from vfsurgery.combining.soups import SoupReport
 from vfsurgery.groups import GroupSet, PermutationGroup
 from vfsurgery.groups.groupset import UNKNOWN_OP_REMEDY
 from vfsurgery.passes.running import PassReport
@@ -25,7 +26,6 @@ from vfsurgery.rendering.fragments import (
     verbatim,
 )
 from vfsurgery.shown import html_of
-from vfsurgery.soups import SoupReport
 from vfsurgery.stats.imagined import Imagined, ImagineReport
 
 
