@@ -48,7 +48,8 @@ def compare(sources: Sequence[Model] | Mapping[str, Model], *, base: Model) -> C
     """
     named = _named(sources)
     told = Path(base).name if isinstance(base, str | Path) else "the base"
-    told = str(base) if told in named else told
+    if told in named and isinstance(base, str | Path):
+        told = str(base)
     if told in named:
         raise OptionError(explain(f"{told} is a source and the base", remedy="leave it out of the sources"))
     read = {name: _read(each, name) for name, each in {told: base, **named}.items()}
