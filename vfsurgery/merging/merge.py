@@ -256,7 +256,7 @@ def merge(
         notes.append(f"shares by layer: {planned}")
     if matching == "auto" and matcher == Identity():
         notes.append("matching identity: the sources' masks are equal, so their units correspond already")
-    if renormalize == "auto" and grouped.data is not None and not choice.way.passes:
+    if renormalize == "auto" and grouped.data is not None and not choice.way.passes and combining is None:
         notes.append("nothing is renormalized: no layer takes a scale and a shift, or keeps statistics")
     report = report_on(choice, notes, told, ancestry)
     if zeros is not None:
