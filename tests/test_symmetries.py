@@ -301,9 +301,9 @@ def test_what_auto_keeps_is_what_asking_for_it_gives() -> None:
     options = {**OPTIONS, "data": torch.randn(120, 3, 16, 16, generator=torch.Generator().manual_seed(9))}
     auto = surgery.merge(a, b, **{**options, "renormalize": "repair"})
     kept = merge_report_of(auto)
-    assert [trial.matching for trial in kept.trials] == ["activations", "activations, orders only"]
-    symmetries = "permutations" if kept.matching.endswith("orders only") else "all"
-    asked = {"matching": "activations", "symmetries": symmetries, "renormalize": "repair"}
+    assert [trial.matching for trial in kept.trials][:2] == ["activations", "activations, orders only"]
+    assert kept.matching == "activations"
+    asked = {"matching": "activations", "renormalize": "repair"}
     direct = surgery.merge(a, b, **{**options, **asked})
     for name, tensor in direct.state_dict().items():
         torch.testing.assert_close(auto.state_dict()[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
