@@ -113,6 +113,17 @@ def plan_survey(grouped: Grouped, ways: Sequence[Way], judged: bool = False) -> 
     )
 
 
+def with_all(surveyed: Surveyed, way: Way) -> Surveyed:
+    """For the way that was chosen: the same with all images, those that were held out to choose it among them.
+
+    Statistics are read anew, unless they are of so many images as are enough.
+    """
+    whole = plan_survey(surveyed.grouped, [way])
+    if surveyed.images is surveyed.data:
+        return whole
+    return replace(surveyed, data=whole.data, held_out=whole.held_out, known=surveyed.taken)
+
+
 def can_judge(data: Batches | None) -> bool:
     """Whether there are images enough to hold some out and judge by them."""
     if data is None:

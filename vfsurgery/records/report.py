@@ -134,6 +134,8 @@ class Preserved:
 class Trial:
     """One way to merge that ``"auto"`` tried, and how near it came to the sources' ensemble on held-out images.
 
+    It was made without these images; the way that is kept is then made again with all.
+
     ``agreement`` is the share of ``images`` on which both find the same class, ``cross_entropy`` that of the merged
     model's probabilities to the ensemble's, in nats; ``kept`` says whether this way was chosen. ``combine`` is the
     method and its scale, where fine-tuned models were combined.
