@@ -263,3 +263,44 @@ def test_every_method_has_a_name_a_scale_and_a_source():
     for name in COMBINERS:
         method = COMBINERS[name]
         assert method.name == name and method.__doc__ and isinstance(method().scale, float)
+
+
+# Images of each source
+
+
+def test_each_source_judges_on_its_own_images():
+    """Where tasks differ, the ensemble of all says nothing: each source is right on its own images alone."""
+    base, sources = family("chain", 2)
+    own = {number: images(300, 5 + number, dtype=torch.float64) + 3 * number for number in range(2)}
+    report = surgery.report_of(combined(sources, base, "task-arithmetic", scale=[0.5, 40.0], data=own))
+    assert report.trials[0].apart and report.trials[0].kept
+    assert "agreement with each source on its own images" in str(report)
+    # a model is judged by source 0 on images of source 0: source 0 alone agrees with itself there
+    alone = surgery.report_of(
+        combined(sources, base, "task-arithmetic", scale=[1.0, 40.0], weights=[1.0, 0.0], data=own)
+    )
+    by_source = [agreement(sources[0], each, own[number]) for number, each in enumerate(sources)]
+    assert by_source[0] == 1.0 and by_source[1] < 1.0
+    assert abs(alone.trials[0].agreement - (1 + by_source[1]) / 2) < 0.1
+
+
+def agreement(model: nn.Module, other: nn.Module, x: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((model.eval()(x).argmax(1) == other.eval()(x).argmax(1)).double().mean())
+
+
+def test_statistics_are_of_the_images_of_all_sources_in_turn():
+    base, sources = family("residual", 2)
+    own = {0: images(100, 5, dtype=torch.float64), 1: images(100, 6, dtype=torch.float64) + 1}
+    found = combined(sources, base, "mean", data=own, renormalize="reset")
+    both = torch.stack([own[0], own[1]], 1).flatten(0, 1)
+    expected = combined(sources, base, "mean", data=[both[:128], both[128:]], renormalize="reset")
+    apart = combined(sources, base, "mean", data=own[0], renormalize="reset")
+    assert same(found, expected, 0.1) and not same(found, apart, 0.1)
+
+
+@pytest.mark.parametrize("numbers", [(0,), (0, 2), (0, 1, 2), ("a", "b"), ()])
+def test_images_of_other_sources_than_there_are_are_refused(numbers):
+    base, sources = family("chain", 2)
+    with pytest.raises(OptionError, match="there are 2 sources"):
+        combined(sources, base, data={number: images(8, dtype=torch.float64) for number in numbers})

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -208,6 +208,10 @@ class Combiner:
     def combine(self, entry: Entry) -> Tensor:
         """One task vector of one tensor, for methods that need not look at others before."""
         raise TypeError(f"{type(self).__name__} has neither plan nor combine")
+
+    def scaled(self, scale: float) -> Self:
+        """The same with another scale."""
+        return cast(Self, replace(cast(Any, self), scale=float(scale)))
 
     def __str__(self) -> str:
         return f"{self.name} x{self.scale:g}"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from torch import Tensor, nn
 
 from vfsurgery.combining.base import COMBINERS, Combiner, Kind, Trait
 from vfsurgery.combining.running import check_weights_of
 from vfsurgery.combining.traits import traits_of_graph, with_heads
+from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.holdout import Interleaved
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError, did_you_mean, explain
 from vfsurgery.matching import Identity, Matcher
 from vfsurgery.merging.surveyed import Way
@@ -139,6 +141,26 @@ def plan_combining(
     return Plan(combiners, Ancestry(base, numbers, told), combine in (None, "auto"))  # pyright: ignore[reportArgumentType]
 
 
+def images_apart(data: Data | Mapping[int, Data] | str | None, count: int) -> tuple[Data | str | None, list[Data]]:
+    """Images of all sources, and those of each, where they were given by the sources' numbers.
+
+    Raises:
+        OptionError: a source has none, or a number is none of theirs.
+    """
+    if not isinstance(data, Mapping):
+        return data, []
+    own = cast("Mapping[int, Data]", data)
+    if sorted(own, key=str) != list(range(count)):
+        raise OptionError(
+            explain(
+                f"data has images of {', '.join(map(repr, own)) or 'nobody'}, and there are {count} sources",
+                remedy="one entry for each, by its number: data={0: images, 1: others}",
+            )
+        )
+    each = [own[number] for number in range(count)]
+    return Interleaved([Batches(images) for images in each]), each
+
+
 def fitting_to(
     plan: Plan, matching: str | Matcher, renormalize: Renormalization, alpha: object
 ) -> tuple[str | Matcher, Renormalization]:
@@ -169,9 +191,9 @@ def _combiners(combine: Combining | None, scale: Scale, count: int) -> tuple[Com
             remedy = "name a method, or leave scale out"
             raise OptionError(explain("combine='auto' chooses a scale itself", remedy=remedy))
         if count == 1:
-            return tuple(COMBINERS["wise-ft"](scale=each) for each in (0.5, 0.25, 0.75, 1.0))
+            return tuple(COMBINERS["wise-ft"]().scaled(each) for each in (0.5, 0.25, 0.75, 1.0))
         known = {name: scales for name, scales in GRID.items() if name in COMBINERS}
-        return tuple(COMBINERS[name](scale=each) for name, scales in known.items() for each in scales)
+        return tuple(COMBINERS[name]().scaled(each) for name, scales in known.items() for each in scales)
     if isinstance(combine, str):
         if combine not in COMBINERS:
             remedy = did_you_mean(combine, ["auto", *COMBINERS])
@@ -185,7 +207,7 @@ def _combiners(combine: Combining | None, scale: Scale, count: int) -> tuple[Com
     scales = [scale] if isinstance(scale, int | float) else [*scale]
     if not scales or any(isinstance(each, bool) or not isinstance(each, int | float) for each in scales):
         raise OptionError(explain(f"scale is one number or several, not {scale!r}", remedy="scale=[0.3, 0.5, 1.0]"))
-    return tuple(replace(combine, scale=float(each)) for each in scales)
+    return tuple(combine.scaled(each) for each in scales)
 
 
 def _check_base(base: Mapping[str, Tensor], state: Mapping[str, Tensor], traits: Mapping[str, Trait]) -> None:

@@ -18,7 +18,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from vfsurgery.data.batches import Batches
 from vfsurgery.data.holdout import first
@@ -140,7 +141,11 @@ class _Contest:
 
     def __init__(self, surveyed: Surveyed, ways: Sequence[Way], terms: Terms) -> None:
         self.surveyed, self.ways, self.terms = surveyed, ways, terms
-        self.judged_on = None if surveyed.held_out is None else first(surveyed.held_out, JUDGED_ON) or surveyed.held_out
+        shares = terms.shares.overall
+        alone = [tuple(float(place == number) for place in range(len(shares))) for number in range(len(shares))]
+        judges = zip(alone, surveyed.apart, strict=True) if surveyed.apart else [(shares, surveyed.held_out)]
+        each = JUDGED_ON // max(len(surveyed.apart), 1)
+        self._judges = [(weights, first(data, each) or data, Known()) for weights, data in judges if data is not None]
         self.trials: dict[int, Trial] = {}
         self.judgements: dict[int, Judgement] = {}
         self.failures: list[tuple[Way, SurgeryError]] = []
@@ -148,7 +153,6 @@ class _Contest:
         self._certified: dict[str, Certified] = {}
         self._settled: dict[str, tuple[Surveyed, Matched]] = {}
         self._unmatched = {way.matcher.name for way in ways}
-        self._known = Known()
 
     def compare(self, data: Batches | None) -> int:
         """Try all ways on some data; which is the best, or the first that succeeds where there are no logits.
@@ -186,15 +190,25 @@ class _Contest:
         """Merge in one way and judge the result on held-out images; without logits there is no judgement."""
         started = time.perf_counter()
         merged = self.merge(way, data)
-        grouped = self.surveyed.grouped
-        sources = [source.graph_module for source in grouped.sources]
-        images = calibration_images(self.judged_on, "agreement with the ensemble", grouped.progress)
-        judgement = judge(merged.combined.model, sources, self.terms.shares.overall, images, self._known)
+        judgement = self._judged(merged.combined.model)
         if judgement is not None:
             self.judgements[place] = judgement
             if merged.certified.mapped:
                 self._mapped.add(place)
-            self.trials[place] = _trial(way, judgement, time.perf_counter() - started)
+            self.trials[place] = _trial(way, judgement, time.perf_counter() - started, bool(self.surveyed.apart))
+
+    def _judged(self, model: nn.Module) -> Judgement | None:
+        """How near a model comes to the ensemble, or to each source on that one's images."""
+        grouped, found = self.surveyed.grouped, list[Judgement]()
+        sources = [source.graph_module for source in grouped.sources]
+        for weights, data, known in self._judges:
+            images = calibration_images(data, "agreement with the sources", grouped.progress)
+            used = [(source, weight) for source, weight in zip(sources, weights, strict=True) if weight]
+            judgement = judge(model, [source for source, _ in used], [weight for _, weight in used], images, known)
+            if judgement is None:
+                return None
+            found.append(judgement)
+        return Judgement(torch.cat([one.agreed for one in found]), torch.cat([one.crossed for one in found]))
 
     def again(self, way: Way) -> Choice:
         """Merge in one way with all images, those that were held out among them."""
@@ -221,8 +235,17 @@ class _Contest:
         return Choice(way, self.surveyed, certified, combined)
 
 
-def _trial(way: Way, judgement: Judgement, seconds: float) -> Trial:
+def _trial(way: Way, judgement: Judgement, seconds: float, apart: bool) -> Trial:
     names = tuple(step.name for step in way.passes)
     images = len(judgement.agreed)
     method = "" if way.combiner is None else str(way.combiner)
-    return Trial(way.matcher.name, names, judgement.agreement, judgement.cross_entropy, images, seconds, combine=method)
+    return Trial(
+        way.matcher.name,
+        names,
+        judgement.agreement,
+        judgement.cross_entropy,
+        images,
+        seconds,
+        combine=method,
+        apart=apart,
+    )
