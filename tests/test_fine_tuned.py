@@ -276,9 +276,8 @@ def test_each_source_judges_on_its_own_images():
     assert report.trials[0].apart and report.trials[0].kept
     assert "agreement with each source on its own images" in str(report)
     # a model is judged by source 0 on images of source 0: source 0 alone agrees with itself there
-    alone = surgery.report_of(
-        combined(sources, base, "task-arithmetic", scale=[1.0, 40.0], weights=[1.0, 0.0], data=own)
-    )
+    options = {"scale": [1.0, 40.0], "weights": [1.0, 0.0], "data": own}
+    alone = surgery.report_of(combined(sources, base, "task-arithmetic", **options))
     by_source = [agreement(sources[0], each, own[number]) for number, each in enumerate(sources)]
     assert by_source[0] == 1.0 and by_source[1] < 1.0
     assert abs(alone.trials[0].agreement - (1 + by_source[1]) / 2) < 0.1
