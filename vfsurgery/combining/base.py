@@ -250,7 +250,7 @@ def as_matrix(tensor: Tensor, trait: Trait) -> Tensor:
     >>> as_matrix(torch.zeros(8, 4, 3, 3), Trait(Kind.MATRIX)).shape
     torch.Size([8, 36])
     """
-    return tensor.movedim(1 - trait.reads, 0).reshape(tensor.shape[1 - trait.reads], -1)
+    return tensor.movedim(1 - trait.reads, 0).flatten(1)
 
 
 def from_matrix(matrix: Tensor, shape: Sequence[int], trait: Trait) -> Tensor:
