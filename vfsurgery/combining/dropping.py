@@ -90,7 +90,7 @@ class Dare(Dropping):
     >>> from vfsurgery.combining import combine_states
     >>> base, tuned = {"w": torch.zeros(6)}, {"w": torch.ones(6)}
     >>> combine_states([tuned], Dare(scale=1.0), base=base)["w"]
-    tensor([2., 2., 0., 0., 2., 0.])
+    tensor([0., 0., 0., 2., 2., 0.])
     """
 
     name: ClassVar[str] = "dare"
@@ -120,7 +120,7 @@ class Della(Dropping):
     >>> from vfsurgery.combining import combine_states
     >>> base, tuned = {"w": torch.zeros(6)}, {"w": torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])}
     >>> combine_states([tuned], Della(epsilon=0.3, scale=1.0), base=base)["w"]
-    tensor([0.0000, 0.0000, 0.0000, 0.0000, 7.3529, 0.0000])
+    tensor([0.0000, 0.0000, 0.0000, 7.1429, 7.3529, 0.0000])
     """
 
     epsilon: float = 0.15
