@@ -21,7 +21,7 @@ FLOORS = (
     {"recipes/stages"},
     {"recipes"},
     {"hub", "rendering"},
-    {"combining/soups"},
+    {"scoring/soups"},
     {"scoring", "testing", "testing/zoo"},
     {"merging", "pruning/renormalizing", "pruning/units"},
     {"passes", "training"},
@@ -46,7 +46,7 @@ ONLY_IN = {
     "pydantic": [
         "passes/options.py",
         *(f"recipes/{name}.py" for name in ("bench", "entries", "recipe", "sections", "stage")),
-        *(f"recipes/stages/{name}.py" for name in ("combining", "comparing", "imagining", "looking", "surgery")),
+        *(f"recipes/stages/{name}.py" for name in ("comparing", "imagining", "looking", "surgery")),
         "recipes/wording.py",
     ],
     "click": [

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import vfsurgery as surgery
-from vfsurgery.combining.soups import averaging as soups
 from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, OptionError, SurgeryError
 from vfsurgery.passes import Reset
 from vfsurgery.pruning import Masks
 from vfsurgery.pruning.layers import prunable
+from vfsurgery.scoring.soups import averaging as soups
 
 
 def near(model: nn.Module, seed: int, spread: float = 0.2) -> nn.Module:

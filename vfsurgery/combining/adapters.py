@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from vfsurgery.checkpoints import StateDict, load_state_dict
 from vfsurgery.checkpoints.refusals import listing, printable
