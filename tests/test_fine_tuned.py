@@ -121,6 +121,22 @@ def test_a_head_that_the_base_has_in_another_shape_is_the_mean_of_those_of_the_s
     assert torch.allclose(found[trunk], expected)
 
 
+def test_a_head_that_was_begun_anew_is_no_part_of_task_vectors():
+    """``create_model(..., pretrained=True, num_classes=10)`` gives a base with a random head of the right shape."""
+    base, sources = family("chain")
+    with torch.no_grad():
+        for tensor in base[-1].parameters():
+            tensor.normal_(generator=torch.Generator().manual_seed(9))
+    found = combined(sources, base, "task-arithmetic", scale=1.0)
+    for key in ("weight", "bias"):
+        mean = torch.stack([getattr(each[-1], key) for each in sources]).mean(0)
+        assert torch.allclose(getattr(found[-1], key), mean)
+    assert "10 was begun anew after the base" in str(surgery.report_of(found))
+    near = combined(sources, family("chain")[0], "task-arithmetic", scale=1.0)
+    assert "begun anew" not in str(surgery.report_of(near))
+    assert not torch.allclose(near[-1].weight, torch.stack([each[-1].weight for each in sources]).mean(0))
+
+
 def test_a_base_of_another_architecture_is_refused_with_the_tensor_that_shows_it():
     base, sources = family("chain")
     wide = copy.deepcopy(base)

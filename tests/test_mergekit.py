@@ -54,7 +54,7 @@ def ours(combiner: Combiner, base: Tensor | None, sources: list[Tensor], **optio
 def theirs(
     base: Tensor, sources: list[Tensor], weights: list[float], density: float, method: str, consensus: bool
 ) -> Tensor:
-    """Sparsify, weigh, elect, divide by the signed sum of the weights that agree: as its TIES and task arithmetic do."""
+    """Sparsify, weigh, elect, divide by the signed sum of the weights that agree: its TIES and task arithmetic."""
     kind = sparsify.SparsificationMethod[method]
     options = {"gamma": 0.1} if method == "magnitude_outliers" else {}
     vectors = torch.stack([sparsify.sparsify(each - base, density, kind, **options) for each in sources])
@@ -100,7 +100,7 @@ def test_breadcrumbs_of_a_tensor_with_a_hundred_numbers():
 
 
 def test_what_is_dropped_at_random_is_made_up_for_by_the_share_here_and_by_a_norm_there():
-    """Of ten numbers, theirs have the L1 norm from before, whatever was drawn; ours are 1 / (1 - p) times themselves."""
+    """Of ten numbers, theirs have the L1 norm from before, whatever was drawn; ours are divided by the density."""
     base, (source, *_) = tensors((10,))
     torch.manual_seed(0)
     kind = sparsify.SparsificationMethod.random
