@@ -15,7 +15,7 @@ from vfsurgery.combining.traits import traits_of_states
 from vfsurgery.errors import OptionError, explain
 
 TRAINED = (Kind.MATRIX, Kind.REST)
-FEWEST, SAMPLE = 64, 1 << 14
+FEWEST, SAMPLE = 32, 1 << 14
 """Numbers of a matrix from which on an angle to the base says something, and how many are enough."""
 FAR, NEAR = 0.5, 0.9
 """Cosines to the base: below the first a layer was begun anew, if half of all lie above the second."""
