@@ -12,8 +12,11 @@ from torch import nn
 import vfsurgery as surgery
 from vfsurgery.combining import COMBINERS, TaskArithmetic, Ties, combine_states
 from vfsurgery.combining.traits import traits_of_graph
+from vfsurgery.data import digits
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError
+from vfsurgery.networks.demo import TinyResNet
 from vfsurgery.tracing.sources import canonical_state
+from vfsurgery.training import from_seed, train
 
 NETS = ["chain", "residual", "grouped"]
 
@@ -319,3 +322,28 @@ def test_images_of_other_sources_than_there_are_are_refused(numbers):
     base, sources = family("chain", 2)
     with pytest.raises(OptionError, match="there are 2 sources"):
         combined(sources, base, data={number: images(8, dtype=torch.float64) for number in numbers})
+
+
+# BatchNorm
+
+
+def test_statistics_of_equal_sources_are_those_of_one():
+    base, (source, *_) = family("residual")
+    options = {"data": data(), "renormalize": "reset"}
+    one = combined([source], base, "task-arithmetic", scale=1.0, **options)
+    three = combined([copy.deepcopy(source) for _ in range(3)], base, "mean", **options)
+    assert same(one, three, 1e-9)
+    assert not same(combined([source], base, "task-arithmetic", scale=0.5, **options), three, 1e-3)
+
+
+def test_statistics_measured_anew_leave_a_trained_network_as_good():
+    """At scale 1 a single source comes back; what is measured anew are its statistics alone."""
+    splits = digits()
+    trained = train(from_seed(TinyResNet, 0), splits.train, epochs=3, lr=0.1, seed=0, progress=False)
+    base = copy.deepcopy(trained)
+    options = {"data": splits.train, "renormalize": "reset", "progress": False}
+    found = surgery.merge(trained, base=base, combine="task-arithmetic", scale=1.0, **options)
+    scores = [surgery.evaluate(each, splits.test, progress=False).accuracy for each in (trained, found)]
+    assert abs(scores[0] - scores[1]) < 0.01 and scores[0] > 0.9
+    norms = [[m.running_var for m in each.modules() if isinstance(m, nn.BatchNorm2d)] for each in (trained, found)]
+    assert not any(torch.equal(mine, theirs) for mine, theirs in zip(*norms, strict=True))
