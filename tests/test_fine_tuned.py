@@ -11,10 +11,13 @@ from torch import nn
 
 import vfsurgery as surgery
 from vfsurgery.combining import COMBINERS, TaskArithmetic, Ties, combine_states
+from vfsurgery.combining.base import InMemory
+from vfsurgery.combining.running import Combination, Listing
 from vfsurgery.combining.traits import traits_of_graph
 from vfsurgery.data import digits
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError
 from vfsurgery.networks.demo import TinyResNet
+from vfsurgery.passes.combine import Line
 from vfsurgery.tracing.sources import canonical_state
 from vfsurgery.training import from_seed, train
 
@@ -211,6 +214,34 @@ def test_several_scales_are_tried_and_the_nearest_to_the_sources_is_kept():
     assert [trial.combine for trial in report.trials] == [f"task-arithmetic x{s}" for s in ("-30", "0.333333", "30")]
     assert report.combine == "task-arithmetic x0.333333" and [trial.kept for trial in report.trials] == [0, 1, 0]
     assert same(found, combined(sources, base, "mean"), 1e-9)
+
+
+def test_several_scales_ask_a_method_once():
+    base, sources = family("residual")
+    asked: list[str] = []
+
+    class Counting(Ties):
+        def plan(self, problem):
+            asked.append(str(self))
+            return super().plan(problem)
+
+    found = surgery.report_of(combined(sources, base, Counting(), scale=[0.4, 1.0, -0.7], data=data()))
+    assert asked == ["ties x1", found.combine]  # and once more for the one that is kept, as it was asked for
+
+
+@pytest.mark.parametrize("name", ["chain", "residual"])
+def test_scales_that_are_tried_are_what_the_method_gives_at_each(name):
+    base, sources = family(name)
+    states, start = [canonical_state(each) for each in sources], canonical_state(base)
+    traits = traits_of_graph(surgery.trace(base, images(2, dtype=torch.float64)))
+    shapes, dtypes = ({key: getattr(x, what) for key, x in start.items()} for what in ("shape", "dtype"))
+    stores, line = [InMemory(state) for state in states], Line()
+    for scale in (0.4, -0.7, 2.5):
+        targets = {key: torch.zeros_like(x) for key, x in start.items()}
+        listing = Listing(shapes, dtypes, traits)
+        line.write(Combination(listing, stores, InMemory(start), Ties(scale=scale), (1.0,) * 3), [], targets)
+        assert same(targets, combine_states(states, Ties(scale=scale), base=start, traits=traits))
+        assert not same(targets, combine_states(states, Ties(scale=scale + 0.1), base=start, traits=traits))
 
 
 def test_with_a_base_several_methods_are_tried_where_there_are_images():

@@ -60,7 +60,7 @@ class Combination:
         Args:
             skip: Tensors that are done already.
         """
-        traits = self._settled()
+        traits = self.settled()
 
         def trained() -> Iterator[Entry]:
             for name, trait in traits.items():
@@ -99,7 +99,7 @@ class Combination:
             total.add_(plain.task_vector(source), alpha=weight)
         return total.div_(sum(weights))
 
-    def _settled(self) -> Mapping[str, Trait]:
+    def settled(self) -> Mapping[str, Trait]:
         """What each tensor is; layers that fine-tuning began anew, as a head of the base's shape, count as heads.
 
         Their weights have nothing to do with the base's, while all others are nearly parallel to it; that shows in a

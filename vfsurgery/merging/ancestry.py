@@ -17,7 +17,7 @@ from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, Optio
 from vfsurgery.matching import Identity, Matcher
 from vfsurgery.merging.surveyed import Way
 from vfsurgery.passes.base import Pass
-from vfsurgery.passes.combine import Base
+from vfsurgery.passes.combine import Base, Line
 from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.tracing.compatibility import check_finite
 from vfsurgery.tracing.sources import Source, canonical_state
@@ -50,6 +50,8 @@ class Ancestry:
     weights: tuple[float, ...]
     told: str
     traits: Mapping[str, Trait] = field(default_factory=dict[str, Trait], repr=False)
+    line: Line | None = field(default=None, repr=False)
+    """While scales are compared: what the method came to last."""
 
     def over(self, sources: Sequence[Source]) -> Ancestry:
         """The same with what the graph says of each tensor.
@@ -91,7 +93,8 @@ class Plan:
             passes = ()  # averaged statistics of siblings are better than what weights tell
         found = [Way(matcher, passes, combiner) for combiner in self.combiners]
         if judged:
-            return found + [Way(matcher, (), combiner) for combiner in self.combiners if passes and chosen]
+            both = (passes, ()) if passes and chosen else (passes,)
+            return [Way(matcher, each, combiner) for combiner in self.combiners for each in both]
         if len(found) > 1 and not self.open:
             raise OptionError(
                 explain(
