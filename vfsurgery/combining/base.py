@@ -191,6 +191,7 @@ class Combiner:
       found out beforehand), so tensors come in parts;
     - ``needs_base``: task vectors mean something, whole weights do not;
     - ``ordered``: with equal weights it matters still which source comes first, as where each has draws of its own;
+    - ``decomposes``: it takes the singular vectors of matrices, which is dear for large ones;
     - ``scale``: what the combined task vector is multiplied by.
     """
 
@@ -198,6 +199,7 @@ class Combiner:
     elementwise: ClassVar[bool] = False
     needs_base: ClassVar[bool] = True
     ordered: ClassVar[bool] = False
+    decomposes: ClassVar[bool] = False
     scale: float = 1.0
 
     def plan(self, problem: Problem) -> Combined:

@@ -19,6 +19,7 @@ from vfsurgery.merging.surveyed import Way
 from vfsurgery.passes.base import Pass
 from vfsurgery.passes.combine import Base, Line
 from vfsurgery.passes.normalizations import Renormalization
+from vfsurgery.stats.threads import affordable_flops
 from vfsurgery.tracing.compatibility import check_finite
 from vfsurgery.tracing.sources import Source, canonical_state
 from vfsurgery.tracing.wrappers import network
@@ -28,6 +29,9 @@ Scale: TypeAlias = float | Sequence[float] | None
 
 MADE = ("first", "mean")
 """Bases that are made of the aligned sources, for those that have none."""
+
+FLOPS_OF_SVD = 80
+"""Times rows, columns and the smaller of both; they come four times slower than those of products."""
 
 GRID: Mapping[str, tuple[float, ...]] = {
     "mean": (1.0,),
@@ -81,20 +85,21 @@ class Plan:
         """Whether units may be in different orders, so that sources are matched before."""
         return not isinstance(self.ancestry.base, Mapping)
 
-    def ways(self, matcher: Matcher, passes: tuple[Pass, ...], chosen: bool, judged: bool) -> list[Way]:
+    def ways(self, source: Source, matcher: Matcher, passes: tuple[Pass, ...], chosen: bool, judged: bool) -> list[Way]:
         """What to try: every method at every scale, and where that was not asked for, without renormalization, too.
 
-        Without images to judge by, the first of them.
+        Without images to judge by, the first of them. What would take too long is not tried unless it was asked for.
 
         Raises:
             OptionError: several scales were given, and nothing can be judged.
         """
         if chosen and not any(step.needs_data for step in passes):
             passes = ()  # averaged statistics of siblings are better than what weights tell
-        found = [Way(matcher, passes, combiner) for combiner in self.combiners]
+        affordable = not self.open or _flops(source.state, self.ancestry.weights) <= affordable_flops(source.device)
+        found = [Way(matcher, passes, each) for each in self.combiners if affordable or not each.decomposes]
         if judged:
             both = (passes, ()) if passes and chosen else (passes,)
-            return [Way(matcher, each, combiner) for combiner in self.combiners for each in both]
+            return [replace(way, passes=each) for way in found for each in both]
         if len(found) > 1 and not self.open:
             raise OptionError(
                 explain(
@@ -211,6 +216,12 @@ def _combiners(combine: Combining | None, scale: Scale, count: int) -> tuple[Com
     if not scales or any(isinstance(each, bool) or not isinstance(each, int | float) for each in scales):
         raise OptionError(explain(f"scale is one number or several, not {scale!r}", remedy="scale=[0.3, 0.5, 1.0]"))
     return tuple(combine.scaled(each) for each in scales)
+
+
+def _flops(state: Mapping[str, Tensor], weights: Sequence[float]) -> float:
+    """About what it takes to decompose all matrices of all sources and what is made of them."""
+    sizes = ((len(x), x.numel() // max(len(x), 1)) for x in state.values() if x.ndim > 1)
+    return FLOPS_OF_SVD * (len(weights) + 2) * sum(rows * columns * min(rows, columns) for rows, columns in sizes)
 
 
 def _check_base(base: Mapping[str, Tensor], state: Mapping[str, Tensor], traits: Mapping[str, Trait]) -> None:

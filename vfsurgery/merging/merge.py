@@ -245,7 +245,7 @@ def merge(
     ways = [Way(matcher, passes)]
     judged = can_judge(grouped.data)
     if combining is not None:
-        ways = combining.ways(matcher, passes, chosen=renormalize == "auto", judged=judged)
+        ways = combining.ways(grouped.sources[0], matcher, passes, chosen=renormalize == "auto", judged=judged)
     elif (matching == "auto" or renormalize == "auto") and judged:
         tried = None if matching == "auto" and matcher != Identity() else matcher
         ways = sensible(graph_module, grouped.groups, tried, passes, fixed=renormalize != "auto", masks=zeros)
