@@ -33,6 +33,7 @@ def prune_units(
     saliency: str | Saliency = "magnitude",
     scope: str = "group",
     removed: str = "drop",
+    rotate: bool = False,
     data: Data | str | None = None,
     renormalize: Renormalization = "auto",
     exclude: str | Sequence[str] = (),
@@ -100,9 +101,12 @@ def prune_units(
     quota = Quota(fraction, scope, floor, multiple_of)
     with torch.random.fork_rng(devices), eval_mode(work.source.model, work.source.graph_module):
         work.score(saliency)
+        if rotate:
+            work.find_directions(saliency)
+        cut = work.choose(quota, excluded(work.groups, exclude))
+        work.rotate(cut)
         if removed == "fold":
             work.correlate()
-        cut = work.choose(quota, excluded(work.groups, exclude))
         cut, smaller, certificate = work.make(cut)
         restored = work.restore(cut, smaller, passes)
         with work.clock("costs"):
