@@ -116,11 +116,11 @@ class Shrinking:
                     if group.name not in self._scores
                 }
 
-    def find_directions(self, saliency: str | Saliency) -> None:
+    def find_directions(self, saliency: str | Saliency, fold: bool) -> None:
         """Find the principal directions of streams; their energies take the place of what their units score."""
         with self.clock("principal directions"):
             images = None if self.data is None else self._images
-            self.rotation = Rotation.find(self.source, self.groups, images)
+            self.rotation = Rotation.find(self.source, self.groups, images, fold)
             for name, stream in self.rotation.streams.items():
                 energies = stream.scores()  # mean squares, as of "activation"
                 self._scores[name] = energies if saliency == "activation" else np.sqrt(energies)
@@ -154,7 +154,8 @@ class Shrinking:
     def correlate(self) -> None:
         """Take what folding needs: how units go together, where layers read them."""
         with self.clock("correlations"):
-            self._readers = readers_of(self.source.graph_module, self.groups)
+            found = readers_of(self.source.graph_module, self.groups)
+            self._readers = [reader for reader in found if reader.group.name not in self.rotated]
             self._moments = self_correlations(self.source.graph_module, self._readers, self._images("correlations"))
 
     def choose(self, quota: Quota, excluded: Mapping[str, str]) -> Cut:
@@ -222,9 +223,24 @@ class Shrinking:
                 self.source, Cut(self.groups, cut.kept), smaller, passes, self.inputs, self.data, self.progress
             )
 
+    def energies(self, cut: Cut) -> tuple[tuple[str, float], ...]:
+        """Rotated groups that lost units, each with the share of the energy that is left."""
+        if self.rotation is None:
+            return ()
+        streams = self.rotation.streams
+        return tuple((name, streams[name].share(cut.kept[name])) for name in self.rotated if name in cut.kept)
+
+    def not_rotated(self) -> tuple[str, ...]:
+        """Streams whose single units are removed all the same, and why."""
+        left = {} if self.rotation is None else self.rotation.left
+        return tuple(f"{self.groups[name]} is not rotated: {reason}" for name, reason in left.items())
+
     def not_folded(self, cut: Cut) -> tuple[str, ...]:
         """Groups whose removed units are dropped, by some of their readers at least."""
-        lost = unfolded([group for group in self.groups if group.name in cut.kept], self._readers)
+        single = [group for group in self.groups if group.name in cut.kept and group.name not in self.rotated]
+        lost = unfolded(single, self._readers)
+        if self.rotation is not None:
+            lost += self.rotation.not_folded([name for name in self.rotated if name in cut.kept])
         return tuple(f"{group.name} {group.label}" for group in lost)
 
     def _certificate(self, cut: Cut) -> CutCertificate:
