@@ -135,7 +135,7 @@ def prune_units(
         not_folded=work.not_folded(cut) if removed == "fold" else (),
         rotated=work.energies(cut),
         created_biases=tuple(restored.created_biases) if restored else (),
-        notes=(*work.groups.notes, *work.not_rotated(), *(restored.notes if restored else ())),
+        notes=(*work.groups.notes, *work.said_of_rotation(cut), *(restored.notes if restored else ())),
         seconds=tuple(work.seconds),
     )
     remember(smaller, report)

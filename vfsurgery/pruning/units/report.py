@@ -75,9 +75,6 @@ class UnitPruneReport(Report):
             f"flops {self.before.flops:,} -> {self.after.flops:,} ({self.after / self.before})",
             f"  {self.certificate}",
         ]
-        if self.rotated:
-            shares = ", ".join(f"{name} ({share:.1%} of the energy is left)" for name, share in self.rotated)
-            lines.append(f"  rotated first, so that principal directions went: {shares}")
         if self.certificate.norms:
             norms = ", ".join(self.certificate.norms[:4]) + (", …" if len(self.certificate.norms) > 4 else "")
             lines.append(

@@ -230,10 +230,12 @@ class Shrinking:
         streams = self.rotation.streams
         return tuple((name, streams[name].share(cut.kept[name])) for name in self.rotated if name in cut.kept)
 
-    def not_rotated(self) -> tuple[str, ...]:
-        """Streams whose single units are removed all the same, and why."""
-        left = {} if self.rotation is None else self.rotation.left
-        return tuple(f"{self.groups[name]} is not rotated: {reason}" for name, reason in left.items())
+    def said_of_rotation(self, cut: Cut) -> Iterator[str]:
+        """For the report: what was rotated, and the streams whose single units are removed all the same, and why."""
+        for name, share in self.energies(cut):
+            yield f"{self.groups[name]}: rotated first, so that principal directions went; {share:.1%} of the energy is left"
+        for name, reason in (self.rotation.left if self.rotation is not None else {}).items():
+            yield f"{self.groups[name]} is not rotated: {reason}"
 
     def not_folded(self, cut: Cut) -> tuple[str, ...]:
         """Groups whose removed units are dropped, by some of their readers at least."""
