@@ -233,7 +233,7 @@ class Shrinking:
     def said_of_rotation(self, cut: Cut) -> Iterator[str]:
         """For the report: what was rotated, and the streams whose single units are removed all the same, and why."""
         for name, share in self.energies(cut):
-            yield f"{self.groups[name]}: rotated first, so that principal directions went; {share:.1%} of the energy is left"
+            yield f"{self.groups[name]}: rotated, so that principal directions went; {share:.1%} of the energy is left"
         for name, reason in (self.rotation.left if self.rotation is not None else {}).items():
             yield f"{self.groups[name]} is not rotated: {reason}"
 
