@@ -10,7 +10,9 @@ CPU seconds of one merge, tracing included, a third what ``renormalize="auto"`` 
 ``planted``: a network of random weights and the same function in other weights, made with random members of all its
 symmetries, are merged on weights alone; how many of ``--count`` merges compute that function to 1e-4 in float32.
 ``nested``: what nested groups add, when orders of heads (or of groups of channels), of the dims inside them, or of both
-are left out of one and the same matching. ``speed``: seconds that matching two ViT-B/16 of random weights takes with
+are left out of one and the same matching. ``prune``: of the first three networks a share of the residual stream is
+removed, unit by unit or by principal directions, which leaves as many parameters; ``prune-all`` removes that share of
+all other groups, too. ``speed``: seconds that matching two ViT-B/16 of random weights takes with
 and without all symmetries.
 
 CIFAR-10 comes from a shared folder; without it, only digits are measured.
@@ -19,6 +21,7 @@ CIFAR-10 comes from a shared folder; without it, only digits are measured.
     python docs/benchmarks/transformers.py merge --networks vit swin --matchings weights --pairs 1
     python docs/benchmarks/transformers.py merge --networks vit --images 100
     python docs/benchmarks/transformers.py planted --count 100
+    python docs/benchmarks/transformers.py prune --networks vit
     python docs/benchmarks/transformers.py speed --threads 2
 """
 
@@ -437,6 +440,41 @@ def look_closer(a: nn.Module, b: nn.Module, data: Data) -> None:
         print(f"| {report.groups[found.group]} | {found.after:.2f} |")
 
 
+PRUNINGS: dict[str, dict[str, Any]] = {
+    "units, magnitude, REPAIR": {},
+    "units, activation, REPAIR": {"saliency": "activation"},
+    "units, activation, fold": {"saliency": "activation", "removed": "fold", "renormalize": None},
+    "units, activation, fold, REPAIR": {"saliency": "activation", "removed": "fold"},
+    "directions of weights, no data": {"saliency": "magnitude", "data": None, "rotate": True},
+    "directions": {"saliency": "activation", "rotate": True, "renormalize": None},
+    "directions, REPAIR": {"saliency": "activation", "rotate": True},
+    "directions, fold": {"saliency": "activation", "removed": "fold", "rotate": True, "renormalize": None},
+    "directions, fold, REPAIR": {"saliency": "activation", "removed": "fold", "rotate": True},
+}
+"""Options of ``prune_units``; with data ``renormalize="auto"`` is REPAIR here."""
+FRACTIONS = (0.25, 0.5)
+
+
+def measure_pruning(name: str, case: Case, whole: bool) -> None:
+    """Print what is left of the accuracy without a share of the stream, or of the units of all groups."""
+    tables: list[Cells] = []
+    for model in case.models[:3]:
+        groups = surgery.find_groups(model, case.data.calibration[0][:2])
+        others = [group.name for group in groups if not str(group.symmetry).startswith("orthogonal")]
+        first = surgery.evaluate(model, case.data.test, progress=False)
+        tables.append({("whole", "0 % of units"): first.accuracy})
+        for fraction in FRACTIONS:
+            for row, options in PRUNINGS.items():
+                given = {"data": case.data.calibration, "example_inputs": case.data.calibration[0][:2], **options}
+                smaller = surgery.prune_units(model, fraction, exclude=() if whole else others, progress=False, **given)
+                report = surgery.report_of(smaller)
+                column = f"{fraction:.0%}, parameters x {report.after.parameters / report.before.parameters:.2f}"
+                accuracy = surgery.evaluate(smaller, case.data.test, progress=False).accuracy
+                tables[-1][row, column] = accuracy
+                print(f"network {len(tables)}, {row}, {column}: {100 * accuracy:.1f}", flush=True)
+    print_table(f"{name}, a share of {'all groups' if whole else 'the stream'} removed", tables)
+
+
 def measure_speed(count: int) -> None:
     """Print the seconds that matching two large ViTs takes, and their ratio to those of permutations."""
     a, b = (from_seed(lambda: build_model(LARGE), seed).eval() for seed in (0, 1))
@@ -521,12 +559,15 @@ def mean_seconds(seconds: Sequence[float]) -> str:
     return f"{statistics.mean(seconds):.1f}" if seconds else ""
 
 
+PARTS = ("train", "merge", "nested", "planted", "prune", "prune-all", "speed")
+
+
 def main() -> None:
     """Read the options, train what is missing, and print the tables."""
     made = folder_parser(__doc__)
     made.set_defaults(threads=1)
     names = [*NETWORKS, CIFAR]
-    made.add_argument("parts", nargs="+", choices=("train", "merge", "nested", "planted", "speed"))
+    made.add_argument("parts", nargs="+", choices=PARTS)
     made.add_argument("--networks", nargs="+", choices=names, default=names, help="only these")
     made.add_argument("--matchings", nargs="+", choices=MATCHINGS, default=MATCHINGS, help="only these")
     made.add_argument("--pairs", type=int, default=len(PAIRS), help="how many on digits (default: %(default)s)")
@@ -549,6 +590,9 @@ def main() -> None:
             measure_merges(name, case, options.matchings)
         if "nested" in options.parts:
             measure_nested(name, case)
+        for part in ("prune", "prune-all"):
+            if part in options.parts:
+                measure_pruning(name, case, part == "prune-all")
     if "planted" in options.parts:
         print("\n| | seeds | recovered | median error | largest | of the planted one | orders alone | missed |")
         print(f"|{'---|' * 8}")
