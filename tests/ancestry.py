@@ -73,24 +73,40 @@ class Case:
 
 
 @cache
+def traced(name: str) -> tuple[State, dict[str, Trait]]:
+    """State and traits of a whole network; norms, biases and buffers are drawn, too."""
+    options, generator = SMALL[name], torch.Generator().manual_seed(0)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=5, **options).eval()
+    randomize(model, generator)
+    traits = traits_of_graph(surgery.trace(model, torch.zeros(2, 3, *[options.get("img_size", 32)] * 2)))
+    return model.state_dict(), traits
+
+
+def varied(state: State, traits: Mapping[str, Trait]) -> set[str]:
+    """Of tensors of one kind and form, the first, the last and the one between: what methods tell apart."""
+    alike: dict[object, list[str]] = {}
+    for name, trait in traits.items():
+        if name in state:
+            form = [size == 1 for size in state[name].shape]
+            alike.setdefault((trait.kind, trait.reads, *form), []).append(name)
+    return {names[place] for names in alike.values() for place in (0, len(names) // 2, -1)}
+
+
+@cache
 def case(name: str) -> Case:
-    """One by name; norms, biases and buffers are drawn, too."""
+    """One by name, of the odd shapes or of a network."""
     generator = torch.Generator().manual_seed(0)
+    traits: dict[str, Trait]
     if name == "odd":
         state: dict[str, Tensor] = {n: torch.randn(s, generator=generator).double() for n, s in ODD.items()}
         traits = {n: Trait(Kind.MATRIX if n in MATRICES else Kind.REST, MATRICES.get(n, 1), 0.5) for n in ODD}
         state["steps"], traits["steps"] = torch.tensor(3), Trait(Kind.FIXED)
     else:
-        options = SMALL[name]
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)
-            model = timm.create_model(name, num_classes=5, **options).eval()
-        randomize(model, generator)
-        traced = surgery.trace(model, torch.zeros(2, 3, *[options.get("img_size", 32)] * 2))
-        traits = traits_of_graph(traced)
-        found = model.state_dict()
-        state = {n: found[n].double() if found[n].is_floating_point() else found[n] for n in traits if n in found}
-        traits = {n: traits[n] for n in state}
+        found, known = traced(name)
+        state = {n: t.double() if t.is_floating_point() else t for n, t in found.items() if n in varied(found, known)}
+        traits = {n: known[n] for n in state}
     sources: list[dict[str, Tensor]] = []
     for _ in range(4):
         sources.append(dict(state))

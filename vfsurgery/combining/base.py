@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import ClassVar, Protocol, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -213,11 +213,12 @@ class Combiner:
         raise TypeError(f"{type(self).__name__} has neither plan nor combine")
 
 
+C = TypeVar("C", bound=Combiner)
 COMBINERS: Registry[type[Combiner]] = Registry("combining method")
 """All methods by name."""
 
 
-def register_combiner(combiner: type[Combiner]) -> type[Combiner]:
+def register_combiner(combiner: type[C]) -> type[C]:
     """Register a method, so that ``merge(combine=...)``, recipes and the command line know it by its ``name``."""
     return COMBINERS.register(combiner.name)(combiner)
 
