@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, ClassVar, Protocol, Self, TypeAlias, cast
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -222,11 +222,12 @@ class Combiner:
         return f"{self.name} x{self.scale:g}"
 
 
+C = TypeVar("C", bound=Combiner)
 COMBINERS: Registry[type[Combiner]] = Registry("combining method")
 """All methods by name."""
 
 
-def register_combiner(combiner: type[Combiner]) -> type[Combiner]:
+def register_combiner(combiner: type[C]) -> type[C]:
     """Register a method, so that ``merge(combine=...)``, recipes and the command line know it by its ``name``."""
     return COMBINERS.register(combiner.name)(combiner)
 
