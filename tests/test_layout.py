@@ -50,7 +50,10 @@ ONLY_IN = {
         "recipes/wording.py",
     ],
     "click": [
-        *(f"cli/{name}.py" for name in ("__init__", "cards", "diagnose", "groups", "jobs", "merge", "options")),
+        *(
+            f"cli/{name}.py"
+            for name in ("__init__", "cards", "compare", "diagnose", "groups", "jobs", "merge", "options")
+        ),
         *(f"cli/{name}.py" for name in ("prune", "push", "replay", "run", "words", "zoo")),
     ],
     "tqdm": ["data/progress.py"],
