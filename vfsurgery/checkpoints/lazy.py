@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, cast
@@ -104,6 +105,12 @@ class LazyCheckpoint:
         return LazyCheckpoint(
             self.path, state, self.part, self.note, {new: self._places[old] for new, old in names.items()}
         )
+
+    def with_those_of(self, other: LazyCheckpoint, names: Sequence[str]) -> LazyCheckpoint:
+        """With tensors of another checkpoint in place of its own, or beside them."""
+        state = self.state | {name: other.state[name] for name in names}
+        places = self._places | {name: other._places[name] for name in names}
+        return LazyCheckpoint(self.path, state, self.part, self.note, places)
 
     def same_storage(self) -> dict[str, str]:
         """For tensors that are one and the same in the file, by name the first one's name."""

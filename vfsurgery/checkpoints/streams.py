@@ -23,7 +23,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from vfsurgery.checkpoints.files import WEIGHTS, check_writable
+from vfsurgery.checkpoints.files import check_writable
 from vfsurgery.checkpoints.lazy import DTYPES, count_of_bytes
 from vfsurgery.checkpoints.shards import INDEX
 from vfsurgery.checkpoints.writing import split_by_size
