@@ -124,8 +124,12 @@ class Entry:
     def task_vectors(self) -> Tensor:
         """Those of all sources, along a first dim."""
         origin = None if self.base is None else self._read(self.base)
-        found = torch.stack([self._read(store) for store in self.stores])
-        return found if origin is None else found.sub_(origin)
+        first = self._read(self.stores[0])
+        found = first.new_empty((len(self.stores), *first.shape))
+        for source, own in enumerate(found):
+            read = self._read(self.stores[source]) if source else first
+            own.copy_(read) if origin is None else torch.sub(read, origin, out=own)
+        return found
 
     def weighted(self) -> Tensor:
         """Task vectors of all sources, each times its weight."""

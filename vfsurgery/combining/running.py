@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vfsurgery.combining.base import Combiner, Entry, InMemory, Kind, Problem, Store, Trait
 from vfsurgery.combining.traits import traits_of_states
+from vfsurgery.data.progress import progress
 from vfsurgery.errors import OptionError, explain
 
 TRAINED = (Kind.MATRIX, Kind.REST)
@@ -23,7 +24,7 @@ FAR, NEAR = 0.5, 0.9
 
 @dataclass(frozen=True)
 class Listing:
-    """The tensors that there are, in the order in which they are worked on and written: shapes, dtypes and traits."""
+    """The tensors that there are: shapes, the dtypes of the result, and traits."""
 
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype]
@@ -34,7 +35,8 @@ class Listing:
 class Combination:
     """What is combined: the sources' stores and weights, the base's if there is one, what tensors there are, and how.
 
-    Iterate :meth:`parts` for the result. ``notes`` are for the report.
+    Iterate :meth:`parts` for the result. Tensors come by name, whatever their order in files, since ties go by place.
+    ``notes`` are for the report; ``shown`` has bars for what goes through all tensors before.
     """
 
     listing: Listing
@@ -44,6 +46,7 @@ class Combination:
     weights: tuple[float, ...]
     seed: int = 0
     notes: list[str] = field(default_factory=list[str])
+    shown: bool = False
 
     def __post_init__(self) -> None:
         if self.combiner.needs_base and self.base is None:
@@ -63,9 +66,9 @@ class Combination:
         traits = self.settled()
 
         def trained() -> Iterator[Entry]:
-            for name, trait in traits.items():
-                if trait.kind in TRAINED:
-                    yield self._entry(name, trait)
+            names = [name for name, trait in traits.items() if trait.kind in TRAINED]
+            for name in progress(names, f"{self.combiner.name}: looking at all tensors", enabled=self.shown):
+                yield self._entry(name, traits[name])
 
         combined = self.combiner.plan(Problem(trained, len(self.stores), self.seed, self.notes))
         for name, trait in traits.items():
@@ -103,9 +106,9 @@ class Combination:
         """What each tensor is; layers that fine-tuning began anew, as a head of the base's shape, count as heads.
 
         Their weights have nothing to do with the base's, while all others are nearly parallel to it; that shows in a
-        few thousand numbers of each.
+        few thousand numbers of each. In the order of names.
         """
-        traits, cosines = dict(self.listing.traits), dict[str, float]()
+        traits, cosines = dict(sorted(self.listing.traits.items())), dict[str, float]()
         for name, trait in traits.items() if self.base is not None else ():
             if trait.kind is Kind.MATRIX and math.prod(self.listing.shapes[name]) >= FEWEST:
                 cosines[name] = self._cosine_to_base(self._entry(name, trait))
@@ -158,7 +161,7 @@ def combine_states(
         notes: Takes sentences for a report.
 
     Returns:
-        New tensors, of the dtypes of the first source.
+        New tensors, of the base's dtypes, or of the first source's where it has none.
 
     Raises:
         OptionError: the method cannot combine these.
@@ -170,9 +173,10 @@ def combine_states(
     """
     first = states[0]
     traits = traits_of_states(states, base) if traits is None else traits
-    listing = Listing(
-        {name: tuple(first[name].shape) for name in traits}, {name: first[name].dtype for name in traits}, traits
-    )
+    if base is not None:
+        base = completed(base, first, traits)
+    dtypes = {name: (base or {}).get(name, first[name]).dtype for name in traits}
+    listing = Listing({name: tuple(first[name].shape) for name in traits}, dtypes, traits)
     stores = [InMemory(state) for state in states]
     combination = Combination(
         listing,
@@ -183,10 +187,22 @@ def combine_states(
         seed,
         [] if notes is None else notes,
     )
-    found = {name: torch.empty_like(first[name], memory_format=torch.contiguous_format) for name in traits}
+    found = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in listing.shapes.items()}
     for name, start, part in combination.parts():
         found[name].view(-1)[start : start + part.numel()] = part
     return found
+
+
+def completed(
+    base: Mapping[str, Tensor], first: Mapping[str, Tensor], traits: Mapping[str, Trait]
+) -> dict[str, Tensor]:
+    """A base with the counters and tables that it lacks, or has in another shape: those of the first source."""
+    lacking = {
+        name: first[name]
+        for name, trait in traits.items()
+        if trait.kind is Kind.FIXED and (name not in base or base[name].shape != first[name].shape)
+    }
+    return {**base, **lacking}
 
 
 def check_weights_of(count: int, weights: Sequence[float] | None) -> tuple[float, ...]:
