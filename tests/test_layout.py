@@ -21,7 +21,7 @@ FLOORS = (
     {"recipes/stages"},
     {"recipes"},
     {"hub", "rendering"},
-    {"combining/soups"},
+    {"scoring/soups"},
     {"scoring", "testing", "testing/zoo"},
     {"merging", "pruning/renormalizing", "pruning/units"},
     {"passes", "training"},

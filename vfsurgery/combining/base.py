@@ -17,12 +17,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from vfsurgery.errors import OptionError, explain
+from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.registry import Registry
 
 PART = 2**18
@@ -111,7 +111,7 @@ class Entry:
     def origin(self) -> Tensor:
         """The base's numbers, in the tensor's shape if it is whole, else flat; zeros where there is no base."""
         if self.base is None:
-            return torch.zeros(self._shape, dtype=self.dtype)
+            return torch.zeros(self.laid_out, dtype=self.dtype)
         return self._read(self.base)
 
     def task_vector(self, source: int) -> Tensor:
@@ -124,8 +124,12 @@ class Entry:
     def task_vectors(self) -> Tensor:
         """Those of all sources, along a first dim."""
         origin = None if self.base is None else self._read(self.base)
-        found = torch.stack([self._read(store) for store in self.stores])
-        return found if origin is None else found.sub_(origin)
+        first = self._read(self.stores[0])
+        found = first.new_empty((len(self.stores), *first.shape))
+        for source, own in enumerate(found):
+            read = self._read(self.stores[source]) if source else first
+            own.copy_(read) if origin is None else torch.sub(read, origin, out=own)
+        return found
 
     def weighted(self) -> Tensor:
         """Task vectors of all sources, each times its weight."""
@@ -150,11 +154,12 @@ class Entry:
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1)
 
     @property
-    def _shape(self) -> tuple[int, ...]:
+    def laid_out(self) -> tuple[int, ...]:
+        """The shape of :meth:`origin`: the tensor's if it is whole, else flat."""
         return self.shape if self.is_whole else (self.count,)
 
     def _read(self, store: Store) -> Tensor:
-        return store.read(self.name, self.start, self.stop).to(self.dtype).reshape(self._shape)
+        return store.read(self.name, self.start, self.stop).to(self.dtype).reshape(self.laid_out)
 
 
 Combined: TypeAlias = Callable[[Entry], Tensor]
@@ -189,12 +194,16 @@ class Combiner:
     - ``elementwise``: every number of the result depends on the numbers at the same place alone (and on what ``plan``
       found out beforehand), so tensors come in parts;
     - ``needs_base``: task vectors mean something, whole weights do not;
+    - ``ordered``: with equal weights it matters still which source comes first, as where each has draws of its own;
+    - ``decomposes``: it takes the singular vectors of matrices, which is dear for large ones;
     - ``scale``: what the combined task vector is multiplied by.
     """
 
     name: ClassVar[str]
     elementwise: ClassVar[bool] = False
     needs_base: ClassVar[bool] = True
+    ordered: ClassVar[bool] = False
+    decomposes: ClassVar[bool] = False
     scale: float = 1.0
 
     def plan(self, problem: Problem) -> Combined:
@@ -209,15 +218,20 @@ class Combiner:
         """One task vector of one tensor, for methods that need not look at others before."""
         raise TypeError(f"{type(self).__name__} has neither plan nor combine")
 
+    def scaled(self, scale: float) -> Self:
+        """The same with another scale."""
+        return cast(Self, replace(cast(Any, self), scale=float(scale)))
+
     def __str__(self) -> str:
         return f"{self.name} x{self.scale:g}"
 
 
+C = TypeVar("C", bound=Combiner)
 COMBINERS: Registry[type[Combiner]] = Registry("combining method")
 """All methods by name."""
 
 
-def register_combiner(combiner: type[Combiner]) -> type[Combiner]:
+def register_combiner(combiner: type[C]) -> type[C]:
     """Register a method, so that ``merge(combine=...)``, recipes and the command line know it by its ``name``."""
     return COMBINERS.register(combiner.name)(combiner)
 
@@ -234,13 +248,23 @@ def check_share(name: str, value: float, *, zero: bool = False) -> None:
         )
 
 
+def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
+    """Refuse what is none of the values that an option has.
+
+    Raises:
+        OptionError: lists them.
+    """
+    if value not in accepted:
+        raise OptionError(explain(f"unknown {name} {value!r}", remedy=did_you_mean(str(value), accepted)))
+
+
 def as_matrix(tensor: Tensor, trait: Trait) -> Tensor:
-    """A weight as ``(outputs, inputs)``, kernels among the inputs; any leading dim of sources stays.
+    """A weight as ``(outputs, inputs)``, kernels among the inputs.
 
     >>> as_matrix(torch.zeros(8, 4, 3, 3), Trait(Kind.MATRIX)).shape
     torch.Size([8, 36])
     """
-    return tensor.movedim(1 - trait.reads, 0).reshape(tensor.shape[1 - trait.reads], -1)
+    return tensor.movedim(1 - trait.reads, 0).flatten(1)
 
 
 def from_matrix(matrix: Tensor, shape: Sequence[int], trait: Trait) -> Tensor:

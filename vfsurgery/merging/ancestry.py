@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from torch import Tensor, nn
 
 from vfsurgery.combining.base import COMBINERS, Combiner, Kind, Trait
 from vfsurgery.combining.running import check_weights_of
 from vfsurgery.combining.traits import traits_of_graph, with_heads
+from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.holdout import Interleaved
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError, did_you_mean, explain
 from vfsurgery.matching import Identity, Matcher
 from vfsurgery.merging.surveyed import Way
 from vfsurgery.passes.base import Pass
-from vfsurgery.passes.combine import Base
+from vfsurgery.passes.combine import Base, Line
 from vfsurgery.passes.normalizations import Renormalization
+from vfsurgery.stats.threads import affordable_flops
 from vfsurgery.tracing.compatibility import check_finite
 from vfsurgery.tracing.sources import Source, canonical_state
 from vfsurgery.tracing.wrappers import network
@@ -26,6 +29,9 @@ Scale: TypeAlias = float | Sequence[float] | None
 
 MADE = ("first", "mean")
 """Bases that are made of the aligned sources, for those that have none."""
+
+FLOPS_OF_SVD = 80
+"""Times rows, columns and the smaller of both; they come four times slower than those of products."""
 
 GRID: Mapping[str, tuple[float, ...]] = {
     "mean": (1.0,),
@@ -48,6 +54,8 @@ class Ancestry:
     weights: tuple[float, ...]
     told: str
     traits: Mapping[str, Trait] = field(default_factory=dict[str, Trait], repr=False)
+    line: Line | None = field(default=None, repr=False)
+    """While scales are compared: what the method came to last."""
 
     def over(self, sources: Sequence[Source]) -> Ancestry:
         """The same with what the graph says of each tensor.
@@ -77,19 +85,21 @@ class Plan:
         """Whether units may be in different orders, so that sources are matched before."""
         return not isinstance(self.ancestry.base, Mapping)
 
-    def ways(self, matcher: Matcher, passes: tuple[Pass, ...], chosen: bool, judged: bool) -> list[Way]:
+    def ways(self, source: Source, matcher: Matcher, passes: tuple[Pass, ...], chosen: bool, judged: bool) -> list[Way]:
         """What to try: every method at every scale, and where that was not asked for, without renormalization, too.
 
-        Without images to judge by, the first of them.
+        Without images to judge by, the first of them. What would take too long is not tried unless it was asked for.
 
         Raises:
             OptionError: several scales were given, and nothing can be judged.
         """
         if chosen and not any(step.needs_data for step in passes):
             passes = ()  # averaged statistics of siblings are better than what weights tell
-        found = [Way(matcher, passes, combiner) for combiner in self.combiners]
+        affordable = not self.open or _flops(source.state, self.ancestry.weights) <= affordable_flops(source.device)
+        found = [Way(matcher, passes, each) for each in self.combiners if affordable or not each.decomposes]
         if judged:
-            return found + [Way(matcher, (), combiner) for combiner in self.combiners if passes and chosen]
+            both = (passes, ()) if passes and chosen else (passes,)
+            return [replace(way, passes=each) for way in found for each in both]
         if len(found) > 1 and not self.open:
             raise OptionError(
                 explain(
@@ -139,6 +149,26 @@ def plan_combining(
     return Plan(combiners, Ancestry(base, numbers, told), combine in (None, "auto"))  # pyright: ignore[reportArgumentType]
 
 
+def images_apart(data: Data | Mapping[int, Data] | str | None, count: int) -> tuple[Data | str | None, list[Data]]:
+    """Images of all sources, and those of each, where they were given by the sources' numbers.
+
+    Raises:
+        OptionError: a source has none, or a number is none of theirs.
+    """
+    if not isinstance(data, Mapping):
+        return data, []
+    own = cast("Mapping[int, Data]", data)
+    if sorted(own, key=str) != list(range(count)):
+        raise OptionError(
+            explain(
+                f"data has images of {', '.join(map(repr, own)) or 'nobody'}, and there are {count} sources",
+                remedy="one entry for each, by its number: data={0: images, 1: others}",
+            )
+        )
+    each = [own[number] for number in range(count)]
+    return Interleaved([Batches(images) for images in each]), each
+
+
 def fitting_to(
     plan: Plan, matching: str | Matcher, renormalize: Renormalization, alpha: object
 ) -> tuple[str | Matcher, Renormalization]:
@@ -169,9 +199,9 @@ def _combiners(combine: Combining | None, scale: Scale, count: int) -> tuple[Com
             remedy = "name a method, or leave scale out"
             raise OptionError(explain("combine='auto' chooses a scale itself", remedy=remedy))
         if count == 1:
-            return tuple(COMBINERS["wise-ft"](scale=each) for each in (0.5, 0.25, 0.75, 1.0))
+            return tuple(COMBINERS["wise-ft"]().scaled(each) for each in (0.5, 0.25, 0.75, 1.0))
         known = {name: scales for name, scales in GRID.items() if name in COMBINERS}
-        return tuple(COMBINERS[name](scale=each) for name, scales in known.items() for each in scales)
+        return tuple(COMBINERS[name]().scaled(each) for name, scales in known.items() for each in scales)
     if isinstance(combine, str):
         if combine not in COMBINERS:
             remedy = did_you_mean(combine, ["auto", *COMBINERS])
@@ -185,7 +215,13 @@ def _combiners(combine: Combining | None, scale: Scale, count: int) -> tuple[Com
     scales = [scale] if isinstance(scale, int | float) else [*scale]
     if not scales or any(isinstance(each, bool) or not isinstance(each, int | float) for each in scales):
         raise OptionError(explain(f"scale is one number or several, not {scale!r}", remedy="scale=[0.3, 0.5, 1.0]"))
-    return tuple(replace(combine, scale=float(each)) for each in scales)
+    return tuple(combine.scaled(each) for each in scales)
+
+
+def _flops(state: Mapping[str, Tensor], weights: Sequence[float]) -> float:
+    """About what it takes to decompose all matrices of all sources and what is made of them."""
+    sizes = ((len(x), x.numel() // max(len(x), 1)) for x in state.values() if x.ndim > 1)
+    return FLOPS_OF_SVD * (len(weights) + 2) * sum(rows * columns * min(rows, columns) for rows, columns in sizes)
 
 
 def _check_base(base: Mapping[str, Tensor], state: Mapping[str, Tensor], traits: Mapping[str, Trait]) -> None:

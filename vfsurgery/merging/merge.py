@@ -13,7 +13,7 @@ from vfsurgery.errors import DataError, OptionError, did_you_mean, explain, warn
 from vfsurgery.matching import MATCHERS, Given, Identity, Matcher, Orders
 from vfsurgery.matching.base import SYMMETRIES, check_symmetries
 from vfsurgery.merging.aligned import match_sources
-from vfsurgery.merging.ancestry import Combining, Scale, fitting_to, plan_combining
+from vfsurgery.merging.ancestry import Combining, Scale, fitting_to, images_apart, plan_combining
 from vfsurgery.merging.budget import Budget, plan_prefix
 from vfsurgery.merging.choosing import choose, sensible
 from vfsurgery.merging.combined import Terms
@@ -26,6 +26,7 @@ from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
 from vfsurgery.passes.normalizations import Renormalization, normalizations
 from vfsurgery.records.results import remember, way_of
 from vfsurgery.stats.batch_norms import batch_norm_nodes
+from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.examples import ExampleInputs
 from vfsurgery.tracing.selection import Leaf
 from vfsurgery.tracing.wrappers import as_given, network
@@ -94,7 +95,7 @@ def merge(
     a: nn.Module | Sequence[nn.Module],
     b: nn.Module | None = None,
     *,
-    data: Data | str | None = None,
+    data: Data | Mapping[int, Data] | str | None = None,
     base: nn.Module | Mapping[str, Tensor] | str | None = None,
     combine: Combining | None = None,
     scale: Scale = None,
@@ -127,7 +128,9 @@ def merge(
         b: The second source; left out when ``a`` is a list.
         data: Calibration images, labels ignored: a loader, a dataset, or any iterable of images or (images, labels)
             that can be read more than once. A few thousand images are enough. ``"imagined"`` for images that
-            :func:`~vfsurgery.imagine` makes of the sources; see ``imagine``.
+            :func:`~vfsurgery.imagine` makes of the sources; see ``imagine``. ``{0: images, 1: images}`` gives each
+            source, by its number, images of its own, as for different tasks: then what is tried is judged by each
+            source on those, and statistics are of all.
         base: The checkpoint that all sources were fine-tuned from, a model or its state dict: what they added to it
             is combined, their units are in one order already, and one source is enough. It may have another head. Of
             sources without one, ``"mean"`` (of the aligned sources, the default) or ``"first"``.
@@ -205,6 +208,7 @@ def merge(
         imagine = imagine and combining.aligned
     planned = plan_shares(len(models), alpha, weights) if combining is None else equal_shares(len(models))
     imagine = asks_for_images(matching, renormalize) and imagine
+    data, apart = images_apart(data, len(models))
     _matcher(matching, imagine or data is not None)
     budget = Budget(max_flops, max_params)
     if inplace and (preserve or budget != Budget()):
@@ -227,6 +231,7 @@ def merge(
         seed=seed,
         progress=progress,
     )
+    grouped = replace(grouped, own=tuple(batches_for(models[0], each, grouped.sources[0].device) for each in apart))
     matcher, graph_module, shares = (
         _matcher(matching, grouped.data is not None),
         grouped.graph_module,
@@ -240,7 +245,7 @@ def merge(
     ways = [Way(matcher, passes)]
     judged = can_judge(grouped.data)
     if combining is not None:
-        ways = combining.ways(matcher, passes, chosen=renormalize == "auto", judged=judged)
+        ways = combining.ways(grouped.sources[0], matcher, passes, chosen=renormalize == "auto", judged=judged)
     elif (matching == "auto" or renormalize == "auto") and judged:
         tried = None if matching == "auto" and matcher != Identity() else matcher
         ways = sensible(graph_module, grouped.groups, tried, passes, fixed=renormalize != "auto", masks=zeros)
@@ -256,7 +261,7 @@ def merge(
         notes.append(f"shares by layer: {planned}")
     if matching == "auto" and matcher == Identity():
         notes.append("matching identity: the sources' masks are equal, so their units correspond already")
-    if renormalize == "auto" and grouped.data is not None and not choice.way.passes:
+    if renormalize == "auto" and grouped.data is not None and not choice.way.passes and combining is None:
         notes.append("nothing is renormalized: no layer takes a scale and a shift, or keeps statistics")
     report = report_on(choice, notes, told, ancestry)
     if zeros is not None:

@@ -134,9 +134,12 @@ class Preserved:
 class Trial:
     """One way to merge that ``"auto"`` tried, and how near it came to the sources' ensemble on held-out images.
 
+    It was made without these images; the way that is kept is then made again with all.
+
     ``agreement`` is the share of ``images`` on which both find the same class, ``cross_entropy`` that of the merged
     model's probabilities to the ensemble's, in nats; ``kept`` says whether this way was chosen. ``combine`` is the
-    method and its scale, where fine-tuned models were combined.
+    method and its scale, where fine-tuned models were combined; with ``apart`` each source judges on its own images,
+    and not their ensemble on all.
 
     >>> print(Trial("activations", ("reset",), agreement=0.8125, cross_entropy=0.5, images=400, seconds=2.5))
     activations + reset: agrees with the ensemble on 81.25% of 400 held-out images, cross-entropy 0.5000 (2.5 s)
@@ -150,6 +153,12 @@ class Trial:
     seconds: float
     kept: bool = False
     combine: str = ""
+    apart: bool = False
+
+    @property
+    def judge(self) -> str:
+        """Whom agreement is with."""
+        return "each source on its own images" if self.apart else "the ensemble"
 
     @property
     def way(self) -> str:
@@ -164,7 +173,7 @@ class Trial:
         return (self.way, *numbers, "kept" if self.kept else "")
 
     def __str__(self) -> str:
-        agreement = f"agrees with the ensemble on {self.agreement:.2%} of {self.images} held-out images"
+        agreement = f"agrees with {self.judge} on {self.agreement:.2%} of {self.images} held-out images"
         kept = ", kept" if self.kept else ""
         return f"{self.way}: {agreement}, cross-entropy {self.cross_entropy:.4f} ({self.seconds:.1f} s){kept}"
 
@@ -311,7 +320,7 @@ def trial_table(trials: Sequence[Trial]) -> list[str]:
         return []
     width = max(len(trial.way) for trial in trials)
     lines = [
-        f"  tried; agreement with the ensemble, and cross-entropy to it, on {trials[0].images} held-out images",
+        f"  tried; agreement with {trials[0].judge}, and cross-entropy to it, on {trials[0].images} held-out images",
         f"    {'':<{width}}  {'agreement':>9}  {'cross-entropy':>13}  {'seconds':>7}",
     ]
     for way, agreement, cross_entropy, seconds, kept in (trial.cells for trial in trials):

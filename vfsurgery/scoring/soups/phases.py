@@ -17,13 +17,13 @@ from typing import Any, Literal, cast
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from vfsurgery.combining.soups.averaging import soup
 from vfsurgery.data.batches import BATCH_SIZE, Data
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.passes.mask import check_zeros
 from vfsurgery.pruning import Masks, Pruner, prune
 from vfsurgery.pruning.layers import prunable
 from vfsurgery.scoring.evaluation import evaluate
+from vfsurgery.scoring.soups.averaging import soup
 from vfsurgery.tracing.copies import copied
 from vfsurgery.training import train
 
