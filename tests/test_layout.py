@@ -21,11 +21,11 @@ FLOORS = (
     {"recipes/stages"},
     {"recipes"},
     {"hub", "rendering"},
-    {"soups"},
+    {"scoring/soups"},
     {"scoring", "testing", "testing/zoo"},
     {"merging", "pruning/renormalizing", "pruning/units"},
     {"passes", "training"},
-    {"discovery/verification", "matching", "pruning"},
+    {"combining", "discovery/verification", "matching", "pruning"},
     {"stats/imagined"},
     {"checkpoints", "discovery"},
     {"discovery/rules", "records", "stats"},
@@ -50,7 +50,10 @@ ONLY_IN = {
         "recipes/wording.py",
     ],
     "click": [
-        *(f"cli/{name}.py" for name in ("__init__", "cards", "diagnose", "groups", "jobs", "merge", "options")),
+        *(
+            f"cli/{name}.py"
+            for name in ("__init__", "cards", "compare", "diagnose", "groups", "jobs", "merge", "options")
+        ),
         *(f"cli/{name}.py" for name in ("prune", "push", "replay", "run", "words", "zoo")),
     ],
     "tqdm": ["data/progress.py"],

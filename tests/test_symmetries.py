@@ -192,6 +192,40 @@ def test_a_factor_counts_unless_it_can_be_folded(again: bool, symmetry: Symmetry
     assert surgery.verify(model, groups, inputs)
 
 
+class ScaledMaps(nn.Module):
+    """Two 1 x 1 convolutions with a factor for each channel between them, which ``shaped`` brings to the shape of maps."""
+
+    def __init__(self, shaped: Callable[[Tensor], Tensor], again: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)
+        self.scale, self.shaped, self.again = nn.Parameter(torch.rand(6) + 0.5), shaped, again
+
+    def forward(self, x: Tensor) -> Tensor:
+        shaped = self.shaped(self.scale)
+        return self.again(shaped) * self.last(self.first(x) * shaped)
+
+
+@pytest.mark.parametrize(
+    ("shaped", "again", "symmetry"),
+    [
+        (lambda scale: scale.reshape(1, -1, 1, 1), lambda shaped: 1, GL),
+        (lambda scale: scale.unsqueeze(-1).unsqueeze(-1), lambda shaped: 1, GL),
+        (lambda scale: scale[:, None, None], lambda shaped: 1, GL),
+        (lambda scale: scale[None].exp()[..., None, None], lambda shaped: 1, P),
+        (lambda scale: scale.reshape(1, -1, 1, 1), lambda shaped: shaped.square().sum(), P),
+    ],
+)
+def test_a_factor_in_another_shape_is_folded_as_itself(
+    shaped: Callable[[Tensor], Tensor], again: Callable[[Tensor], Tensor], symmetry: Symmetry
+) -> None:
+    model, inputs = ScaledMaps(shaped, again), torch.randn(3, 4, 2, 2)
+    groups = surgery.find_groups(model, inputs)
+    assert groups.groups[0].symmetry is symmetry
+    assert [folding.scale.parameter for folding in groups.foldings] == ["scale"] * (symmetry is GL)
+    found = surgery.verify(model, groups, inputs)
+    assert found and found.continuous == (symmetry is GL)
+
+
 def test_units_of_a_weight_that_is_read_again_are_their_own_dual() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -294,6 +328,19 @@ def test_a_network_merged_with_itself_is_that_network() -> None:
         merged = surgery.merge(model, copy.deepcopy(model), matching="weights", **OPTIONS)
         for name, tensor in merged.state_dict().items():
             torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_what_auto_keeps_is_what_asking_for_it_gives() -> None:
+    a, b = pair()
+    options = {**OPTIONS, "data": torch.randn(120, 3, 16, 16, generator=torch.Generator().manual_seed(9))}
+    auto = surgery.merge(a, b, **{**options, "renormalize": "repair"})
+    kept = merge_report_of(auto)
+    assert [trial.matching for trial in kept.trials][:2] == ["activations", "activations, orders only"]
+    assert kept.matching == "activations"
+    asked = {"matching": "activations", "renormalize": "repair"}
+    direct = surgery.merge(a, b, **{**options, **asked})
+    for name, tensor in direct.state_dict().items():
+        torch.testing.assert_close(auto.state_dict()[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_orders_found_once_serve_again() -> None:

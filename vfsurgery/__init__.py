@@ -6,6 +6,11 @@
 """
 
 from vfsurgery import rendering as rendering  # registers how values look
+from vfsurgery.combining.adapters import fold_adapter as fold_adapter
+from vfsurgery.combining.comparing import compare as compare
+from vfsurgery.combining.comparison import Comparison as Comparison
+from vfsurgery.combining.factoring import SavedAdapter as SavedAdapter
+from vfsurgery.combining.factoring import save_adapter as save_adapter
 from vfsurgery.discovery.finding import find_groups as find_groups
 from vfsurgery.discovery.finding import trace as trace
 from vfsurgery.discovery.maps import UnitMap as UnitMap
@@ -73,11 +78,11 @@ from vfsurgery.scoring.flip_rates import Flips as Flips
 from vfsurgery.scoring.flip_rates import flips as flips
 from vfsurgery.scoring.preserving import PreserveCurve as PreserveCurve
 from vfsurgery.scoring.preserving import preserve_curve as preserve_curve
-from vfsurgery.soups import SoupReport as SoupReport
-from vfsurgery.soups import soup as soup
-from vfsurgery.soups.phases import Retraining as Retraining
-from vfsurgery.soups.phases import SparseSoup as SparseSoup
-from vfsurgery.soups.phases import sparse_soup as sparse_soup
+from vfsurgery.scoring.soups import SoupReport as SoupReport
+from vfsurgery.scoring.soups import soup as soup
+from vfsurgery.scoring.soups.phases import Retraining as Retraining
+from vfsurgery.scoring.soups.phases import SparseSoup as SparseSoup
+from vfsurgery.scoring.soups.phases import sparse_soup as sparse_soup
 from vfsurgery.stats.imagined import Imagined as Imagined
 from vfsurgery.stats.imagined import ImagineReport as ImagineReport
 from vfsurgery.stats.imagined import imagine as imagine

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from vfsurgery.cli.compare import compare_checkpoints
 from vfsurgery.cli.diagnose import diagnose_checkpoint
 from vfsurgery.cli.groups import groups
 from vfsurgery.cli.merge import merge_checkpoints
@@ -79,7 +80,7 @@ def main() -> None:
 
 COMMANDS = (
     *(run, plan_recipe, check_recipe, recipe_schema, merge_checkpoints, prune_checkpoint, renormalize_checkpoint),
-    *(replay, push, diagnose_checkpoint, groups, survey_zoo),
+    *(replay, push, diagnose_checkpoint, compare_checkpoints, groups, survey_zoo),
 )
 for command in COMMANDS:
     main.add_command(command)

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import ClassVar, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -124,8 +124,12 @@ class Entry:
     def task_vectors(self) -> Tensor:
         """Those of all sources, along a first dim."""
         origin = None if self.base is None else self._read(self.base)
-        found = torch.stack([self._read(store) for store in self.stores])
-        return found if origin is None else found.sub_(origin)
+        first = self._read(self.stores[0])
+        found = first.new_empty((len(self.stores), *first.shape))
+        for source, own in enumerate(found):
+            read = self._read(self.stores[source]) if source else first
+            own.copy_(read) if origin is None else torch.sub(read, origin, out=own)
+        return found
 
     def weighted(self) -> Tensor:
         """Task vectors of all sources, each times its weight."""
@@ -191,6 +195,7 @@ class Combiner:
       found out beforehand), so tensors come in parts;
     - ``needs_base``: task vectors mean something, whole weights do not;
     - ``ordered``: with equal weights it matters still which source comes first, as where each has draws of its own;
+    - ``decomposes``: it takes the singular vectors of matrices, which is dear for large ones;
     - ``scale``: what the combined task vector is multiplied by.
     """
 
@@ -198,6 +203,7 @@ class Combiner:
     elementwise: ClassVar[bool] = False
     needs_base: ClassVar[bool] = True
     ordered: ClassVar[bool] = False
+    decomposes: ClassVar[bool] = False
     scale: float = 1.0
 
     def plan(self, problem: Problem) -> Combined:
@@ -211,6 +217,13 @@ class Combiner:
     def combine(self, entry: Entry) -> Tensor:
         """One task vector of one tensor, for methods that need not look at others before."""
         raise TypeError(f"{type(self).__name__} has neither plan nor combine")
+
+    def scaled(self, scale: float) -> Self:
+        """The same with another scale."""
+        return cast(Self, replace(cast(Any, self), scale=float(scale)))
+
+    def __str__(self) -> str:
+        return f"{self.name} x{self.scale:g}"
 
 
 C = TypeVar("C", bound=Combiner)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from vfsurgery.combining.base import Combiner, Entry, InMemory, Kind, Problem, Store, Trait
 from vfsurgery.combining.traits import traits_of_states
+from vfsurgery.data.progress import progress
 from vfsurgery.errors import OptionError, explain
 
 TRAINED = (Kind.MATRIX, Kind.REST)
+FEWEST, SAMPLE = 32, 1 << 14
+"""Numbers of a matrix from which on an angle to the base says something, and how many are enough."""
+FAR, NEAR = 0.5, 0.9
+"""Cosines to the base: below the first a layer was begun anew, if half of all lie above the second."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The tensors that there are, in the order in which they are worked on and written: shapes, dtypes and traits."""
+    """The tensors that there are: shapes, the dtypes of the result, and traits."""
 
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype]
@@ -29,7 +35,8 @@ class Listing:
 class Combination:
     """What is combined: the sources' stores and weights, the base's if there is one, what tensors there are, and how.
 
-    Iterate :meth:`parts` for the result. ``notes`` are for the report.
+    Iterate :meth:`parts` for the result. Tensors come by name, whatever their order in files, since ties go by place.
+    ``notes`` are for the report; ``shown`` has bars for what goes through all tensors before.
     """
 
     listing: Listing
@@ -39,6 +46,7 @@ class Combination:
     weights: tuple[float, ...]
     seed: int = 0
     notes: list[str] = field(default_factory=list[str])
+    shown: bool = False
 
     def __post_init__(self) -> None:
         if self.combiner.needs_base and self.base is None:
@@ -55,8 +63,15 @@ class Combination:
         Args:
             skip: Tensors that are done already.
         """
-        combined = self.combiner.plan(Problem(self._trained, len(self.stores), self.seed, self.notes))
-        for name, trait in self.listing.traits.items():
+        traits = self.settled()
+
+        def trained() -> Iterator[Entry]:
+            names = [name for name, trait in traits.items() if trait.kind in TRAINED]
+            for name in progress(names, f"{self.combiner.name}: looking at all tensors", enabled=self.shown):
+                yield self._entry(name, traits[name])
+
+        combined = self.combiner.plan(Problem(trained, len(self.stores), self.seed, self.notes))
+        for name, trait in traits.items():
             if name in skip:
                 continue
             entry, dtype = self._entry(name, trait), self.listing.dtypes[name]
@@ -87,10 +102,35 @@ class Combination:
             total.add_(plain.task_vector(source), alpha=weight)
         return total.div_(sum(weights))
 
-    def _trained(self) -> Iterator[Entry]:
-        for name, trait in self.listing.traits.items():
-            if trait.kind in TRAINED:
-                yield self._entry(name, trait)
+    def settled(self) -> Mapping[str, Trait]:
+        """What each tensor is; layers that fine-tuning began anew, as a head of the base's shape, count as heads.
+
+        Their weights have nothing to do with the base's, while all others are nearly parallel to it; that shows in a
+        few thousand numbers of each. In the order of names.
+        """
+        traits, cosines = dict(sorted(self.listing.traits.items())), dict[str, float]()
+        for name, trait in traits.items() if self.base is not None else ():
+            if trait.kind is Kind.MATRIX and math.prod(self.listing.shapes[name]) >= FEWEST:
+                cosines[name] = self._cosine_to_base(self._entry(name, trait))
+        if not cosines or statistics.median(cosines.values()) < NEAR:
+            return traits
+        for name, cosine in cosines.items():
+            if cosine < FAR:
+                layer = name.rpartition(".")[0]
+                own = [each for each in traits if each.rpartition(".")[0] == layer and traits[each].kind in TRAINED]
+                traits |= {each: replace(traits[each], kind=Kind.HEAD) for each in own}
+                self.notes.append(
+                    f"{layer or name} was begun anew after the base (cosine {cosine:.2f}; {NEAR} and more elsewhere): "
+                    "it is the mean of the sources"
+                )
+        return traits
+
+    def _cosine_to_base(self, entry: Entry) -> float:
+        """The mean over sources, of the first numbers."""
+        part = replace(entry, stop=min(entry.stop, SAMPLE))
+        origin = part.origin().reshape(-1)
+        own = [part.task_vector(source).reshape(-1) + origin for source in range(len(self.stores))]
+        return statistics.fmean(float(torch.cosine_similarity(each, origin, dim=0)) for each in own)
 
     def _entry(self, name: str, trait: Trait) -> Entry:
         shape, stored = self.listing.shapes[name], self.listing.dtypes[name]
@@ -121,7 +161,7 @@ def combine_states(
         notes: Takes sentences for a report.
 
     Returns:
-        New tensors, of the dtypes of the first source.
+        New tensors, of the base's dtypes, or of the first source's where it has none.
 
     Raises:
         OptionError: the method cannot combine these.
@@ -133,9 +173,10 @@ def combine_states(
     """
     first = states[0]
     traits = traits_of_states(states, base) if traits is None else traits
-    listing = Listing(
-        {name: tuple(first[name].shape) for name in traits}, {name: first[name].dtype for name in traits}, traits
-    )
+    if base is not None:
+        base = completed(base, first, traits)
+    dtypes = {name: (base or {}).get(name, first[name]).dtype for name in traits}
+    listing = Listing({name: tuple(first[name].shape) for name in traits}, dtypes, traits)
     stores = [InMemory(state) for state in states]
     combination = Combination(
         listing,
@@ -146,10 +187,22 @@ def combine_states(
         seed,
         [] if notes is None else notes,
     )
-    found = {name: torch.empty_like(first[name], memory_format=torch.contiguous_format) for name in traits}
+    found = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in listing.shapes.items()}
     for name, start, part in combination.parts():
         found[name].view(-1)[start : start + part.numel()] = part
     return found
+
+
+def completed(
+    base: Mapping[str, Tensor], first: Mapping[str, Tensor], traits: Mapping[str, Trait]
+) -> dict[str, Tensor]:
+    """A base with the counters and tables that it lacks, or has in another shape: those of the first source."""
+    lacking = {
+        name: first[name]
+        for name, trait in traits.items()
+        if trait.kind is Kind.FIXED and (name not in base or base[name].shape != first[name].shape)
+    }
+    return {**base, **lacking}
 
 
 def check_weights_of(count: int, weights: Sequence[float] | None) -> tuple[float, ...]:

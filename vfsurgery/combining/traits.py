@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import networkx as nx
 from torch import Tensor, fx
 
 from vfsurgery.combining.base import Kind, Trait
@@ -93,10 +92,10 @@ def _made_of(
 ) -> Iterator[tuple[str, int]]:
     """The parameters of rank 2 and more behind a node, by the dim that holds the units of its axis."""
     atoms = set(by_axis.get(axis, ()))
-    graph: nx.DiGraph[fx.Node] = nx.DiGraph(
-        (above, below) for below in node.graph.nodes for above in below.all_input_nodes
-    )
-    behind = nx.ancestors(graph, node) if node in graph else set[fx.Node]()
+    behind, waiting = set[fx.Node](), [node]
+    while waiting:
+        behind.add(each := waiting.pop())
+        waiting += [above for above in each.all_input_nodes if above not in behind]
     state = graph_module.state_dict(keep_vars=True)
     read = {
         names[id(state[str(each.target)])] for each in behind if each.op == "get_attr" and str(each.target) in state
