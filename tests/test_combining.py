@@ -23,6 +23,7 @@ from vfsurgery.combining import (
     IsoCTS,
     Karcher,
     Kind,
+    Knots,
     Lines,
     Mean,
     ModelStock,
@@ -47,7 +48,7 @@ METHODS: dict[str, Combiner] = {
     "multislerp": MultiSlerp(), "karcher": Karcher(), "model-stock": ModelStock(), "sce": Sce(density=0.5),
     "consensus": Consensus(), "consensus-ties": Consensus(of="ties"), "emr": Emr(), "lines": Lines(),
     "lines-ties": Lines(of="ties"), "tsv-m": TsvM(), "iso-c": IsoC(), "iso-cts": IsoCTS(), "wudi": Wudi(),
-    "slerp": Slerp(), "nuslerp": NuSlerp(by_row=True),
+    "slerp": Slerp(), "nuslerp": NuSlerp(by_row=True), "knots": Knots(density=0.5), "knots-sum": Knots(merge="sum"),
 }  # fmt: skip
 EXPERT: dict[str, Combiner] = {
     "mean": Mean(), "task-arithmetic": TaskArithmetic(), "ties": Ties(density=1.0),
