@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vfsurgery.combining.base import Combiner, Entry, InMemory, Kind, Problem, Store, Trait
+from vfsurgery.combining.base import Combiner, Entry, Images, InMemory, Kind, Problem, Store, Trait
 from vfsurgery.combining.traits import traits_of_states
 from vfsurgery.errors import OptionError, explain
+from vfsurgery.tracing.sources import Source
 
 TRAINED = (Kind.MATRIX, Kind.REST)
 
@@ -29,7 +30,8 @@ class Listing:
 class Combination:
     """What is combined: the sources' stores and weights, the base's if there is one, what tensors there are, and how.
 
-    Iterate :meth:`parts` for the result. ``notes`` are for the report.
+    Iterate :meth:`parts` for the result. ``notes`` are for the report; ``traced`` and ``images`` for methods that
+    look at data.
     """
 
     listing: Listing
@@ -39,6 +41,8 @@ class Combination:
     weights: tuple[float, ...]
     seed: int = 0
     notes: list[str] = field(default_factory=list[str])
+    traced: Sequence[Source] = ()
+    images: Images | None = None
 
     def __post_init__(self) -> None:
         if self.combiner.needs_base and self.base is None:
@@ -48,6 +52,14 @@ class Combination:
                     remedy="base= the checkpoint that all were fine-tuned from; combine='mean' needs none",
                 )
             )
+        if self.combiner.needs_data and (self.images is None or len(self.traced) != len(self.stores)):
+            raise OptionError(
+                explain(
+                    f"{self.combiner.name} runs the sources on images, and there are tensors alone",
+                    remedy="surgery.merge(models, combine=..., data=images) has both; combine='task-arithmetic' needs "
+                    "neither",
+                )
+            )
 
     def parts(self, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, int, Tensor]]:
         """The result part by part: name, where in the flat tensor it begins, and its numbers, of the tensor's dtype.
@@ -55,7 +67,8 @@ class Combination:
         Args:
             skip: Tensors that are done already.
         """
-        combined = self.combiner.plan(Problem(self._trained, len(self.stores), self.seed, self.notes))
+        problem = Problem(self._trained, len(self.stores), self.seed, self.notes, self.traced, self.images)
+        combined = self.combiner.plan(problem)
         for name, trait in self.listing.traits.items():
             if name in skip:
                 continue
@@ -108,6 +121,8 @@ def combine_states(
     traits: Mapping[str, Trait] | None = None,
     seed: int = 0,
     notes: list[str] | None = None,
+    traced: Sequence[Source] = (),
+    images: Images | None = None,
 ) -> dict[str, Tensor]:
     """Combine state dicts in memory.
 
@@ -119,6 +134,8 @@ def combine_states(
         traits: What the tensors are; by default what names and shapes tell.
         seed: Of random draws.
         notes: Takes sentences for a report.
+        traced: The sources with their graphs, for methods that look at data.
+        images: Batches of images for each, by its number, for these methods.
 
     Returns:
         New tensors, of the dtypes of the first source.
@@ -145,6 +162,8 @@ def combine_states(
         check_weights_of(len(states), weights),
         seed,
         [] if notes is None else notes,
+        traced,
+        images,
     )
     found = {name: torch.empty_like(first[name], memory_format=torch.contiguous_format) for name in traits}
     for name, start, part in combination.parts():
