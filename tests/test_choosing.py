@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 from tiny_nets import LayerNormed, groups_of, images, lively, net, planted, same_state, state_of
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import vfsurgery as surgery
 from vfsurgery.matching import Identity
+from vfsurgery.merging import surveyed
 from vfsurgery.merging.choosing import sensible
-from vfsurgery.passes import Regress, Repair, Rescale, Reset
+from vfsurgery.passes import Context, Regress, Repair, Rescale, Reset
 
 DATA = [part.contiguous() for part in images(300).split(100)]
+NOT_HELD_OUT = [part[::2] for part in DATA]
 
 
 def tried(merged: nn.Module) -> dict[str, float]:
@@ -45,29 +47,53 @@ def test_the_ways_that_suit_the_architecture_are_tried_and_the_best_is_kept(name
     assert report.to_dict()["trials"][0]["matching"] == "activations"
 
 
-def test_what_is_kept_is_what_asking_for_it_gives_on_the_images_that_were_not_held_out():
-    models = net("chain", 1), net("chain", 2)
-    chosen = surgery.report_of(merge(*models))
-    x = torch.cat(DATA)
-    rest = x[::2]  # of 300 images every second one is held out
+@pytest.mark.parametrize("name", ["chain", "residual"])
+def test_what_is_kept_is_what_asking_for_it_gives_on_all_images(name):
+    models = net(name, 1), net(name, 2)
+    auto = merge(*models)
+    chosen = surgery.report_of(auto)
     asked = {"matching": chosen.matching, "renormalize": list(chosen.renormalize)}
-    split = [part[::2] for part in DATA]
-    assert torch.equal(torch.cat(split), rest)
-    direct, auto = merge(*models, data=split, **asked), merge(*models)
-    for key, tensor in direct.state_dict().items():
-        assert torch.allclose(tensor, auto.state_dict()[key], atol=1e-5), key
+    direct, fewer = merge(*models, **asked), merge(*models, data=NOT_HELD_OUT, **asked)
+    assert same_state(state_of(direct), state_of(auto))
+    assert not same_state(state_of(fewer), state_of(auto))
     assert not surgery.report_of(direct).trials
+    assert "made again with all images" in str(chosen)
+
+
+def test_of_many_images_units_stay_matched_on_those_that_are_enough(monkeypatch):
+    """What is built again sees all images all the same."""
+    monkeypatch.setattr(surveyed, "SURVEYED", 40)
+    seen, run = list[int](), Reset.run
+
+    def running(self: Reset, graph_module: fx.GraphModule, context: Context) -> fx.GraphModule:
+        assert context.data is not None
+        seen.append(sum(len(images) for images, _ in context.data))
+        return run(self, graph_module, context)
+
+    monkeypatch.setattr(Reset, "run", running)
+    merged = merge(net("residual", 1), net("residual", 2), renormalize="reset")
+    assert seen == [150, 150, 150, 300]
+    assert "statistics of 40 images" in str(surgery.report_of(merged))
+
+
+def test_a_step_that_holds_images_out_itself_does_so_again():
+    merged = merge(net("chain", 1), net("chain", 2), renormalize="bias-removal")
+    report = surgery.report_of(merged)
+    direct = merge(net("chain", 1), net("chain", 2), matching=report.matching, renormalize="bias-removal")
+    assert len(report.trials) > 1 and same_state(state_of(direct), state_of(merged))
 
 
 def test_agreement_is_with_the_weighted_ensemble_on_held_out_images():
     models = net("chain", 1), net("chain", 2)
-    merged = merge(*models, weights=(0.8, 0.2))
+    chosen = surgery.report_of(merge(*models, weights=(0.8, 0.2)))
+    asked = {"matching": chosen.matching, "renormalize": list(chosen.renormalize)}
+    judged = merge(*models, weights=(0.8, 0.2), data=NOT_HELD_OUT, **asked)
     held_out = torch.cat(DATA)[1::2]
     with torch.no_grad():
-        ensemble, logits = 0.8 * models[0](held_out) + 0.2 * models[1](held_out), merged(held_out)
+        ensemble, logits = 0.8 * models[0](held_out) + 0.2 * models[1](held_out), judged(held_out)
         agreed = (logits.argmax(1) == ensemble.argmax(1)).double().mean()
         crossed = torch.nn.functional.cross_entropy(logits, ensemble.softmax(1))
-    (kept,) = [trial for trial in surgery.report_of(merged).trials if trial.kept]
+    (kept,) = [trial for trial in chosen.trials if trial.kept]
     assert kept.images == len(held_out) == 150
     assert kept.agreement == pytest.approx(float(agreed))
     assert kept.cross_entropy == pytest.approx(float(crossed), rel=1e-5)

@@ -18,7 +18,7 @@ from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsE
 from vfsurgery.passes import Reset
 from vfsurgery.pruning import Masks
 from vfsurgery.pruning.layers import prunable
-from vfsurgery.soups import averaging as soups
+from vfsurgery.scoring.soups import averaging as soups
 
 
 def near(model: nn.Module, seed: int, spread: float = 0.2) -> nn.Module:

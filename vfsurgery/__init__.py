@@ -73,11 +73,11 @@ from vfsurgery.scoring.flip_rates import Flips as Flips
 from vfsurgery.scoring.flip_rates import flips as flips
 from vfsurgery.scoring.preserving import PreserveCurve as PreserveCurve
 from vfsurgery.scoring.preserving import preserve_curve as preserve_curve
-from vfsurgery.soups import SoupReport as SoupReport
-from vfsurgery.soups import soup as soup
-from vfsurgery.soups.phases import Retraining as Retraining
-from vfsurgery.soups.phases import SparseSoup as SparseSoup
-from vfsurgery.soups.phases import sparse_soup as sparse_soup
+from vfsurgery.scoring.soups import SoupReport as SoupReport
+from vfsurgery.scoring.soups import soup as soup
+from vfsurgery.scoring.soups.phases import Retraining as Retraining
+from vfsurgery.scoring.soups.phases import SparseSoup as SparseSoup
+from vfsurgery.scoring.soups.phases import sparse_soup as sparse_soup
 from vfsurgery.stats.imagined import Imagined as Imagined
 from vfsurgery.stats.imagined import ImagineReport as ImagineReport
 from vfsurgery.stats.imagined import imagine as imagine

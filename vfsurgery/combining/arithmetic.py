@@ -18,6 +18,7 @@ class Mean(Combiner):
 
     Needs no base. With one, it is task arithmetic of scale ``1 / T``.
 
+    >>> import torch
     >>> from vfsurgery.combining import combine_states
     >>> states = [{"w": torch.tensor([0.0, 2.0])}, {"w": torch.tensor([4.0, 2.0])}]
     >>> combine_states(states, Mean())["w"]
@@ -45,8 +46,8 @@ class Mean(Combiner):
 class WiseFT(Combiner):
     """``theta_0 + scale * (theta_1 - theta_0)``: between a model and its base (Wortsman et al., CVPR 2022).
 
-    All tensors. For one source; head included where base and source have it. ``scale`` is the paper's alpha, 0.5 unless there is
-    something to choose it by.
+    All tensors. For one source; head included where base and source have it. ``scale`` is the paper's alpha, 0.5 unless
+    there is something to choose it by.
     """
 
     scale: float = 0.5
@@ -75,6 +76,7 @@ class TaskArithmetic(Combiner):
     A negative weight takes a task away. ``scale`` 0.3 is what was found for eight tasks; ``1 / T`` gives the mean.
     The authors' code skips integer tensors and loads what it can: here both are told.
 
+    >>> import torch
     >>> from vfsurgery.combining import combine_states
     >>> base, tuned = {"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([2.0, 1.0])}
     >>> combine_states([tuned], TaskArithmetic(scale=-1.0), base=base)["w"]

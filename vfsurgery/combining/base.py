@@ -17,12 +17,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from vfsurgery.errors import OptionError, explain
+from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.registry import Registry
 from vfsurgery.tracing.sources import Source
 
@@ -112,7 +112,7 @@ class Entry:
     def origin(self) -> Tensor:
         """The base's numbers, in the tensor's shape if it is whole, else flat; zeros where there is no base."""
         if self.base is None:
-            return torch.zeros(self._shape, dtype=self.dtype)
+            return torch.zeros(self.laid_out, dtype=self.dtype)
         return self._read(self.base)
 
     def task_vector(self, source: int) -> Tensor:
@@ -151,11 +151,12 @@ class Entry:
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1)
 
     @property
-    def _shape(self) -> tuple[int, ...]:
+    def laid_out(self) -> tuple[int, ...]:
+        """The shape of :meth:`origin`: the tensor's if it is whole, else flat."""
         return self.shape if self.is_whole else (self.count,)
 
     def _read(self, store: Store) -> Tensor:
-        return store.read(self.name, self.start, self.stop).to(self.dtype).reshape(self._shape)
+        return store.read(self.name, self.start, self.stop).to(self.dtype).reshape(self.laid_out)
 
 
 Combined: TypeAlias = Callable[[Entry], Tensor]
@@ -203,6 +204,7 @@ class Combiner:
       found out beforehand), so tensors come in parts;
     - ``needs_base``: task vectors mean something, whole weights do not;
     - ``needs_data``: it runs the sources on images;
+    - ``ordered``: with equal weights it matters still which source comes first, as where each has draws of its own;
     - ``scale``: what the combined task vector is multiplied by.
     """
 
@@ -210,6 +212,7 @@ class Combiner:
     elementwise: ClassVar[bool] = False
     needs_base: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
+    ordered: ClassVar[bool] = False
     scale: float = 1.0
 
     def plan(self, problem: Problem) -> Combined:
@@ -223,6 +226,13 @@ class Combiner:
     def combine(self, entry: Entry) -> Tensor:
         """One task vector of one tensor, for methods that need not look at others before."""
         raise TypeError(f"{type(self).__name__} has neither plan nor combine")
+
+    def scaled(self, scale: float) -> Self:
+        """The same with another scale."""
+        return cast(Self, replace(cast(Any, self), scale=float(scale)))
+
+    def __str__(self) -> str:
+        return f"{self.name} x{self.scale:g}"
 
 
 COMBINERS: Registry[type[Combiner]] = Registry("combining method")
@@ -246,13 +256,23 @@ def check_share(name: str, value: float, *, zero: bool = False) -> None:
         )
 
 
+def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
+    """Refuse what is none of the values that an option has.
+
+    Raises:
+        OptionError: lists them.
+    """
+    if value not in accepted:
+        raise OptionError(explain(f"unknown {name} {value!r}", remedy=did_you_mean(str(value), accepted)))
+
+
 def as_matrix(tensor: Tensor, trait: Trait) -> Tensor:
-    """A weight as ``(outputs, inputs)``, kernels among the inputs; any leading dim of sources stays.
+    """A weight as ``(outputs, inputs)``, kernels among the inputs.
 
     >>> as_matrix(torch.zeros(8, 4, 3, 3), Trait(Kind.MATRIX)).shape
     torch.Size([8, 36])
     """
-    return tensor.movedim(1 - trait.reads, 0).reshape(tensor.shape[1 - trait.reads], -1)
+    return tensor.movedim(1 - trait.reads, 0).flatten(1)
 
 
 def from_matrix(matrix: Tensor, shape: Sequence[int], trait: Trait) -> Tensor:

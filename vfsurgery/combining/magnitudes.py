@@ -54,7 +54,7 @@ def largest(parts: Parts, keep: int) -> Threshold:
     tensor([ True,  True,  True, False])
     """
     if keep <= 0:
-        return Threshold(1 << 31)
+        return Threshold(0x7FFFFFFF)  # more than infinity; as int32, which what is compared has
     high = torch.zeros(HALF, dtype=torch.int64)
     for _, part in parts():
         high += torch.bincount(magnitude_bits(part) >> 16, minlength=HALF)

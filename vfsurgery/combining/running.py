@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from vfsurgery.errors import OptionError, explain
 from vfsurgery.tracing.sources import Source
 
 TRAINED = (Kind.MATRIX, Kind.REST)
+FEWEST, SAMPLE = 32, 1 << 14
+"""Numbers of a matrix from which on an angle to the base says something, and how many are enough."""
+FAR, NEAR = 0.5, 0.9
+"""Cosines to the base: below the first a layer was begun anew, if half of all lie above the second."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,16 @@ class Combination:
         Args:
             skip: Tensors that are done already.
         """
-        problem = Problem(self._trained, len(self.stores), self.seed, self.notes, self.traced, self.images)
+        traits = self._settled()
+
+        def trained() -> Iterator[Entry]:
+            for name, trait in traits.items():
+                if trait.kind in TRAINED:
+                    yield self._entry(name, trait)
+
+        problem = Problem(trained, len(self.stores), self.seed, self.notes, self.traced, self.images)
         combined = self.combiner.plan(problem)
-        for name, trait in self.listing.traits.items():
+        for name, trait in traits.items():
             if name in skip:
                 continue
             entry, dtype = self._entry(name, trait), self.listing.dtypes[name]
@@ -100,10 +112,35 @@ class Combination:
             total.add_(plain.task_vector(source), alpha=weight)
         return total.div_(sum(weights))
 
-    def _trained(self) -> Iterator[Entry]:
-        for name, trait in self.listing.traits.items():
-            if trait.kind in TRAINED:
-                yield self._entry(name, trait)
+    def _settled(self) -> Mapping[str, Trait]:
+        """What each tensor is; layers that fine-tuning began anew, as a head of the base's shape, count as heads.
+
+        Their weights have nothing to do with the base's, while all others are nearly parallel to it; that shows in a
+        few thousand numbers of each.
+        """
+        traits, cosines = dict(self.listing.traits), dict[str, float]()
+        for name, trait in traits.items() if self.base is not None else ():
+            if trait.kind is Kind.MATRIX and math.prod(self.listing.shapes[name]) >= FEWEST:
+                cosines[name] = self._cosine_to_base(self._entry(name, trait))
+        if not cosines or statistics.median(cosines.values()) < NEAR:
+            return traits
+        for name, cosine in cosines.items():
+            if cosine < FAR:
+                layer = name.rpartition(".")[0]
+                own = [each for each in traits if each.rpartition(".")[0] == layer and traits[each].kind in TRAINED]
+                traits |= {each: replace(traits[each], kind=Kind.HEAD) for each in own}
+                self.notes.append(
+                    f"{layer or name} was begun anew after the base (cosine {cosine:.2f}; {NEAR} and more elsewhere): "
+                    "it is the mean of the sources"
+                )
+        return traits
+
+    def _cosine_to_base(self, entry: Entry) -> float:
+        """The mean over sources, of the first numbers."""
+        part = replace(entry, stop=min(entry.stop, SAMPLE))
+        origin = part.origin().reshape(-1)
+        own = [part.task_vector(source).reshape(-1) + origin for source in range(len(self.stores))]
+        return statistics.fmean(float(torch.cosine_similarity(each, origin, dim=0)) for each in own)
 
     def _entry(self, name: str, trait: Trait) -> Entry:
         shape, stored = self.listing.shapes[name], self.listing.dtypes[name]

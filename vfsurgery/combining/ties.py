@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from vfsurgery.combining.base import Combined, Combiner, Entry, Problem, check_share, register_combiner
+from vfsurgery.combining.base import (
+    PART,
+    Combined,
+    Combiner,
+    Entry,
+    Problem,
+    check_choice,
+    check_share,
+    register_combiner,
+)
 from vfsurgery.combining.magnitudes import Place, Threshold, count_of, largest
+
+Aggregate: TypeAlias = Literal["mean", "sum"]
+Scope: TypeAlias = Literal["model", "tensor"]
 
 
 @register_combiner
@@ -35,23 +47,42 @@ class Ties(Combiner):
     """
 
     density: float = 0.2
-    aggregate: Literal["mean", "sum"] = "mean"
-    scope: Literal["model", "tensor"] = "model"
+    aggregate: Aggregate = "mean"
+    scope: Scope = "model"
     scale: float = 1.0
     name: ClassVar[str] = "ties"
     elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
+        check_choice("aggregate", self.aggregate, get_args(Aggregate))
+        check_choice("scope", self.scope, get_args(Scope))
 
     def plan(self, problem: Problem) -> Combined:
         """See :class:`Combiner`."""
         trims = None if self.density == 1 else thresholds(problem, self.density, self.scope)
-        majority = 0.0
-        for entry in problem.parts():
-            majority += float(torch.sign(_trimmed(entry, trims).sum(0)).sum())
-        fallback = -1.0 if majority < 0 else 1.0
-        return lambda entry: agreeing(_trimmed(entry, trims), entry, fallback, self.aggregate)
+        return vote(problem.parts(), lambda entry: _trimmed(entry, trims), self.aggregate)
+
+
+def vote(entries: Iterable[Entry], vectors: Callable[[Entry], Tensor], aggregate: str) -> Combined:
+    """What TIES does after trimming: elect a sign for every number, merge what agrees with it.
+
+    Args:
+        entries: All tensors, whole or in parts, for the majority of signs.
+        vectors: Gives the weighted task vectors of one along the first dim.
+        aggregate: ``"mean"`` or ``"sum"``.
+    """
+    majority = 0.0
+    for entry in entries:
+        majority += float(torch.sign(vectors(entry).sum(0)).sum(dtype=torch.float64))
+    fallback = -1.0 if majority < 0 else 1.0
+
+    def combined(entry: Entry) -> Tensor:
+        # in parts even where tensors come whole: what is made on the way would be as large as all sources
+        parts = vectors(entry).reshape(len(entry.weights), -1).split(PART, dim=1)
+        return torch.cat([agreeing(part, entry, fallback, aggregate) for part in parts]).reshape(entry.laid_out)
+
+    return combined
 
 
 def thresholds(problem: Problem, density: float, scope: str) -> list[dict[str, Threshold]]:

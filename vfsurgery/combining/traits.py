@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import networkx as nx
 from torch import Tensor, fx
 
 from vfsurgery.combining.base import Kind, Trait
@@ -31,7 +30,7 @@ def traits_of_graph(graph_module: fx.GraphModule) -> dict[str, Trait]:
 
     Grouped and depthwise convolutions count as rest: they are no single matrix.
 
-    >>> import vfsurgery as surgery
+    >>> import torch, vfsurgery as surgery
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 8, 3, groups=8))
     >>> traits = traits_of_graph(surgery.trace(net, torch.randn(2, 3, 8, 8)))
     >>> {name: trait.kind.value for name, trait in traits.items() if "weight" in name or "mean" in name}
@@ -93,10 +92,10 @@ def _made_of(
 ) -> Iterator[tuple[str, int]]:
     """The parameters of rank 2 and more behind a node, by the dim that holds the units of its axis."""
     atoms = set(by_axis.get(axis, ()))
-    graph: nx.DiGraph[fx.Node] = nx.DiGraph(
-        (above, below) for below in node.graph.nodes for above in below.all_input_nodes
-    )
-    behind = nx.ancestors(graph, node) if node in graph else set[fx.Node]()
+    behind, waiting = set[fx.Node](), [node]
+    while waiting:
+        behind.add(each := waiting.pop())
+        waiting += [above for above in each.all_input_nodes if above not in behind]
     state = graph_module.state_dict(keep_vars=True)
     read = {
         names[id(state[str(each.target)])] for each in behind if each.op == "get_attr" and str(each.target) in state
@@ -116,7 +115,7 @@ def _made_of(
 def depths_of(graph_module: fx.GraphModule) -> dict[str, float]:
     """How deep each parameter or buffer is read: ops with weights on the longest path to it, from 0 to 1.
 
-    >>> import vfsurgery as surgery
+    >>> import torch, vfsurgery as surgery
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     >>> depths = depths_of(surgery.trace(net, torch.randn(1, 2)))
     >>> {name: depth for name, depth in depths.items() if "weight" in name}
@@ -147,6 +146,7 @@ def traits_of_states(
     Raises:
         IncompatibleModelsError: names or shapes differ between sources.
 
+    >>> import torch
     >>> state = {"conv.weight": torch.zeros(4, 3, 3, 3), "pos_embed": torch.zeros(1, 5), "steps": torch.tensor(3)}
     >>> {name: trait.kind.value for name, trait in traits_of_states([state]).items()}
     {'conv.weight': 'matrix', 'pos_embed': 'rest', 'steps': 'fixed'}

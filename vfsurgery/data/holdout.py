@@ -13,7 +13,7 @@ instead of 160 cost 0.3, and 50 instead of 80 cost 0.6.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -82,6 +82,33 @@ class First:
                 return
 
 
+class Interleaved:
+    """The images of several data in turns, without labels, so that every batch has some of each as long as there are.
+
+    >>> both = Interleaved([Batches(torch.full((3, 1), float(value))) for value in (1, 2)])
+    >>> [images.flatten().tolist() for images in both]
+    [[1.0, 2.0, 1.0], [2.0, 1.0, 2.0]]
+    """
+
+    def __init__(self, parts: Sequence[Batches]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        """The number of batches, for progress bars."""
+        lengths = [part.length() for part in self.parts]
+        if None in lengths:
+            raise TypeError("the data does not say how many batches it has")
+        return sum(length or 0 for length in lengths)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """One pass."""
+        running = [iter(part) for part in self.parts]
+        while found := [images for images, _ in (next(each, (None, None)) for each in running) if images is not None]:
+            places = torch.cat([torch.arange(len(images)) for images in found])
+            mixed = torch.cat([*found])[places.argsort(stable=True).to(found[0].device)]
+            yield from mixed.chunk(len(found))
+
+
 def first(data: Batches, count: int) -> Batches | None:
     """The first ``count`` images; ``None`` where the data has not at least twice as many.
 
@@ -137,3 +164,8 @@ def split(data: Batches | None, every: int = EVERY) -> tuple[Batches, Batches]:
         )
     rest, held_out = (data.like(Part(data, every, part)) for part in (False, True))
     return rest, held_out
+
+
+def mixed(parts: Sequence[Batches]) -> Batches:
+    """Several data as one: see :class:`Interleaved`."""
+    return parts[0].like(Interleaved(parts))

@@ -22,7 +22,7 @@ from vfsurgery.pruning import PruneReport
 from vfsurgery.pruning.renormalizing import RenormalizeReport
 from vfsurgery.pruning.units import UnitPruneReport
 from vfsurgery.records.report import MergeReport, Report, version_of
-from vfsurgery.soups import SoupReport
+from vfsurgery.scoring.soups import SoupReport
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -46,7 +46,20 @@ KINDS: Mapping[type[Report], str] = {
 """Tags, by what was done; ``merge`` is the one that the Hub knows."""
 
 FACTS = (
-    *("weights", "matching", "renormalize", "passes", "greedy", "method", "scope", "requested", "saliency", "fraction"),
+    *(
+        "combine",
+        "base",
+        "weights",
+        "matching",
+        "renormalize",
+        "passes",
+        "greedy",
+        "method",
+        "scope",
+        "requested",
+        "saliency",
+        "fraction",
+    ),
     *("removed", "preserved", "masks", "recalibrated", "images", "seed"),
 )
 """What of a report is shown as a table, where it has it."""
@@ -268,7 +281,7 @@ def _entry(network: Network) -> _Entry:
 def _facts(report: Report) -> Iterator[tuple[str, str]]:
     for name in FACTS:
         value: Any = getattr(report, name, None)
-        if value is None:
+        if value is None or value == "":
             continue
         if isinstance(value, tuple):
             value = "; ".join(str(part).partition("\n")[0] for part in value) or "none"

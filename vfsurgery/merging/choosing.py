@@ -4,7 +4,8 @@ A merged model is wanted that does what its sources do together. So every way is
 images, without labels, by how often its largest logit is that of the sources' ensemble (their mean logits, weighted as
 the merge is); where chance may have made the difference, by the cross-entropy to the ensemble's probabilities. Where
 that is the same, too, reordered sources, which are certified, win over mapped ones, which cannot be. What was tried,
-and what came of it, is in the report.
+and what came of it, is in the report. Once a way is chosen, nothing is judged any more, so it is made again with all
+images, as it would be if it had been asked for.
 
 Traps are left out beforehand: REPAIR after CCA takes its goals from the first source alone, since a rotated source is
 no good reference (Qu & Horvath, CPAL 2025, section 5.4); BatchNorm statistics are measured anew in every way. The
@@ -17,7 +18,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from vfsurgery.data.batches import Batches
 from vfsurgery.data.holdout import first
@@ -30,7 +32,7 @@ from vfsurgery.merging.aligned import Certified, Matched, certify_sources, match
 from vfsurgery.merging.combined import Combined, Terms, combine
 from vfsurgery.merging.prepared import Grouped
 from vfsurgery.merging.sparse import MaskPlan
-from vfsurgery.merging.surveyed import Surveyed, Way, plan_survey
+from vfsurgery.merging.surveyed import Surveyed, Way, plan_survey, with_all
 from vfsurgery.passes import Pass, Regress, Repair, Rescale
 from vfsurgery.passes.agreement import Judgement, Known, best_of, judge
 from vfsurgery.passes.base import calibration_images
@@ -43,7 +45,7 @@ MAPPABLE = 0.5
 JUDGED_ON = 400
 """Held-out images that ways are judged on, where there are twice as many."""
 SCREENED = 400
-"""Images that ways are compared on, where there are twice as many; the best one is then made anew with all."""
+"""Images whose statistics ways are compared with, where there are twice as many."""
 WITHOUT_LOGITS = "chosen by architecture: without logits there is nothing to judge others by"
 
 
@@ -108,11 +110,10 @@ def sensible(
 
 
 def choose(grouped: Grouped, ways: Sequence[Way], terms: Terms) -> Choice:
-    """Merge in every way and keep the best; a single one is not judged.
+    """Merge in every way, keep the best, and make it again with all images; a single one is not judged.
 
-    Where there are many images, ways are compared on the first of them, and the best one is made anew with all.
-    Besides the sources, two merged models are in memory at a time. Which one is kept: :func:`best_of`, those of mapped
-    sources being unproven.
+    Where there are many images, ways are compared on the first of them. Besides the sources, one merged model is in
+    memory at a time. Which one is kept: :func:`best_of`, those of mapped sources being unproven.
 
     Raises:
         SurgeryError: no way succeeds; it is the first one's error.
@@ -122,21 +123,17 @@ def choose(grouped: Grouped, ways: Sequence[Way], terms: Terms) -> Choice:
     if len(ways) == 1:
         return contest.merge(ways[0])
     few = None if surveyed.data is None else first(surveyed.data, SCREENED)
-    best = contest.compare(few)
-    if not contest.judgements:
-        best = best if few is None else contest.merge(best.way)
-        return replace(best, notes=(WITHOUT_LOGITS,))
-    place, notes = contest.best(contest.judgements), []
+    place = contest.compare(few)
     way = ways[place]
-    if few is not None:
-        with named(f"{way} on all images"):
-            best = contest.attempt(place, way)
-        notes = [f"ways compared with statistics of {SCREENED} images; the one kept has those of all"]
-    elif best.way is not way:  # one that was let go has come to be the best after all
-        best = contest.merge(way)
+    with named(f"{way} on all images"):
+        kept = contest.again(way)
+    if not contest.judgements:
+        return replace(kept, notes=(WITHOUT_LOGITS,))
+    notes = [] if few is None else [f"ways compared with statistics of {SCREENED} images"]
+    notes += ["the way that is kept is made again with all images, those that it was judged on among them"]
     notes += [f"failed, {way}: {str(error).splitlines()[0]}" for way, error in contest.failures]
     trials = tuple(replace(trial, kept=number == place) for number, trial in contest.trials.items())
-    return replace(best, trials=trials, notes=tuple(notes))
+    return replace(kept, trials=trials, notes=tuple(notes))
 
 
 class _Contest:
@@ -144,7 +141,11 @@ class _Contest:
 
     def __init__(self, surveyed: Surveyed, ways: Sequence[Way], terms: Terms) -> None:
         self.surveyed, self.ways, self.terms = surveyed, ways, terms
-        self.judged_on = None if surveyed.held_out is None else first(surveyed.held_out, JUDGED_ON) or surveyed.held_out
+        shares = terms.shares.overall
+        alone = [tuple(float(place == number) for place in range(len(shares))) for number in range(len(shares))]
+        judges = zip(alone, surveyed.apart, strict=True) if surveyed.apart else [(shares, surveyed.held_out)]
+        each = JUDGED_ON // max(len(surveyed.apart), 1)
+        self._judges = [(weights, first(data, each) or data, Known()) for weights, data in judges if data is not None]
         self.trials: dict[int, Trial] = {}
         self.judgements: dict[int, Judgement] = {}
         self.failures: list[tuple[Way, SurgeryError]] = []
@@ -152,31 +153,27 @@ class _Contest:
         self._certified: dict[str, Certified] = {}
         self._settled: dict[str, tuple[Surveyed, Matched]] = {}
         self._unmatched = {way.matcher.name for way in ways}
-        self._known = Known()
 
-    def compare(self, data: Batches | None) -> Choice:
-        """Try all ways on some data; the best so far is returned, or the first one where there are no logits.
+    def compare(self, data: Batches | None) -> int:
+        """Try all ways on some data; which is the best, or the first that succeeds where there are no logits.
 
         Raises:
             SurgeryError: no way succeeds; it is the first one's error.
         """
-        best: Choice | None = None
         for place, way in enumerate(self.ways):
             if way.is_dear and self._is_outdone(way):
                 continue
             try:
                 with named(f"trying {place + 1} of {len(self.ways)}: {way}"):
-                    merged = self.attempt(place, way, data)
+                    self._try(place, way, data)
             except SurgeryError as error:
                 self.failures.append((way, error))
                 continue
             if not self.judgements:
-                return merged
-            if self.best(self.judgements) == place:
-                best = merged
-        if best is None:
+                return place
+        if not self.judgements:
             raise self.failures[0][1]
-        return best
+        return self.best(self.judgements)
 
     def best(self, judgements: Mapping[int, Judgement]) -> int:
         """The best of some ways; where nothing speaks for one, one whose sources are certified."""
@@ -189,21 +186,37 @@ class _Contest:
         known = {place: each for place, each in cheap.items() if self.ways[place].matcher.name in rivals}
         return bool(known) and self.ways[self.best(known)].matcher.name != way.matcher.name
 
-    def attempt(self, place: int, way: Way, data: Batches | None = None) -> Choice:
+    def _try(self, place: int, way: Way, data: Batches | None) -> None:
         """Merge in one way and judge the result on held-out images; without logits there is no judgement."""
         started = time.perf_counter()
         merged = self.merge(way, data)
-        grouped = self.surveyed.grouped
-        sources = [source.graph_module for source in grouped.sources]
-        images = calibration_images(self.judged_on, "agreement with the ensemble", grouped.progress)
-        judgement = judge(merged.combined.model, sources, self.terms.shares.overall, images, self._known)
+        judgement = self._judged(merged.combined.model)
         if judgement is not None:
             self.judgements[place] = judgement
             if merged.certified.mapped:
                 self._mapped.add(place)
-            before = self.trials[place].seconds if place in self.trials else 0.0
-            self.trials[place] = _trial(way, judgement, before + time.perf_counter() - started)
-        return merged
+            self.trials[place] = _trial(way, judgement, time.perf_counter() - started, bool(self.surveyed.apart))
+
+    def _judged(self, model: nn.Module) -> Judgement | None:
+        """How near a model comes to the ensemble, or to each source on that one's images."""
+        grouped, found = self.surveyed.grouped, list[Judgement]()
+        sources = [source.graph_module for source in grouped.sources]
+        for weights, data, known in self._judges:
+            images = calibration_images(data, "agreement with the sources", grouped.progress)
+            used = [(source, weight) for source, weight in zip(sources, weights, strict=True) if weight]
+            judgement = judge(model, [source for source, _ in used], [weight for _, weight in used], images, known)
+            if judgement is None:
+                return None
+            found.append(judgement)
+        return Judgement(torch.cat([one.agreed for one in found]), torch.cat([one.crossed for one in found]))
+
+    def again(self, way: Way) -> Choice:
+        """Merge in one way with all images, those that were held out among them."""
+        self._settled.clear()
+        before, self.surveyed = self.surveyed, with_all(self.surveyed, way)
+        if way.matcher.needs_data and self.surveyed.images is not before.images:
+            self._certified.clear()
+        return self.merge(way)
 
     def merge(self, way: Way, data: Batches | None = None) -> Choice:
         """Merge in one way; ``data`` is what its passes see, by default all."""
@@ -218,11 +231,21 @@ class _Contest:
         certified = self._certified[name]
         if name not in self._settled:
             self._settled = {name: settle_maps(self.surveyed, certified)}
-        combined = combine(*self._settled[name], way.passes, self.terms, data)
+        combined = combine(*self._settled[name], way.passes, self.terms, data, way.combiner)
         return Choice(way, self.surveyed, certified, combined)
 
 
-def _trial(way: Way, judgement: Judgement, seconds: float) -> Trial:
+def _trial(way: Way, judgement: Judgement, seconds: float, apart: bool) -> Trial:
     names = tuple(step.name for step in way.passes)
     images = len(judgement.agreed)
-    return Trial(way.matcher.name, names, judgement.agreement, judgement.cross_entropy, images, seconds)
+    method = "" if way.combiner is None else str(way.combiner)
+    return Trial(
+        way.matcher.name,
+        names,
+        judgement.agreement,
+        judgement.cross_entropy,
+        images,
+        seconds,
+        combine=method,
+        apart=apart,
+    )

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
+from vfsurgery.combining.base import Combiner
 from vfsurgery.data.batches import Batches
 from vfsurgery.discovery.maps import balanced
 from vfsurgery.errors import CertificateError, OptionError, explain
 from vfsurgery.merging.aligned import Matched
+from vfsurgery.merging.ancestry import Ancestry
 from vfsurgery.merging.shares import Shares
 from vfsurgery.merging.sparse import MaskPlan
 from vfsurgery.merging.surveyed import Surveyed
 from vfsurgery.passes import Average, Context, Fold, KeepZeros, Pass, Pipeline, Preserve
+from vfsurgery.passes.combine import Combine
 from vfsurgery.passes.fitting import fits
 from vfsurgery.passes.mask import aligned_members
 from vfsurgery.passes.renormalize import Renormalize
@@ -26,11 +29,15 @@ from vfsurgery.tracing.sources import eval_mode
 
 @dataclass(frozen=True)
 class Terms:
-    """What every way to merge has in common: what each source contributes, what is kept of it, what zeros mean."""
+    """What every way to merge has in common: what each source contributes, what is kept of it, what zeros mean.
+
+    ``ancestry`` says what sources were fine-tuned from, where they are combined by another method than the average.
+    """
 
     shares: Shares
     preserve: Preserve | None = None
     masks: MaskPlan | None = None
+    ancestry: Ancestry | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,11 @@ def combine(
     passes: Sequence[Pass],
     terms: Terms,
     data: Batches | None = None,
+    combiner: Combiner | None = None,
 ) -> Combined:
     """Average the aligned sources into a copy of the first, put what is preserved before it, and renormalize it.
 
-    ``data`` is what the passes see, by default all calibration images.
+    ``data`` is what the passes see, by default all calibration images; ``combiner`` stands in for the average.
 
     Raises:
         CertificateError: the result's outputs are not finite.
@@ -79,15 +87,17 @@ def combine(
     )
     with grouped.clock("average and renormalize"), eval_mode(target.model, target.graph_module):
         first: tuple[Pass, ...] = (Average(),)
+        if combiner is not None and (given := terms.ancestry) is not None:
+            first = (Combine(combiner=combiner, base=given.base, weights=given.weights, traits=given.traits),)
         # folded right away, since the next normalization reads weights
         folded = tuple(step for normalization in passes for step in (normalization, Fold()))
         if terms.masks is not None:
             terms.masks.check(lambda name: aligned_members(name, context))
-            first, folded = (Average(), terms.masks.mask()), (KeepZeros(steps=folded),)
+            first, folded = (*first, terms.masks.mask()), (KeepZeros(steps=folded),)
         kept = () if terms.preserve is None else (terms.preserve,)
 
         def settled(previous: Pass | None, module: fx.GraphModule, following: Pass | None) -> None:
-            if isinstance(previous, Average):  # before anything is measured
+            if isinstance(previous, Average | Combine):  # before anything is measured
                 settle(target.model, reference.model)
 
         merged = Pipeline((*first, *kept, *folded), settled).run(target.graph_module, context)

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from vfsurgery.discovery.canonical import needed, unfold
 from vfsurgery.errors import OptionError, explain
+from vfsurgery.merging.ancestry import Ancestry
 from vfsurgery.merging.choosing import Choice
 from vfsurgery.merging.combined import Combined
 from vfsurgery.merging.prepared import Grouped
@@ -58,8 +59,11 @@ def finish(traced: Grouped, combined: Combined, inplace: bool, preserved: bool) 
     return merged
 
 
-def report_on(choice: Choice, notes: Sequence[str] = (), preserved: Preserved | None = None) -> MergeReport:
+def report_on(
+    choice: Choice, notes: Sequence[str] = (), preserved: Preserved | None = None, ancestry: Ancestry | None = None
+) -> MergeReport:
     """Freeze what happened."""
+    base = "" if ancestry is None else ancestry.told
     surveyed, certified, context = choice.surveyed, choice.certified, choice.combined.context
     grouped = surveyed.grouped
     matches = tuple(
@@ -72,7 +76,7 @@ def report_on(choice: Choice, notes: Sequence[str] = (), preserved: Preserved | 
     return MergeReport(
         model=type(grouped.sources[0].model).__name__,
         sources=len(grouped.sources),
-        weights=tuple(context.weights),
+        weights=tuple(context.weights) if ancestry is None else ancestry.weights,
         matching=certified.matcher.name,
         renormalize=tuple(step.name for step in choice.way.passes),
         groups=grouped.groups,
@@ -95,4 +99,6 @@ def report_on(choice: Choice, notes: Sequence[str] = (), preserved: Preserved | 
         seconds=tuple(grouped.clock.seconds),
         preserved=preserved,
         trials=choice.trials,
+        combine="" if choice.way.combiner is None else str(choice.way.combiner),
+        base=base,
     )

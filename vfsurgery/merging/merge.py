@@ -6,25 +6,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from vfsurgery.data.batches import Data
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain, warn
 from vfsurgery.matching import MATCHERS, Given, Identity, Matcher, Orders
 from vfsurgery.matching.base import SYMMETRIES, check_symmetries
 from vfsurgery.merging.aligned import match_sources
+from vfsurgery.merging.ancestry import Combining, Scale, fitting_to, images_apart, plan_combining
 from vfsurgery.merging.budget import Budget, plan_prefix
 from vfsurgery.merging.choosing import choose, sensible
 from vfsurgery.merging.combined import Terms
 from vfsurgery.merging.finished import finish, report_on
 from vfsurgery.merging.prepared import prepare
-from vfsurgery.merging.shares import Alpha, Weights, plan_shares
+from vfsurgery.merging.shares import Alpha, Weights, equal_shares, plan_shares
 from vfsurgery.merging.sparse import MaskPlan, plan_masks
 from vfsurgery.merging.surveyed import Way, can_judge, plan_survey
 from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
 from vfsurgery.passes.normalizations import Renormalization, normalizations
 from vfsurgery.records.results import remember, way_of
 from vfsurgery.stats.batch_norms import batch_norm_nodes
+from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.examples import ExampleInputs
 from vfsurgery.tracing.selection import Leaf
 from vfsurgery.tracing.wrappers import as_given, network
@@ -93,7 +95,10 @@ def merge(
     a: nn.Module | Sequence[nn.Module],
     b: nn.Module | None = None,
     *,
-    data: Data | str | None = None,
+    data: Data | Mapping[int, Data] | str | None = None,
+    base: nn.Module | Mapping[str, Tensor] | str | None = None,
+    combine: Combining | None = None,
+    scale: Scale = None,
     alpha: Alpha = 0.5,
     weights: Weights | None = None,
     matching: Matchings = "auto",
@@ -123,13 +128,24 @@ def merge(
         b: The second source; left out when ``a`` is a list.
         data: Calibration images, labels ignored: a loader, a dataset, or any iterable of images or (images, labels)
             that can be read more than once. A few thousand images are enough. ``"imagined"`` for images that
-            :func:`~vfsurgery.imagine` makes of the sources; see ``imagine``.
+            :func:`~vfsurgery.imagine` makes of the sources; see ``imagine``. ``{0: images, 1: images}`` gives each
+            source, by its number, images of its own, as for different tasks: then what is tried is judged by each
+            source on those, and statistics are of all.
+        base: The checkpoint that all sources were fine-tuned from, a model or its state dict: what they added to it
+            is combined, their units are in one order already, and one source is enough. It may have another head. Of
+            sources without one, ``"mean"`` (of the aligned sources, the default) or ``"first"``.
+        combine: A method in place of the weighted average: ``"task-arithmetic"``, ``"ties"``, ... as listed in
+            docs/fine_tuned.md, a :class:`~vfsurgery.combining.Combiner` with options, or ``"auto"``: with data,
+            several are tried at several scales. With ``base`` the default is that; without data it means ``"mean"``.
+        scale: What the combined differences are multiplied by, instead of the method's own number; several numbers
+            are tried on held-out images, and the best is kept.
         alpha: Share of b, from 0 (a itself) to 1; other values are refused. ``[0.2, 0.8]`` goes from one to the other
             along the depth of the network; ``{"layer1": 0.2, "layer[23]": [0.2, 0.8], "*.bias": 0.5}`` sets shares by
             module path, parameter name or pattern: the first that fits a parameter decides, and where none fits,
             shares are equal. Statistics are restored to those of the sources with the same shares.
         weights: Shares of all sources, summing to one; instead of ``alpha``. More than two sources default to equal
-            ones. Along depth, or by layer, as for ``alpha``: ``{"layer1": [.5, .3, .2]}``.
+            ones. Along depth, or by layer, as for ``alpha``: ``{"layer1": [.5, .3, .2]}``. With ``combine``, any
+            number for each source, by default 1; a negative one takes away what a source has learned.
         matching: ``"activations"`` (correlation of activations on ``data``), ``"zipit"``, ``"cca"`` (maps of units, on
             ``data``), ``"weights"`` (no data), ``"identity"`` (no reordering), a matcher, or ``"auto"``: with data
             those that suit the model are tried, without data it means weights.
@@ -185,9 +201,14 @@ def merge(
     True
     """
     given = _sources(a, b)
-    models = _networks(given)
-    planned = plan_shares(len(models), alpha, weights)
+    models = _networks(given, fewest=2 if base is None or isinstance(base, str) else 1)
+    combining = plan_combining(len(models), base, combine, scale, weights)
+    if combining is not None:
+        matching, renormalize = fitting_to(combining, matching, renormalize, alpha)
+        imagine = imagine and combining.aligned
+    planned = plan_shares(len(models), alpha, weights) if combining is None else equal_shares(len(models))
     imagine = asks_for_images(matching, renormalize) and imagine
+    data, apart = images_apart(data, len(models))
     _matcher(matching, imagine or data is not None)
     budget = Budget(max_flops, max_params)
     if inplace and (preserve or budget != Budget()):
@@ -210,6 +231,7 @@ def merge(
         seed=seed,
         progress=progress,
     )
+    grouped = replace(grouped, own=tuple(batches_for(models[0], each, grouped.sources[0].device) for each in apart))
     matcher, graph_module, shares = (
         _matcher(matching, grouped.data is not None),
         grouped.graph_module,
@@ -221,13 +243,17 @@ def merge(
         zeros.refuse(passes)
     matcher = _suiting(zeros, matching, matcher)
     ways = [Way(matcher, passes)]
-    if (matching == "auto" or renormalize == "auto") and can_judge(grouped.data):
+    judged = can_judge(grouped.data)
+    if combining is not None:
+        ways = combining.ways(matcher, passes, chosen=renormalize == "auto", judged=judged)
+    elif (matching == "auto" or renormalize == "auto") and judged:
         tried = None if matching == "auto" and matcher != Identity() else matcher
         ways = sensible(graph_module, grouped.groups, tried, passes, fixed=renormalize != "auto", masks=zeros)
     with grouped.running():
         kept, told = plan_prefix(graph_module, grouped.inputs, sum(planned.used), preserve, budget) or (None, None)
-        choice = choose(grouped, ways, Terms(shares, kept, zeros))
-        if renormalize == "auto" and grouped.data is None and sum(planned.used) > 1:
+        ancestry = None if combining is None else combining.ancestry.over(grouped.sources)
+        choice = choose(grouped, ways, Terms(shares, kept, zeros, ancestry))
+        if renormalize == "auto" and grouped.data is None and sum(planned.used) > 1 and combining is None:
             _warn_of_norms(graph_module)  # once nothing else can fail, and before a is written to
         merged = finish(grouped, choice.combined, inplace, preserved=kept is not None)
     notes: list[str] = []
@@ -235,9 +261,9 @@ def merge(
         notes.append(f"shares by layer: {planned}")
     if matching == "auto" and matcher == Identity():
         notes.append("matching identity: the sources' masks are equal, so their units correspond already")
-    if renormalize == "auto" and grouped.data is not None and not choice.way.passes:
+    if renormalize == "auto" and grouped.data is not None and not choice.way.passes and combining is None:
         notes.append("nothing is renormalized: no layer takes a scale and a shift, or keeps statistics")
-    report = report_on(choice, notes, told)
+    report = report_on(choice, notes, told, ancestry)
     if zeros is not None:
         report = replace(report, masks=zeros.record(merged))
     alone = None if shares.by_name else shares.overall[-1]
@@ -271,13 +297,14 @@ def _sources(a: nn.Module | Sequence[nn.Module], b: nn.Module | None) -> list[nn
     return [*a]
 
 
-def _networks(given: Sequence[nn.Module]) -> list[nn.Module]:
+def _networks(given: Sequence[nn.Module], fewest: int = 2) -> list[nn.Module]:
     models = [network(model, f"source {number}") for number, model in enumerate(given)]
     for number, model in enumerate(models):
         if not any(True for _ in model.parameters()):
             raise OptionError(f"source {number}, a {type(model).__name__}, has no parameters")
-    if len(models) < 2:
-        raise OptionError(explain("a merge needs at least two models", remedy="merge(a, b) or merge([a, b, c])"))
+    if len(models) < fewest:
+        remedy = "merge(a, b) or merge([a, b, c]); of one, merge(tuned, base=pretrained)"
+        raise OptionError(explain("a merge needs at least two models", remedy=remedy))
     return models
 
 

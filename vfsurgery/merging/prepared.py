@@ -52,7 +52,8 @@ class Traced:
     """Sources of one architecture as graphs, what they are run on, and how the user wants the work done.
 
     The sources' models are twins of the user's, which share their tensors; ``reference`` is the user's first one, and
-    ``modes`` are the training modes of its modules. ``data`` is on the sources' device.
+    ``modes`` are the training modes of its modules. ``data`` is on the sources' device; ``own`` are the images of each
+    source, where they were given apart.
     """
 
     reference: nn.Module
@@ -64,6 +65,7 @@ class Traced:
     seed: int
     progress: bool
     clock: Clock
+    own: tuple[Batches, ...] = field(default=(), kw_only=True)
 
     @property
     def graph_module(self) -> fx.GraphModule:

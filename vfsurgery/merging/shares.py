@@ -131,6 +131,11 @@ def plan_shares(count: int, alpha: Alpha, weights: Weights | None) -> SharePlan:
     )
 
 
+def equal_shares(count: int) -> SharePlan:
+    """One share for each of any number of sources, a single one among them."""
+    return SharePlan(count, {EVERYWHERE: ((1 / count,) * count,)})
+
+
 def shares_of(count: int, alpha: float, weights: Sequence[float] | None) -> Vector:
     """The sources' shares, which must be at least 0 and sum to 1: statistics of sources are averaged with them.
 

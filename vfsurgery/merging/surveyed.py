@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from vfsurgery.combining.base import Combiner
 from vfsurgery.data.batches import Batches
-from vfsurgery.data.holdout import EVERY, every_for, first, split
+from vfsurgery.data.holdout import EVERY, every_for, first, mixed, split
 from vfsurgery.matching import Matcher
 from vfsurgery.merging.prepared import Grouped
 from vfsurgery.passes import Pass, Regress
@@ -23,10 +24,11 @@ SURVEYED = 1000
 
 @dataclass(frozen=True)
 class Way:
-    """One way to merge."""
+    """One way to merge; without a ``combiner``, by the weighted average."""
 
     matcher: Matcher
     passes: tuple[Pass, ...]
+    combiner: Combiner | None = None
 
     @property
     def is_dear(self) -> bool:
@@ -34,7 +36,8 @@ class Way:
         return any(isinstance(step, Regress) for step in self.passes)
 
     def __str__(self) -> str:
-        return f"{self.matcher.name} + {', '.join(step.name for step in self.passes) or 'no renormalization'}"
+        steps = ", ".join(step.name for step in self.passes) or "no renormalization"
+        return f"{self.matcher.name} + {steps}" if self.combiner is None else f"{self.combiner} + {steps}"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Surveyed:
     ``data`` is what passes may see and ``held_out`` what ways are judged on; ``pairs`` are the sites where units are
     correlated between sources, ``units`` those whose moments are taken, and ``images`` what both are read on.
     ``joint`` and ``all_pairs`` say which sources are correlated, as for :func:`~vfsurgery.stats.collect.survey`.
-    ``known`` are statistics that were read before.
+    ``known`` are statistics that were read before. ``apart`` are the held-out images of each source, where they were
+    given apart.
     """
 
     grouped: Grouped
@@ -57,6 +61,7 @@ class Surveyed:
     all_pairs: bool
 
     known: Survey | None = None
+    apart: tuple[Batches, ...] = ()
 
     @cached_property
     def statistics(self) -> Survey:
@@ -90,8 +95,13 @@ def plan_survey(grouped: Grouped, ways: Sequence[Way], judged: bool = False) -> 
     matchers = [way.matcher for way in ways if way.matcher.needs_data]
     passes = [step for way in ways for step in way.passes]
     data, held_out, images = grouped.data, None, None
+    apart: tuple[Batches, ...] = ()
     if judged and data is not None:
-        data, held_out = split(data, every_for(data))
+        every = every_for(data)
+        data, held_out = split(data, every)
+        if grouped.own:  # of each its own share, so that none is judged on what statistics have seen
+            parts = [split(each, every) for each in grouped.own]
+            data, apart = mixed([rest for rest, _ in parts]), tuple(held for _, held in parts)
         images = first(data, SURVEYED)
     elif any(step.holds_out() for step in passes):
         data, held_out = split(data)
@@ -107,7 +117,19 @@ def plan_survey(grouped: Grouped, ways: Sequence[Way], judged: bool = False) -> 
         units=units,
         joint=any(getattr(matcher, "needs_joint", False) for matcher in matchers),
         all_pairs=any(getattr(matcher, "needs_pairs", False) for matcher in matchers),
+        apart=apart,
     )
+
+
+def with_all(surveyed: Surveyed, way: Way) -> Surveyed:
+    """For the way that was chosen: the same with all images, those that were held out to choose it among them.
+
+    Statistics are read anew, unless they are of so many images as are enough.
+    """
+    whole = plan_survey(surveyed.grouped, [way])
+    if surveyed.images is surveyed.data:
+        return whole
+    return replace(surveyed, data=whole.data, held_out=whole.held_out, known=surveyed.taken)
 
 
 def can_judge(data: Batches | None) -> bool:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
 from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS
+from vfsurgery.combining import COMBINERS, Combiner
 from vfsurgery.matching import MATCHERS, Matcher
 from vfsurgery.matching.base import SYMMETRIES
 from vfsurgery.merging.budget import Budget
@@ -49,6 +50,19 @@ def build_matcher(entry: Any) -> Literal["auto"] | Matcher:
     name, options = _one_entry(entry, "matcher")
     refuse_unknown("matcher", (name,), ["auto", *MATCHERS])
     return build(cast("type[Matcher]", MATCHERS[name]), options, "matcher")
+
+
+def build_combiner(entry: Any) -> Literal["auto"] | Combiner:
+    """What ``method`` says, as ``combine`` of :func:`~vfsurgery.merge`.
+
+    >>> str(build_combiner({"ties": {"scale": 0.5}}))
+    'ties x0.5'
+    """
+    if entry == "auto":
+        return "auto"
+    name, options = _one_entry(entry, "combining method")
+    refuse_unknown("combining method", (name,), ["auto", *COMBINERS])
+    return build(COMBINERS[name], options, "combining method")
 
 
 def build_passes(entries: Any) -> list[Pass]:
@@ -155,6 +169,7 @@ def _any_of(*members: Any) -> WithJsonSchema:
 
 Alpha = Annotated[Any, _checked(lambda value: plan_shares(2, value, None)), _any_of(*_SHARES)]
 Weights = Annotated[Any, _any_of(*_SHARES, _NULL)]
+CombinerEntry = Annotated[Any, _checked(build_combiner), _any_of(*_PASS)]
 MatcherEntry = Annotated[Any, _checked(build_matcher), _any_of(*_PASS)]
 Boundary = Annotated[Any, _checked(_preserved), _any_of({"type": "integer", "minimum": 0}, _PASS[0], _BUDGET)]
 Normalizations = Annotated[

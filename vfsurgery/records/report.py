@@ -134,8 +134,12 @@ class Preserved:
 class Trial:
     """One way to merge that ``"auto"`` tried, and how near it came to the sources' ensemble on held-out images.
 
+    It was made without these images; the way that is kept is then made again with all.
+
     ``agreement`` is the share of ``images`` on which both find the same class, ``cross_entropy`` that of the merged
-    model's probabilities to the ensemble's, in nats; ``kept`` says whether this way was chosen.
+    model's probabilities to the ensemble's, in nats; ``kept`` says whether this way was chosen. ``combine`` is the
+    method and its scale, where fine-tuned models were combined; with ``apart`` each source judges on its own images,
+    and not their ensemble on all.
 
     >>> print(Trial("activations", ("reset",), agreement=0.8125, cross_entropy=0.5, images=400, seconds=2.5))
     activations + reset: agrees with the ensemble on 81.25% of 400 held-out images, cross-entropy 0.5000 (2.5 s)
@@ -148,11 +152,19 @@ class Trial:
     images: int
     seconds: float
     kept: bool = False
+    combine: str = ""
+    apart: bool = False
+
+    @property
+    def judge(self) -> str:
+        """Whom agreement is with."""
+        return "each source on its own images" if self.apart else "the ensemble"
 
     @property
     def way(self) -> str:
-        """As in ``activations + reset``."""
-        return " + ".join([self.matching, *self.renormalize])
+        """As in ``activations + reset``, or ``ties x1 + reset``."""
+        matching = [] if self.combine and self.matching == "identity" else [self.matching]
+        return " + ".join([*matching, *filter(None, [self.combine]), *self.renormalize])
 
     @property
     def cells(self) -> tuple[str, str, str, str, str]:
@@ -161,7 +173,7 @@ class Trial:
         return (self.way, *numbers, "kept" if self.kept else "")
 
     def __str__(self) -> str:
-        agreement = f"agrees with the ensemble on {self.agreement:.2%} of {self.images} held-out images"
+        agreement = f"agrees with {self.judge} on {self.agreement:.2%} of {self.images} held-out images"
         kept = ", kept" if self.kept else ""
         return f"{self.way}: {agreement}, cross-entropy {self.cross_entropy:.4f} ({self.seconds:.1f} s){kept}"
 
@@ -210,7 +222,10 @@ class Report(Shown):
 
 @dataclass(frozen=True)
 class MergeReport(Report):
-    """All that happened in one merge."""
+    """All that happened in one merge.
+
+    ``combine`` is the method and its scale where it was not the weighted average, and ``base`` says of what.
+    """
 
     model: str
     sources: int
@@ -229,6 +244,8 @@ class MergeReport(Report):
     preserved: Preserved | None = None
     trials: tuple[Trial, ...] = ()
     masks: MergedMasks | None = None
+    combine: str = ""
+    base: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers; groups without their activations."""
@@ -260,6 +277,7 @@ class MergeReport(Report):
         steps = ", ".join(self.renormalize) or "none"
         lines = [
             f"merge of {self.sources} x {self.model}, weights {', '.join(f'{w:.3g}' for w in self.weights)}",
+            *([f"  combined by {self.combine}, base {self.base}"] if self.combine else []),
             f"  matching {self.matching}; renormalization {steps}; seed {self.seed}",
             f"  {len(self.groups)} permutation groups over {self.groups.coverage:.1%} of the parameters",
             *(f"  {certificate}" for certificate in self.certificates),
@@ -302,7 +320,7 @@ def trial_table(trials: Sequence[Trial]) -> list[str]:
         return []
     width = max(len(trial.way) for trial in trials)
     lines = [
-        f"  tried; agreement with the ensemble, and cross-entropy to it, on {trials[0].images} held-out images",
+        f"  tried; agreement with {trials[0].judge}, and cross-entropy to it, on {trials[0].images} held-out images",
         f"    {'':<{width}}  {'agreement':>9}  {'cross-entropy':>13}  {'seconds':>7}",
     ]
     for way, agreement, cross_entropy, seconds, kept in (trial.cells for trial in trials):

@@ -24,8 +24,8 @@ from vfsurgery.rendering.fragments import (
     table,
     verbatim,
 )
+from vfsurgery.scoring.soups import SoupReport
 from vfsurgery.shown import html_of
-from vfsurgery.soups import SoupReport
 from vfsurgery.stats.imagined import Imagined, ImagineReport
 
 
@@ -66,17 +66,19 @@ def _imagined(report: ImagineReport) -> tuple[Html, ...]:
 def _merge(report: MergeReport) -> tuple[Html, ...]:
     """How it was done, the certificates, what was tried, and to unfold: matches and groups."""
     steps = ", ".join(report.renormalize) or "none"
+    combined = f"Combined by {report.combine}, base {report.base}. " if report.combine else ""
+    judge = report.trials[0].judge if report.trials else ""
     matches = [
         (source if report.sources > 2 else "", *others)
         for source, *others in (dataclasses.astuple(match) for match in report.matches)
     ]
     headers = ["source", "group", "first written by", "units", "similarity before", "after", "moved"]
     return (
-        paragraph(f"Matching {report.matching}; renormalization {steps}; seed {report.seed}."),
+        paragraph(f"{combined}Matching {report.matching}; renormalization {steps}; seed {report.seed}."),
         paragraphs(f"{certificate.mark} {certificate}" for certificate in report.certificates),
         paragraphs(part for part in (report.preserved, report.masks, *report.notes) if part is not None),
         table(
-            ["tried", "agrees with the ensemble", "cross-entropy to it", "seconds", ""],
+            ["tried", f"agrees with {judge}", "cross-entropy", "seconds", ""],
             [trial.cells for trial in report.trials],
         ),
         _unfoldable("what matching did", headers, matches) if matches else Html(""),

@@ -1,6 +1,6 @@
-"""What authors of passes, matchers, pruners, rules and data sets run in a test: all that the library expects of them.
+"""What authors of passes, matchers, combining methods, pruners, rules and data sets run in a test.
 
-Three lines are enough::
+It is all that the library expects of them. Three lines are enough::
 
     from vfsurgery.testing import check_pass
 
@@ -10,6 +10,7 @@ Three lines are enough::
 Failures are ``AssertionError`` with a message that says what is expected and why.
 """
 
+from vfsurgery.testing.combiners import check_combiner as check_combiner
 from vfsurgery.testing.data import check_data as check_data
 from vfsurgery.testing.matchers import check_matcher as check_matcher
 from vfsurgery.testing.nets import NETS as NETS

@@ -1,5 +1,6 @@
 """The stages that recipes have: each is one class, entered by one decorator."""
 
+from vfsurgery.recipes.stages import combining as combining
 from vfsurgery.recipes.stages import comparing as comparing
 from vfsurgery.recipes.stages import imagining as imagining
 from vfsurgery.recipes.stages import looking as looking

@@ -25,7 +25,7 @@ from vfsurgery.recipes.sections import AsTuple, Count, Options, Patterns, Sectio
 from vfsurgery.recipes.stage import MERGED, Misplaced, Place, Stage, Table, stage
 from vfsurgery.recipes.store import digest
 from vfsurgery.records.results import report_of
-from vfsurgery.soups.phases import Retraining, sparse_soup
+from vfsurgery.scoring.soups.phases import Retraining, sparse_soup
 from vfsurgery.tracing.copies import copied
 from vfsurgery.training import OptimizerName, train
 
@@ -266,7 +266,7 @@ class Apply(Each):
 
 
 class Retrain(Section):
-    """Options of :class:`vfsurgery.soups.phases.Retraining`."""
+    """Options of :class:`vfsurgery.scoring.soups.phases.Retraining`."""
 
     epochs: Count = 10
     lr: Annotated[float, Field(gt=0)] = 0.05

@@ -23,7 +23,7 @@ from vfsurgery.passes.mask import check_zeros
 from vfsurgery.pruning import Masks, Pruner, prune
 from vfsurgery.pruning.layers import prunable
 from vfsurgery.scoring.evaluation import evaluate
-from vfsurgery.soups.averaging import soup
+from vfsurgery.scoring.soups.averaging import soup
 from vfsurgery.tracing.copies import copied
 from vfsurgery.training import train
 

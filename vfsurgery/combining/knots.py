@@ -1,0 +1,146 @@
+"""KnOTS: task vectors of LoRA adapters in one common basis, and TIES there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vfsurgery.combining.arithmetic import mean_of_rest
+from vfsurgery.combining.base import (
+    Combined,
+    Combiner,
+    Entry,
+    Kind,
+    Problem,
+    as_matrix,
+    check_share,
+    from_matrix,
+    register_combiner,
+)
+from vfsurgery.combining.magnitudes import HALF, Threshold, _reached, count_of, magnitude_bits
+from vfsurgery.combining.ties import agreeing
+from vfsurgery.errors import OptionError, did_you_mean, explain
+
+NEGLIGIBLE = 1e-5
+"""Directions of smaller singular values, relative to the largest, are those of rounding."""
+
+MERGES = ("ties", "sum")
+KEPT = 2**25
+"""Numbers of bases and coordinates that are kept from one pass for the next; those of further tensors are computed
+anew."""
+
+
+@register_combiner
+@dataclass(frozen=True)
+class Knots(Combiner):
+    """KnOTS (Stoica et al., ICLR 2025): task vectors are merged in the basis of all columns of all of them.
+
+    Of each matrix ``[D_1 | ... | D_T] = U S [V_1 | ... | V_T]`` without negligible directions, and ``S V_i`` are what
+    a task has of every one of them. TIES merges these: of each task the ``density`` of largest magnitude over all
+    matrices is kept, the others as in :class:`~vfsurgery.combining.ties.Ties`; what comes out is multiplied by ``U``.
+    With ``merge="sum"`` it is task arithmetic: a linear method does not see the basis.
+
+    For adapters of low rank, whose products seldom have signs in common. Matrices and convolutions (as matrices of
+    outputs by all else); the mean of the rest. Numbers equal to the threshold are all kept.
+
+    >>> from vfsurgery.combining import combine_states
+    >>> base = {"fc.weight": torch.zeros(2, 2)}
+    >>> states = [{"fc.weight": torch.eye(2)}, {"fc.weight": torch.tensor([[2.0, 0.0], [0.0, 0.0]])}]
+    >>> combine_states(states, Knots(merge="sum", scale=1.0), base=base)["fc.weight"].round(decimals=4)
+    tensor([[3., 0.],
+            [0., 1.]])
+    """
+
+    density: float = 0.2
+    aggregate: Literal["mean", "sum"] = "mean"
+    merge: Literal["ties", "sum"] = "ties"
+    scale: float = 0.6
+    name: ClassVar[str] = "knots"
+
+    def __post_init__(self) -> None:
+        check_share("density", self.density)
+        for option, value, accepted in (("merge", self.merge, MERGES), ("aggregate", self.aggregate, ("mean", "sum"))):
+            if value not in accepted:
+                raise OptionError(explain(f"unknown {option} {value!r}", remedy=did_you_mean(str(value), accepted)))
+
+    def plan(self, problem: Problem) -> Combined:
+        """See :class:`Combiner`."""
+        entries = [entry for entry in problem.entries() if entry.trait.kind is Kind.MATRIX]
+        rest = [entry for entry in problem.entries() if entry.trait.kind is not Kind.MATRIX]
+        if rest:
+            numbers = sum(entry.count for entry in rest)
+            share = numbers / max(numbers + sum(entry.count for entry in entries), 1)
+            problem.notes.append(
+                f"knots is for matrices: of {len(rest)} other tensors, {share:.1%} of the numbers, the mean was taken"
+            )
+        kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def coordinates(entry: Entry) -> tuple[Tensor, Tensor]:
+            found = kept.get(entry.name) or in_common(entry)
+            if sum(each.numel() for pair in (found, *kept.values()) for each in pair) <= KEPT:
+                kept[entry.name] = found
+            return found
+
+        trims = None
+        if self.merge == "ties" and self.density < 1:
+            trims = _thresholds(lambda: (coordinates(entry)[1] for entry in entries), problem.sources, self.density)
+
+        def combined(entry: Entry) -> Tensor:
+            if entry.trait.kind is not Kind.MATRIX:
+                return mean_of_rest(entry)
+            basis, own = coordinates(entry)
+            kept.pop(entry.name, None)
+            return from_matrix(basis @ self._merged(own, entry, trims), entry.shape, entry.trait).to(entry.dtype)
+
+        return combined
+
+    def _merged(self, coordinates: Tensor, entry: Entry, trims: list[Threshold] | None) -> Tensor:
+        weights = torch.tensor(entry.weights, dtype=coordinates.dtype).reshape(-1, 1, 1)
+        if self.merge == "sum":
+            return (coordinates * weights).sum(0)
+        if trims is not None:
+            masks = [trim.keep(("", 0), own) for trim, own in zip(trims, coordinates, strict=True)]
+            coordinates = coordinates * torch.stack(masks)
+        return agreeing(coordinates * weights, entry, 1.0, self.aggregate)
+
+
+def in_common(entry: Entry) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of all columns of all task vectors, ``(rows, r)``, and their coordinates in it,
+    ``(sources, r, columns)``: ``U`` and ``S V_i``, in float64.
+
+    No more than ``U`` has to be found, from the smaller of two Gram matrices: ``S V_i`` is ``U^T D_i``.
+    """
+    matrices = torch.stack([as_matrix(own, entry.trait) for own in entry.task_vectors()]).double()
+    beside = matrices.permute(1, 0, 2).reshape(matrices.shape[1], -1)
+    if not beside.any():
+        return beside.new_zeros(len(beside), 0), matrices[:, :0]
+    wide = beside.shape[0] <= beside.shape[1]
+    squares, vectors = torch.linalg.eigh(beside @ beside.T if wide else beside.T @ beside)
+    found = squares > NEGLIGIBLE**2 * squares[-1]
+    basis = vectors[:, found] if wide else torch.linalg.qr(beside @ vectors[:, found])[0]
+    return basis, basis.T @ matrices
+
+
+def _thresholds(parts: Callable[[], Iterator[Tensor]], sources: int, density: float) -> list[Threshold]:
+    """For each source, what of its coordinates is kept: two passes over all tensors, for all sources at once."""
+    high = torch.zeros(sources, HALF, dtype=torch.int64)
+    total = 0
+    for part in parts():
+        total += part[0].numel()
+        for own, counts in zip(part, high, strict=True):
+            counts += torch.bincount(magnitude_bits(own) >> 16, minlength=HALF)
+    keep = max(count_of(density, total), 1)
+    buckets = [_reached(counts, keep) for counts in high]
+    low = torch.zeros(sources, HALF, dtype=torch.int64)
+    for part in parts():
+        for own, counts, (bucket, _) in zip(part, low, buckets, strict=True):
+            bits = magnitude_bits(own)
+            counts += torch.bincount(bits[(bits >> 16) == bucket] & (HALF - 1), minlength=HALF)
+    return [
+        Threshold((bucket << 16) | _reached(counts, keep - above)[0])
+        for counts, (bucket, above) in zip(low, buckets, strict=True)
+    ]

@@ -1,0 +1,235 @@
+"""Sources that were fine-tuned from one checkpoint: what is asked for, checked, and the ways to combine them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias, cast
+
+from torch import Tensor, nn
+
+from vfsurgery.combining.base import COMBINERS, Combiner, Kind, Trait
+from vfsurgery.combining.running import check_weights_of
+from vfsurgery.combining.traits import traits_of_graph, with_heads
+from vfsurgery.data.batches import Batches, Data
+from vfsurgery.data.holdout import Interleaved
+from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError, did_you_mean, explain
+from vfsurgery.matching import Identity, Matcher
+from vfsurgery.merging.surveyed import Way
+from vfsurgery.passes.base import Pass
+from vfsurgery.passes.combine import Base
+from vfsurgery.passes.normalizations import Renormalization
+from vfsurgery.tracing.compatibility import check_finite
+from vfsurgery.tracing.sources import Source, canonical_state
+from vfsurgery.tracing.wrappers import network
+
+Combining: TypeAlias = str | Combiner
+Scale: TypeAlias = float | Sequence[float] | None
+
+MADE = ("first", "mean")
+"""Bases that are made of the aligned sources, for those that have none."""
+
+GRID: Mapping[str, tuple[float, ...]] = {
+    "mean": (1.0,),
+    "task-arithmetic": (0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
+    "ties": (0.5, 0.8, 1.0, 1.3),
+    "tsv-m": (0.5, 1.0, 1.5),
+    "iso-c": (0.5, 1.0, 1.5, 2.0),
+}
+"""What ``combine="auto"`` tries with images to judge by: methods, and scales of each."""
+
+
+@dataclass(frozen=True)
+class Ancestry:
+    """What the sources were fine-tuned from, and a number and a trait for each source and tensor.
+
+    ``told`` is what the report calls the base.
+    """
+
+    base: Base
+    weights: tuple[float, ...]
+    told: str
+    traits: Mapping[str, Trait] = field(default_factory=dict[str, Trait], repr=False)
+
+    def over(self, sources: Sequence[Source]) -> Ancestry:
+        """The same with what the graph says of each tensor.
+
+        Raises:
+            IncompatibleModelsError: the base is of another architecture or size.
+        """
+        graph_module, state = sources[0].graph_module, sources[0].state
+        traits = traits_of_graph(graph_module)
+        if isinstance(self.base, Mapping):
+            traits = with_heads(traits, state, self.base)
+            _check_base(self.base, state, traits)
+        return replace(self, traits=traits)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the arguments of a merge say about combining: which methods may be tried, and on what."""
+
+    combiners: tuple[Combiner, ...]
+    ancestry: Ancestry
+    open: bool
+    """Whether the method is to be chosen."""
+
+    @property
+    def aligned(self) -> bool:
+        """Whether units may be in different orders, so that sources are matched before."""
+        return not isinstance(self.ancestry.base, Mapping)
+
+    def ways(self, matcher: Matcher, passes: tuple[Pass, ...], chosen: bool, judged: bool) -> list[Way]:
+        """What to try: every method at every scale, and where that was not asked for, without renormalization, too.
+
+        Without images to judge by, the first of them.
+
+        Raises:
+            OptionError: several scales were given, and nothing can be judged.
+        """
+        if chosen and not any(step.needs_data for step in passes):
+            passes = ()  # averaged statistics of siblings are better than what weights tell
+        found = [Way(matcher, passes, combiner) for combiner in self.combiners]
+        if judged:
+            return found + [Way(matcher, (), combiner) for combiner in self.combiners if passes and chosen]
+        if len(found) > 1 and not self.open:
+            raise OptionError(
+                explain(
+                    f"{len(found)} values of scale were given, and nothing to judge them by",
+                    remedy="data= at least 100 images, labels are not looked at; or a single scale",
+                )
+            )
+        return found[:1]
+
+
+def plan_combining(
+    count: int,
+    base: nn.Module | Mapping[str, Tensor] | str | None,
+    combine: Combining | None,
+    scale: Scale,
+    weights: object,
+) -> Plan | None:
+    """Read ``base``, ``combine``, ``scale`` and ``weights``; ``None`` where sources are merged by their weighted
+    average.
+
+    Raises:
+        OptionError: they do not fit together, or a name is unknown.
+        InvalidWeightsError: the base holds NaN or infinite values.
+    """
+    if combine is None and base is None:
+        if scale is not None:
+            raise OptionError(explain("scale= is for combine=", remedy="combine='task-arithmetic', and base="))
+        return None
+    if weights is not None and (isinstance(weights, Mapping | str) or not isinstance(weights, Sequence)):
+        remedy = "weights=[1.0, -1.0]"
+        raise OptionError(explain("with combine=, weights are one number for each source", remedy=remedy))
+    numbers = check_weights_of(count, weights)
+    combiners = _combiners(combine, scale, count)
+    told = "none"
+    if isinstance(base, str):
+        if base not in MADE:
+            accepted = "a model, a state dict, or of sources without a common checkpoint 'first' or 'mean'"
+            raise OptionError(explain(f"unknown base {base!r}", accepted=accepted))
+    elif base is None and any(each.needs_base for each in combiners):
+        base = "mean"  # of aligned sources: all that is left where nothing was fine-tuned from anything
+    if base in MADE:
+        told = "the mean of the aligned sources" if base == "mean" else "source 0"
+    elif base is not None:
+        state = canonical_state(network(base, "the base")) if isinstance(base, nn.Module) else {**base}
+        check_finite("the base", state)
+        base, told = state, "the checkpoint that was given"
+    return Plan(combiners, Ancestry(base, numbers, told), combine in (None, "auto"))  # pyright: ignore[reportArgumentType]
+
+
+def images_apart(data: Data | Mapping[int, Data] | str | None, count: int) -> tuple[Data | str | None, list[Data]]:
+    """Images of all sources, and those of each, where they were given by the sources' numbers.
+
+    Raises:
+        OptionError: a source has none, or a number is none of theirs.
+    """
+    if not isinstance(data, Mapping):
+        return data, []
+    own = cast("Mapping[int, Data]", data)
+    if sorted(own, key=str) != list(range(count)):
+        raise OptionError(
+            explain(
+                f"data has images of {', '.join(map(repr, own)) or 'nobody'}, and there are {count} sources",
+                remedy="one entry for each, by its number: data={0: images, 1: others}",
+            )
+        )
+    each = [own[number] for number in range(count)]
+    return Interleaved([Batches(images) for images in each]), each
+
+
+def fitting_to(
+    plan: Plan, matching: str | Matcher, renormalize: Renormalization, alpha: object
+) -> tuple[str | Matcher, Renormalization]:
+    """Matching and renormalization of a merge that combines: units of fine-tuned models correspond already.
+
+    Raises:
+        OptionError: something was asked for that excludes combining.
+    """
+    if alpha != 0.5:
+        raise OptionError(explain("alpha= is for the average of two models", remedy="weights= or scale= with combine="))
+    if plan.aligned:
+        return matching, renormalize
+    if matching not in ("auto", "identity") and not isinstance(matching, Identity):
+        raise OptionError(
+            explain(
+                f"matching={getattr(matching, 'name', matching)!r} and a base exclude each other",
+                because="what was fine-tuned from one checkpoint has its units in that one's order",
+                remedy="leave matching out; or base='mean' for models of different seeds",
+            )
+        )
+    return Identity(), renormalize
+
+
+def _combiners(combine: Combining | None, scale: Scale, count: int) -> tuple[Combiner, ...]:
+    """The methods that may be tried: one, or one at several scales, or those of :data:`GRID`."""
+    if combine is None or combine == "auto":
+        if scale is not None:
+            remedy = "name a method, or leave scale out"
+            raise OptionError(explain("combine='auto' chooses a scale itself", remedy=remedy))
+        if count == 1:
+            return tuple(COMBINERS["wise-ft"]().scaled(each) for each in (0.5, 0.25, 0.75, 1.0))
+        known = {name: scales for name, scales in GRID.items() if name in COMBINERS}
+        return tuple(COMBINERS[name]().scaled(each) for name, scales in known.items() for each in scales)
+    if isinstance(combine, str):
+        if combine not in COMBINERS:
+            remedy = did_you_mean(combine, ["auto", *COMBINERS])
+            raise OptionError(explain(f"unknown combining method {combine!r}", remedy=remedy))
+        combine = COMBINERS[combine]()
+    if not isinstance(combine, Combiner):
+        accepted = ", ".join(["auto", *COMBINERS])
+        raise OptionError(explain(f"combine is no method but {combine!r}", accepted=accepted))
+    if scale is None:
+        return (combine,)
+    scales = [scale] if isinstance(scale, int | float) else [*scale]
+    if not scales or any(isinstance(each, bool) or not isinstance(each, int | float) for each in scales):
+        raise OptionError(explain(f"scale is one number or several, not {scale!r}", remedy="scale=[0.3, 0.5, 1.0]"))
+    return tuple(combine.scaled(each) for each in scales)
+
+
+def _check_base(base: Mapping[str, Tensor], state: Mapping[str, Tensor], traits: Mapping[str, Trait]) -> None:
+    """Refuse a base that differs in more than heads: those are read last, or in training alone.
+
+    Raises:
+        IncompatibleModelsError: names the first tensor.
+        InvalidWeightsError: a tensor is of no floating-point type.
+    """
+    for name, trait in traits.items():
+        shapes = f"{tuple(base[name].shape) if name in base else 'absent'}, {tuple(state[name].shape)}"
+        if trait.kind is Kind.HEAD and trait.depth is not None and trait.depth < 1:
+            raise IncompatibleModelsError(
+                explain(
+                    "the base is not what the sources were fine-tuned from: they differ in more than a head",
+                    parameter=name,
+                    shapes=shapes,
+                    remedy="base= a model of the same architecture and image size; where positions were resampled for "
+                    "another size, load the base the same way: timm.create_model(..., img_size=...)",
+                )
+            )
+        if trait.kind in (Kind.MATRIX, Kind.REST) and not base[name].is_floating_point():
+            raise InvalidWeightsError(
+                explain("the base has a tensor that is no weight", parameter=name, dtype=base[name].dtype)
+            )
