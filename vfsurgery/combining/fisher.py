@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vfsurgery.combining.base import Combined, Combiner, Entry, Problem, register_combiner
 from vfsurgery.combining.images import first_images, positive_weights
@@ -127,7 +128,7 @@ def fisher_diagonal(
         return logits[0].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(0)
 
     squares = _Squares(log_odds, wanted, sums)
-    with eval_mode(graph_module):
+    with eval_mode(graph_module), sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for vmap
         for images in batches:
             logits = graph_module(images)
             check_logits(logits, len(images), "combine with a method that looks at no predictions")
