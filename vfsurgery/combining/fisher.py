@@ -13,7 +13,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vfsurgery.combining.base import Combined, Combiner, Entry, Problem, register_combiner
-from vfsurgery.combining.images import first_images, positive_weights
+from vfsurgery.combining.images import first_images, positive_weights, weighted_mean
 from vfsurgery.data.labels import check_logits, draw_labels
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.tracing.ops import canonical_parameters
@@ -59,7 +59,8 @@ class Fisher(Combiner):
 
     def plan(self, problem: Problem) -> Combined:
         """See :class:`Combiner`."""
-        names = [entry.name for entry in problem.entries()]
+        dtypes = {entry.name: entry.dtype for entry in problem.entries()}
+        names = [*dtypes]
         positive_weights(self.name, next(iter(problem.entries()), None))
         found: list[Named] = []
         for number, source in enumerate(problem.traced):
@@ -67,24 +68,28 @@ class Fisher(Combiner):
             generator = _generator(problem.seed, number) if self.classes == "drawn" else None
             own = fisher_diagonal(source, names, batches, generator)
             if self.normalize:
-                norm = torch.stack([own[name].square().sum() for name in names]).sum().sqrt()
+                norm = torch.stack([value.square().sum() for value in own.values()]).sum().sqrt()
                 own = {name: value / norm.clamp_min(torch.finfo(norm.dtype).tiny) for name, value in own.items()}
-            found.append(own)
+            found.append({name: value.to(dtypes[name]) for name, value in own.items()})
         count = sum(value.numel() for own in found for value in own.values())
         mean = float(sum(float(value.sum()) for own in found for value in own.values())) / max(count, 1)
         floor = max(self.floor * mean, 1e-300)
         problem.notes.append(
             f"fisher: diagonals on {self.images} images of each source at most; mean {mean:.2g}, floor {floor:.2g}"
         )
-        return lambda entry: _averaged(entry, [own[entry.name] for own in found], floor)
+        return lambda entry: (
+            _averaged(entry, [own[entry.name] for own in found], floor)
+            if entry.name in found[0]
+            else weighted_mean(entry)  # a table that is no parameter: nothing has a gradient by it
+        )
 
 
 def _averaged(entry: Entry, fishers: list[Tensor], floor: float) -> Tensor:
     total = weight = torch.zeros((), dtype=torch.float64)
     for source, own in enumerate(fishers):
         vector = entry.task_vector(source)
-        share = (own.reshape(-1)[entry.start : entry.stop].to(vector.device) + floor).reshape(vector.shape)
-        share = share * entry.weights[source]
+        own = own.reshape(-1)[entry.start : entry.stop].reshape(vector.shape)
+        share = (own.to(vector.device, torch.float64) + floor) * entry.weights[source]
         total, weight = total + share * vector, weight + share
     return (total / weight).to(entry.dtype)
 

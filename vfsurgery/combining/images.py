@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vfsurgery.combining.arithmetic import weighted_sum
 from vfsurgery.combining.base import Entry, Problem
 from vfsurgery.errors import DataError, OptionError, explain
 from vfsurgery.stats.precision import taken_by
@@ -26,6 +27,11 @@ def first_images(problem: Problem, source: int, most: int) -> list[Tensor]:
     if not any(map(len, batches)):
         raise DataError(explain(f"there is no image for source {source}", remedy="data= some images of each task"))
     return batches
+
+
+def weighted_mean(entry: Entry) -> Tensor:
+    """The mean of the sources' task vectors, each as much as its weight says."""
+    return weighted_sum(entry).div_(sum(entry.weights))
 
 
 def positive_weights(method: str, entry: Entry | None) -> None:

@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vfsurgery.combining.arithmetic import weighted_sum
 from vfsurgery.combining.base import Combined, Combiner, Entry, Kind, Problem, register_combiner
 from vfsurgery.combining.grams import Collected, Gram, collect, weights_of
-from vfsurgery.combining.images import first_images, positive_weights
+from vfsurgery.combining.images import first_images, positive_weights, weighted_mean
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.stats.inputs import Layout, WeightCalls
 from vfsurgery.stats.lockstep import Lockstep
@@ -63,7 +62,7 @@ class RegMean(Combiner):
         positive_weights(self.name, next(iter(problem.entries()), None))
         solved = self.solved(problem)
         _note(self.name, problem, set(solved), self.images)
-        return lambda entry: solved[entry.name].to(entry.dtype) if entry.name in solved else _mean(entry)
+        return lambda entry: solved[entry.name].clone() if entry.name in solved else weighted_mean(entry)
 
     def solved(self, problem: Problem) -> Mapping[str, Tensor]:
         """The task vectors of all weights that calls show, by name."""
@@ -76,7 +75,7 @@ class RegMean(Combiner):
                     fit = fits.setdefault(entry.name, Normal(grams[entry.name].layout))
                     fit.add(entry, number, grams[entry.name], self.damping)
         return {
-            entry.name: fits[entry.name].solve(_mean(entry))
+            entry.name: fits[entry.name].solve(weighted_mean(entry)).to(entry.dtype)
             for entry in problem.entries()
             if entry.name in fits and fits[entry.name].sources == problem.sources
         }
@@ -119,8 +118,8 @@ class RegMeanPlusPlus(RegMean):
                     fit = Normal(grams[0][name].layout)
                     for number, own in enumerate(grams):
                         fit.add(entries[name], number, own[name], self.damping)
-                    found[name] = fit.solve(_mean(entries[name]))
-                    weights[name].data.copy_(_placed(entries[name], found[name], self.scale))
+                    found[name] = fit.solve(weighted_mean(entries[name])).to(entries[name].dtype)
+                    weights[name].copy_(_placed(entries[name], found[name], self.scale))
         return found
 
 
@@ -157,10 +156,6 @@ class Normal:
         return self.layout.weight(rows, mean.shape).to(mean.device)
 
 
-def _mean(entry: Entry) -> Tensor:
-    return weighted_sum(entry).div_(sum(entry.weights))
-
-
 def _placed(entry: Entry, vector: Tensor, scale: float) -> Tensor:
     """The merged weight itself."""
     return entry.origin() + scale * vector.to(entry.dtype)
@@ -172,7 +167,7 @@ def _averaged_model(problem: Problem, entries: Mapping[str, Entry], scale: float
     weights = next(iter(entries.values())).weights if entries else (1.0,) * problem.sources
     for name, tensor in merged.state.items():
         if name in entries:
-            tensor.copy_(_placed(entries[name], _mean(entries[name]), scale))
+            tensor.copy_(_placed(entries[name], weighted_mean(entries[name]), scale))
         elif tensor.is_floating_point() and all(name in source.state for source in problem.traced):
             others = [source.state[name] for source in problem.traced]
             if all(other.shape == tensor.shape for other in others):
