@@ -374,7 +374,7 @@ def test_missing_bases_and_wrong_options_are_refused(tmp_path):
 
 
 def test_broken_files_are_refused_as_when_they_are_read_whole(tmp_path):
-    base, sources = written(tmp_path)
+    base, _ = written(tmp_path)
     content = base.read_bytes()
     base.write_bytes(content[:-100])
     with pytest.raises(CheckpointError, match="cut off"):
