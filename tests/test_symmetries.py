@@ -330,6 +330,19 @@ def test_a_network_merged_with_itself_is_that_network() -> None:
             torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_what_auto_keeps_is_what_asking_for_it_gives() -> None:
+    a, b = pair()
+    options = {**OPTIONS, "data": torch.randn(120, 3, 16, 16, generator=torch.Generator().manual_seed(9))}
+    auto = surgery.merge(a, b, **{**options, "renormalize": "repair"})
+    kept = merge_report_of(auto)
+    assert [trial.matching for trial in kept.trials][:2] == ["activations", "activations, orders only"]
+    assert kept.matching == "activations"
+    asked = {"matching": "activations", "renormalize": "repair"}
+    direct = surgery.merge(a, b, **{**options, **asked})
+    for name, tensor in direct.state_dict().items():
+        torch.testing.assert_close(auto.state_dict()[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_orders_found_once_serve_again() -> None:
     a, b = pair()
     orders = surgery.match(a, b, matching="weights", imagine=False, progress=False, example_inputs=IMAGES)
