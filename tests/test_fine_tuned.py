@@ -11,9 +11,15 @@ from torch import nn
 
 import vfsurgery as surgery
 from vfsurgery.combining import COMBINERS, TaskArithmetic, Ties, combine_states
+from vfsurgery.combining.base import InMemory
+from vfsurgery.combining.running import Combination, Listing
 from vfsurgery.combining.traits import traits_of_graph
+from vfsurgery.data import digits
 from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError
+from vfsurgery.networks.demo import TinyResNet
+from vfsurgery.passes.combine import Line
 from vfsurgery.tracing.sources import canonical_state
+from vfsurgery.training import from_seed, train
 
 NETS = ["chain", "residual", "grouped"]
 
@@ -210,6 +216,34 @@ def test_several_scales_are_tried_and_the_nearest_to_the_sources_is_kept():
     assert same(found, combined(sources, base, "mean"), 1e-9)
 
 
+def test_several_scales_ask_a_method_once():
+    base, sources = family("residual")
+    asked: list[str] = []
+
+    class Counting(Ties):
+        def plan(self, problem):
+            asked.append(str(self))
+            return super().plan(problem)
+
+    found = surgery.report_of(combined(sources, base, Counting(), scale=[0.4, 1.0, -0.7], data=data()))
+    assert asked == ["ties x1", found.combine]  # and once more for the one that is kept, as it was asked for
+
+
+@pytest.mark.parametrize("name", ["chain", "residual"])
+def test_scales_that_are_tried_are_what_the_method_gives_at_each(name):
+    base, sources = family(name)
+    states, start = [canonical_state(each) for each in sources], canonical_state(base)
+    traits = traits_of_graph(surgery.trace(base, images(2, dtype=torch.float64)))
+    shapes, dtypes = ({key: getattr(x, what) for key, x in start.items()} for what in ("shape", "dtype"))
+    stores, line = [InMemory(state) for state in states], Line()
+    for scale in (0.4, -0.7, 2.5):
+        targets = {key: torch.zeros_like(x) for key, x in start.items()}
+        listing = Listing(shapes, dtypes, traits)
+        line.write(Combination(listing, stores, InMemory(start), Ties(scale=scale), (1.0,) * 3), [], targets)
+        assert same(targets, combine_states(states, Ties(scale=scale), base=start, traits=traits))
+        assert not same(targets, combine_states(states, Ties(scale=scale + 0.1), base=start, traits=traits))
+
+
 def test_with_a_base_several_methods_are_tried_where_there_are_images():
     base, sources = family("residual")
     report = surgery.report_of(combined(sources, base, None, data=data(), renormalize="auto"))
@@ -319,3 +353,28 @@ def test_images_of_other_sources_than_there_are_are_refused(numbers):
     base, sources = family("chain", 2)
     with pytest.raises(OptionError, match="there are 2 sources"):
         combined(sources, base, data={number: images(8, dtype=torch.float64) for number in numbers})
+
+
+# BatchNorm
+
+
+def test_statistics_of_equal_sources_are_those_of_one():
+    base, (source, *_) = family("residual")
+    options = {"data": data(), "renormalize": "reset"}
+    one = combined([source], base, "task-arithmetic", scale=1.0, **options)
+    three = combined([copy.deepcopy(source) for _ in range(3)], base, "mean", **options)
+    assert same(one, three, 1e-9)
+    assert not same(combined([source], base, "task-arithmetic", scale=0.5, **options), three, 1e-3)
+
+
+def test_statistics_measured_anew_leave_a_trained_network_as_good():
+    """At scale 1 a single source comes back; what is measured anew are its statistics alone."""
+    splits = digits()
+    trained = train(from_seed(TinyResNet, 0), splits.train, epochs=3, lr=0.1, seed=0, progress=False)
+    base = copy.deepcopy(trained)
+    options = {"data": splits.train, "renormalize": "reset", "progress": False}
+    found = surgery.merge(trained, base=base, combine="task-arithmetic", scale=1.0, **options)
+    scores = [surgery.evaluate(each, splits.test, progress=False).accuracy for each in (trained, found)]
+    assert abs(scores[0] - scores[1]) < 0.01 and scores[0] > 0.9
+    norms = [[m.running_var for m in each.modules() if isinstance(m, nn.BatchNorm2d)] for each in (trained, found)]
+    assert not any(torch.equal(mine, theirs) for mine, theirs in zip(*norms, strict=True))

@@ -192,6 +192,40 @@ def test_a_factor_counts_unless_it_can_be_folded(again: bool, symmetry: Symmetry
     assert surgery.verify(model, groups, inputs)
 
 
+class ScaledMaps(nn.Module):
+    """Two 1 x 1 convolutions with a factor for each channel between them, in a shape that ``shaped`` gives it."""
+
+    def __init__(self, shaped: Callable[[Tensor], Tensor], again: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)
+        self.scale, self.shaped, self.again = nn.Parameter(torch.rand(6) + 0.5), shaped, again
+
+    def forward(self, x: Tensor) -> Tensor:
+        shaped = self.shaped(self.scale)
+        return self.again(shaped) * self.last(self.first(x) * shaped)
+
+
+@pytest.mark.parametrize(
+    ("shaped", "again", "symmetry"),
+    [
+        (lambda scale: scale.reshape(1, -1, 1, 1), lambda shaped: 1, GL),
+        (lambda scale: scale.unsqueeze(-1).unsqueeze(-1), lambda shaped: 1, GL),
+        (lambda scale: scale[:, None, None], lambda shaped: 1, GL),
+        (lambda scale: scale[None].exp()[..., None, None], lambda shaped: 1, P),
+        (lambda scale: scale.reshape(1, -1, 1, 1), lambda shaped: shaped.square().sum(), P),
+    ],
+)
+def test_a_factor_in_another_shape_is_folded_as_itself(
+    shaped: Callable[[Tensor], Tensor], again: Callable[[Tensor], Tensor], symmetry: Symmetry
+) -> None:
+    model, inputs = ScaledMaps(shaped, again), torch.randn(3, 4, 2, 2)
+    groups = surgery.find_groups(model, inputs)
+    assert groups.groups[0].symmetry is symmetry
+    assert [folding.scale.parameter for folding in groups.foldings] == ["scale"] * (symmetry is GL)
+    found = surgery.verify(model, groups, inputs)
+    assert found and found.continuous == (symmetry is GL)
+
+
 def test_units_of_a_weight_that_is_read_again_are_their_own_dual() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

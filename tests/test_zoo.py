@@ -38,6 +38,17 @@ class Tiny(nn.Module):
         return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
 
 
+class Rotated(Tiny):
+    """Its four channels are written and read by linear layers alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).mean((2, 3)))
+
+
 class Failing(Tiny):
     def forward(self, x: Tensor) -> Tensor:
         raise RuntimeError("nothing works today")
@@ -106,11 +117,22 @@ def test_the_page_has_totals_failures_shortfalls_and_every_model() -> None:
             Survey("timm:b", groups=1, coverage=0.4, seconds=0.5, verified=True, reasons="roll (8)", unknown_ops="erf"),
             Survey("timm:c", groups=1, failure="not verified: all groups together"),
             Survey("torchvision:d", failure="took longer | than 5 s"),
-            Survey("torchvision:e", failure=zoo._failure(Verification(1e-5, "g0", 0.1, 1e-9, 1, rounding=1e-6))),
+            Survey("torchvision:e", failure=zoo._failure(proven(1e-6))),
+            Survey(
+                "timm:f",
+                2,
+                0.98,
+                verified=True,
+                subject="twin",
+                continuous=0.5,
+                symmetries="1 general linear",
+                mapped=1,
+            ),
+            Survey("timm:g", 1, 0.97, verified=True, subject="own size", continuous=0.0),
         ]
     )
     whole = {source: len(model_names([source])) for source in zoo.SOURCES}
-    assert f"| timm | 3 of {whole['timm']} | 2 | 1 | 1 | 1.50 |" in text
+    assert f"| timm | 5 of {whole['timm']} | 4 | 1 | 3 | 0.50 |" in text
     assert f"| torchvision | 2 of {whole['torchvision']} | 0 | 0 | 0 |  |" in text
     assert "| timm:b | 40.0% | roll (8) erf |" in text
     assert "| torchvision:d | took longer \\| than 5 s |" in text
@@ -118,8 +140,34 @@ def test_the_page_has_totals_failures_shortfalls_and_every_model() -> None:
         "| torchvision:e | undecided: error 1e-05, and a change of the weights in their last place makes 1e-06 |"
         in text
     )
-    assert zoo._failure(Verification(1e-5, "g0", 0.1, 1e-9, 1, rounding=1e-12)) == "not verified: g0"
-    assert "| timm:a | 3 | 99.00% | 0 | 1.50 | nan | own size |" in text
+    assert zoo._failure(proven(1e-12)) == "not verified: g0"
+    assert "| timm:a | 3 | 99.00% |  | 0 | 1.50 | nan | own size |" in text
+    assert "| timm:f | 2 | 98.00% | 50.0% | 0 | 0.00 | nan | twin |" in text
+    assert "In 1 of 2 models that were looked at" in text and "1 are proven, 0 are not" in text
+    assert "| timm:f | 50.0% | 1 general linear | 1 on twin | yes |" in text
+    assert "Symmetries beyond orders" not in page([Survey("timm:a", verified=True)])
+
+
+def proven(rounding: float) -> zoo.Proven:
+    """A proof that fails, but for rounding of that size."""
+    return zoo.Proven("own size", Verification(1e-5, "g0", 0.1, 1e-9, 1, rounding=rounding))
+
+
+def test_symmetries_that_are_claimed_have_to_be_mapped_in_the_proof(table: Path) -> None:
+    survey = survey_zoo([f"{HERE}:Rotated"], table)[0]
+    assert survey.verified and (survey.symmetries, survey.mapped) == ("1 general linear", 1)
+    assert survey.continuous == round(24 / 26, 6)  # all but the bias of the head
+    assert read_table(table)[0] == survey
+    untried = zoo.Proven("own size", Verification(0.0, "", 0.1, 1e-9, 2, continuous=1), claimed=2, mapped=1)
+    assert zoo._failure(untried) == "not proven: 1 groups were not mapped by members of their symmetry"
+
+
+def test_a_table_of_fewer_columns_goes_on_with_all(table: Path) -> None:
+    table.write_text("model,groups,coverage,error,verified\ntimm:old,3,0.5,nan,True\n")
+    survey_zoo([f"{HERE}:Tiny"], table)
+    old, new = read_table(table)
+    assert (old.model, old.groups, old.verified, old.continuous) == ("timm:old", 3, True, None)
+    assert (new.model, new.continuous, new.mapped) == (f"{HERE}:Tiny", 0.0, 0)
 
 
 def test_names_are_listed_by_library_and_pattern() -> None:

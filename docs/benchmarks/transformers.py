@@ -7,8 +7,12 @@ each matching and each renormalization, and by each choice of ``symmetries`` whe
 (%) is on 500 test images of digits, with statistics from 297 others, and on the 10,000 of CIFAR-10, with statistics
 from 5,000 training images. A cell is the mean over the pairs with the lowest and the highest. A second table has the
 CPU seconds of one merge, tracing included, a third what ``renormalize="auto"`` kept beside the best that there was.
+``planted``: a network of random weights and the same function in other weights, made with random members of all its
+symmetries, are merged on weights alone; how many of ``--count`` merges compute that function to 1e-4 in float32.
 ``nested``: what nested groups add, when orders of heads (or of groups of channels), of the dims inside them, or of both
-are left out of one and the same matching. ``speed``: seconds that matching two ViT-B/16 of random weights takes with
+are left out of one and the same matching. ``prune``: of the first three networks a share of the residual stream is
+removed, unit by unit or by principal directions, which leaves as many parameters; ``prune-all`` removes that share of
+all other groups, too. ``speed``: seconds that matching two ViT-B/16 of random weights takes with
 and without all symmetries.
 
 CIFAR-10 comes from a shared folder; without it, only digits are measured.
@@ -16,16 +20,20 @@ CIFAR-10 comes from a shared folder; without it, only digits are measured.
     python docs/benchmarks/transformers.py train merge
     python docs/benchmarks/transformers.py merge --networks vit swin --matchings weights --pairs 1
     python docs/benchmarks/transformers.py merge --networks vit --images 100
+    python docs/benchmarks/transformers.py planted --count 100
+    python docs/benchmarks/transformers.py prune --networks vit
     python docs/benchmarks/transformers.py speed --threads 2
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +50,9 @@ from torch.utils.data import TensorDataset
 
 import vfsurgery as surgery
 from vfsurgery.data import digits
-from vfsurgery.discovery.maps import permutations_of
+from vfsurgery.discovery.canonical import canonical, drawn_map
+from vfsurgery.discovery.maps import map_tensor, permutations_of
+from vfsurgery.discovery.verification import randomize, relative_error
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet, Permutations
 from vfsurgery.matching import Given, Matcher, Matching, Problem
@@ -141,6 +151,29 @@ NORMALIZATIONS: dict[str, Renormalization] = {
     "auto": "auto",
 }
 """None of the networks has BatchNorm, which RESET is for."""
+PLANTED: dict[str, Callable[[], nn.Module]] = {
+    "ViT": partial(build_model, "timm:vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2),
+    "DeiT": partial(
+        build_model, "timm:deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2
+    ),
+    "DeiT III": partial(
+        build_model, "timm:deit3_small_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3
+    ),
+    "Swin": partial(
+        build_model,
+        "timm:swin_tiny_patch4_window7_224",
+        img_size=32,
+        patch_size=2,
+        window_size=4,
+        embed_dim=24,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        drop_path_rate=0.0,
+    ),
+}
+"""timm's own constructors, with small sizes; DeiT III has layer scales."""
+CLOSE = 1e-4
+"""Relative difference of outputs up to which two networks compute the same in float32."""
 LARGE, SIDE = "timm:vit_base_patch16_224", 224
 
 
@@ -407,6 +440,41 @@ def look_closer(a: nn.Module, b: nn.Module, data: Data) -> None:
         print(f"| {report.groups[found.group]} | {found.after:.2f} |")
 
 
+PRUNINGS: dict[str, dict[str, Any]] = {
+    "units, magnitude, REPAIR": {},
+    "units, activation, REPAIR": {"saliency": "activation"},
+    "units, activation, fold": {"saliency": "activation", "removed": "fold", "renormalize": None},
+    "units, activation, fold, REPAIR": {"saliency": "activation", "removed": "fold"},
+    "directions of weights, no data": {"saliency": "magnitude", "data": None, "rotate": True},
+    "directions": {"saliency": "activation", "rotate": True, "renormalize": None},
+    "directions, REPAIR": {"saliency": "activation", "rotate": True},
+    "directions, fold": {"saliency": "activation", "removed": "fold", "rotate": True, "renormalize": None},
+    "directions, fold, REPAIR": {"saliency": "activation", "removed": "fold", "rotate": True},
+}
+"""Options of ``prune_units``; with data ``renormalize="auto"`` is REPAIR here."""
+FRACTIONS = (0.25, 0.5)
+
+
+def measure_pruning(name: str, case: Case, whole: bool) -> None:
+    """Print what is left of the accuracy without a share of the stream, or of the units of all groups."""
+    tables: list[Cells] = []
+    for model in case.models[:3]:
+        groups = surgery.find_groups(model, case.data.calibration[0][:2])
+        others = [group.name for group in groups if not str(group.symmetry).startswith("orthogonal")]
+        first = surgery.evaluate(model, case.data.test, progress=False)
+        tables.append({("whole", "0 % of units"): first.accuracy})
+        for fraction in FRACTIONS:
+            for row, options in PRUNINGS.items():
+                given = {"data": case.data.calibration, "example_inputs": case.data.calibration[0][:2], **options}
+                smaller = surgery.prune_units(model, fraction, exclude=() if whole else others, progress=False, **given)
+                report = surgery.report_of(smaller)
+                column = f"{fraction:.0%}, parameters x {report.after.parameters / report.before.parameters:.2f}"
+                accuracy = surgery.evaluate(smaller, case.data.test, progress=False).accuracy
+                tables[-1][row, column] = accuracy
+                print(f"network {len(tables)}, {row}, {column}: {100 * accuracy:.1f}", flush=True)
+    print_table(f"{name}, a share of {'all groups' if whole else 'the stream'} removed", tables)
+
+
 def measure_speed(count: int) -> None:
     """Print the seconds that matching two large ViTs takes, and their ratio to those of permutations."""
     a, b = (from_seed(lambda: build_model(LARGE), seed).eval() for seed in (0, 1))
@@ -427,6 +495,44 @@ def measure_speed(count: int) -> None:
             name = symmetries.get("symmetries", "permutations")
             ratios = f"{watch.wall / first.wall:.2f} | {watch.cpu / first.cpu:.2f}"
             print(f"| {matching} | {name} | {watch.wall:.1f} | {watch.cpu:.1f} | {ratios} |", flush=True)
+
+
+def measure_planted(name: str, count: int, begin_at: int) -> None:
+    """Print how many of the planted symmetries are recovered, by weights with all symmetries and with orders alone."""
+    errors: dict[str, list[float]] = {"all": [], "permutations": []}
+    worst = 0.0
+    for seed in range(begin_at, begin_at + count):
+        model = from_seed(PLANTED[name], seed).eval()
+        generator = torch.Generator().manual_seed(seed)
+        randomize(model, generator)
+        images = torch.randn(4, 3, 32, 32, generator=generator)
+        other = planted(model, surgery.find_groups(model, images[:2]), generator)
+        with torch.no_grad():
+            expected = model(images)
+            worst = max(worst, relative_error((other(images),), (expected,)))
+            for symmetries in errors if seed == begin_at else ("all",):
+                options: Mapping[str, Any] = {"matching": "weights", "renormalize": None, "imagine": False}
+                merged = surgery.merge(
+                    model, other, example_inputs=images[:2], symmetries=symmetries, progress=False, **options
+                )
+                errors[symmetries].append(relative_error((merged(images),), (expected,)))
+    found = sum(error < CLOSE for error in errors["all"])
+    missed = [begin_at + place for place, error in enumerate(errors["all"]) if error >= CLOSE]
+    seeds = f"{begin_at} to {begin_at + count - 1}"
+    alone = f"{errors['permutations'][0]:.1f}"
+    figures = " | ".join(f"{x:.0e}" for x in (statistics.median(errors["all"]), max(errors["all"]), worst))
+    print(f"| {name} | {seeds} | {found} of {count} | {figures} | {alone} | {missed or ''} |", flush=True)
+
+
+def planted(model: nn.Module, groups: GroupSet, generator: torch.Generator) -> nn.Module:
+    """The same function in other weights: random members of all symmetries, orders where there is no more."""
+    other = copy.deepcopy(model)
+    found = canonical({name: tensor.detach().double() for name, tensor in model.state_dict().items()}, groups)
+    orders = {
+        group.name: drawn_map(group, generator) if found.maps(group) else group.random(generator) for group in groups
+    }
+    other.load_state_dict({name: map_tensor(name, tensor, groups, orders) for name, tensor in found.state.items()})
+    return other
 
 
 def print_table(title: str, found: Sequence[Cells], show: Callable[[Sequence[float]], str] | None = None) -> None:
@@ -453,15 +559,21 @@ def mean_seconds(seconds: Sequence[float]) -> str:
     return f"{statistics.mean(seconds):.1f}" if seconds else ""
 
 
+PARTS = ("train", "merge", "nested", "planted", "prune", "prune-all", "speed")
+
+
 def main() -> None:
     """Read the options, train what is missing, and print the tables."""
     made = folder_parser(__doc__)
     made.set_defaults(threads=1)
     names = [*NETWORKS, CIFAR]
-    made.add_argument("parts", nargs="+", choices=("train", "merge", "nested", "speed"))
+    made.add_argument("parts", nargs="+", choices=PARTS)
     made.add_argument("--networks", nargs="+", choices=names, default=names, help="only these")
     made.add_argument("--matchings", nargs="+", choices=MATCHINGS, default=MATCHINGS, help="only these")
     made.add_argument("--pairs", type=int, default=len(PAIRS), help="how many on digits (default: %(default)s)")
+    made.add_argument("--count", type=int, default=100, help="planted symmetries (default: %(default)s)")
+    made.add_argument("--from", dest="start", type=int, default=0, help="first seed of them (default: %(default)s)")
+    made.add_argument("--planted", nargs="+", choices=PLANTED, default=[*PLANTED], help="only in these networks")
     made.add_argument("--images", type=int, help="test images; for speed, images of a batch (default: all; 16)")
     made.add_argument("--epochs", type=int, default=40, help="of training on digits (default: %(default)s)")
     made.add_argument("--cifar-epochs", type=int, default=5, help="of training on CIFAR-10 (default: %(default)s)")
@@ -471,13 +583,21 @@ def main() -> None:
     if not there and CIFAR in options.networks:
         print(f"there is no folder {options.shared}: CIFAR-10 is left out")
     for name in options.networks:
-        if {*options.parts} <= {"speed"} or (name == CIFAR and not there):
+        if {*options.parts} <= {"planted", "speed"} or (name == CIFAR and not there):
             continue
         case = load(name, options)
         if "merge" in options.parts:
             measure_merges(name, case, options.matchings)
         if "nested" in options.parts:
             measure_nested(name, case)
+        for part in ("prune", "prune-all"):
+            if part in options.parts:
+                measure_pruning(name, case, part == "prune-all")
+    if "planted" in options.parts:
+        print("\n| | seeds | recovered | median error | largest | of the planted one | orders alone | missed |")
+        print(f"|{'---|' * 8}")
+        for name in options.planted:
+            measure_planted(name, options.count, options.start)
     if "speed" in options.parts:
         measure_speed(options.images or 16)
 

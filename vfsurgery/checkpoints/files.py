@@ -29,8 +29,8 @@ LONGEST_NAME = 255
 """Bytes that a file name may have on the file systems in use."""
 
 
-def file_hash(path: str | Path) -> str:
-    """Return the SHA-256 of a file's content, as 64 hexadecimal digits.
+def file_hash(path: str | Path, stopped: Callable[[], bool] = lambda: False) -> str:
+    """Return the SHA-256 of a file's content, as 64 hexadecimal digits; of no use once it was ``stopped``.
 
     Raises:
         CheckpointError: The file cannot be read.
@@ -42,8 +42,11 @@ def file_hash(path: str | Path) -> str:
     'e3b0c44298fc1c14'
     """
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with open(path, "rb", buffering=0) as file:
+            found, piece = hashlib.sha256(), bytearray(2**20)
+            while (count := file.readinto(piece)) and not stopped():
+                found.update(memoryview(piece)[:count])
+            return found.hexdigest()
     except OSError as error:
         raise CheckpointError(explain(f"cannot read {path}", cause=error)) from error
 

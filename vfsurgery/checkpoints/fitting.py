@@ -54,12 +54,27 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -
     1.0
     """
     own = model.state_dict()
+    inside, notes = fitted(model, state, path)
+    model.load_state_dict({key: inside.get(key, own[key]) for key in own}, strict=True)
+    return notes
+
+
+def fitted(
+    model: nn.Module, state: Mapping[str, Tensor], path: str | Path
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """What :func:`load_into` would load, by the model's keys, and what it would say.
+
+    Neither need hold numbers: the model may be on the meta device, and so may the tensors.
+
+    Raises:
+        CheckpointError: as for :func:`load_into`.
+    """
+    own = model.state_dict()
     state = _unwrapped_inside(own, state)
     prefix, inside = _fitting(model, own, state, path)
     kept = [key for key in own if key not in inside]
-    model.load_state_dict({key: inside.get(key, own[key]) for key in own}, strict=True)
     left_out = [] if prefix.startswith("+") else [key for key in state if not _is_used(key, prefix, own)]
-    return tuple(_notes(prefix, left_out, kept))
+    return {key: inside[key] for key in own if key in inside}, tuple(_notes(prefix, left_out, kept))
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -68,8 +83,7 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -
     Raises:
         CheckpointError: as for :func:`load_into`.
     """
-    own = model.state_dict()
-    _fitting(model, own, _unwrapped_inside(own, state), path)
+    fitted(model, state, path)
 
 
 def _fitting(

@@ -100,7 +100,7 @@ def _read_safetensors(path: Path) -> object:
     try:
         return safetensors.torch.load_file(path, device="cpu")
     except Exception as error:  # dtypes that this torch does not know raise whatever the lookup raises
-        _refuse(path, error)
+        refuse(path, error)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -113,21 +113,26 @@ def read_header(path: Path) -> dict[str, Tensor]:
         with safetensors.safe_open(path, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        _refuse(path, error)
+        refuse(path, error)
     return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
 
 
 def _read_torch(path: Path) -> object:
-    _check_archive(path)
+    check_archive(path)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(BESIDE_WEIGHTS):
-            warnings.simplefilter("ignore")  # remarks on old pickle protocols, before the refusal that follows
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return load_torch(path)
     except Exception as error:  # random bytes make torch's reader of old formats raise nearly anything
-        _refuse(path, error)
+        refuse(path, error)
 
 
-def _refuse(path: Path, error: Exception) -> NoReturn:
+def load_torch(path: Path, *, mmap: bool = False) -> object:
+    """``torch.load`` without running code from the file; it raises nearly anything on damage."""
+    with warnings.catch_warnings(), torch.serialization.safe_globals(BESIDE_WEIGHTS):
+        warnings.simplefilter("ignore")  # remarks on old pickle protocols, before the refusal that follows
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def refuse(path: Path, error: Exception) -> NoReturn:
     """By what the file is, where that can be told, else by what its reader says."""
     kind = kind_of(path)
     if kind is not None:
@@ -148,7 +153,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 """By ending."""
 
 
-def _check_archive(path: Path) -> None:
+def check_archive(path: Path) -> None:
     """Refuse a zip whose entries declare more than the file holds: torch stores tensors, it never packs them."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # as torch tells its formats apart; the older one is no archive
@@ -157,7 +162,7 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             declared = sum(entry.file_size for entry in archive.infolist())
     except Exception as error:  # zipfile meets damage with errors of many kinds
-        _refuse(path, error)
+        refuse(path, error)
     size = path.stat().st_size
     if declared > size + SLACK:
         raise CheckpointError(

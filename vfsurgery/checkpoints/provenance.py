@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
 
+from vfsurgery.checkpoints.files import file_hash
 from vfsurgery.checkpoints.shards import checkpoint_hash
 from vfsurgery.records.report import MergeReport, Report
 
@@ -26,13 +27,13 @@ class FileRecord:
     sha256: str
 
     @staticmethod
-    def of(path: Path) -> FileRecord:
+    def of(path: Path, hash_file: Callable[[Path], str] = file_hash) -> FileRecord:
         """Take the hash now.
 
         Raises:
             CheckpointError: The file cannot be read.
         """
-        return FileRecord(str(path), checkpoint_hash(path))
+        return FileRecord(str(path), checkpoint_hash(path, hash_file))
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vfsurgery.checkpoints.files import WEIGHTS
 from vfsurgery.checkpoints.formats import check_tensors, read, read_header
 from vfsurgery.checkpoints.refusals import listing, printable
-from vfsurgery.checkpoints.shards import INDEX, read_shards
+from vfsurgery.checkpoints.shards import INDEX, Check, Load, read_shards
 from vfsurgery.errors import CheckpointError, OptionError, did_you_mean, explain
 
 StateDict = dict[str, Tensor]
@@ -87,11 +87,15 @@ def load_state_dict(path: str | Path, *, ema: bool = True, key: str | None = Non
 
 def read_checkpoint(path: str | Path, *, ema: bool = True, key: str | None = None) -> Checkpoint:
     """As :func:`load_state_dict`, with where in the file the weights stood."""
-    path = Path(path)
+    return find_checkpoint(Path(path), ema, key, read, check_tensors)
+
+
+def find_checkpoint(path: Path, ema: bool, key: str | None, load: Load, check: Check) -> Checkpoint:
+    """The state dict in a checkpoint by what reads one file, and what checks and returns the tensors that are taken."""
     if path.name.endswith(INDEX):
-        return _chosen(read_shards(path), path, ema, key)
-    found = _chosen(read(path), path, ema, key)
-    return Checkpoint(check_tensors(found.state, path), found.part, found.others)
+        return _chosen(read_shards(path, load, check), path, ema, key)
+    found = _chosen(load(path), path, ema, key)
+    return Checkpoint(check(found.state, path), found.part, found.others)
 
 
 def read_shapes(path: str | Path) -> StateDict | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
@@ -17,15 +18,22 @@ from vfsurgery.errors import CheckpointError, explain
 INDEX = ".index.json"
 """Ending of the file that says which tensor lies in which shard, under the key ``weight_map``."""
 
+Load: TypeAlias = Callable[[Path], object]
+"""Reads one file."""
+Check: TypeAlias = Callable[[dict[str, Tensor], Path], dict[str, Tensor]]
+"""Refuses tensors of a file that are no weights, and returns them as they are taken."""
+
 LARGEST_INDEX = 64 * 2**20
 """Bytes. A hundred thousand tensors need about a tenth."""
 
 
-def read_shards(path: Path) -> dict[str, Tensor]:
+def read_shards(path: Path, load: Load = read, check: Check = check_tensors) -> dict[str, Tensor]:
     """Read all tensors that an index names, from the files beside it.
 
     Args:
         path: The index, ``NAME.safetensors.index.json`` or ``NAME.bin.index.json``.
+        load: Reads one shard.
+        check: Is given each tensor that is taken.
 
     Raises:
         CheckpointError: The index is no such, names a file that is missing or lies elsewhere, or a tensor that its
@@ -36,7 +44,7 @@ def read_shards(path: Path) -> dict[str, Tensor]:
         shard = path.parent / name
         if not shard.exists():
             raise CheckpointError(explain(f"{path} names a shard that is missing", shard=name, remedy="fetch it again"))
-        content = read(shard)
+        content = load(shard)
         found = cast("dict[object, object]", content) if isinstance(content, dict) else {}
         for key in keys:
             tensor = found.get(key)
@@ -44,20 +52,30 @@ def read_shards(path: Path) -> dict[str, Tensor]:
                 raise CheckpointError(
                     explain(f"{path} does not fit its shard {name}", missing=printable(key), remedy="fetch both again")
                 )
-            state |= check_tensors({key: tensor}, shard)
+            state |= check({key: tensor}, shard)
     return {key: state[key] for key in sorted(state)}
 
 
-def checkpoint_hash(path: Path) -> str:
+def checkpoint_hash(path: Path, hash_file: Callable[[Path], str] = file_hash) -> str:
     """Return the SHA-256 of a checkpoint; of one in shards, that of a list of the hashes of index and shards.
 
     Raises:
         CheckpointError: A file is missing, or the index is none.
     """
     if not path.name.endswith(INDEX):
-        return file_hash(path)
-    files = [path, *(path.parent / name for name in sorted(_by_shard(_weight_map(path), path)))]
-    return hashlib.sha256("\n".join(file_hash(file) for file in files).encode()).hexdigest()
+        return hash_file(path)
+    return hashlib.sha256("\n".join(hash_file(file) for file in files_of(path)).encode()).hexdigest()
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a checkpoint: itself, or an index and its shards.
+
+    Raises:
+        CheckpointError: The index is none.
+    """
+    if not path.name.endswith(INDEX):
+        return [path]
+    return [path, *(path.parent / name for name in sorted(_by_shard(_weight_map(path), path)))]
 
 
 def _weight_map(path: Path) -> dict[str, str]:

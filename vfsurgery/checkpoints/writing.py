@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from vfsurgery.checkpoints.files import WEIGHTS, atomic, atomic_set, check_writable
 from vfsurgery.checkpoints.shards import INDEX
 from vfsurgery.errors import OptionError, explain
+
+if TYPE_CHECKING:
+    from huggingface_hub import StateDictSplit
 
 
 def save_state_dict(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -64,17 +68,9 @@ def save_sharded(
     >>> [path.name for path in save_sharded(state, Path(tempfile.mkdtemp()) / "net.safetensors", "0.5KB")]
     ['net-00001-of-00002.safetensors', 'net-00002-of-00002.safetensors', 'net.safetensors.index.json']
     """
-    from huggingface_hub import split_state_dict_into_shards_factory
-
     check_writable(path)
     path = Path(path)
-    split = split_state_dict_into_shards_factory(
-        dict(state),
-        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
-        get_storage_id=lambda tensor: None,  # what shares storage is written once per key, wherever
-        filename_pattern=path.stem.replace("{", "{{").replace("}", "}}") + "{suffix}" + WEIGHTS,
-        max_shard_size=check_shard_size(max_shard_size),
-    )
+    split = split_by_size(state, path, max_shard_size)
     if not split.is_sharded:
         save_state_dict(state, path, metadata)
         return (path,)
@@ -86,6 +82,23 @@ def save_sharded(
         content = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return tuple(written)
+
+
+def split_by_size(state: Mapping[str, Tensor], path: Path, max_shard_size: int | str) -> StateDictSplit:
+    """Which tensors belong in which file; shapes and dtypes are all that counts.
+
+    Raises:
+        OptionError: ``max_shard_size`` is no size.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    return split_state_dict_into_shards_factory(
+        dict(state),
+        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+        get_storage_id=lambda tensor: None,  # what shares storage is written once per key, wherever
+        filename_pattern=path.stem.replace("{", "{{").replace("}", "}}") + "{suffix}" + WEIGHTS,
+        max_shard_size=check_shard_size(max_shard_size),
+    )
 
 
 def check_shard_size(size: int | str) -> int | str:

@@ -96,13 +96,13 @@ def compute_options(seed: str) -> Callable[[C], C]:
             "--threads",
             type=click.IntRange(1, 1024),
             expose_value=False,
-            callback=_set_threads,
+            callback=set_threads,
             help="Threads on the CPU; with a fixed number, results do not depend on how many cores there are.",
         ),
     )
 
 
-def _set_threads(context: click.Context, parameter: click.Parameter, count: int | None) -> None:
+def set_threads(context: click.Context, parameter: click.Parameter, count: int | None) -> None:
     """For as long as the command runs."""
     context.with_resource(threads(count))
 
@@ -157,7 +157,7 @@ def check_output(output: Path, report: Path, inputs: tuple[Path, ...], suffixes:
             raise CheckpointError(explain(f"{path} would be overwritten", remedy="name another file with -o"))
 
 
-def _key_of_each(paths: Sequence[Path], keys: Sequence[str]) -> list[str | None]:
+def key_of_each(paths: Sequence[Path], keys: Sequence[str]) -> list[str | None]:
     """Under which key each file has its network; ``None`` for the only one."""
     if len(keys) not in (0, 1, len(paths)):
         raise OptionError(
@@ -192,13 +192,13 @@ def load_models(
     """The networks in several files; what was chosen or left out of a file is said on stderr."""
     quiet = is_quiet()
     networks: list[nn.Module] = []
-    for path, key in zip(paths, _key_of_each(paths, keys), strict=True):
+    for path, key in zip(paths, key_of_each(paths, keys), strict=True):
         found = _read(path, key, ema, alone=len(paths) == 1 or len(keys) > 1)
         network = build_model(model, num_classes)
         try:
             notes = load_into(network, found.state, path)
         except CheckpointError:
-            pairs = zip(paths, _key_of_each(paths, keys), strict=True)
+            pairs = zip(paths, key_of_each(paths, keys), strict=True)
             check_same_classes({str(each): load_state_dict(each, ema=ema, key=own) for each, own in pairs})
             raise
         for note in filter(None, () if quiet else (found.note, *notes)):

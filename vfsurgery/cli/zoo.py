@@ -12,6 +12,7 @@ from vfsurgery.checkpoints import write_text
 from vfsurgery.cli.options import EPILOG
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.testing.zoo import Cell, merge_zoo
+from vfsurgery.testing.zoo import page as coverage_page
 from vfsurgery.testing.zoo import survey as zoo
 
 
@@ -62,7 +63,7 @@ def survey_zoo(
     else:
         found, cells = zoo.read_table(output) if output.exists() else [], _merge(wanted, matrix, memory, limit, jobs)
     if page is not None:
-        write_text(page, zoo.page(found, cells))
+        write_text(page, coverage_page(found, cells))
 
 
 def _survey(wanted: list[str], output: Path, memory: float, limit: float, jobs: int) -> list[zoo.Survey]:

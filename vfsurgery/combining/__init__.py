@@ -1,5 +1,7 @@
 """Methods that combine models of one ancestor, one file each; all are registered here."""
 
+from vfsurgery.combining.adapters import fold_adapter as fold_adapter
+from vfsurgery.combining.adapters import read_adapter as read_adapter
 from vfsurgery.combining.arithmetic import Mean as Mean
 from vfsurgery.combining.arithmetic import TaskArithmetic as TaskArithmetic
 from vfsurgery.combining.arithmetic import WiseFT as WiseFT
@@ -10,13 +12,19 @@ from vfsurgery.combining.base import Kind as Kind
 from vfsurgery.combining.base import Problem as Problem
 from vfsurgery.combining.base import Trait as Trait
 from vfsurgery.combining.base import register_combiner as register_combiner
+from vfsurgery.combining.comparing import check_ancestor as check_ancestor
+from vfsurgery.combining.comparing import compare as compare
+from vfsurgery.combining.comparison import Comparison as Comparison
 from vfsurgery.combining.dropping import Breadcrumbs as Breadcrumbs
 from vfsurgery.combining.dropping import Dare as Dare
 from vfsurgery.combining.dropping import Della as Della
 from vfsurgery.combining.emr import Emr as Emr
+from vfsurgery.combining.factoring import SavedAdapter as SavedAdapter
+from vfsurgery.combining.factoring import save_adapter as save_adapter
 from vfsurgery.combining.fisher import Fisher as Fisher
 from vfsurgery.combining.iso import IsoC as IsoC
 from vfsurgery.combining.iso import IsoCTS as IsoCTS
+from vfsurgery.combining.knots import Knots as Knots
 from vfsurgery.combining.model_stock import ModelStock as ModelStock
 from vfsurgery.combining.regmean import RegMean as RegMean
 from vfsurgery.combining.regmean import RegMeanPlusPlus as RegMeanPlusPlus

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, ClassVar, Protocol, Self, TypeAlias, cast
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -125,8 +125,12 @@ class Entry:
     def task_vectors(self) -> Tensor:
         """Those of all sources, along a first dim."""
         origin = None if self.base is None else self._read(self.base)
-        found = torch.stack([self._read(store) for store in self.stores])
-        return found if origin is None else found.sub_(origin)
+        first = self._read(self.stores[0])
+        found = first.new_empty((len(self.stores), *first.shape))
+        for source, own in enumerate(found):
+            read = self._read(self.stores[source]) if source else first
+            own.copy_(read) if origin is None else torch.sub(read, origin, out=own)
+        return found
 
     def weighted(self) -> Tensor:
         """Task vectors of all sources, each times its weight."""
@@ -205,6 +209,7 @@ class Combiner:
     - ``needs_base``: task vectors mean something, whole weights do not;
     - ``needs_data``: it runs the sources on images;
     - ``ordered``: with equal weights it matters still which source comes first, as where each has draws of its own;
+    - ``decomposes``: it takes the singular vectors of matrices, which is dear for large ones;
     - ``scale``: what the combined task vector is multiplied by.
     """
 
@@ -213,6 +218,7 @@ class Combiner:
     needs_base: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
     ordered: ClassVar[bool] = False
+    decomposes: ClassVar[bool] = False
     scale: float = 1.0
 
     def plan(self, problem: Problem) -> Combined:
@@ -235,11 +241,12 @@ class Combiner:
         return f"{self.name} x{self.scale:g}"
 
 
+C = TypeVar("C", bound=Combiner)
 COMBINERS: Registry[type[Combiner]] = Registry("combining method")
 """All methods by name."""
 
 
-def register_combiner(combiner: type[Combiner]) -> type[Combiner]:
+def register_combiner(combiner: type[C]) -> type[C]:
     """Register a method, so that ``merge(combine=...)``, recipes and the command line know it by its ``name``."""
     return COMBINERS.register(combiner.name)(combiner)
 

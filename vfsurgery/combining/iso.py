@@ -97,7 +97,7 @@ class IsoCTS(IsoC):
             count = min(count, int((values > NULL * values[:1]).sum()))
         left, values, right = left[:, :count], values[:count], right[:, :count]
         null = LOW if self.rank == "numerical" else NULL
-        own = [directions(delta - left @ (left.T @ delta), null, each) for delta in deltas(entry)]
+        own = [directions(delta - left @ (left.T @ delta), null, each, delta.norm()) for delta in deltas(entry)]
         stacks = [torch.cat(those, dim=-1) for those in zip(*own, (left, values, right), strict=True)]
         if not len(stacks[1]):
             return left.new_zeros(sizes(entry))

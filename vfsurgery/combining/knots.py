@@ -69,8 +69,9 @@ class Knots(Combiner):
 
     def plan(self, problem: Problem) -> Combined:
         """See :class:`Combiner`."""
-        entries = [entry for entry in problem.entries() if entry.trait.kind is Kind.MATRIX]
-        rest = [entry for entry in problem.entries() if entry.trait.kind is not Kind.MATRIX]
+        entries, rest = list[Entry](), list[Entry]()
+        for entry in problem.entries():
+            (entries if _is_matrix(entry) else rest).append(entry)
         if rest:
             numbers = sum(entry.count for entry in rest)
             share = numbers / max(numbers + sum(entry.count for entry in entries), 1)
@@ -90,7 +91,7 @@ class Knots(Combiner):
             trims = _thresholds(lambda: (coordinates(entry)[1] for entry in entries), problem.sources, self.density)
 
         def combined(entry: Entry) -> Tensor:
-            if entry.trait.kind is not Kind.MATRIX:
+            if not _is_matrix(entry):
                 return mean_of_rest(entry)
             basis, own = coordinates(entry)
             kept.pop(entry.name, None)
@@ -106,6 +107,10 @@ class Knots(Combiner):
             masks = [trim.keep(("", 0), own) for trim, own in zip(trims, coordinates, strict=True)]
             coordinates = coordinates * torch.stack(masks)
         return agreeing(coordinates * weights, entry, 1.0, self.aggregate)
+
+
+def _is_matrix(entry: Entry) -> bool:
+    return entry.trait.kind is Kind.MATRIX and entry.count > 0
 
 
 def in_common(entry: Entry) -> tuple[Tensor, Tensor]:

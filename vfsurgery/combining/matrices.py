@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -38,6 +39,7 @@ class Remark:
 class ForMatrices(Combiner):
     """A method that combines ``(outputs, inputs * kernel)`` matrices in float64; the rest gets its mean."""
 
+    decomposes: ClassVar[bool] = True
     doubt: str = ""
     """What is to be said of matrices that the method does not suit, of ``count`` and ``first``."""
 

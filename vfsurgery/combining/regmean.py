@@ -47,6 +47,7 @@ class RegMean(Combiner):
     name: ClassVar[str] = "regmean"
     needs_base: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
+    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.images < 1 or not 0 <= self.damping <= 1:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vfsurgery.combining.base import Combiner, Entry, Images, InMemory, Kind, Problem, Store, Trait
 from vfsurgery.combining.traits import traits_of_states
+from vfsurgery.data.progress import progress
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.tracing.sources import Source
 
@@ -24,7 +25,7 @@ FAR, NEAR = 0.5, 0.9
 
 @dataclass(frozen=True)
 class Listing:
-    """The tensors that there are, in the order in which they are worked on and written: shapes, dtypes and traits."""
+    """The tensors that there are: shapes, the dtypes of the result, and traits."""
 
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, torch.dtype]
@@ -35,8 +36,9 @@ class Listing:
 class Combination:
     """What is combined: the sources' stores and weights, the base's if there is one, what tensors there are, and how.
 
-    Iterate :meth:`parts` for the result. ``notes`` are for the report; ``traced`` and ``images`` for methods that
-    look at data.
+    Iterate :meth:`parts` for the result. Tensors come by name, whatever their order in files, since ties go by place.
+    ``notes`` are for the report; ``shown`` has bars for what goes through all tensors before. ``traced`` and ``images``
+    are for methods that look at data.
     """
 
     listing: Listing
@@ -46,6 +48,7 @@ class Combination:
     weights: tuple[float, ...]
     seed: int = 0
     notes: list[str] = field(default_factory=list[str])
+    shown: bool = False
     traced: Sequence[Source] = ()
     images: Images | None = None
 
@@ -72,12 +75,12 @@ class Combination:
         Args:
             skip: Tensors that are done already.
         """
-        traits = self._settled()
+        traits = self.settled()
 
         def trained() -> Iterator[Entry]:
-            for name, trait in traits.items():
-                if trait.kind in TRAINED:
-                    yield self._entry(name, trait)
+            names = [name for name, trait in traits.items() if trait.kind in TRAINED]
+            for name in progress(names, f"{self.combiner.name}: looking at all tensors", enabled=self.shown):
+                yield self._entry(name, traits[name])
 
         problem = Problem(trained, len(self.stores), self.seed, self.notes, self.traced, self.images)
         combined = self.combiner.plan(problem)
@@ -112,13 +115,13 @@ class Combination:
             total.add_(plain.task_vector(source), alpha=weight)
         return total.div_(sum(weights))
 
-    def _settled(self) -> Mapping[str, Trait]:
+    def settled(self) -> Mapping[str, Trait]:
         """What each tensor is; layers that fine-tuning began anew, as a head of the base's shape, count as heads.
 
         Their weights have nothing to do with the base's, while all others are nearly parallel to it; that shows in a
-        few thousand numbers of each.
+        few thousand numbers of each. In the order of names.
         """
-        traits, cosines = dict(self.listing.traits), dict[str, float]()
+        traits, cosines = dict(sorted(self.listing.traits.items())), dict[str, float]()
         for name, trait in traits.items() if self.base is not None else ():
             if trait.kind is Kind.MATRIX and math.prod(self.listing.shapes[name]) >= FEWEST:
                 cosines[name] = self._cosine_to_base(self._entry(name, trait))
@@ -175,7 +178,7 @@ def combine_states(
         images: Batches of images for each, by its number, for these methods.
 
     Returns:
-        New tensors, of the dtypes of the first source.
+        New tensors, of the base's dtypes, or of the first source's where it has none.
 
     Raises:
         OptionError: the method cannot combine these.
@@ -187,9 +190,10 @@ def combine_states(
     """
     first = states[0]
     traits = traits_of_states(states, base) if traits is None else traits
-    listing = Listing(
-        {name: tuple(first[name].shape) for name in traits}, {name: first[name].dtype for name in traits}, traits
-    )
+    if base is not None:
+        base = completed(base, first, traits)
+    dtypes = {name: (base or {}).get(name, first[name]).dtype for name in traits}
+    listing = Listing({name: tuple(first[name].shape) for name in traits}, dtypes, traits)
     stores = [InMemory(state) for state in states]
     combination = Combination(
         listing,
@@ -199,13 +203,28 @@ def combine_states(
         check_weights_of(len(states), weights),
         seed,
         [] if notes is None else notes,
-        traced,
-        images,
+        traced=traced,
+        images=images,
     )
-    found = {name: torch.empty_like(first[name], memory_format=torch.contiguous_format) for name in traits}
+    found = {
+        name: torch.empty(shape, dtype=dtypes[name], device=first[name].device)
+        for name, shape in listing.shapes.items()
+    }
     for name, start, part in combination.parts():
         found[name].view(-1)[start : start + part.numel()] = part
     return found
+
+
+def completed(
+    base: Mapping[str, Tensor], first: Mapping[str, Tensor], traits: Mapping[str, Trait]
+) -> dict[str, Tensor]:
+    """A base with the counters and tables that it lacks, or has in another shape: those of the first source."""
+    lacking = {
+        name: first[name]
+        for name, trait in traits.items()
+        if trait.kind is Kind.FIXED and (name not in base or base[name].shape != first[name].shape)
+    }
+    return {**base, **lacking}
 
 
 def check_weights_of(count: int, weights: Sequence[float] | None) -> tuple[float, ...]:

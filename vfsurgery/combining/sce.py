@@ -46,7 +46,7 @@ class Sce(Combiner):
         def vectors(entry: Entry) -> Tensor:
             found, threshold = entry.task_vectors(), selected[entry.name]
             if threshold is not None:
-                found *= threshold.keep((entry.name, entry.start), found.var(0, correction=0)).to(found.device)
+                found *= threshold.keep((entry.name, entry.start), spread(found)).to(found.device)
             return found
 
         energies = {entry.name: self._energies(entry, vectors) for entry in problem.entries()}
@@ -74,6 +74,11 @@ class Sce(Combiner):
 
         def variances() -> Iterator[tuple[Place, Tensor]]:
             for part in entry.parts():
-                yield (part.name, part.start), part.task_vectors().var(0, correction=0)
+                yield (part.name, part.start), spread(part.task_vectors())
 
         return largest(variances, max(count_of(self.density, entry.count), 1))
+
+
+def spread(vectors: Tensor) -> Tensor:
+    """The variance over sources at each place."""
+    return (vectors - vectors.mean(0)).square().mean(0)

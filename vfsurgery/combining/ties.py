@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
@@ -19,10 +19,13 @@ from vfsurgery.combining.base import (
     check_share,
     register_combiner,
 )
-from vfsurgery.combining.magnitudes import Place, Threshold, count_of, largest
+from vfsurgery.combining.magnitudes import Place, Threshold, count_of, largest_of_each
 
 Aggregate: TypeAlias = Literal["mean", "sum"]
 Scope: TypeAlias = Literal["model", "tensor"]
+
+SPREAD, RUN = 2**16, 2**9
+"""Of how many numbers, and how many at a time, a threshold is estimated by before it is counted."""
 
 
 @register_combiner
@@ -74,7 +77,7 @@ def vote(entries: Iterable[Entry], vectors: Callable[[Entry], Tensor], aggregate
     """
     majority = 0.0
     for entry in entries:
-        majority += float(torch.sign(vectors(entry).sum(0)).sum(dtype=torch.float64))
+        majority += float(torch.sign(summed(vectors(entry))).sum(dtype=torch.float64))
     fallback = -1.0 if majority < 0 else 1.0
 
     def combined(entry: Entry) -> Tensor:
@@ -89,18 +92,28 @@ def thresholds(problem: Problem, density: float, scope: str) -> list[dict[str, T
     """For each source, by tensor, what of its task vector is kept."""
     entries = [[*problem.entries()]] if scope == "model" else [[entry] for entry in problem.entries()]
     found: list[dict[str, Threshold]] = [{} for _ in range(problem.sources)]
-    for source, kept in enumerate(found):
-        for those in entries:
+    for those in entries:
 
-            def parts(those: list[Entry] = those, source: int = source) -> Iterator[tuple[Place, Tensor]]:
-                for entry in those:
-                    for part in entry.parts():
-                        yield (part.name, part.start), part.task_vector(source)
+        def parts(those: list[Entry] = those) -> Iterator[tuple[Place, Tensor]]:
+            for entry in those:
+                for part in entry.parts():
+                    yield (part.name, part.start), part.task_vectors()
 
-            keep = count_of(density, sum(entry.count for entry in those))
-            threshold = largest(parts, max(keep, 1) if scope == "tensor" else keep)
+        total = sum(entry.count for entry in those)
+        keep = count_of(density, total)
+        sample = (part.task_vectors() for part in samples(those, total))
+        limits = largest_of_each(parts, max(keep, 1) if scope == "tensor" else keep, total, problem.sources, sample)
+        for kept, threshold in zip(found, limits, strict=True):
             kept |= dict.fromkeys((entry.name for entry in those), threshold)
     return found
+
+
+def samples(entries: Iterable[Entry], total: int) -> Iterator[Entry]:
+    """Short runs of numbers, evenly spread over large models; none of small ones."""
+    if total >= SPREAD * RUN:
+        for entry in entries:
+            for start in range(entry.start, entry.stop, SPREAD):
+                yield replace(entry, start=start, stop=min(start + RUN, entry.stop))
 
 
 def _trimmed(entry: Entry, trims: list[dict[str, Threshold]] | None) -> Tensor:
@@ -108,12 +121,14 @@ def _trimmed(entry: Entry, trims: list[dict[str, Threshold]] | None) -> Tensor:
     found = entry.task_vectors()
     if trims is not None:
         for source, own in enumerate(found):
-            own.mul_(trims[source][entry.name].keep((entry.name, entry.start), own).to(own.device))
+            trims[source][entry.name].trim_((entry.name, entry.start), own)
     return found.mul_(entry.coefficients(found)) if any(weight != 1 for weight in entry.weights) else found
 
 
 def agreeing(vectors: Tensor, entry: Entry, fallback: float, aggregate: str) -> Tensor:
     """The mean, or the sum, of what has the elected sign at each place.
+
+    Only sums and products are taken, which processors do many times faster than comparisons and choices.
 
     Args:
         vectors: Weighted task vectors along the first dim; zeros have no sign.
@@ -121,11 +136,22 @@ def agreeing(vectors: Tensor, entry: Entry, fallback: float, aggregate: str) -> 
         fallback: The sign where all cancel.
         aggregate: ``"mean"`` or ``"sum"``.
     """
-    elected = torch.sign(vectors.sum(0))
-    elected = torch.where(elected == 0, torch.full_like(elected, fallback), elected)
-    agrees = vectors * elected > 0
-    total = torch.where(agrees, vectors, torch.zeros_like(vectors)).sum(0)
-    if aggregate == "sum":
-        return total
-    shares = agrees.to(vectors.dtype).mul_(entry.coefficients(vectors).abs()).sum(0)
-    return torch.where(shares > 0, total / shares.clamp_min(torch.finfo(shares.dtype).tiny), torch.zeros_like(total))
+    elected = torch.sign(summed(vectors))
+    elected.add_(elected.abs().sub_(1), alpha=-fallback)
+    total, shares = torch.zeros_like(elected), torch.zeros_like(elected)
+    for own, weight in zip(vectors, entry.weights, strict=True):
+        agrees = (own * elected).clamp_min_(0)
+        total += agrees
+        if aggregate == "mean":
+            shares.add_(agrees.sign_(), alpha=abs(weight))
+    if aggregate == "mean":
+        total /= shares.clamp_min_(torch.finfo(shares.dtype).tiny)
+    return total.mul_(elected)
+
+
+def summed(vectors: Tensor) -> Tensor:
+    """The sum over sources, one after the other: the same bits however many numbers there are."""
+    total = vectors[0].clone()
+    for own in vectors[1:]:
+        total += own
+    return total

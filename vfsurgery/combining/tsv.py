@@ -71,13 +71,17 @@ class TsvM(ForMatrices):
         return (left * values) @ right.T
 
 
-def directions(matrix: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor, Tensor]:
+def directions(
+    matrix: Tensor, tolerance: float, most: int, size: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The first singular directions: ``U (m, r)``, ``S (r,)``, ``V (n, r)``.
 
-    Those below ``tolerance`` times the largest singular value do not count; a zero matrix has none.
+    Those below ``tolerance`` times the largest singular value do not count, nor what rounding leaves of a matrix that
+    was of a ``size`` before something was taken out of it. A zero matrix has none.
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    count = min(int((values > tolerance * values[0]).sum()), most)
+    least = tolerance * values[0] if size is None else torch.maximum(tolerance * values[0], NULL * size)
+    count = min(int((values > least).sum()), most)
     return left[:, :count], values[:count], right[:count].T
 
 

@@ -14,11 +14,11 @@ from typing import TypeAlias
 
 from torch import nn
 
-from vfsurgery.discovery.foldings import NOWHERE, Foldings
+from vfsurgery.discovery.foldings import Foldings
 from vfsurgery.discovery.members import member_of
-from vfsurgery.discovery.symmetries import Class, Place, Symmetries
+from vfsurgery.discovery.symmetries import Class, Place, Symmetries, tensor_of
 from vfsurgery.groups import Centring, Member, Symmetry
-from vfsurgery.groups.axes import AxisRef, TensorRef
+from vfsurgery.groups.axes import AxisRef
 from vfsurgery.tracing.ops import Op
 
 At: TypeAlias = tuple[int, Class]
@@ -54,17 +54,13 @@ class Centrings:
         self._found, self._said, self._foldings = found, found.solved.said, foldings
         self._by_place: dict[Place, list[At]] = defaultdict(list)
         self._norms: dict[int, list[Place]] = defaultdict(list)
-        self._uses: dict[str, set[int]] = defaultdict(set)
         for number, said in enumerate(self._said):
-            for tensor in (*said.op.inputs, *said.op.parameters.values()):
-                if tensor.kind == "parameter":
-                    self._uses[tensor.name].add(number)
             for each in found.classes[number]:
                 for place in each.places:
                     self._by_place[place].append((number, each))
                 if each.allowed is Symmetry.ORTHOGONAL_FIXING_ONES and _is_layer_norm(said.op):
                     for place in each.places:
-                        if _is_value(place) and _tensor(place) not in said.op.outputs:
+                        if _is_value(place) and tensor_of(place) not in said.op.outputs:
                             self._norms[found.atom(place).serial].append(place)
 
     def of(self, serial: int, group: str) -> Centring:
@@ -112,17 +108,17 @@ class Centrings:
     def _check_norm(self, op: Op, each: Class, came: Place) -> None:
         """A norm must take its mean over these units and no others; what it gives out must have no mean."""
         atoms = [atom for other in self._found.solved.axes[came[0]] for atom in other.atoms if atom.size > 1]
-        if _tensor(came) in op.outputs:
+        if tensor_of(came) in op.outputs:
             if any(_is_weight(place) for place in each.places):
                 raise _Seen(f"{_named(op)} writes these units, with a scale and a shift of its own")
-        elif _tensor(came) != op.input or atoms != [self._found.atom(came)]:
+        elif tensor_of(came) != op.input or atoms != [self._found.atom(came)]:
             raise _Seen(f"{_named(op)} takes its mean over more than these units")
 
     def _check_whole(self, walk: _Walk) -> None:
         """All uses of a weight must be on the way: a table of embeddings that is read again is not."""
         for place in (*walk.writers, *walk.scales):
-            name = _tensor(place).name
-            for number in self._uses[name]:
+            name = tensor_of(place).name
+            for number in self._found.uses[name]:
                 if (number, place) not in walk.visited:
                     raise _Seen(f"{_named(self._said[number].op)} uses {name} in another way")
 
@@ -137,15 +133,11 @@ def _is_layer_norm(op: Op) -> bool:
 
 
 def _is_value(place: Place) -> bool:
-    return _tensor(place).kind == "node"
+    return tensor_of(place).kind == "node"
 
 
 def _is_weight(place: Place) -> bool:
-    return _tensor(place).kind == "parameter"
-
-
-def _tensor(place: Place) -> TensorRef:
-    return place[0].tensor if isinstance(place[0], AxisRef) else NOWHERE
+    return tensor_of(place).kind == "parameter"
 
 
 def _named(op: Op) -> str:

@@ -12,14 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from vfsurgery.discovery.symmetries import Class, Place, Symmetries
+from vfsurgery.discovery.symmetries import NOWHERE, Class, Place, Symmetries, tensor_of
 from vfsurgery.groups import Folding, Member, Reader, Symmetry
 from vfsurgery.groups.axes import AxisRef, TensorRef
 from vfsurgery.groups.layouts import Atom
 from vfsurgery.tracing.ops import PERMUTES, RESHAPES, Op
 
-NOWHERE = TensorRef("", "", ())
-"""Where an axis lies that no tensor shows."""
 Key: TypeAlias = tuple[str, int]
 """A tensor by the name of its node and its item."""
 
@@ -60,12 +58,10 @@ class Foldings:
         self._returned = {_key(tensor) for tensor in found.solved.returned}
         self._made = {_key(x): number for number, said in enumerate(self._said) for x in said.op.outputs}
         self._takers: dict[Key, list[int]] = defaultdict(list)
-        self._uses: dict[str, set[int]] = defaultdict(set)
+        self._uses = found.uses
         for number, said in enumerate(self._said):
             for tensor in dict.fromkeys((*said.op.inputs, *said.op.parameters.values())):
                 self._takers[_key(tensor)].append(number)
-                if tensor.kind == "parameter":
-                    self._uses[tensor.name].add(number)
         self.each: list[Folding] = []
         self.places: dict[int, frozenset[Place]] = {}
         runs: dict[tuple[Any, int], list[Place]] = defaultdict(list)  # a run may be the product of several units
@@ -80,7 +76,9 @@ class Foldings:
 
     def _folding(self, scale: Place) -> Folding | None:
         """Of what lies at a place of a weight, if it is possible at all ops that use the weight."""
-        uses = self._uses[_tensor(scale).name]
+        if tensor_of(scale).kind != "parameter":
+            return None
+        uses = self._uses[tensor_of(scale).name]
         at = [(n, each) for n in sorted(uses) for each in self._found.classes[n] if scale in each.scaled]
         if {number for number, _ in at} != uses:
             return None
@@ -111,7 +109,7 @@ class Foldings:
     def _ahead(self, number: int, each: Class, walk: _Walk, uneven: bool = False) -> bool:
         """From what an op gives out to all weights that read it; ``uneven`` if a shift does not come through."""
         for place in each.places:
-            key = _key(_tensor(place))
+            key = _key(tensor_of(place))
             if key not in self._outputs(number):
                 continue
             if key in self._returned:
@@ -129,7 +127,7 @@ class Foldings:
             return False
         hands_on = False
         for place in each.places:
-            tensor = _tensor(place)
+            tensor = tensor_of(place)
             if tensor.kind == "parameter":
                 if self._found.is_dual(place) == self._found.is_dual(came) or self._atoms(place) != walk.atoms:
                     return False
@@ -145,7 +143,7 @@ class Foldings:
         """From what goes into an op back to the weights that write it, if nothing else looks at it on the way."""
         own = self._said[number].op.node.name
         for place in each.places:
-            tensor, key = _tensor(place), _key(_tensor(place))
+            tensor, key = tensor_of(place), _key(tensor_of(place))
             if tensor.kind != "node" or key in self._outputs(number):
                 continue
             takers = {self._said[taker].op.node.name for taker in self._takers[key]}
@@ -163,7 +161,7 @@ class Foldings:
             return False
         before = False
         for place in each.places:
-            tensor = _tensor(place)
+            tensor = tensor_of(place)
             if tensor.kind == "parameter":
                 if self._found.is_dual(place) != self._found.is_dual(made) or self._atoms(place) != walk.atoms:
                     return False
@@ -176,15 +174,15 @@ class Foldings:
     def _shift(self, number: int, each: Class) -> Place | None:
         """Where the numbers lie that a norm adds to its units."""
         op = self._said[number].op
-        bias = op.param("bias", 3) if any(_tensor(place) == op.param("weight", 2) for place in each.scaled) else None
-        return None if bias is None else next((place for place in each.places if _tensor(place) == bias), None)
+        bias = op.param("bias", 3) if any(tensor_of(place) == op.param("weight", 2) for place in each.scaled) else None
+        return None if bias is None else next((place for place in each.places if tensor_of(place) == bias), None)
 
     def _bias(self, number: int, read: Place, uneven: bool) -> str | None:
         """The bias of what reads, if a shift of what it reads can go into it: the same at all positions.
 
         It is not where maps are padded with zeros, nor behind a transposed convolution, whose columns come first.
         """
-        op, weight, dim = self._said[number].op, _tensor(read), read[0].dim if isinstance(read[0], AxisRef) else 0
+        op, weight, dim = self._said[number].op, tensor_of(read), read[0].dim if isinstance(read[0], AxisRef) else 0
         bias = op.parameters.get("in_proj_bias") or op.param("bias", 2)
         padding = op.argument("padding", 4, 0)
         pads = (
@@ -220,9 +218,3 @@ def _keeps_constants(op: Op) -> bool:
 
 def _key(tensor: TensorRef) -> Key:
     return tensor.name, tensor.item
-
-
-def _tensor(place: Place) -> TensorRef:
-    """The tensor on which a place lies."""
-    axis = place[0]
-    return axis.tensor if isinstance(axis, AxisRef) else NOWHERE

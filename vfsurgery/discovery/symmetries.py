@@ -11,13 +11,15 @@ take ``A`` and keys ``A^-T``, rows of a weight ``T`` and columns ``T^-T``. Where
 embedding that is read again at the end, only orthogonal matrices are both.
 
 A weight that multiplies single units (a norm's scale, LayerScale) would leave nothing but permutations. It counts for
-nothing where it can be folded away: see :mod:`vfsurgery.discovery.foldings`.
+nothing where it can be folded away: see :mod:`vfsurgery.discovery.foldings`. A *view* of it, ``gamma.view(1, -1, 1,
+1)``, is taken for the weight itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -36,11 +38,15 @@ from vfsurgery.groups.axes import (
     Product,
     Scales,
     Take,
+    TensorRef,
     Tie,
     mentioned,
 )
 from vfsurgery.groups.layouts import Atom, Positions
+from vfsurgery.tracing.ops import Op
 
+NOWHERE = TensorRef("", "", ())
+"""Where an axis lies that no tensor shows."""
 Axis: TypeAlias = AxisRef | LocalAxis
 Place: TypeAlias = tuple[Axis, int, int]
 """An axis, which of its runs, and which factor of that."""
@@ -100,17 +106,52 @@ class Class:
     scaled: tuple[Place, ...]
 
 
+@dataclass
+class Views:
+    """Values that are a weight in another shape.
+
+    ``weights`` has the place on the weight for each of theirs, ``makers`` the weight's name and the op, by its place in
+    ``solved.said``, and ``scaling`` the ops that multiply units by them.
+    """
+
+    weights: dict[Place, Place] = field(default_factory=dict[Place, Place])
+    makers: dict[TensorRef, tuple[str, int]] = field(default_factory=dict[TensorRef, tuple[str, int]])
+    scaling: dict[TensorRef, set[int]] = field(default_factory=lambda: defaultdict[TensorRef, set[int]](set))
+
+    def note(self, op: Op, number: int, classes: Sequence[Class]) -> None:
+        """Note what an op makes, if it is that."""
+        shown = op.key == "getitem" or (op.steps and op.pick is None)
+        if shown and op.input.kind == "parameter" and math.prod(op.input.shape) == math.prod(op.output.shape):
+            self.makers[op.output] = op.input.name, number
+            for each in classes:
+                if len(each.places) == 2:
+                    weight, view = sorted(each.places, key=lambda place: tensor_of(place) == op.output)
+                    self.weights[view] = weight
+
+    def scaled(self, place: Place, number: int) -> Place:
+        """A place where an op multiplies units by a weight; that on the weight itself, if it is one of a view."""
+        if place in self.weights:
+            self.scaling[tensor_of(place)].add(number)
+        return self.weights.get(place, place)
+
+
 class Symmetries:
     """What rules say beyond orders, by the places of a solved unification.
 
     ``classes`` has the classes of each op, in the order of ``solved.said``; ``twisted`` joins all places there are.
+    ``uses`` are the ops that use a weight, by its name and their places in ``solved.said``.
     """
 
     def __init__(self, solved: Unification) -> None:
         self.solved = solved
         self.twisted = Joined()
         self._broken: set[Atom] = set()
-        self.classes = [tuple(self._classes_of(said)) for said in solved.said]
+        self._views = Views()
+        self.classes: list[tuple[Class, ...]] = []
+        for number, said in enumerate(solved.said):
+            self.classes.append(tuple(self._classes_of(said, number)))
+            self._views.note(said.op, number, self.classes[-1])
+        self.uses = self._used()
 
     def of_atoms(self, folded: Mapping[int, frozenset[Place]]) -> dict[int, Symmetry]:
         """The symmetry of every atom that is not pinned, by its serial.
@@ -145,7 +186,20 @@ class Symmetries:
         axis, run, factor = place
         return self.solved.axes[axis][run].atoms[factor]
 
-    def _classes_of(self, said: Said) -> Iterator[Class]:
+    def _used(self) -> dict[str, set[int]]:
+        """The ops that use a weight, by its name: where units are multiplied by a view of it, it is that op."""
+        uses, takers = defaultdict[str, set[int]](set), defaultdict[TensorRef, set[int]](set)
+        for number, said in enumerate(self.solved.said):
+            for tensor in (*said.op.inputs, *said.op.parameters.values()):
+                takers[tensor].add(number)
+                if tensor.kind == "parameter":
+                    uses[tensor.name].add(number)
+        for view, (name, number) in self._views.makers.items():
+            if takers[view] == self._views.scaling[view] and view not in self.solved.returned:
+                uses[name] = uses[name] - {number} | takers[view]
+        return uses
+
+    def _classes_of(self, said: Said, number: int) -> Iterator[Class]:
         """Those of one op."""
         ties = [constraint for constraint in said.constraints if isinstance(constraint, Tie)]
         name = said.op.node.name
@@ -176,7 +230,12 @@ class Symmetries:
         for place in touched:
             by_first[own.find(place)[0]].append(place)
         for first, places in by_first.items():
-            yield Class(tuple(places), allowed.get(first, Symmetry.PERMUTATION), tuple(scaled.get(first, ())))
+            multiplied = {place: self._views.scaled(place, number) for place in scaled.get(first, ())}
+            yield Class(
+                tuple(multiplied.get(place, place) for place in places),
+                allowed.get(first, Symmetry.PERMUTATION),
+                tuple(multiplied.values()),
+            )
 
     def _places(self, tie: Tie, op: str) -> Iterator[Place]:
         for ref in mentioned(tie):
@@ -253,6 +312,11 @@ class Symmetries:
                 yield Spot(spot.atoms, spot.places, at)
             elif (at >= 0).any():  # a part of it: the units are not tied as such
                 self._broken.update(spot.atoms)
+
+
+def tensor_of(place: Place) -> TensorRef:
+    """The tensor on which a place lies."""
+    return place[0].tensor if isinstance(place[0], AxisRef) else NOWHERE
 
 
 def _free(atom: Atom, place: Place) -> Place | None:

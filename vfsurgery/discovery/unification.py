@@ -21,6 +21,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vfsurgery.discovery.roles import Roles
 from vfsurgery.discovery.rules import rule_for
@@ -234,7 +235,7 @@ class Unification:
             tensor, reason = self._whole[axis.tensor.name], WHOLE
         else:
             return None
-        if tensor.is_meta or not tensor.numel():
+        if tensor.is_meta or isinstance(tensor, FakeTensor) or not tensor.numel():  # no numbers to look at
             return reason
         return None if bool((tensor == tensor.narrow(axis.dim, 0, 1)).all()) else reason
 

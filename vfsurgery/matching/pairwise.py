@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from vfsurgery.discovery.maps import Order, map_tensor
 from vfsurgery.groups import GroupSet, PermutationGroup, Permutations, permute_tensor
 from vfsurgery.matching.base import Gain
 from vfsurgery.matching.schemes import units_in_order
@@ -36,7 +37,7 @@ def describe(
 
 
 def mean_state(
-    groups: GroupSet, states: Sequence[Mapping[str, Tensor]], orders: Sequence[Permutations]
+    groups: GroupSet, states: Sequence[Mapping[str, Tensor]], orders: Sequence[Mapping[str, Order]]
 ) -> dict[str, Tensor]:
     """The mean of aligned sources' weights, in float32 or better; what weight matching ignores is the first one's.
 
@@ -48,9 +49,7 @@ def mean_state(
     mean = dict(states[0])
     for name in groups.by_parameter:
         if is_matrix(mean[name]):
-            aligned = (
-                permute_tensor(name, state[name], groups, own) for state, own in zip(states, orders, strict=True)
-            )
+            aligned = (map_tensor(name, state[name], groups, own) for state, own in zip(states, orders, strict=True))
             total = next(aligned)
             if len(states) > 1:
                 total = total.to(torch.promote_types(total.dtype, torch.float32), copy=True)

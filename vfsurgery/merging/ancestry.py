@@ -13,12 +13,13 @@ from vfsurgery.combining.running import check_weights_of
 from vfsurgery.combining.traits import traits_of_graph, with_heads
 from vfsurgery.data.batches import Batches, Data
 from vfsurgery.data.holdout import Interleaved
-from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError, did_you_mean, explain
+from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, OptionError, did_you_mean, explain
 from vfsurgery.matching import Identity, Matcher
 from vfsurgery.merging.surveyed import Way
 from vfsurgery.passes.base import Pass
-from vfsurgery.passes.combine import Base
+from vfsurgery.passes.combine import Base, Line
 from vfsurgery.passes.normalizations import Renormalization
+from vfsurgery.stats.threads import affordable_flops
 from vfsurgery.tracing.compatibility import check_finite
 from vfsurgery.tracing.sources import Source, canonical_state
 from vfsurgery.tracing.wrappers import network
@@ -29,12 +30,16 @@ Scale: TypeAlias = float | Sequence[float] | None
 MADE = ("first", "mean")
 """Bases that are made of the aligned sources, for those that have none."""
 
+FLOPS_OF_SVD = 80
+"""Times rows, columns and the smaller of both; they come four times slower than those of products."""
+
 GRID: Mapping[str, tuple[float, ...]] = {
     "mean": (1.0,),
     "task-arithmetic": (0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
     "ties": (0.5, 0.8, 1.0, 1.3),
     "tsv-m": (0.5, 1.0, 1.5),
     "iso-c": (0.5, 1.0, 1.5, 2.0),
+    "regmean": (1.0,),
 }
 """What ``combine="auto"`` tries with images to judge by: methods, and scales of each."""
 
@@ -50,6 +55,8 @@ class Ancestry:
     weights: tuple[float, ...]
     told: str
     traits: Mapping[str, Trait] = field(default_factory=dict[str, Trait], repr=False)
+    line: Line | None = field(default=None, repr=False)
+    """While scales are compared: what the method came to last."""
 
     def over(self, sources: Sequence[Source]) -> Ancestry:
         """The same with what the graph says of each tensor.
@@ -79,19 +86,21 @@ class Plan:
         """Whether units may be in different orders, so that sources are matched before."""
         return not isinstance(self.ancestry.base, Mapping)
 
-    def ways(self, matcher: Matcher, passes: tuple[Pass, ...], chosen: bool, judged: bool) -> list[Way]:
+    def ways(self, source: Source, matcher: Matcher, passes: tuple[Pass, ...], chosen: bool, judged: bool) -> list[Way]:
         """What to try: every method at every scale, and where that was not asked for, without renormalization, too.
 
-        Without images to judge by, the first of them.
+        Without images to judge by, the first of them. What would take too long is not tried unless it was asked for.
 
         Raises:
             OptionError: several scales were given, and nothing can be judged.
         """
         if chosen and not any(step.needs_data for step in passes):
             passes = ()  # averaged statistics of siblings are better than what weights tell
-        found = [Way(matcher, passes, combiner) for combiner in self.combiners]
+        affordable = not self.open or _flops(source.state, self.ancestry.weights) <= affordable_flops(source.device)
+        found = [Way(matcher, passes, each) for each in self.combiners if affordable or not each.decomposes]
         if judged:
-            return found + [Way(matcher, (), combiner) for combiner in self.combiners if passes and chosen]
+            both = (passes, ()) if passes and chosen else (passes,)
+            return [replace(way, passes=each) for way in found for each in both]
         if len(found) > 1 and not self.open:
             raise OptionError(
                 explain(
@@ -208,6 +217,24 @@ def _combiners(combine: Combining | None, scale: Scale, count: int) -> tuple[Com
     if not scales or any(isinstance(each, bool) or not isinstance(each, int | float) for each in scales):
         raise OptionError(explain(f"scale is one number or several, not {scale!r}", remedy="scale=[0.3, 0.5, 1.0]"))
     return tuple(combine.scaled(each) for each in scales)
+
+
+def check_data(plan: Plan, has_data: bool) -> None:
+    """Refuse methods that look at images where there are none.
+
+    Raises:
+        DataError: names the method.
+    """
+    for combiner in () if has_data or plan.open else plan.combiners:
+        if combiner.needs_data:
+            remedy = "pass data=, or data='imagined'; data={0: images, 1: images} where tasks differ"
+            raise DataError(explain(f"combine={combiner.name!r} needs data", remedy=remedy))
+
+
+def _flops(state: Mapping[str, Tensor], weights: Sequence[float]) -> float:
+    """About what it takes to decompose all matrices of all sources and what is made of them."""
+    sizes = ((len(x), x.numel() // max(len(x), 1)) for x in state.values() if x.ndim > 1)
+    return FLOPS_OF_SVD * (len(weights) + 2) * sum(rows * columns * min(rows, columns) for rows, columns in sizes)
 
 
 def _check_base(base: Mapping[str, Tensor], state: Mapping[str, Tensor], traits: Mapping[str, Trait]) -> None:

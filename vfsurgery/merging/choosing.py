@@ -36,6 +36,7 @@ from vfsurgery.merging.surveyed import Surveyed, Way, plan_survey, with_all
 from vfsurgery.passes import Pass, Regress, Repair, Rescale
 from vfsurgery.passes.agreement import Judgement, Known, best_of, judge
 from vfsurgery.passes.base import calibration_images
+from vfsurgery.passes.combine import Line
 from vfsurgery.records.report import Trial
 from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.stats.threads import affordable_flops, device_of
@@ -160,6 +161,8 @@ class _Contest:
         Raises:
             SurgeryError: no way succeeds; it is the first one's error.
         """
+        if self.terms.ancestry is not None:
+            self.terms = replace(self.terms, ancestry=replace(self.terms.ancestry, line=Line()))
         for place, way in enumerate(self.ways):
             if way.is_dear and self._is_outdone(way):
                 continue
@@ -213,6 +216,8 @@ class _Contest:
     def again(self, way: Way) -> Choice:
         """Merge in one way with all images, those that were held out among them."""
         self._settled.clear()
+        if self.terms.ancestry is not None:  # as the method gives it, to the last bit
+            self.terms = replace(self.terms, ancestry=replace(self.terms.ancestry, line=None))
         before, self.surveyed = self.surveyed, with_all(self.surveyed, way)
         if way.matcher.needs_data and self.surveyed.images is not before.images:
             self._certified.clear()

@@ -16,14 +16,11 @@ from torch import Tensor, nn
 
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.passes import Mask, Pass
-from vfsurgery.passes.mask import CHOICES, Choice, support_of
+from vfsurgery.passes.mask import CHOICES, SPARSE, Choice, support_of
 from vfsurgery.pruning.layers import prunable
 from vfsurgery.records.report import MergedMasks
 from vfsurgery.tracing.ops import canonical_parameters
 from vfsurgery.tracing.sources import canonical_state
-
-SPARSE = 0.05
-"""Share of exact zeros in the prunable weights from which on a source counts as sparse without being called so."""
 
 Members: TypeAlias = Callable[[str], Iterable[tuple[Tensor, float]]]
 

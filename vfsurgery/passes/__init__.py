@@ -11,7 +11,6 @@ from vfsurgery.passes.drop_dead_biases import DropDeadBiases as DropDeadBiases
 from vfsurgery.passes.fold import Fold as Fold
 from vfsurgery.passes.fold_scales import FoldLayerScales as FoldLayerScales
 from vfsurgery.passes.fold_scales import FoldNormScales as FoldNormScales
-from vfsurgery.passes.fold_scales import canonicalize as canonicalize
 from vfsurgery.passes.mask import KeepZeros as KeepZeros
 from vfsurgery.passes.mask import Mask as Mask
 from vfsurgery.passes.options import Option as Option

@@ -3,9 +3,7 @@
 With a softmax over keys, what is added to all keys alike adds ``q . b`` to all logits of a query, and changes no
 weights. These sum to one, so what is added to all values alike is added to the result.
 
-Every entry of every vector among the parameters has a number, and numbers are moved along with the units through
-reshapes, transpositions, picks and concatenations. Anything else (a norm of keys, a rotary embedding) ends their way,
-and an entry counts only if all its ways end at keys, or all at values.
+An entry counts only if all its ways (:mod:`vfsurgery.passes.bias_numbers`) end at keys, or all at values.
 """
 
 from __future__ import annotations
@@ -15,33 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
 
+from vfsurgery.passes.bias_numbers import NONE, Numbers, argument, operands, shape_of
 from vfsurgery.tracing.dataflow import reached_by_input
-from vfsurgery.tracing.ops import (
-    PERMUTES,
-    RESHAPE_MODULES,
-    RESHAPES,
-    SHAPE_QUERIES,
-    Key,
-    canonical_key,
-    canonical_parameters,
-)
+from vfsurgery.tracing.ops import RESHAPES
 from vfsurgery.tracing.values import VALUE, TensorValue
 
-NONE = -1
-"""The number of what is no entry of a vector."""
-_PICKS = "getitem unbind select chunk split split_with_sizes tensor_split narrow repeat_interleave"
-_LIKE = "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty"
-SHAPED = frozenset(["view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as"])
-PICKS, LIKE = frozenset(_PICKS.split()), frozenset(_LIKE.split())
-EXPANDS = ("expand", "expand_as")
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
-SHAPED_LIKE = ("type_as", "view_as", "reshape_as", "expand_as")
-"""Ops that look at nothing but the shape or precision of a second operand."""
 PRODUCTS = ("matmul", "bmm", "__matmul__")
 Slot: TypeAlias = tuple[fx.Node, fx.Node]
 """A node and one of those that it reads."""
@@ -76,20 +54,11 @@ class DeadBiases:
 
 
 class AttentionBiases:
-    """The biases of one graph by their numbers; ``first`` has that of the first entry of every vector, by its key."""
+    """The biases of one graph, as ``numbers`` of their entries."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
-        self._graph_module, self._nodes = graph_module, list(graph_module.graph.nodes)
-        self._modules = dict(graph_module.named_modules(remove_duplicate=False))
-        self._names = canonical_parameters(graph_module)
+        self.numbers, self._nodes = Numbers(graph_module), list(graph_module.graph.nodes)
         self._reached = reached_by_input(graph_module.graph)
-        self.first: dict[str, int] = {}
-        self._ranges: dict[str, range] = {}
-        count = 0
-        for name, tensor in graph_module.state_dict(keep_vars=True).items():
-            if tensor.ndim == 1 and self._names[id(tensor)] == name:
-                self.first[name] = count
-                self._ranges[name] = range(count, count := count + len(tensor))
         self._keys: set[Slot] = set()
         self._values: dict[Slot, list[Projection]] = {}
         self._ways: dict[str, set[int]] = {"key": set(), "value": set(), "other": set()}
@@ -117,20 +86,20 @@ class AttentionBiases:
 
     def _look_at(self, node: fx.Node) -> None:
         """Note where a node takes keys and values, and whose biases it adds."""
-        key = self._key(node)
-        for name in self._vectors_of(node):
+        key = self.numbers.key(node)
+        for name in self.numbers.vectors_of(node):
             self._readers[name].add(node.name)
         if key == "scaled_dot_product_attention":
             self._fused(node)
         elif key in PRODUCTS:
             self._written_out(node)
-        elif key == "multi_head_attention_forward" or isinstance(self._module(node), nn.MultiheadAttention):
+        elif key == "multi_head_attention_forward" or isinstance(self.numbers.module(node), nn.MultiheadAttention):
             self._multihead(node)
 
     def _fused(self, node: fx.Node) -> None:
-        _, k, v = (_argument(node, name, place) for place, name in enumerate(("query", "key", "value")))
-        mask = _argument(node, "attn_mask", 3)
-        numbers = self._numbers(k) if isinstance(k, fx.Node) else None
+        _, k, v = (argument(node, name, place) for place, name in enumerate(("query", "key", "value")))
+        mask = argument(node, "attn_mask", 3)
+        numbers = self.numbers.of(k) if isinstance(k, fx.Node) else None
         if numbers is not None and _is_constant(numbers, -2):
             self._keys.add((node, k))
         if isinstance(v, fx.Node) and not self._may_mask_all(mask):
@@ -142,7 +111,7 @@ class AttentionBiases:
         if not isinstance(columns, fx.Node) or (found := self._softmax_of(node)) is None:
             return
         softmax, masked = found
-        numbers = self._numbers(columns)
+        numbers = self.numbers.of(columns)
         if numbers is not None and numbers.ndim > 1 and _is_constant(numbers, -1):
             self._keys.add((node, columns))
         for product in [] if masked else self._products_of(softmax):
@@ -154,56 +123,59 @@ class AttentionBiases:
         """The softmax over the last dim that logits go into and nothing else, and whether an input masks them."""
         masked = False
         while True:
-            users = [user for user in node.users if not self._asks_for_shape(user, node)]
+            users = [user for user in node.users if not self.numbers.asks_for_shape(user, node)]
             if len(users) != 1:
                 return None
-            user, key = users[0], self._key(users[0])
-            others = [each for each in _operands(user) if each is not node]
+            user, key = users[0], self.numbers.key(users[0])
+            others = [each for each in operands(user) if each is not node]
             tensors = [each for each in others if isinstance(each.meta.get(VALUE), TensorValue)]
-            if key == "softmax" or isinstance(self._module(user), nn.Softmax):
-                dim = getattr(self._module(user), "dim", _argument(user, "dim", 1))
-                return (user, masked) if dim in (-1, len(_shape(node)) - 1) else None
+            if key == "softmax" or isinstance(self.numbers.module(user), nn.Softmax):
+                dim = getattr(self.numbers.module(user), "dim", argument(user, "dim", 1))
+                return (user, masked) if dim in (-1, len(shape_of(node)) - 1) else None
             if key in ("add", "sub", "masked_fill") and (key == "add" or user.args[0] is node):
                 masked |= any(map(self._may_mask_all, tensors))
             elif key in ("mul", "div") and (key == "mul" or user.args[0] is node):
-                if any((_shape(each) or (1,))[-1] != 1 for each in tensors):
+                if any((shape_of(each) or (1,))[-1] != 1 for each in tensors):
                     return None
             elif not self._keeps_last(user, node):
                 return None
-            if _operands(user).count(node) != 1 or _shape(user)[-1] != _shape(node)[-1]:
+            if operands(user).count(node) != 1 or shape_of(user)[-1] != shape_of(node)[-1]:
                 return None
             node = user
 
     def _products_of(self, weights: fx.Node) -> Iterator[fx.Node]:
         """The products of attention weights with values."""
         for user in weights.users:
-            if self._key(user) in PRODUCTS and user.args[0] is weights:
+            if self.numbers.key(user) in PRODUCTS and user.args[0] is weights:
                 yield user
-            elif self._is_dropout(user) or self._keeps_last(user, weights):
+            elif self.numbers.is_dropout(user) or self._keeps_last(user, weights):
                 yield from self._products_of(user)
 
     def _keeps_last(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether a node reshapes or casts its source and leaves the last dim alone."""
-        shaped = self._key(node) in RESHAPES and bool(node.args) and node.args[0] is source
-        return shaped and _shape(node)[-1:] == _shape(source)[-1:]
+        shaped = self.numbers.key(node) in RESHAPES and bool(node.args) and node.args[0] is source
+        return shaped and shape_of(node)[-1:] == shape_of(source)[-1:]
 
     def _multihead(self, node: fx.Node) -> None:
         """All of it in one node: thirds of the packed bias belong to queries, keys and values."""
-        module = self._module(node)
+        module = self.numbers.module(node)
         if isinstance(module, nn.MultiheadAttention):
-            numbers = self._numbers_of(module.in_proj_bias)
-            weight, bias = self._names.get(id(module.out_proj.weight)), self._names.get(id(module.out_proj.bias))
-            plain = module.bias_k is None and not module.add_zero_attn
-            masks = [_argument(node, "key_padding_mask", 3), _argument(node, "attn_mask", 5)]
-        else:
-            packed = _argument(node, "in_proj_bias", 6)
-            numbers = self._numbers(packed) if isinstance(packed, fx.Node) else None
+            numbers = self.numbers.of_vector(module.in_proj_bias)
             weight, bias = (
-                self._name_of(_argument(node, *at)) for at in (("out_proj_weight", 11), ("out_proj_bias", 12))
+                self.numbers.names.get(id(module.out_proj.weight)),
+                self.numbers.names.get(id(module.out_proj.bias)),
             )
-            plain = _argument(node, "bias_k", 7) is None and not _argument(node, "add_zero_attn", 9)
-            plain &= _argument(node, "static_k", 21) is None and _argument(node, "static_v", 22) is None
-            masks = [_argument(node, "key_padding_mask", 14), _argument(node, "attn_mask", 16)]
+            plain = module.bias_k is None and not module.add_zero_attn
+            masks = [argument(node, "key_padding_mask", 3), argument(node, "attn_mask", 5)]
+        else:
+            packed = argument(node, "in_proj_bias", 6)
+            numbers = self.numbers.of(packed) if isinstance(packed, fx.Node) else None
+            weight, bias = (
+                self.numbers.name_of(argument(node, *at)) for at in (("out_proj_weight", 11), ("out_proj_bias", 12))
+            )
+            plain = argument(node, "bias_k", 7) is None and not argument(node, "add_zero_attn", 9)
+            plain &= argument(node, "static_k", 21) is None and argument(node, "static_v", 22) is None
+            masks = [argument(node, "key_padding_mask", 14), argument(node, "attn_mask", 16)]
         if numbers is None:
             return
         queries, keys, values = numbers.chunk(3)
@@ -216,10 +188,10 @@ class AttentionBiases:
 
     def _take_values(self, node: fx.Node, values: fx.Node) -> None:
         """Follow the constant part of values through attention to the projections that read its result."""
-        numbers = self._numbers(values)
+        numbers = self.numbers.of(values)
         if numbers is None or numbers.ndim < 2 or not _is_constant(numbers, -2):
             return
-        one, shape = numbers.narrow(-2, 0, 1), _shape(node)
+        one, shape = numbers.narrow(-2, 0, 1), shape_of(node)
         if one.ndim > 2 and one.shape[-3] != shape[-3] and shape[-3] % one.shape[-3] == 0:  # fewer heads of values
             one = one.repeat_interleave(shape[-3] // one.shape[-3], -3)
         found: list[Projection] = []
@@ -228,9 +200,9 @@ class AttentionBiases:
         while waiting:
             made, carried = waiting.pop()
             for user in made.users:
-                if self._asks_for_shape(user, made):
+                if self.numbers.asks_for_shape(user, made):
                     continue
-                moved = self._moved(user, made, carried)
+                moved = self.numbers.moved(user, made, carried)
                 if isinstance(moved, Tensor):
                     waiting.append((user, moved))
                     continue
@@ -245,11 +217,15 @@ class AttentionBiases:
 
     def _projection(self, node: fx.Node, made: fx.Node, numbers: Tensor) -> Projection | None:
         """The node as a linear layer with a bias that reads what attention has made."""
-        module = self._module(node)
+        module = self.numbers.module(node)
         if isinstance(module, nn.Linear):
-            weight, bias = self._names.get(id(module.weight)), self._names.get(id(module.bias))
-        elif self._key(node) == "linear" and _argument(node, "input", 0) is made and _operands(node).count(made) == 1:
-            weight, bias = (self._name_of(_argument(node, *at)) for at in (("weight", 1), ("bias", 2)))
+            weight, bias = self.numbers.names.get(id(module.weight)), self.numbers.names.get(id(module.bias))
+        elif (
+            self.numbers.key(node) == "linear"
+            and argument(node, "input", 0) is made
+            and operands(node).count(made) == 1
+        ):
+            weight, bias = (self.numbers.name_of(argument(node, *at)) for at in (("weight", 1), ("bias", 2)))
         else:
             return None
         row = _flat(numbers)
@@ -259,168 +235,30 @@ class AttentionBiases:
 
     def _follow(self, node: fx.Node) -> None:
         """Note where the numbers that a node hands on come to their ends."""
-        module = self._module(node)
-        if module is not None and not self._is_layer(node) and not isinstance(module, nn.MultiheadAttention):
-            for name in self._vectors_of(node):  # added in another way than by a layer
-                self._ways["other"].update(self._ranges[name])
-        ends = [user for user in node.users if not self._hands_on(user, node) and not self._asks_for_shape(user, node)]
-        if node.op == "output" or not ends or (numbers := self._numbers(node)) is None:
+        module = self.numbers.module(node)
+        if module is not None and not self.numbers.is_layer(node) and not isinstance(module, nn.MultiheadAttention):
+            for name in self.numbers.vectors_of(node):  # added in another way than by a layer
+                self._ways["other"].update(self.numbers.ranges[name])
+        ends = [
+            user
+            for user in node.users
+            if not self.numbers.hands_on(user, node) and not self.numbers.asks_for_shape(user, node)
+        ]
+        if node.op == "output" or not ends or (numbers := self.numbers.of(node)) is None:
             return
         for user in ends:
-            alone = _operands(user).count(node) == 1
-            packed = self._key(user) == "multi_head_attention_forward" and _argument(user, "in_proj_bias", 6) is node
+            alone = operands(user).count(node) == 1
+            packed = (
+                self.numbers.key(user) == "multi_head_attention_forward" and argument(user, "in_proj_bias", 6) is node
+            )
             if packed and alone:  # said already
                 continue
             way = "key" if (user, node) in self._keys else "value" if (user, node) in self._values else "other"
             self._ways[way if alone else "other"] |= _set(numbers)
 
-    def _hands_on(self, user: fx.Node, node: fx.Node) -> bool:
-        """Whether the numbers of a node are those of its user too."""
-        if self._is_layer(user):
-            return _argument(user, "bias", 2) is node and _operands(user).count(node) == 1
-        return self._key(user) == "cat" or (self._moves(user) and user.args[0] is node)
-
-    def _numbers(self, node: fx.Node) -> Any:
-        """The numbers of the entries that are added to each element of a node's value; ``None`` if there are none.
-
-        Of several tensors a tuple.
-        """
-        if node.op == "get_attr":
-            name = self._name_of(node)
-            return self._vector(name) if name in self.first else None
-        if self._is_layer(node):
-            return self._of_layer(node)
-        if self._key(node) == "cat":
-            return self._joined(node)
-        if self._moves(node) and isinstance(node.args[0], fx.Node):
-            numbers = self._numbers(node.args[0])
-            return None if numbers is None else self._moved(node, node.args[0], numbers)
-        return None
-
-    def _of_layer(self, node: fx.Node) -> Tensor | None:
-        """A linear layer or convolution adds its bias to everything it gives out."""
-        module, shape = self._module(node), _shape(node)
-        bias = _argument(node, "bias", 2) if module is None else None
-        numbers = self._numbers(bias) if isinstance(bias, fx.Node) else None
-        if module is not None:
-            numbers = self._numbers_of(module.bias)
-        if numbers is None:
-            return None
-        key = self._key(node)
-        after = CONVOLUTIONS.get(str(key), 0) if module is None else module.weight.ndim - 2
-        return numbers.view(-1, *[1] * after).expand(shape)
-
-    def _joined(self, node: fx.Node) -> Tensor | None:
-        parts: Any = _argument(node, "tensors", 0)
-        if not isinstance(parts, tuple | list):
-            return None
-        numbers = [self._numbers(part) if isinstance(part, fx.Node) else None for part in parts]
-        if not any(isinstance(each, Tensor) for each in numbers):
-            return None
-        whole = [torch.tensor(NONE).expand(_shape(p)) if n is None else n for p, n in zip(parts, numbers, strict=True)]
-        return torch.cat(whole, _argument(node, "dim", 1) or 0)
-
-    def _moved(self, node: fx.Node, source: fx.Node, numbers: Any) -> Any:
-        """What becomes of numbers in a node that moves them; ``None`` if it does something else."""
-        key, module = self._key(node), self._module(node)
-        if not self._moves(node) or node.args[0] is not source or _operands(node).count(source) != 1:
-            return None
-        if module is not None:
-            return numbers if self._is_dropout(node) else numbers.reshape(_shape(node))
-        if key in SHAPED:
-            return numbers.reshape(_shape(node))
-        if key in EXPANDS:
-            return numbers.expand(_shape(node))
-        if key in PERMUTES:
-            attribute = getattr(numbers, str(key))
-            return attribute(*_values(node.args[1:]), **_values(node.kwargs)) if callable(attribute) else attribute
-        if key in PICKS:
-            function = numbers.__getitem__ if key == "getitem" else getattr(torch, str(key))
-            given = _values(node.args[1:])
-            return function(*given) if key == "getitem" else function(numbers, *given, **_values(node.kwargs))
-        return numbers
-
-    def _moves(self, node: fx.Node) -> bool:
-        """Whether a node moves the elements of its first operand, or hands them on as they are."""
-        if node.op not in ("call_function", "call_method", "call_module") or not node.args:
-            return False
-        key, module = self._key(node), self._module(node)
-        if module is not None:
-            return isinstance(module, RESHAPE_MODULES) or self._is_dropout(node)
-        known = key in RESHAPES or key in PERMUTES or key in PICKS or key in EXPANDS or self._is_dropout(node)
-        tensors = [each for each in _operands(node)[1:] if isinstance(each.meta.get(VALUE), TensorValue)]
-        return known and (not tensors or key in SHAPED_LIKE)
-
-    def _is_dropout(self, node: fx.Node) -> bool:
-        return isinstance(self._module(node), DROPOUTS) or self._key(node) == "dropout"
-
-    def _is_layer(self, node: fx.Node) -> bool:
-        module = self._module(node)
-        if module is not None:
-            return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        return self._key(node) in ("linear", *CONVOLUTIONS)
-
-    def _asks_for_shape(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether a node sees no numbers of its source."""
-        key = self._key(node)
-        return key in SHAPE_QUERIES or key in LIKE or (key in SHAPED_LIKE and node.args[0] is not source)
-
     def _may_mask_all(self, mask: object) -> bool:
         """Whether a mask comes in with the input, and so may leave a query no key at all."""
         return isinstance(mask, fx.Node) and mask.name in self._reached
-
-    def _key(self, node: fx.Node) -> Key:
-        if node.op not in ("call_function", "call_method"):
-            return node.op
-        return str(node.args[1]) if node.target is getattr else canonical_key(node.target)
-
-    def _module(self, node: fx.Node) -> Any:
-        return self._modules[str(node.target)] if node.op == "call_module" else None
-
-    def _vectors_of(self, node: fx.Node) -> Iterator[str]:
-        """The vectors that a node reads, itself or from its module."""
-        if node.op == "call_module":
-            tensors = [*self._module(node).parameters(), *self._module(node).buffers()]
-            yield from (name for each in tensors if (name := self._names.get(id(each))) in self.first)
-        yield from (name for each in _operands(node) if (name := self._name_of(each)) in self.first)
-
-    def _name_of(self, node: object) -> str | None:
-        """The state-dict key of what a node picks from the model."""
-        if not isinstance(node, fx.Node) or node.op != "get_attr":
-            return None
-        path, _, leaf = str(node.target).rpartition(".")
-        return self._names.get(id(getattr(self._graph_module.get_submodule(path), leaf)))
-
-    def _numbers_of(self, tensor: Tensor | None) -> Tensor | None:
-        name = None if tensor is None else self._names.get(id(tensor))
-        return self._vector(name) if name in self.first else None
-
-    def _vector(self, name: str | None) -> Tensor:
-        return torch.tensor(self._ranges[str(name)])
-
-
-def _argument(node: fx.Node, name: str, place: int) -> Any:
-    """An argument of a call by name or place; of a module, of its call."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    return node.args[place] if place < len(node.args) else None
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    """The nodes among a node's arguments, each as often as it is there."""
-    found: list[fx.Node] = []
-    map_arg((node.args, node.kwargs), found.append)
-    return found
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta.get(VALUE)
-    return value.shape if isinstance(value, TensorValue) else ()
-
-
-def _values(arguments: Any) -> Any:
-    """Arguments with computed sizes as numbers."""
-    return map_arg(arguments, lambda node: node.meta.get(VALUE))
 
 
 def _is_constant(numbers: Tensor, dim: int) -> bool:

@@ -16,10 +16,8 @@ from torch import Tensor, fx
 
 from vfsurgery.groups import Centring, Member
 from vfsurgery.passes.base import Context, Pass
+from vfsurgery.passes.mask import SPARSE
 from vfsurgery.tracing.sources import canonical_state
-
-SPARSE = 0.05
-"""A weight of which a larger share are zeros that centring would fill counts as pruned, and is left as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)

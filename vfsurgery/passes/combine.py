@@ -6,18 +6,18 @@ The methods are those of :mod:`vfsurgery.combining`; here they meet the graph an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx
 
 from vfsurgery.combining.base import Combiner, InMemory, Store, Trait
-from vfsurgery.combining.running import Combination, Listing
+from vfsurgery.combining.running import TRAINED, Combination, Listing
 from vfsurgery.discovery.maps import Order, map_tensor
 from vfsurgery.groups import GroupSet
 from vfsurgery.passes.base import Context, Pass
-from vfsurgery.tracing.sources import canonical_state
+from vfsurgery.tracing.sources import Source, canonical_state
 
 Base: TypeAlias = Mapping[str, Tensor] | Literal["first", "mean"] | None
 """A checkpoint's tensors by canonical key; or the first aligned source, or the mean of all."""
@@ -27,13 +27,15 @@ Base: TypeAlias = Mapping[str, Tensor] | Literal["first", "mean"] | None
 class Combine(Pass):
     """Write what a method makes of the aligned sources into the graph module's own tensors.
 
-    ``traits`` say what each tensor is, and ``weights`` has a number for each source.
+    ``traits`` say what each tensor is, and ``weights`` has a number for each source. ``line`` keeps what the method
+    came to, for other scales of it.
     """
 
     combiner: Combiner
     base: Base
     weights: tuple[float, ...]
     traits: Mapping[str, Trait] = field(repr=False)
+    line: Line | None = field(default=None, repr=False)
     name: ClassVar[str] = "combine"
     needs_sources: ClassVar[bool] = True
     after_merge: ClassVar[bool] = False
@@ -52,18 +54,76 @@ class Combine(Pass):
             base = InMemory(self.base)
         listing = Listing(shapes, dtypes, {name: self.traits[name] for name in targets})
         combination = Combination(
-            listing, stores, base, self.combiner, self.weights, context.seed, context.notes
+            listing, stores, base, self.combiner, self.weights, context.seed, context.notes,
+            traced=self._traced(context),
+            images=lambda source: context.images_of(source, f"{self.combiner.name}: source {source}"),
         )  # fmt: skip
-        for name, start, part in combination.parts():
-            target, whole = targets[name], (start, part.numel()) == (0, targets[name].numel())
-            if whole:
-                target.copy_(part.reshape(target.shape))
-            elif target.is_contiguous():
-                target.view(-1)[start : start + part.numel()] = part
-            else:  # laid out otherwise, as channels last
-                at = torch.arange(start, start + part.numel(), device=part.device)
-                target[torch.unravel_index(at, target.shape)] = part
+        if self.line is not None:
+            self.line.write(combination, [{**orders} for orders in context.permutations], targets)
+            return graph_module
+        _write(combination, targets)
         return graph_module
+
+    def _traced(self, context: Context) -> list[Source]:
+        """The sources to be run on images, with their units in the order of the first."""
+        if not self.combiner.needs_data:
+            return []
+        found: list[Source] = []
+        for source, orders in zip(context.sources, context.permutations, strict=True):
+            aligned = source.clone() if orders else source
+            for name, tensor in source.state.items() if orders else ():
+                aligned.state[name].copy_(map_tensor(name, tensor, context.groups, orders))
+            found.append(aligned)
+        return found
+
+
+def _write(combination: Combination, targets: Mapping[str, Tensor]) -> None:
+    """Write a result into tensors, however they are laid out."""
+    for name, start, part in combination.parts():
+        target, whole = targets[name], (start, part.numel()) == (0, targets[name].numel())
+        if whole:
+            target.copy_(part.reshape(target.shape))
+        elif target.is_contiguous():
+            target.view(-1)[start : start + part.numel()] = part
+        else:  # laid out otherwise, as channels last
+            at = torch.arange(start, start + part.numel(), device=part.device)
+            target[torch.unravel_index(at, target.shape)] = part
+
+
+class Line:
+    """What one method makes of some sources, at scales 0 and 1: all others lie on the line through both.
+
+    So to try several scales takes hardly longer than one, and one model more in memory. Rounding aside, that is what
+    the method gives at each of them.
+    """
+
+    def __init__(self) -> None:
+        self._of: object = None
+        self._ends: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def write(self, combination: Combination, orders: object, targets: Mapping[str, Tensor]) -> None:
+        """Write the result at the scale that is asked for."""
+        unscaled = replace(combination, combiner=combination.combiner.scaled(1.0))
+        of = repr(unscaled.combiner), orders
+        if self._of != of:
+            self._of, self._ends = None, {}
+            _write(unscaled, targets)
+            base, shapes = combination.base, combination.listing.shapes
+            for name, trait in unscaled.settled().items():
+                end = targets[name].clone()
+                start = end
+                if trait.kind in TRAINED:
+                    start = torch.zeros_like(end)
+                    if base is not None:
+                        start = base.read(name, 0, end.numel()).reshape(shapes[name]).to(end)
+                self._ends[name] = start, end
+            self._of = of
+        for name, (start, end) in self._ends.items():
+            if start is not end:
+                exact = torch.promote_types(end.dtype, torch.float32)
+                targets[name].copy_(torch.lerp(start.to(exact), end.to(exact), combination.combiner.scale))
+            else:
+                targets[name].copy_(end)
 
 
 class Aligned:

@@ -16,8 +16,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from vfsurgery.passes.attention_biases import NONE, AttentionBiases, Projection
+from vfsurgery.passes.attention_biases import AttentionBiases, Projection
 from vfsurgery.passes.base import Context, Pass
+from vfsurgery.passes.bias_numbers import NONE
 from vfsurgery.tracing.modes import in_training
 from vfsurgery.tracing.sources import canonical_state
 
@@ -44,7 +45,7 @@ class DropDeadBiases(Pass):
         if training is not None:
             dead = dead.both(AttentionBiases(training).dead())
         state = canonical_state(graph_module)
-        vectors = _Vectors(state, biases.first)
+        vectors = _Vectors(state, biases.numbers.first)
         for projection in dead.projections:
             _move(state, projection, vectors.at(projection, dead.values))
         context.notes.append(f"{self.name}: of keys {_listed(vectors.clear(dead.keys))}")

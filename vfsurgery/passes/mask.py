@@ -23,6 +23,8 @@ from vfsurgery.tracing.sources import canonical_state
 
 Choice: TypeAlias = Literal["keep", "intersect", "union", "reprune"]
 CHOICES: tuple[str, ...] = get_args(Choice)
+SPARSE = 0.05
+"""Share of exact zeros from which on weights count as pruned without being called so, and zeros are not filled."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def pointwise(op: Op) -> Iterator[Constraint]:
 def _linear(op: Op) -> Iterator[Constraint]:
     """Along which dims the op is linear: a sum where all summands have the units, a product where one has them.
 
-    Where the other factor is a weight along one dim alone, it scales the units.
+    Where the other factor has units along one dim alone, it scales those of the first: what is stored, if both have.
     """
     numbers = any(isinstance(arg, int | float) and arg != 0 for arg in op.args)
     for axis in op.output.axes() if op.outputs else ():
@@ -86,7 +86,8 @@ def _linear(op: Op) -> Iterator[Constraint]:
         ):
             yield allows(Symmetry.GENERAL_LINEAR, axis)
         elif op.key in PRODUCTS and len(owners) == 2:
-            weights = [x for x in owners if x.kind == "parameter" and math.prod(x.shape) == axis.size]
+            vectors = [x for x in owners if math.prod(x.shape) == axis.size]
+            weights = [x for x in vectors if x.kind == "parameter"] or vectors
             if len(weights) == 1:
                 yield allows(Symmetry.GENERAL_LINEAR, axis)
                 yield scales(weights[0].axis(place))

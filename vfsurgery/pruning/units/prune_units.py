@@ -33,6 +33,7 @@ def prune_units(
     saliency: str | Saliency = "magnitude",
     scope: str = "group",
     removed: str = "drop",
+    rotate: bool = False,
     data: Data | str | None = None,
     renormalize: Renormalization = "auto",
     exclude: str | Sequence[str] = (),
@@ -58,6 +59,10 @@ def prune_units(
             each saliency divided by its group's mean, and leaves each group at least the share ``floor``.
         removed: ``"drop"`` leaves removed units out; ``"fold"`` merges each into the survivor that it is most
             correlated with on ``data``, at every layer that reads it (ZipIt!'s map with one source).
+        rotate: Remove principal directions of streams between LayerNorms or RMSNorms, and not single units (SliceGPT,
+            Ashkboos et al., ICLR 2024): those in which ``data`` has the least energy behind the norms, or without data
+            what weights write. With ``removed="fold"`` those that stay stand in for them, by least squares. Other
+            groups lose units as they do without it.
         data: Calibration images, as for :func:`~vfsurgery.merge`; ``"imagined"`` for images made from the model.
         renormalize: How statistics of the units that are left are restored on ``data``: ``"reset"``, ``"repair"``,
             ``"rescale"``, ``"reshift"``, a pass, ``None``, or ``"auto"``: what suits the architecture, and nothing
@@ -74,11 +79,12 @@ def prune_units(
         one copy of it while the certificate is made.
 
     Raises:
-        OptionError: an argument is not acceptable, or hooks or a parametrization compute a weight.
+        OptionError: an argument is not acceptable, hooks or a parametrization compute a weight, or with ``rotate`` the
+            network has no such stream, or its weights are sparse or in half precision.
         DataError: data is missing where it is needed, or does not fit the model.
         TraceError: the forward cannot be recorded as an fx graph.
         InvalidWeightsError: a weight is NaN or infinite.
-        CertificateError: the forward gives different outputs each time it runs.
+        CertificateError: the forward gives different outputs each time it runs, or others once it is rotated.
 
     >>> net = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
     >>> smaller = prune_units(net, 0.3, example_inputs=torch.randn(2, 4))
@@ -100,9 +106,12 @@ def prune_units(
     quota = Quota(fraction, scope, floor, multiple_of)
     with torch.random.fork_rng(devices), eval_mode(work.source.model, work.source.graph_module):
         work.score(saliency)
+        if rotate:
+            work.find_directions(saliency, removed == "fold")
+        cut = work.choose(quota, excluded(work.groups, exclude))
+        work.rotate(cut)
         if removed == "fold":
             work.correlate()
-        cut = work.choose(quota, excluded(work.groups, exclude))
         cut, smaller, certificate = work.make(cut)
         restored = work.restore(cut, smaller, passes)
         with work.clock("costs"):
@@ -124,8 +133,9 @@ def prune_units(
         after=costs[1],
         certificate=certificate,
         not_folded=work.not_folded(cut) if removed == "fold" else (),
+        rotated=work.energies(cut),
         created_biases=tuple(restored.created_biases) if restored else (),
-        notes=(*work.groups.notes, *(restored.notes if restored else ())),
+        notes=(*work.groups.notes, *work.said_of_rotation(cut), *(restored.notes if restored else ())),
         seconds=tuple(work.seconds),
     )
     remember(smaller, report)

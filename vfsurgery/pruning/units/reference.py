@@ -171,7 +171,7 @@ class Silenced(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule, cut: Cut) -> None:
         super().__init__(graph_module)
         self.cut = cut
-        self._ops = {op.node.name: op for op in OpReader(graph_module) if _looks_across_units(op)}
+        self._ops = {op.node.name: op for op in OpReader(graph_module) if looks_across_units(op)}
         self._ops = {name: op for name, op in self._ops.items() if self._kept(op)}
         self.norms = {name: op.path or name for name, op in self._ops.items()}
 
@@ -233,5 +233,6 @@ class Silenced(fx.Interpreter):
         return len((kept // (op.input.shape[1] // groups)).unique())
 
 
-def _looks_across_units(op: Op) -> bool:
+def looks_across_units(op: Op) -> bool:
+    """Whether an op is a norm over several units."""
     return op.key in FUNCTIONS or isinstance(op.module, (*LAST_DIMS, *RUNS))

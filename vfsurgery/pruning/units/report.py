@@ -13,7 +13,7 @@ from vfsurgery.records.report import Report
 class GroupCut:
     """What one group lost: units before and after, and the numbers of those that were kept, in the original's order.
 
-    Of a nested group units are counted over all blocks.
+    Of a nested group units are counted over all blocks; of one that was rotated the numbers say nothing.
     """
 
     group: str
@@ -38,7 +38,8 @@ class UnitPruneReport(Report):
     """All that happened in one structured pruning.
 
     ``certificate`` is of the cut itself, before renormalization. ``not_folded`` are groups that are read by something
-    that nothing could be folded into.
+    that nothing could be folded into. ``rotated`` are groups that lost principal directions and not single units, each
+    with the share of the energy that is left, 0 to 1.
     """
 
     model: str
@@ -53,6 +54,7 @@ class UnitPruneReport(Report):
     after: Cost
     certificate: CutCertificate
     not_folded: tuple[str, ...] = ()
+    rotated: tuple[tuple[str, float], ...] = ()
     created_biases: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: tuple[tuple[str, float], ...] = ()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vfsurgery.data.batches import Batches, Data
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.recording import record
-from vfsurgery.discovery.verification import keep_signals_alive, precision_of, randomize
+from vfsurgery.discovery.verification import TOLERANCE, keep_signals_alive, precision_of, randomize, relative_error
 from vfsurgery.errors import CertificateError, TraceError, explain
 from vfsurgery.groups import GroupSet
 from vfsurgery.passes import Context, Pass
@@ -24,10 +24,11 @@ from vfsurgery.pruning.units.candidates import first_and_instead
 from vfsurgery.pruning.units.cut import Cut
 from vfsurgery.pruning.units.fold import Reader, folded, readers_of, self_correlations, unfolded
 from vfsurgery.pruning.units.quota import Quota
-from vfsurgery.pruning.units.reference import CutCertificate, certify_cut
+from vfsurgery.pruning.units.reference import CutCertificate, certify_cut, run_in
 from vfsurgery.pruning.units.rehearsal import Rehearsal, largest_working
 from vfsurgery.pruning.units.resize import Resizer
 from vfsurgery.pruning.units.restore import restore
+from vfsurgery.pruning.units.rotation import Rotation
 from vfsurgery.pruning.units.saliency import Saliency, activities, by_user, magnitudes
 from vfsurgery.pruning.units.teams import Teams
 from vfsurgery.stats.correlation import CrossMoments
@@ -49,7 +50,8 @@ class Shrinking:
     """One structured pruning in progress.
 
     ``in_both`` are the same groups, with their places in the graph of training too. ``whole`` says of groups why
-    they stay as they are.
+    they stay as they are. ``rotation`` has streams whose principal directions are removed, if that is wanted; once they
+    are rotated, so is ``source``, and ``rotated`` names them.
     """
 
     source: Source
@@ -60,6 +62,8 @@ class Shrinking:
     progress: bool
     whole: dict[str, str] = field(default_factory=dict[str, str])
     seconds: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
+    rotation: Rotation | None = None
+    rotated: tuple[str, ...] = ()
     _teams: Teams = field(default_factory=lambda: Teams({}, {}))
     _scores: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     _readers: list[Reader] = field(default_factory=list[Reader])
@@ -112,10 +116,46 @@ class Shrinking:
                     if group.name not in self._scores
                 }
 
+    def find_directions(self, saliency: str | Saliency, fold: bool) -> None:
+        """Find the principal directions of streams; their energies take the place of what their units score."""
+        with self.clock("principal directions"):
+            images = None if self.data is None else self._images
+            self.rotation = Rotation.find(self.source, self.groups, images, fold)
+            for name, stream in self.rotation.streams.items():
+                energies = stream.scores()  # mean squares, as of "activation"
+                self._scores[name] = energies if saliency == "activation" else np.sqrt(energies)
+
+    def rotate(self, cut: Cut) -> None:
+        """Rotate the streams that are cut; nothing else changes.
+
+        Raises:
+            CertificateError: the network computes something else.
+        """
+        if self.rotation is None:
+            return
+        self.rotated = tuple(name for name in cut.kept if name in self.rotation.streams)
+        if not self.rotated:
+            return
+        with self.clock("rotation"):
+            turned, dtype = self.rotation.turned(cut.kept), precision_of(self.source)
+            found, expected = (run_in(each.model, self.inputs, False, dtype) for each in (turned, self.source))
+            error = relative_error(tuple(found), tuple(expected))
+            if not error <= TOLERANCE[dtype]:
+                raise CertificateError(
+                    explain(
+                        "the rotated network computes something else; nothing was removed",
+                        rotated=", ".join(str(self.groups[name]) for name in self.rotated),
+                        error=f"{error:.2e} relative, tolerance {TOLERANCE[dtype]:.0e}",
+                        remedy="leave rotate= out",
+                    )
+                )
+            self.source = turned
+
     def correlate(self) -> None:
         """Take what folding needs: how units go together, where layers read them."""
         with self.clock("correlations"):
-            self._readers = readers_of(self.source.graph_module, self.groups)
+            found = readers_of(self.source.graph_module, self.groups)
+            self._readers = [reader for reader in found if reader.group.name not in self.rotated]
             self._moments = self_correlations(self.source.graph_module, self._readers, self._images("correlations"))
 
     def choose(self, quota: Quota, excluded: Mapping[str, str]) -> Cut:
@@ -171,7 +211,7 @@ class Shrinking:
                 cut = _only(cut, teams.members(works))
                 certificate = self._certificate(cut)
             self._lively = None  # a second model in double precision
-            state = folded(self.source.state, cut, self._readers, self._moments)
+            state = self._written(self.source, cut)
             return cut, Resizer.of(self.source.model, self.source.graph_module).shrink(cut, state), certificate
 
     def restore(self, cut: Cut, smaller: nn.Module, passes: Sequence[Pass]) -> Context | None:
@@ -183,9 +223,26 @@ class Shrinking:
                 self.source, Cut(self.groups, cut.kept), smaller, passes, self.inputs, self.data, self.progress
             )
 
+    def energies(self, cut: Cut) -> tuple[tuple[str, float], ...]:
+        """Rotated groups that lost units, each with the share of the energy that is left."""
+        if self.rotation is None:
+            return ()
+        streams = self.rotation.streams
+        return tuple((name, streams[name].share(cut.kept[name])) for name in self.rotated if name in cut.kept)
+
+    def said_of_rotation(self, cut: Cut) -> Iterator[str]:
+        """For the report: what was rotated, and the streams whose single units are removed all the same, and why."""
+        for name, share in self.energies(cut):
+            yield f"{self.groups[name]}: rotated, so that principal directions went; {share:.1%} of the energy is left"
+        for name, reason in (self.rotation.left if self.rotation is not None else {}).items():
+            yield f"{self.groups[name]} is not rotated: {reason}"
+
     def not_folded(self, cut: Cut) -> tuple[str, ...]:
         """Groups whose removed units are dropped, by some of their readers at least."""
-        lost = unfolded([group for group in self.groups if group.name in cut.kept], self._readers)
+        single = [group for group in self.groups if group.name in cut.kept and group.name not in self.rotated]
+        lost = unfolded(single, self._readers)
+        if self.rotation is not None:
+            lost += self.rotation.not_folded([name for name in self.rotated if name in cut.kept])
         return tuple(f"{group.name} {group.label}" for group in lost)
 
     def _certificate(self, cut: Cut) -> CutCertificate:
@@ -207,9 +264,14 @@ class Shrinking:
         return replace(self._compare(*self._lively, cut, torch.float64), random_weights=True)
 
     def _compare(self, source: Source, inputs: tuple[Tensor, ...], cut: Cut, dtype: torch.dtype) -> CutCertificate:
-        state = folded(source.state, cut, self._readers, self._moments)
+        state = self._written(source, cut)
         smaller = Resizer.of(source.model, source.graph_module).shrink(cut, state)
         return certify_cut(source.model, source.graph_module, cut, state, smaller, inputs, dtype)
+
+    def _written(self, source: Source, cut: Cut) -> dict[str, Tensor]:
+        """The weights that units are cut from."""
+        state = folded(source.state, cut, self._readers, self._moments)
+        return state if self.rotation is None else self.rotation.narrowed(state, cut)
 
     def _difference(self, cut: Cut) -> str | None:
         certificate = self._certificate(cut)

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.partial import find_partly
 from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.discovery.verification import Verification, prove
 from vfsurgery.errors import OptionError, TraceError, explain
-from vfsurgery.groups import GroupSet
-from vfsurgery.testing.zoo.matrix import Cell, matrix_section
+from vfsurgery.groups import GroupSet, PermutationGroup
 from vfsurgery.testing.zoo.processes import GIB, MEMORY, in_processes
 from vfsurgery.testing.zoo.twins import (
     BYTES,
@@ -51,7 +52,9 @@ class Survey:
 
     ``seconds`` is the time to trace and to find groups, ``verify_seconds`` that of the proof, ``build_seconds`` that
     of building the model. ``nodes`` are those of the traced graph. ``subject`` is what the proof ran on.
-    ``unknown_ops`` and ``reasons`` say why axes are pinned, most frequent reasons first.
+    ``unknown_ops`` and ``reasons`` say why axes are pinned, most frequent reasons first. ``continuous`` is the share of
+    parameters in groups that may be mapped by more than orders, empty where nobody has looked; ``symmetries`` counts
+    those groups, and ``mapped`` says how many of the subject's the proof mapped by random matrices.
     """
 
     model: str
@@ -69,13 +72,18 @@ class Survey:
     unknown_ops: str = ""
     reasons: str = ""
     failure: str = ""
+    continuous: float | None = None
+    symmetries: str = ""
+    mapped: int = 0
 
     @staticmethod
     def of_row(row: Mapping[str, str]) -> Survey:
         """Read a row of the CSV file."""
         read: dict[str, Callable[[str], Any]] = {"bool": lambda text: text == "True", "int": int, "float": float}
+        read["float | None"] = float
         types = {field.name: str(field.type) for field in dataclasses.fields(Survey)}
-        return Survey(**{name: read.get(types[name], str)(text) for name, text in row.items()})
+        given = {name: text for name, text in row.items() if text or types[name] == "str"}
+        return Survey(**{name: read.get(types[name], str)(text) for name, text in given.items()})
 
 
 def survey_model(spec: str, memory: float = MEMORY) -> Survey:
@@ -101,9 +109,10 @@ def survey_model(spec: str, memory: float = MEMORY) -> Survey:
         groups = find_partly(model, inputs, error)
     found = time.perf_counter()
     if graph_module is None:
-        name, proof = _prove_all(part_subjects(model, inputs))
+        proven = _prove_all(part_subjects(model, inputs))
     else:
-        name, proof = _prove_one(shallow_twins(spec, most) if hollow else subjects(spec, model, groups))
+        proven = _prove_one(shallow_twins(spec, most) if hollow else subjects(spec, model, groups))
+    proof = proven.worst
     return Survey(
         model=spec,
         groups=len(groups),
@@ -114,13 +123,26 @@ def survey_model(spec: str, memory: float = MEMORY) -> Survey:
         seconds=round(found - built, 3),
         error=proof.error if proof is not None else float("nan"),
         control_error=proof.control_error if proof is not None else float("nan"),
-        verified=bool(proof),
-        subject=name,
+        verified=bool(proof) and proven.mapped == proven.claimed,
+        subject=proven.subject,
         verify_seconds=round(time.perf_counter() - found, 3),
         unknown_ops=" ".join(sorted({op.partition(" at node")[0] for op in groups.unknown_ops})),
         reasons=_reasons(groups),
-        failure=_failure(proof),
+        failure=_failure(proven),
+        continuous=round(_continuous(model, groups), 6),
+        symmetries=_symmetries(groups),
+        mapped=proven.mapped,
     )
+
+
+@dataclass(frozen=True)
+class Proven:
+    """The proof of a subject, or the worst of several; ``claimed`` groups are said to be mappable, ``mapped`` were."""
+
+    subject: str = ""
+    worst: Verification | None = None
+    claimed: int = 0
+    mapped: int = 0
 
 
 def _prove(subject: Subject) -> Verification:
@@ -134,24 +156,47 @@ def _prove(subject: Subject) -> Verification:
     return proof
 
 
-def _prove_one(subjects: Iterable[Subject]) -> tuple[str, Verification | None]:
+def _prove_one(subjects: Iterable[Subject]) -> Proven:
     """The first proof that succeeds, else the last one.
 
     Where rounding has grown past the tolerance other images may show that it was no more than that; an error stays.
     """
-    name, proof = "", None
+    found = Proven()
     for subject in subjects:
-        name, proof = subject.name, _prove(subject)
+        proof = _prove(subject)
+        found = Proven(subject.name, proof, len(_mappable(subject.groups)), proof.continuous)
         if proof:
             break
-    return name, proof
+    return found
 
 
-def _prove_all(parts: Iterable[Subject]) -> tuple[str, Verification | None]:
+def _prove_all(parts: Iterable[Subject]) -> Proven:
     """The worst of the proofs of all parts."""
-    proofs = {part.name: _prove(part) for part in parts}
-    name = f"each of its parts: {', '.join(proofs)}"
-    return name, min(proofs.values(), key=lambda proof: (bool(proof), -proof.error), default=None)
+    proofs = {part.name: (_prove(part), len(_mappable(part.groups))) for part in parts}
+    found = [proof for proof, _ in proofs.values()]
+    return Proven(
+        f"each of its parts: {', '.join(proofs)}",
+        min(found, key=lambda proof: (bool(proof), -proof.error), default=None),
+        sum(claimed for _, claimed in proofs.values()),
+        sum(proof.continuous for proof in found),
+    )
+
+
+def _mappable(groups: GroupSet) -> list[PermutationGroup]:
+    """Those whose symmetry is more than orders."""
+    return [group for group in groups if group.symmetry.is_continuous]
+
+
+def _continuous(model: nn.Module, groups: GroupSet) -> float:
+    """The share of parameters that lie in such groups; as in coverage, whole tensors count."""
+    names = {member.parameter for group in _mappable(groups) for member in group.members}
+    sizes = [parameter.numel() for name, parameter in model.named_parameters() if name in names]
+    return sum(sizes) / max(groups.parameter_count, 1)
+
+
+def _symmetries(groups: GroupSet) -> str:
+    counts = Counter(group.symmetry for group in _mappable(groups))
+    return ", ".join(f"{count} {symmetry}" for symmetry, count in sorted(counts.items()))
 
 
 def _reasons(groups: GroupSet) -> str:
@@ -161,9 +206,12 @@ def _reasons(groups: GroupSet) -> str:
     return "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(4))
 
 
-def _failure(proof: Verification | None) -> str:
+def _failure(proven: Proven) -> str:
+    proof = proven.worst
     if proof is None:
         return "too large to verify, and its library makes no smaller twin"
+    if proof and proven.mapped < proven.claimed:
+        return f"not proven: {proven.claimed - proven.mapped} groups were not mapped by members of their symmetry"
     if proof:
         return ""
     if proof.undecided:
@@ -217,10 +265,13 @@ def survey_zoo(
     known = {survey.model: survey for survey in read_table(table)} if table.exists() else {}
     columns = [field.name for field in dataclasses.fields(Survey)]
     table.parent.mkdir(parents=True, exist_ok=True)
-    with table.open("a", newline="") as file:
+    header = ",".join(columns)
+    goes_on = table.exists() and table.read_text().partition("\n")[0] == header
+    with table.open("a" if goes_on else "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if not table.stat().st_size:
+        if not goes_on:  # there is none, or one of fewer columns
             writer.writeheader()
+            writer.writerows(map(dataclasses.asdict, known.values()))
         missing = [name for name in names if name not in known]
         for name, found in in_processes(survey_model, missing, memory, limit, jobs):
             survey = Survey(name, failure=found) if isinstance(found, str) else found
@@ -235,57 +286,3 @@ def read_table(path: Path) -> list[Survey]:
     """The surveys in a CSV file."""
     with path.open(newline="") as file:
         return [Survey.of_row(row) for row in csv.DictReader(file)]
-
-
-def page(surveys: Iterable[Survey], cells: Sequence[Cell] = ()) -> str:
-    """A Markdown page: totals on top, merges if there are any, then what failed and why, then one line per model."""
-    rows = list(surveys)
-    good = [row for row in rows if row.verified]
-    lines = [
-        "# Coverage",
-        "",
-        "Every model below was built with random weights, traced and grouped at its own input size, and verified by",
-        "`vfsurgery zoo`: in float64, with random normalization parameters and running statistics, all groups permuted",
-        "at random at once, with negative controls. Coverage is the share of parameters that lie in a group. *Verified",
-        "on* says what the proof ran on: the model itself (on images of its own size or smaller ones), or a twin that",
-        "the same constructor makes with other arguments.",
-        "",
-        "| source | surveyed | verified | wrong | over 95 % of parameters grouped | median s, trace and groups |",
-        "|---|---|---|---|---|---|",
-        *_totals(rows),
-    ]
-    if cells:
-        lines += ["", *matrix_section(cells)]
-    failed = [row for row in rows if not row.verified]
-    if failed:
-        lines += ["", "## Not verified", "", "| model | why |", "|---|---|"]
-        lines += [f"| {row.model} | {_cell(row.failure)} |" for row in failed]
-    short = [row for row in good if row.coverage <= 0.95]
-    if short:
-        lines += ["", "## Verified, with 95 % of parameters or fewer in groups", ""]
-        lines += ["| model | coverage | indices pinned most, and ops without a rule |", "|---|---|---|"]
-        lines += [f"| {row.model} | {row.coverage:.1%} | {_cell(row.reasons)} {row.unknown_ops} |" for row in short]
-    lines += ["", "## Verified", "", "| model | groups | coverage | nodes | s | error | verified on |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    lines += [
-        f"| {row.model} | {row.groups} | {row.coverage:.2%} | {row.nodes} | {row.seconds:.2f} | {row.error:.0e} "
-        f"| {row.subject} |"
-        for row in good
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _totals(rows: Sequence[Survey]) -> Iterable[str]:
-    for source in sorted({row.model.partition(":")[0] for row in rows}):
-        mine = [row for row in rows if row.model.startswith(f"{source}:")]
-        proven = [row for row in mine if row.verified]
-        wrong = sum(row.failure.startswith("not verified") for row in mine)
-        wide = sum(row.coverage > 0.95 for row in proven)
-        seconds = sorted(row.seconds for row in proven)
-        middle = f"{seconds[len(seconds) // 2]:.2f}" if seconds else ""
-        surveyed = f"{len(mine)} of {len(model_names([source]))}" if source in SOURCES else len(mine)
-        yield f"| {source} | {surveyed} | {len(proven)} | {wrong} | {wide} | {middle} |"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
