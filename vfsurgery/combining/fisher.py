@@ -189,7 +189,8 @@ class _Squares:
     def _of_image(self, image: Tensor, rows: Tensor, shares: Tensor) -> Named:
         _, pull = vjp(lambda parameters: self.log_odds(parameters, image), self.wanted)
         (found,) = vmap(pull)(rows)
-        return {name: torch.tensordot(shares.to(value), value.square(), 1) for name, value in found.items()}
+        wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in found.items()}
+        return {name: torch.tensordot(shares.to(value), value.square(), 1) for name, value in wide.items()}
 
     def _take(self, found: Named) -> None:
         for name, value in found.items():
