@@ -172,8 +172,8 @@ def _averaged_model(problem: Problem, entries: Mapping[str, Entry], scale: float
         elif tensor.is_floating_point() and all(name in source.state for source in problem.traced):
             others = [source.state[name] for source in problem.traced]
             if all(other.shape == tensor.shape for other in others):
-                total = sum(weight * other.double() for weight, other in zip(weights, others, strict=True))
-                tensor.copy_(total / sum(weights))
+                shares = torch.tensor(weights, dtype=torch.float64, device=tensor.device) / sum(weights)
+                tensor.copy_(torch.tensordot(shares, torch.stack([other.double() for other in others]), 1))
     return merged
 
 
