@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -351,13 +352,40 @@ def test_orders_found_once_serve_again() -> None:
     torch.testing.assert_close(again(IMAGES), surgery.merge(a, b, matching="weights", **OPTIONS)(IMAGES))
 
 
-def test_three_sources_of_one_function_are_merged_to_it() -> None:
+@pytest.mark.parametrize("matching", ["weights", "activations"])
+def test_three_sources_of_one_function_are_merged_to_it(matching: str) -> None:
     model = vit()
     randomize(model, torch.Generator().manual_seed(1))
     groups = surgery.find_groups(model, IMAGES)
     sources = [model, *(planted(model, groups, seed) for seed in (6, 7))]
-    merged = surgery.merge(sources, matching="weights", **OPTIONS)
-    assert relative_error((merged(IMAGES),), (model(IMAGES),)) < 1e-4
+    data = torch.randn(200, 3, 16, 16) if matching == "activations" else None
+    merged = surgery.merge(sources, matching=matching, data=data, **OPTIONS)
+    tolerance = 1e-4 if matching == "weights" else 1e-2  # correlations are summed in float32
+    assert relative_error((merged(IMAGES),), (model(IMAGES),)) < tolerance
+
+
+def similarity_of_all(sources: list[VisionTransformer], found: Any, groups: GroupSet) -> float:
+    """Mean cosine of all matrices of all pairs of sources, aligned."""
+    states = [canonical(dict(model.state_dict()), groups).state for model in sources]
+    orders = [{}, *found]
+    cosines: list[Tensor] = []
+    for name in groups.by_parameter:
+        if states[0][name].ndim > 1:
+            each = [map_tensor(name, state[name], groups, own) for state, own in zip(states, orders, strict=True)]
+            cosines += [torch.cosine_similarity(x.flatten(), y.flatten(), 0) for x, y in combinations(each, 2)]
+    return float(torch.stack(cosines).mean())
+
+
+def test_matching_all_to_all_is_no_worse_than_to_the_first() -> None:
+    torch.manual_seed(10)
+    sources = [vit() for _ in range(3)]
+    groups = surgery.find_groups(sources[0], IMAGES)
+    options = {"imagine": False, "progress": False, "example_inputs": IMAGES}
+    first, everyone = (
+        similarity_of_all(sources, surgery.match(sources, matching=WeightMatching(scheme=scheme), **options), groups)
+        for scheme in ("reference", "iterative")
+    )
+    assert everyone > first > 0.05
 
 
 def test_sparse_sources_are_only_reordered() -> None:

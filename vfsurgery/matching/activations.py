@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from vfsurgery.matching.nested import BlockAssignment, Family, families
 from vfsurgery.matching.pairwise import mean_state
 from vfsurgery.matching.schemes import DEFAULT, MAX_ROUNDS, Scheme, align, check_scheme, units_in_order
 from vfsurgery.matching.ties import Ties, break_ties
-from vfsurgery.matching.turning import Parts, turn_by_activations
+from vfsurgery.matching.turning import Parts, mean_moments, mean_of, turn_all, turn_by_activations
 from vfsurgery.matching.weights import match_rest, match_rest_of_all
 from vfsurgery.stats.correlation import CrossMoments, mean_correlation
 
@@ -44,8 +45,7 @@ class ActivationMatching:
     pairs are correlated in the one pass over the data.
 
     With ``symmetries="all"`` spaces that allow more than orders are mapped by matrices, streams of transformers and the
-    insides of heads (:mod:`vfsurgery.matching.turning`), of every source to the first; ``"permutations"`` reorders
-    these, too.
+    insides of heads (:mod:`vfsurgery.matching.turning`); ``"permutations"`` reorders these, too.
 
     Raises:
         OptionError: there is no such scheme or choice of symmetries, or no round is allowed.
@@ -77,18 +77,41 @@ class ActivationMatching:
         ``"reference"``, the mean of those with all other sources.
         """
         if self.symmetries == "all" and Parts.of(problem.groups).any:
-            return [self._turn(problem, n, found) for n, found in enumerate(problem.correlations(), start=1)]
+            return turn_all(len(problem.states), self.scheme, partial(self._turn, problem))
         if self.scheme == "reference" or len(problem.states) == 2:
             return [match_on(problem, source, found) for source, found in enumerate(problem.correlations(), start=1)]
         return match_all(problem, problem.joint(), self.scheme, self.max_rounds)
 
-    def _turn(self, problem: Problem, source: int, moments: Mapping[str, Sequence[CrossMoments]]) -> Matching:
+    def _turn(
+        self, problem: Problem, source: int, others: Sequence[int], found: Sequence[Mapping[str, Order]]
+    ) -> Matching:
+        """Match one source to the mean of others, given what all are brought to."""
+        if list(others) == [0]:
+            moments = problem.correlations()[source - 1]
+        else:
+            pairs = problem.joint()
+            by_other = [(_between(pairs, other, source), found[other]) for other in others]
+            moments = mean_moments(problem.groups, by_other, problem.duals)
+
         def rest(smaller: Problem, orders: Mapping[str, Order]) -> Matching:
             del orders  # activations need no beginning
             names = {group.name for group in smaller.groups}
             return match_on(smaller, 1, {name: shown for name, shown in moments.items() if name in names})
 
-        return turn_by_activations(problem, source, moments, problem.duals, rest)
+        states = (mean_of(problem, others, found), problem.states[source])
+        return turn_by_activations(replace(problem, states=states), 1, moments, problem.duals, rest)
+
+
+def _between(
+    pairs: Mapping[tuple[int, int], Mapping[str, Sequence[CrossMoments]]], i: int, j: int
+) -> Mapping[str, Sequence[CrossMoments]]:
+    """The cross moments of source i, as rows, with source j, of those of pairs ``i < j``."""
+    if i < j:
+        return pairs[i, j]
+    return {
+        name: [CrossMoments(each.b, each.a, each.products.T) for each in moments]
+        for name, moments in pairs[j, i].items()
+    }
 
 
 def match_on(

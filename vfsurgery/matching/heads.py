@@ -26,7 +26,8 @@ TINY = 1e-13
 LARGEST_CONDITION = 1e6
 """Of the map of a head: a worse one would drown units in rounding, and a rotation has to do."""
 
-Moments = Mapping[str, Sequence[CrossMoments]]
+Shown = Mapping[str, Sequence[CrossMoments]]
+"""Cross moments by group name, one for each place where its units are read."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class HeadMatching:
         self,
         heads: Heads,
         a: Mapping[str, Tensor],
-        moments: Moments | None = None,
+        moments: Shown | None = None,
         duals: Mapping[str, Sequence[bool]] | None = None,
     ) -> None:
         self.heads, self.count = heads, heads.count

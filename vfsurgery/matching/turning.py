@@ -13,21 +13,24 @@ All else is matched as before, on weights that these maps have been applied to.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vfsurgery.discovery.maps import Order, map_tensor
-from vfsurgery.groups import GroupSet, PermutationGroup, Symmetry
+from vfsurgery.discovery.maps import Order, UnitMap, map_tensor
+from vfsurgery.groups import GroupSet, Permutation, PermutationGroup, Symmetry
 from vfsurgery.matching.base import Gain, Matching, Problem
-from vfsurgery.matching.heads import HeadMatching, Heads, Moments
-from vfsurgery.matching.nested import families
+from vfsurgery.matching.heads import HeadMatching, Heads, Shown
+from vfsurgery.matching.nested import families, whole_order
 from vfsurgery.matching.pairwise import mean_state
 from vfsurgery.matching.schemes import Scheme
 from vfsurgery.matching.similarity import is_matrix
-from vfsurgery.matching.streams import Orders, best_turn, crossed, evidence
+from vfsurgery.matching.streams import Orders, best_turn, crossed, evidence, scaled
+from vfsurgery.stats.correlation import CrossMoments
+from vfsurgery.stats.moments import Moments
 from vfsurgery.tracing.precision import as_real
 
 TURNS, SETTLED = 30, 1e-3
@@ -165,8 +168,52 @@ def mean_of(problem: Problem, sources: Sequence[int], found: Sequence[Orders]) -
     return mean_state(problem.groups, [problem.states[n] for n in sources], [found[n] for n in sources])
 
 
+def mean_moments(
+    groups: GroupSet,
+    others: Sequence[tuple[Shown, Orders]],
+    duals: Mapping[str, Sequence[bool]],
+) -> dict[str, tuple[CrossMoments, ...]]:
+    """Cross moments of a source with the mean of others, as if all were scaled alike: of each, and what brings it here.
+
+    Args:
+        groups: The groups of the architecture.
+        others: For each of them its cross moments with the source, by group, and what its units are brought to.
+        duals: As for :func:`turn_by_activations`.
+    """
+    first, _ = others[0]
+    return {
+        name: tuple(
+            _mean_moments(groups[name], [(shown[name][place], orders) for shown, orders in others], dual)
+            for place, dual in zip(range(len(first[name])), duals.get(name) or itertools.repeat(False), strict=False)
+        )
+        for name in first
+    }
+
+
+def _mean_moments(group: PermutationGroup, others: Sequence[tuple[CrossMoments, Orders]], dual: bool) -> CrossMoments:
+    """The same for the units of one group at one place; what they are scaled to has unit moments."""
+    total: Tensor | None = None
+    is_mapped = any(isinstance(orders.get(group.name), UnitMap) for _, orders in others)
+    for moments, orders in others:
+        products = scaled(moments) * len(moments.products) if is_mapped else moments.correlation()
+        outer, order = orders.get(group.outer), orders.get(group.name)
+        every, blocks = (Permutation(tuple(range(n))) for n in (len(products), len(products) // group.size))
+        if isinstance(outer, Permutation):
+            products = products[list(whole_order(outer, every, group.size).order)]
+        if isinstance(order, Permutation):
+            products = products[list(whole_order(blocks, order, group.size).order)]
+        elif isinstance(order, UnitMap):  # of all blocks, or one that serves each
+            matrix = (order.unmerge.T if dual else order.merge).to(products)
+            products = (matrix @ products.reshape(-1, len(matrix), products.shape[1])).view(products.shape)
+        total = products if total is None else total.add_(products)
+    assert total is not None
+    ones = torch.ones(len(total), dtype=torch.float64, device=total.device)
+    unit = Moments(1, torch.zeros_like(ones), ones)
+    return CrossMoments(unit, unit, total.div_(len(others)))
+
+
 def turn_by_activations(
-    problem: Problem, source: int, moments: Moments, duals: Mapping[str, Sequence[bool]], rest: Rest
+    problem: Problem, source: int, moments: Shown, duals: Mapping[str, Sequence[bool]], rest: Rest
 ) -> Matching:
     """Match one source to the first on cross moments of their units, and by weights where none shows them.
 

@@ -88,8 +88,10 @@ def certify_sources(surveyed: Surveyed, matched: Matched) -> Certified:
         return Certified(**vars(matched), certificates=(*certificates,), notes=(*_similarities(surveyed, matched),))
 
 
-def settle_maps(surveyed: Surveyed, certified: Certified) -> tuple[Surveyed, Matched]:
+def settle_maps(surveyed: Surveyed, certified: Certified, last: bool = False) -> tuple[Surveyed, Matched]:
     """Sources that exact maps were found for, as they are under them; with orders alone nothing changes.
+
+    For the ``last`` merge their copies in canonical form are written over, which saves a model in memory.
 
     So what averages, renormalizes and preserves reads them as if they had been trained so. Their statistics are read
     anew, if anything asks: those of rotated units do not follow from those of the units.
@@ -99,7 +101,7 @@ def settle_maps(surveyed: Surveyed, certified: Certified) -> tuple[Surveyed, Mat
         return surveyed, certified
     sources: list[Source] = []
     for source, matching in zip(grouped.sources, certified.each, strict=True):
-        aligned = source.clone() if matching.permutations else source
+        aligned = source.clone() if matching.permutations and not (last and grouped.originals) else source
         for name, tensor in source.state.items() if matching.permutations else ():
             aligned.state[name].copy_(map_tensor(name, tensor, grouped.groups, matching.permutations))
         sources.append(aligned)

@@ -122,7 +122,7 @@ def choose(grouped: Grouped, ways: Sequence[Way], terms: Terms) -> Choice:
     surveyed = plan_survey(grouped, ways, judged=len(ways) > 1)
     contest = _Contest(surveyed, ways, terms)
     if len(ways) == 1:
-        return contest.merge(ways[0])
+        return contest.merge(ways[0], last=True)
     few = None if surveyed.data is None else first(surveyed.data, SCREENED)
     place = contest.compare(few)
     way = ways[place]
@@ -221,21 +221,21 @@ class _Contest:
         before, self.surveyed = self.surveyed, with_all(self.surveyed, way)
         if way.matcher.needs_data and self.surveyed.images is not before.images:
             self._certified.clear()
-        return self.merge(way)
+        return self.merge(way, last=True)
 
-    def merge(self, way: Way, data: Batches | None = None) -> Choice:
+    def merge(self, way: Way, data: Batches | None = None, last: bool = False) -> Choice:
         """Merge in one way; ``data`` is what its passes see, by default all."""
         name = way.matcher.name
         if name not in self._certified:
             matched = match_sources(self.surveyed, way.matcher)
             self._certified[name] = certify_sources(self.surveyed, matched)
-            self._settled = {name: settle_maps(self.surveyed, self._certified[name])}  # one at a time: a model more
+            self._settled.clear()  # one at a time: a model more
             self._unmatched.discard(name)
             if not self._unmatched:
                 self.surveyed = self.surveyed.without_correlations()
         certified = self._certified[name]
         if name not in self._settled:
-            self._settled = {name: settle_maps(self.surveyed, certified)}
+            self._settled = {name: settle_maps(self.surveyed, certified, last)}
         combined = combine(*self._settled[name], way.passes, self.terms, data, way.combiner)
         return Choice(way, self.surveyed, certified, combined)
 

@@ -103,18 +103,21 @@ class Value:
 
 
 class Recorder(Runner):
-    """Runs a graph in float64 and keeps a little of every node's tensors.
+    """Runs a graph in float64, or as it is, and keeps a little of every node's tensors.
 
     Weights are raised node by node: a second model is never in memory.
     """
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, exact: bool) -> None:
         super().__init__(graph_module)
+        self.exact = exact
         self.values: dict[str, list[Value]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and keep some of its value at once: a later op may overwrite it."""
-        if n.op == "call_module":
+        if not self.exact:
+            value = super().run_node(n)
+        elif n.op == "call_module":
             with borrowed(self.fetch_attr(str(n.target)), {}, RAISED):
                 value = super().run_node(n)
         else:
@@ -127,7 +130,10 @@ class Recorder(Runner):
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a graph computes on the example inputs, in float64: what its arithmetic rounds is no pass's doing."""
+    """What a graph computes on the example inputs, in float64: what its arithmetic rounds is no pass's doing.
+
+    A graph that does not run in float64, since it makes tensors of other types itself, is run as it is.
+    """
 
     outputs: tuple[Tensor, ...]
     values: Mapping[str, list[Value]]
@@ -135,10 +141,14 @@ class Behaviour:
     @staticmethod
     def of(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Behaviour:
         """Run the graph in eval mode, with random numbers that are the same every time."""
-        recorder = Recorder(graph_module)
-        examples = [RAISED(x.clone()) for x in inputs]
-        with eval_mode(graph_module), _repeatable(inputs), Precise(torch.float64):
-            result = recorder.run(*examples)
+        recorder = Recorder(graph_module, exact=True)
+        with eval_mode(graph_module), _repeatable(inputs):
+            try:
+                with Precise(torch.float64):
+                    result = recorder.run(*(RAISED(x.clone()) for x in inputs))
+            except Exception:  # whatever an op says to two types of numbers
+                recorder = Recorder(graph_module, exact=False)
+                result = recorder.run(*(x.clone() for x in inputs))
         return Behaviour(tuple(tensors_of(result)), recorder.values)
 
 
