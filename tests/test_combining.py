@@ -212,7 +212,7 @@ def test_options_that_mean_nothing_are_refused(number):
         (Karcher(), 3, {"weights": [1, -1, 1]}, r"(?s)karcher.*takes weights from zero up.*task-arithmetic"),
         (Mean(), 2, {"weights": [1, -1]}, "a sum other than zero"),
         (WiseFT(), 2, {}, "between one model and its base"),
-        (Lines(), 2, {"traits": None}, r"(?s)no graph that tells how deep.*tensor +matrix"),
+        (Lines(), 2, {"traits": None}, r"(?s)no graph that tells how deep.*tensor +bias"),
         (TsvM(), 2, {"base": None}, r"(?s)tsv-m combines what training added to a base.*combine='mean'"),
     ],
 )  # fmt: skip

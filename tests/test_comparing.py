@@ -19,7 +19,6 @@ from vfsurgery.checkpoints import save_state_dict
 from vfsurgery.cli import main
 from vfsurgery.combining import check_ancestor
 from vfsurgery.combining.comparison import Comparison
-from vfsurgery.combining.moved import Moved
 from vfsurgery.errors import CheckpointError, IncompatibleModelsError, InvalidWeightsError, OptionError
 
 State = dict[str, Tensor]
@@ -124,13 +123,19 @@ def test_layers_add_up(compared):
     assert sum(moved.numbers for moved in layers.values()) == compared.total.numbers
 
 
-def test_parts_add_up(monkeypatch):
-    tensors = [torch.randn(7, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    whole = Moved.of(tensors[0], tensors[1:])
-    monkeypatch.setattr("vfsurgery.combining.moved.PART", 4)
-    parts = Moved.of(tensors[0], tensors[1:])
+def test_parts_add_up(monkeypatch, base, experts, compared):
+    monkeypatch.setattr("vfsurgery.combining.comparing.PART", 7)
+    parts, whole = surgery.compare(experts, base=base).total, compared.total
     assert parts.cosine(0, 1) == pytest.approx(whole.cosine(0, 1))
-    assert (parts.contested, parts.conflicts, parts.same) == (whole.contested, whole.conflicts, whole.same)
+    assert (parts.numbers, parts.contested, parts.conflicts) == (whole.numbers, whole.contested, whole.conflicts)
+    assert parts.same == whole.same
+
+
+def test_files_of_the_older_format_are_read_too(tmp_path, base, experts, compared):
+    paths = [tmp_path / f"{number}.pt" for number in range(4)]
+    for path, model in zip(paths, (base, *experts), strict=True):
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
+    assert surgery.compare(paths[1:], base=paths[0]).total == compared.total
 
 
 def test_nothing_speaks_against_siblings(base, experts, compared):

@@ -204,7 +204,7 @@ class Stream:
     def _begin(self) -> None:
         """Take up what an earlier run has left, if it is of the same work; else begin."""
         identity = hashlib.sha256(
-            json.dumps([self.belongs_to, [sheet.header.decode() for sheet in self.sheets]]).encode()
+            json.dumps([self.belongs_to, [sheet.header.decode("latin-1") for sheet in self.sheets]]).encode()
         ).hexdigest()
         lines = self._journal.read().split(b"\n")[:-1]
         sums = _left(lines, identity)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -11,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.checkpoints import EMA_WRAPPERS, read_checkpoint
-from vfsurgery.combining.base import Kind
+from vfsurgery.checkpoints.lazy import open_checkpoint
+from vfsurgery.combining.base import PART, InMemory, Kind, Store
 from vfsurgery.combining.cautions import cautions_of, outlook
 from vfsurgery.combining.comparison import Comparison, Differing, shape_text
 from vfsurgery.combining.moved import Moved
 from vfsurgery.combining.traits import traits_of_states
-from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError, explain
+from vfsurgery.errors import CheckpointError, IncompatibleModelsError, InvalidWeightsError, OptionError, explain
 from vfsurgery.tracing.wrappers import network
 
 Model: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
@@ -25,10 +28,20 @@ POSITIONS = frozenset({"pos", "position", "positions", "positional", "posembed",
 """Words in names of tables that have an entry for each place of an image."""
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A model's tensors, or shapes of those that stay in files; ``averaged`` where a file says what they are."""
+
+    state: Mapping[str, Tensor]
+    store: Store
+    averaged: bool | None = None
+
+
 def compare(sources: Sequence[Model] | Mapping[str, Model], *, base: Model) -> Comparison:
     """Compare models with the checkpoint that they were fine-tuned from, before merging them.
 
-    Looks at every tensor once, at one at a time. Which tensors are weights of layers is told by names and shapes.
+    Looks at every number once; of files, a part of a tensor is read at a time. Which tensors are weights of layers is
+    told by names and shapes.
 
     Args:
         sources: Models, state dicts or checkpoints; or a mapping from names to these.
@@ -48,11 +61,12 @@ def compare(sources: Sequence[Model] | Mapping[str, Model], *, base: Model) -> C
     """
     named = _named(sources)
     told = Path(base).name if isinstance(base, str | Path) else "the base"
-    told = str(base) if told in named else told
+    if told in named and isinstance(base, str | Path):
+        told = str(base)
     if told in named:
         raise OptionError(explain(f"{told} is a source and the base", remedy="leave it out of the sources"))
     read = {name: _read(each, name) for name, each in {told: base, **named}.items()}
-    origin, *states = [state for state, _ in read.values()]
+    origin, *states = [opened.state for opened in read.values()]
     traits = traits_of_states([origin])
     kinds = {name: trait.kind.value for name, trait in traits.items()}
     trained = [name for name, trait in traits.items() if trait.kind in (Kind.MATRIX, Kind.REST)]
@@ -64,9 +78,7 @@ def compare(sources: Sequence[Model] | Mapping[str, Model], *, base: Model) -> C
         found = [state.get(name) for state in (origin, *states)]
         whole = [each for each in found if each is not None]
         if len(whole) == len(found) and len({each.shape for each in whole}) == 1:
-            for who, each in zip(read, whole, strict=True):
-                _check_finite(who, name, each)
-            tensors[name] = Moved.of(whole[0], whole[1:])
+            tensors[name] = reduce(add, _parts(read, name))
         else:
             differing.append(Differing(name, tuple(None if each is None else tuple(each.shape) for each in found)))
     if 2 * len(tensors) < len(trained) or not tensors:
@@ -74,7 +86,7 @@ def compare(sources: Sequence[Model] | Mapping[str, Model], *, base: Model) -> C
     tables = tuple(each for each in differing if _is_table(each))
     heads = tuple(each for each in differing if each not in tables)
     comparison = Comparison(told, tuple(named), tensors, kinds, heads, tables)
-    averaged = {name: kind for name, (_, kind) in read.items()}
+    averaged = {name: opened.averaged for name, opened in read.items()}
     warned = replace(comparison, cautions=tuple(cautions_of(comparison, averaged)))
     return replace(warned, outlook=outlook(warned))
 
@@ -105,15 +117,37 @@ def _named(sources: Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
     return named
 
 
-def _read(model: Model, name: str) -> tuple[Mapping[str, Tensor], bool | None]:
-    """Its tensors, and whether they are a moving average, where a file says."""
-    if isinstance(model, nn.Module):
-        return network(model, name).state_dict(), None
-    if isinstance(model, Mapping):
-        return model, None
-    found = read_checkpoint(model)
-    part = found.part.split(".")[0]
-    return found.state, part in EMA_WRAPPERS if part else None
+def _read(model: Model, name: str) -> _Opened:
+    if isinstance(model, nn.Module | Mapping):
+        state = network(model, name).state_dict() if isinstance(model, nn.Module) else model
+        return _Opened(state, InMemory(state))
+    try:
+        found = open_checkpoint(model)
+    except CheckpointError:
+        whole = read_checkpoint(model)  # of torch's older format; what is wrong otherwise, is wrong here too
+        return _Opened(whole.state, InMemory(whole.state), _is_average(whole.part))
+    return _Opened(found.state, found, _is_average(found.part))
+
+
+def _is_average(part: str) -> bool | None:
+    return part.split(".")[0] in EMA_WRAPPERS if part else None
+
+
+def _parts(read: Mapping[str, _Opened], name: str) -> Iterator[Moved]:
+    """One tensor of all, the base first, a part at a time.
+
+    Raises:
+        InvalidWeightsError: NaN or infinite values.
+    """
+    count = next(iter(read.values())).state[name].numel()
+    for start in range(0, max(count, 1), PART):
+        parts = {who: opened.store.read(name, start, min(start + PART, count)) for who, opened in read.items()}
+        for who, part in parts.items():
+            if not bool(torch.isfinite(part).all()):
+                remedy = "check that its training did not diverge"
+                raise InvalidWeightsError(explain(f"{who} holds NaN or infinite values", parameter=name, remedy=remedy))
+        base, *others = parts.values()
+        yield Moved.of(base, others)
 
 
 def _new(origin: Mapping[str, Tensor], states: Sequence[Mapping[str, Tensor]]) -> Iterator[str]:
@@ -130,15 +164,6 @@ def _is_table(differing: Differing) -> bool:
     words = set(differing.name.replace(".", "_").lower().split("_"))
     shapes = [shape for shape in differing.shapes if shape is not None]
     return len(shapes) == len(differing.shapes) and not POSITIONS.isdisjoint(words)
-
-
-def _check_finite(who: str, name: str, tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise InvalidWeightsError(
-            explain(
-                f"{who} holds NaN or infinite values", parameter=name, remedy="check that its training did not diverge"
-            )
-        )
 
 
 def _refuse_architecture(names: Sequence[str], differing: Sequence[Differing]) -> NoReturn:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vfsurgery.combining.base import PART
-
 
 @dataclass(frozen=True)
 class Moved:
@@ -37,29 +35,24 @@ class Moved:
 
     @classmethod
     def of(cls, base: Tensor, tensors: Sequence[Tensor]) -> Moved:
-        """Of one tensor of the base and of all sources, in float64, a part at a time.
+        """Of one tensor of the base and of all sources, or of a part of it, in float64.
 
         >>> found = Moved.of(torch.tensor([1.0, 0.0]), [torch.tensor([2.0, 0.0]), torch.tensor([1.0, 3.0])])
         >>> found.norm(1), found.cosine(0, 1), found.kept(0)
         (3.0, 0.0, 1.0)
         """
-        count, flat = len(tensors), [tensor.detach().reshape(-1) for tensor in (*tensors, base)]
-        total = cls(0, 0.0, (0.0,) * count, ((0.0,) * count,) * count, 0, 0, ((True,) * (count + 1),) * (count + 1))
-        for start in range(0, base.numel(), PART):
-            parts = torch.stack([each[start : start + PART].to("cpu", torch.float64) for each in flat])
-            vectors, own = parts[:-1] - parts[-1], parts[-1]
-            up, down = (vectors > 0).sum(0), (vectors < 0).sum(0)
-            same = [[bool(torch.equal(a, b)) for b in parts] for a in parts]
-            total += cls(
-                own.numel(),
-                float(own @ own),
-                tuple((vectors @ own).tolist()),
-                tuple(map(tuple, (vectors @ vectors.T).tolist())),
-                int((up + down > 1).sum()),
-                int(((up > 0) & (down > 0)).sum()),
-                tuple(map(tuple, same)),
-            )
-        return total
+        numbers = torch.stack([each.detach().reshape(-1).to("cpu", torch.float64) for each in (*tensors, base)])
+        vectors, own = numbers[:-1] - numbers[-1], numbers[-1]
+        up, down = (vectors > 0).sum(0), (vectors < 0).sum(0)
+        return cls(
+            own.numel(),
+            float(own @ own),
+            tuple((vectors @ own).tolist()),
+            tuple(map(tuple, (vectors @ vectors.T).tolist())),
+            int((up + down > 1).sum()),
+            int(((up > 0) & (down > 0)).sum()),
+            tuple(tuple(torch.equal(a, b) for b in numbers) for a in numbers),
+        )
 
     def __add__(self, other: Moved) -> Moved:
         def plus(a: Sequence[float], b: Sequence[float]) -> tuple[float, ...]:

@@ -84,6 +84,7 @@ def combine(
         inputs=grouped.inputs,
         seed=grouped.seed,
         progress=grouped.progress,
+        own=surveyed.own,
     )
     with grouped.clock("average and renormalize"), eval_mode(target.model, target.graph_module):
         first: tuple[Pass, ...] = (Average(),)
