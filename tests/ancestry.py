@@ -31,7 +31,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "mobilenetv3_small_050": {},
 }  # fmt: skip
-LARGE = 2**14
+LARGE = 2**15
 """Larger tensors of networks are left out: tests take seconds."""
 ODD = {
     "matrix": (6, 4), "square": (6, 6), "turned": (4, 6, 2), "conv": (5, 3, 3, 3), "row": (1, 7), "no_rows": (0, 3),

@@ -15,10 +15,8 @@ from vfsurgery.errors import OptionError
 from vfsurgery.testing import check_combiner
 from vfsurgery.testing.nets import NETS
 
-OWN = [name for name in COMBINERS if not getattr(COMBINERS[name], "needs_data", False)]
 
-
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", COMBINERS)
 def test_methods_of_the_library_conform(name):
     check_combiner(COMBINERS[name](), nets=["grouped"])
 

@@ -83,7 +83,7 @@ def test_all_methods_are_in_the_tests():
 
 
 def needs_data(name: str) -> bool:
-    return getattr(COMBINERS[name], "needs_data", False)
+    return COMBINERS[name].needs_data
 
 
 def order_does_not_matter(net: Case, method: Combiner) -> None:

@@ -6,8 +6,9 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ from vfsurgery.discovery.finding import trace
 from vfsurgery.errors import OptionError
 from vfsurgery.testing.nets import NETS, example_images, make_net
 from vfsurgery.testing.watching import expect, first_change, untouched
+from vfsurgery.tracing.sources import Source
 
 TOLERANCE = 1e-8
 """In float64, relative to what is compared: decompositions of matrices have their own."""
-COUNTS = (1, 2, 3)
+COUNTS, IMAGES = (1, 2, 3), 16
 
 
 class Odd(nn.Module):
@@ -51,6 +53,17 @@ class Case:
     base: nn.Module
     sources: Sequence[nn.Module]
     traits: Mapping[str, Trait]
+    traced: dict[nn.Module, Source] = field(default_factory=dict[nn.Module, Source])
+
+    def looked_at(self, combiner: Combiner, models: Sequence[nn.Module]) -> dict[str, Any]:
+        """What a method that looks at data gets besides tensors: graphs, and images, the same for all."""
+        if not combiner.needs_data:
+            return {}
+        for model in models:
+            if model not in self.traced:
+                self.traced[model] = Source.of(model, trace(model, example_images(2, dtype=torch.float64)))
+        images = example_images(IMAGES, dtype=torch.float64)
+        return {"traced": [self.traced[model] for model in models], "images": lambda _: iter([images])}
 
 
 def check_combiner(combiner: Combiner, *, nets: Sequence[str] | None = None, registered: bool = True) -> None:
@@ -64,7 +77,8 @@ def check_combiner(combiner: Combiner, *, nets: Sequence[str] | None = None, reg
 
     Args:
         combiner: An instance.
-        nets: Names of :data:`~vfsurgery.testing.NETS`; all by default. Odd shapes are checked always.
+        nets: Names of :data:`~vfsurgery.testing.NETS`; all by default. Odd shapes are checked always, but for methods
+            that look at data.
         registered: Whether its name is to be found in the registry.
 
     Raises:
@@ -85,7 +99,8 @@ def check_combiner(combiner: Combiner, *, nets: Sequence[str] | None = None, reg
             f"combining method {combiner.name!r} is not registered under its name",
             remedy="put @register_combiner over it, or check_combiner(..., registered=False)",
         )
-    for case in [_odd(), *(_net(name) for name in (NETS if nets is None else nets))]:
+    cases = [] if combiner.needs_data else [_odd()]  # which is no network
+    for case in [*cases, *(_net(name) for name in (NETS if nets is None else nets))]:
         accepted = [count for count in COUNTS if _accepts(combiner, case, count)]
         expect(bool(accepted), f"combining method {combiner.name!r} refuses any number of sources from 1 to 3")
         for count in accepted:
@@ -126,12 +141,13 @@ def _case(name: str, base: nn.Module, traits: Mapping[str, Trait]) -> Case:
 def _combined(combiner: Combiner, case: Case, sources: Sequence[nn.Module]) -> dict[str, Tensor]:
     states = [source.state_dict() for source in sources]
     notes: list[str] = []
-    found = combine_states(states, combiner, base=case.base.state_dict(), traits=case.traits, seed=1, notes=notes)
+    base, looked_at = case.base.state_dict(), case.looked_at(combiner, sources)
+    found = combine_states(states, combiner, base=base, traits=case.traits, seed=1, notes=notes, **looked_at)
     expect(all(isinstance(note, str) for note in notes), f"{combiner.name!r} notes what is no sentence", notes=notes)
     return found
 
 
-def _problem(case: Case, count: int) -> Problem:
+def _problem(combiner: Combiner, case: Case, count: int) -> Problem:
     stores = [InMemory(source.state_dict()) for source in case.sources[:count]]
     base = case.base.state_dict()
     entries = [
@@ -139,12 +155,12 @@ def _problem(case: Case, count: int) -> Problem:
               math.prod(base[name].shape))
         for name, trait in case.traits.items() if trait.kind in TRAINED
     ]  # fmt: skip
-    return Problem(lambda: iter(entries), count, seed=1)
+    return Problem(lambda: iter(entries), count, seed=1, **case.looked_at(combiner, case.sources[:count]))
 
 
 def _accepts(combiner: Combiner, case: Case, count: int) -> bool:
     try:
-        combiner.plan(_problem(case, count))
+        combiner.plan(_problem(combiner, case, count))
     except OptionError:
         return False
     return True
@@ -189,7 +205,7 @@ def _check_on(combiner: Combiner, case: Case, count: int) -> None:
 
 def _check_tensors(where: str, combiner: Combiner, case: Case, count: int) -> None:
     """Shapes and dtypes of what it gives, and whether parts can be told from wholes."""
-    problem = _problem(case, count)
+    problem = _problem(combiner, case, count)
     combined = combiner.plan(problem)
     for entry in problem.parts() if combiner.elementwise else problem.entries():
         found = combined(entry)
