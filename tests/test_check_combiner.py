@@ -58,7 +58,7 @@ MISTAKES = [
     (lambda entry, total: total.float(), r"(?s)another shape or dtype.*tensor +matrix.*float32.*float64"),
     (lambda entry, total: total.reshape(-1), "another shape or dtype"),
     (into_a_source, "changed a model that it was to read only"),
-    (lambda entry, total: total + 0 * torch.rand(1), "global random state"),
+    (lambda entry, total: total + 0 * float(torch.rand(1)), "global random state"),
     (counting, r"(?s)gives other numbers the second time.*entry.generator"),
     (lambda entry, total: total / 0, "values that are not finite"),
     (lambda entry, total: total + 0.01, r"(?s)moves what no source moved.*zero task vectors stay zero"),

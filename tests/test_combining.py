@@ -23,6 +23,7 @@ from vfsurgery.combining import (
     IsoCTS,
     Karcher,
     Kind,
+    Knots,
     Lines,
     Mean,
     ModelStock,
@@ -47,7 +48,7 @@ METHODS: dict[str, Combiner] = {
     "multislerp": MultiSlerp(), "karcher": Karcher(), "model-stock": ModelStock(), "sce": Sce(density=0.5),
     "consensus": Consensus(), "consensus-ties": Consensus(of="ties"), "emr": Emr(), "lines": Lines(),
     "lines-ties": Lines(of="ties"), "tsv-m": TsvM(), "iso-c": IsoC(), "iso-cts": IsoCTS(), "wudi": Wudi(),
-    "slerp": Slerp(), "nuslerp": NuSlerp(by_row=True),
+    "slerp": Slerp(), "nuslerp": NuSlerp(by_row=True), "knots": Knots(density=0.5), "knots-sum": Knots(merge="sum"),
 }  # fmt: skip
 EXPERT: dict[str, Combiner] = {
     "mean": Mean(), "task-arithmetic": TaskArithmetic(), "ties": Ties(density=1.0),
@@ -211,7 +212,7 @@ def test_options_that_mean_nothing_are_refused(number):
         (Karcher(), 3, {"weights": [1, -1, 1]}, r"(?s)karcher.*takes weights from zero up.*task-arithmetic"),
         (Mean(), 2, {"weights": [1, -1]}, "a sum other than zero"),
         (WiseFT(), 2, {}, "between one model and its base"),
-        (Lines(), 2, {"traits": None}, r"(?s)no graph that tells how deep.*tensor +matrix"),
+        (Lines(), 2, {"traits": None}, r"(?s)no graph that tells how deep.*tensor +bias"),
         (TsvM(), 2, {"base": None}, r"(?s)tsv-m combines what training added to a base.*combine='mean'"),
     ],
 )  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 import vfsurgery as surgery
 from vfsurgery.discovery.verification import TOLERANCE, relative_error
 from vfsurgery.errors import CertificateError, DataError, OptionError, SurgeryError
-from vfsurgery.passes import PASSES, Context, Pass, Pipeline, Repair
+from vfsurgery.passes import PASSES, Context, Pass, Pipeline, Repair, contract
 from vfsurgery.passes.contract import check_order
 from vfsurgery.testing import make_net
 
@@ -349,6 +349,32 @@ def test_half_precision_may_round_but_not_lie():
     surgery.run_passes(model, nearly(factor=1 + 2**-7), example_inputs=x)
     with pytest.raises(CertificateError, match="in bfloat16"):
         surgery.run_passes(model, nearly(factor=2.0), example_inputs=x)
+
+
+class Drowned(nn.Module):
+    """What its first layer gives is nearly lost in float32: the sum rounds it to hundredths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x) + 1e5 - 1e5)
+
+
+def test_what_arithmetic_rounds_is_not_put_down_to_a_pass(monkeypatch):
+    @surgery.register_pass(preserves_function=True)
+    def moved(graph_module, context, *, back: float = 1 / 3):
+        graph_module.first.weight.mul_(3.0)
+        graph_module.first.bias.mul_(3.0)
+        graph_module.last.weight.mul_(back)
+
+    monkeypatch.setattr(contract, "ROUNDING_FACTOR", 0)
+    model, x = Drowned().eval(), torch.randn(3, 4)
+    found = surgery.run_passes(model, moved(), example_inputs=x)
+    assert relative_error((found(x),), (model(x),)) > EXACT  # as float32 has it
+    with pytest.raises(CertificateError, match="does not"):
+        surgery.run_passes(model, moved(back=0.334), example_inputs=x)
 
 
 def test_an_output_of_another_shape_is_no_preserved_function():

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import vfsurgery as surgery
+from vfsurgery.data.labels import draw_labels
 from vfsurgery.errors import DataError, InvalidWeightsError, OptionError
 from vfsurgery.pruning import DiagonalFisher, Masks, WoodFisher
 from vfsurgery.pruning.base import Pruning
-from vfsurgery.pruning.gradients import Gradients, Part, draw_labels, slabs
+from vfsurgery.pruning.gradients import Gradients, Part, slabs
 from vfsurgery.pruning.inverse_fisher import InverseFisher
-from vfsurgery.pruning.layers import Layout, prunable
+from vfsurgery.pruning.layers import prunable
 from vfsurgery.pruning.woodfisher import best_weights, even_blocks, summed_steps
+from vfsurgery.stats.inputs import Layout
 
 DAMP = 1e-3
 EXACT = 1e-9

@@ -50,11 +50,8 @@ ONLY_IN = {
         "recipes/wording.py",
     ],
     "click": [
-        *(
-            f"cli/{name}.py"
-            for name in ("__init__", "cards", "compare", "diagnose", "groups", "jobs", "merge", "options")
-        ),
-        *(f"cli/{name}.py" for name in ("prune", "push", "replay", "run", "words", "zoo")),
+        *(f"cli/{name}.py" for name in ("__init__", "cards", "combine", "compare", "diagnose", "groups", "jobs")),
+        *(f"cli/{name}.py" for name in ("merge", "options", "prune", "push", "replay", "run", "words", "zoo")),
     ],
     "tqdm": ["data/progress.py"],
     "matplotlib": ["rendering/figures.py"],

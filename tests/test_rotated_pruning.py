@@ -261,6 +261,11 @@ def test_streams_that_the_forward_cannot_lose_units_of_stay_whole() -> None:
     assert not found.rotated and "g0" in {group.group for group in found.left_whole}
 
 
+def with_a_faint_scale(model: nn.Module) -> nn.Module:
+    model.get_parameter("norm.weight").data[0] = 1e-12
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -268,8 +273,9 @@ def test_streams_that_the_forward_cannot_lose_units_of_stay_whole() -> None:
         (lambda: Encoder(norm_first=False).double(), "finds no stream.*groups"),
         (lambda: Block().half(), "half precision.*float"),
         (lambda: surgery.prune(made("block"), 0.5, progress=False), "would fill zeros"),
+        (lambda: with_a_faint_scale(made("without qkv biases")), "g0.*near zero"),
     ],
-    ids=["convolutions", "norm last", "half", "sparse"],
+    ids=["convolutions", "norm last", "half", "sparse", "faint scale"],
 )
 def test_networks_that_cannot_be_rotated_are_refused(make: Callable[[], nn.Module], words: str) -> None:
     model = make()
@@ -277,12 +283,3 @@ def test_networks_that_cannot_be_rotated_are_refused(make: Callable[[], nn.Modul
     x = torch.randn(2, 3, side, side).to(next(model.parameters()).dtype)
     with pytest.raises(OptionError, match=f"(?s){words}"):
         pruned(model, data=None, example_inputs=x)
-
-
-def test_a_weight_that_cannot_be_folded_away_is_told() -> None:
-    model = made("swin")
-    norm = next(module for path, module in model.named_modules() if path.endswith("layers.1.downsample.norm"))
-    with torch.no_grad():
-        norm.weight[0] = 1e-12
-    found = pruned(model) if len(rotation_of(model).left) < len(rotation_of(model).streams) else model
-    assert "is not rotated: " in str(surgery.report_of(found))

@@ -15,8 +15,8 @@ from tiny_nets import Outputs
 from torch import Tensor, nn
 
 from vfsurgery.pruning import selection
-from vfsurgery.pruning.layers import Layout
 from vfsurgery.pruning.selection import by_row, in_pattern, keep_most_salient, kept_count, largest
+from vfsurgery.stats.inputs import Layout
 
 LAYERS = {
     "linear": nn.Linear(8, 6),

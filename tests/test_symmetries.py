@@ -193,7 +193,7 @@ def test_a_factor_counts_unless_it_can_be_folded(again: bool, symmetry: Symmetry
 
 
 class ScaledMaps(nn.Module):
-    """Two 1 x 1 convolutions with a factor for each channel between them, which ``shaped`` brings to the shape of maps."""
+    """Two 1 x 1 convolutions with a factor for each channel between them, in a shape that ``shaped`` gives it."""
 
     def __init__(self, shaped: Callable[[Tensor], Tensor], again: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from vfsurgery.cli.combine import combine_checkpoints
 from vfsurgery.cli.compare import compare_checkpoints
 from vfsurgery.cli.diagnose import diagnose_checkpoint
 from vfsurgery.cli.groups import groups
@@ -70,6 +71,8 @@ def main() -> None:
     Merge two checkpoints of one architecture:
       vfsurgery merge a.safetensors b.pt --model timm:resnet18 \\
           --data imagefolder:photos -o ab.safetensors
+    Combine checkpoints that were fine-tuned from one, file to file:
+      vfsurgery combine base.pt cars.pt pets.pt --method ties -o both.safetensors
     Prune a checkpoint and give its units their statistics back:
       vfsurgery prune a.pt --model timm:resnet18 --sparsity 0.8 \\
           --data imagefolder:photos --renormalize auto -o p.safetensors
@@ -79,8 +82,8 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(run, plan_recipe, check_recipe, recipe_schema, merge_checkpoints, prune_checkpoint, renormalize_checkpoint),
-    *(replay, push, diagnose_checkpoint, compare_checkpoints, groups, survey_zoo),
+    *(run, plan_recipe, check_recipe, recipe_schema, merge_checkpoints, combine_checkpoints, prune_checkpoint),
+    *(renormalize_checkpoint, replay, push, diagnose_checkpoint, compare_checkpoints, groups, survey_zoo),
 )
 for command in COMMANDS:
     main.add_command(command)

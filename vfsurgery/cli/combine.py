@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 
@@ -23,10 +23,9 @@ from vfsurgery.cli.options import (
 )
 from vfsurgery.combining import COMBINERS, Combiner
 from vfsurgery.combining.files import DTYPES, FileReport, beside, combine_files
-from vfsurgery.errors import OptionError, explain
+from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.networks.architectures import FORMS
 from vfsurgery.passes.options import build
-from vfsurgery.recipes.wording import refuse_unknown
 
 PATH = click.Path(path_type=Path)
 
@@ -106,7 +105,8 @@ def combine_into(base: Path, sources: Sequence[Path], output: Path, **options: A
 
 def method_of(name: str, given: Sequence[str]) -> Combiner:
     """A method with options as they are written: ``density=0.2``, ``scope=tensor``."""
-    refuse_unknown("combining method", (name,), COMBINERS)
+    if name not in COMBINERS:
+        raise OptionError(explain(f"unknown combining method {name!r}", remedy=did_you_mean(name, COMBINERS)))
     read: dict[str, object] = {}
     for text in given:
         option, separator, value = text.partition("=")
@@ -116,4 +116,4 @@ def method_of(name: str, given: Sequence[str]) -> Combiner:
             read[option] = json.loads(value)
         except ValueError:
             read[option] = value
-    return build(cast("type[Combiner]", COMBINERS[name]), read, "combining method")
+    return build(COMBINERS[name], read, "combining method")

@@ -21,10 +21,13 @@ from vfsurgery.combining.dropping import Della as Della
 from vfsurgery.combining.emr import Emr as Emr
 from vfsurgery.combining.factoring import SavedAdapter as SavedAdapter
 from vfsurgery.combining.factoring import save_adapter as save_adapter
+from vfsurgery.combining.fisher import Fisher as Fisher
 from vfsurgery.combining.iso import IsoC as IsoC
 from vfsurgery.combining.iso import IsoCTS as IsoCTS
 from vfsurgery.combining.knots import Knots as Knots
 from vfsurgery.combining.model_stock import ModelStock as ModelStock
+from vfsurgery.combining.regmean import RegMean as RegMean
+from vfsurgery.combining.regmean import RegMeanPlusPlus as RegMeanPlusPlus
 from vfsurgery.combining.running import combine_states as combine_states
 from vfsurgery.combining.sce import Sce as Sce
 from vfsurgery.combining.spheres import Karcher as Karcher

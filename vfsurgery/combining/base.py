@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.registry import Registry
+from vfsurgery.tracing.sources import Source
 
 PART = 2**18
 """Numbers of a tensor that methods which work number by number are given at a time: a few stay in a CPU's cache. Draws
@@ -166,18 +167,30 @@ Combined: TypeAlias = Callable[[Entry], Tensor]
 """From a tensor of all sources to one task vector, in the shape of :meth:`Entry.origin`."""
 
 
+Images: TypeAlias = Callable[[int], Iterator[Tensor]]
+"""Batches of images by number of the source; all of them may have the same."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """All that a method may look at.
 
     ``entries()`` goes through all trained tensors, in a fixed order, each whole; ``notes`` are sentences for the
-    report.
+    report. A method that :attr:`~Combiner.needs_data` gets the sources with their graphs, by canonical names of
+    tensors, and ``images(i)``, batches of images ``(batch, channels, height, width)`` of what source ``i`` is for.
     """
 
     entries: Callable[[], Iterator[Entry]]
     sources: int
     seed: int = 0
     notes: list[str] = field(default_factory=list[str])
+    traced: Sequence[Source] = ()
+    images: Images | None = None
+
+    def images_of(self, source: int) -> Iterator[Tensor]:
+        """Batches of images of what a source is for."""
+        assert self.images is not None  # Combination refuses methods that need them
+        return self.images(source)
 
     def parts(self) -> Iterator[Entry]:
         """The same in parts."""
@@ -194,6 +207,7 @@ class Combiner:
     - ``elementwise``: every number of the result depends on the numbers at the same place alone (and on what ``plan``
       found out beforehand), so tensors come in parts;
     - ``needs_base``: task vectors mean something, whole weights do not;
+    - ``needs_data``: it runs the sources on images;
     - ``ordered``: with equal weights it matters still which source comes first, as where each has draws of its own;
     - ``decomposes``: it takes the singular vectors of matrices, which is dear for large ones;
     - ``scale``: what the combined task vector is multiplied by.
@@ -202,6 +216,7 @@ class Combiner:
     name: ClassVar[str]
     elementwise: ClassVar[bool] = False
     needs_base: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = False
     ordered: ClassVar[bool] = False
     decomposes: ClassVar[bool] = False
     scale: float = 1.0

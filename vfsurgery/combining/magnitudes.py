@@ -119,7 +119,8 @@ def largest_of_each(
     around: list[tuple[int, int]] = []
     if drawn and 0 < keep < total:
         ranks = np.sort(np.concatenate(drawn, axis=1), axis=1)
-        around = [found for row in ranks if (found := _bracket(row, keep / total, MOST // sources))]
+        brackets = (_bracket(row, keep / total, MOST // sources) for row in ranks)
+        around = [bracket for bracket in brackets if bracket]
     del drawn
     if len(around) < sources:
         return [_alone(parts, source, keep) for source in range(sources)]

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vfsurgery.combining.base import Combiner, Entry, InMemory, Kind, Problem, Store, Trait
+from vfsurgery.combining.base import Combiner, Entry, Images, InMemory, Kind, Problem, Store, Trait
 from vfsurgery.combining.traits import traits_of_states
 from vfsurgery.data.progress import progress
 from vfsurgery.errors import OptionError, explain
+from vfsurgery.tracing.sources import Source
 
 TRAINED = (Kind.MATRIX, Kind.REST)
 FEWEST, SAMPLE = 32, 1 << 14
@@ -36,7 +37,8 @@ class Combination:
     """What is combined: the sources' stores and weights, the base's if there is one, what tensors there are, and how.
 
     Iterate :meth:`parts` for the result. Tensors come by name, whatever their order in files, since ties go by place.
-    ``notes`` are for the report; ``shown`` has bars for what goes through all tensors before.
+    ``notes`` are for the report; ``shown`` has bars for what goes through all tensors before. ``traced`` and ``images``
+    are for methods that look at data.
     """
 
     listing: Listing
@@ -47,6 +49,8 @@ class Combination:
     seed: int = 0
     notes: list[str] = field(default_factory=list[str])
     shown: bool = False
+    traced: Sequence[Source] = ()
+    images: Images | None = None
 
     def __post_init__(self) -> None:
         if self.combiner.needs_base and self.base is None:
@@ -54,6 +58,14 @@ class Combination:
                 explain(
                     f"{self.combiner.name} combines what training added to a base, and there is none",
                     remedy="base= the checkpoint that all were fine-tuned from; combine='mean' needs none",
+                )
+            )
+        if self.combiner.needs_data and (self.images is None or len(self.traced) != len(self.stores)):
+            raise OptionError(
+                explain(
+                    f"{self.combiner.name} runs the sources on images, and there are tensors alone",
+                    remedy="surgery.merge(models, combine=..., data=images) has both; combine='task-arithmetic' needs "
+                    "neither",
                 )
             )
 
@@ -70,7 +82,8 @@ class Combination:
             for name in progress(names, f"{self.combiner.name}: looking at all tensors", enabled=self.shown):
                 yield self._entry(name, traits[name])
 
-        combined = self.combiner.plan(Problem(trained, len(self.stores), self.seed, self.notes))
+        problem = Problem(trained, len(self.stores), self.seed, self.notes, self.traced, self.images)
+        combined = self.combiner.plan(problem)
         for name, trait in traits.items():
             if name in skip:
                 continue
@@ -148,6 +161,8 @@ def combine_states(
     traits: Mapping[str, Trait] | None = None,
     seed: int = 0,
     notes: list[str] | None = None,
+    traced: Sequence[Source] = (),
+    images: Images | None = None,
 ) -> dict[str, Tensor]:
     """Combine state dicts in memory.
 
@@ -159,6 +174,8 @@ def combine_states(
         traits: What the tensors are; by default what names and shapes tell.
         seed: Of random draws.
         notes: Takes sentences for a report.
+        traced: The sources with their graphs, for methods that look at data.
+        images: Batches of images for each, by its number, for these methods.
 
     Returns:
         New tensors, of the base's dtypes, or of the first source's where it has none.
@@ -186,8 +203,13 @@ def combine_states(
         check_weights_of(len(states), weights),
         seed,
         [] if notes is None else notes,
+        traced=traced,
+        images=images,
     )
-    found = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in listing.shapes.items()}
+    found = {
+        name: torch.empty(shape, dtype=dtypes[name], device=first[name].device)
+        for name, shape in listing.shapes.items()
+    }
     for name, start, part in combination.parts():
         found[name].view(-1)[start : start + part.numel()] = part
     return found

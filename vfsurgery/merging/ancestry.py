@@ -13,7 +13,7 @@ from vfsurgery.combining.running import check_weights_of
 from vfsurgery.combining.traits import traits_of_graph, with_heads
 from vfsurgery.data.batches import Batches, Data
 from vfsurgery.data.holdout import Interleaved
-from vfsurgery.errors import IncompatibleModelsError, InvalidWeightsError, OptionError, did_you_mean, explain
+from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, OptionError, did_you_mean, explain
 from vfsurgery.matching import Identity, Matcher
 from vfsurgery.merging.surveyed import Way
 from vfsurgery.passes.base import Pass
@@ -39,6 +39,7 @@ GRID: Mapping[str, tuple[float, ...]] = {
     "ties": (0.5, 0.8, 1.0, 1.3),
     "tsv-m": (0.5, 1.0, 1.5),
     "iso-c": (0.5, 1.0, 1.5, 2.0),
+    "regmean": (1.0,),
 }
 """What ``combine="auto"`` tries with images to judge by: methods, and scales of each."""
 
@@ -216,6 +217,18 @@ def _combiners(combine: Combining | None, scale: Scale, count: int) -> tuple[Com
     if not scales or any(isinstance(each, bool) or not isinstance(each, int | float) for each in scales):
         raise OptionError(explain(f"scale is one number or several, not {scale!r}", remedy="scale=[0.3, 0.5, 1.0]"))
     return tuple(combine.scaled(each) for each in scales)
+
+
+def check_data(plan: Plan, has_data: bool) -> None:
+    """Refuse methods that look at images where there are none.
+
+    Raises:
+        DataError: names the method.
+    """
+    for combiner in () if has_data or plan.open else plan.combiners:
+        if combiner.needs_data:
+            remedy = "pass data=, or data='imagined'; data={0: images, 1: images} where tasks differ"
+            raise DataError(explain(f"combine={combiner.name!r} needs data", remedy=remedy))
 
 
 def _flops(state: Mapping[str, Tensor], weights: Sequence[float]) -> float:

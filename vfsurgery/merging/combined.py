@@ -84,12 +84,16 @@ def combine(
         inputs=grouped.inputs,
         seed=grouped.seed,
         progress=grouped.progress,
+        own=surveyed.own,
     )
     with grouped.clock("average and renormalize"), eval_mode(target.model, target.graph_module):
         first: tuple[Pass, ...] = (Average(),)
         if combiner is not None and (given := terms.ancestry) is not None:
-            options = {"base": given.base, "weights": given.weights, "traits": given.traits, "line": given.line}
-            first = (Combine(combiner=combiner, **options),)
+            first = (
+                Combine(
+                    combiner=combiner, base=given.base, weights=given.weights, traits=given.traits, line=given.line
+                ),
+            )
         # folded right away, since the next normalization reads weights
         folded = tuple(step for normalization in passes for step in (normalization, Fold()))
         if terms.masks is not None:

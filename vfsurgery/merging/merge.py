@@ -13,7 +13,7 @@ from vfsurgery.errors import DataError, OptionError, did_you_mean, explain, warn
 from vfsurgery.matching import MATCHERS, Given, Identity, Matcher, Orders
 from vfsurgery.matching.base import SYMMETRIES, check_symmetries
 from vfsurgery.merging.aligned import match_sources
-from vfsurgery.merging.ancestry import Combining, Scale, fitting_to, images_apart, plan_combining
+from vfsurgery.merging.ancestry import Combining, Scale, check_data, fitting_to, images_apart, plan_combining
 from vfsurgery.merging.budget import Budget, plan_prefix
 from vfsurgery.merging.choosing import choose, sensible
 from vfsurgery.merging.combined import Terms
@@ -206,6 +206,7 @@ def merge(
     if combining is not None:
         matching, renormalize = fitting_to(combining, matching, renormalize, alpha)
         imagine = imagine and combining.aligned
+        check_data(combining, data is not None)
     planned = plan_shares(len(models), alpha, weights) if combining is None else equal_shares(len(models))
     imagine = asks_for_images(matching, renormalize) and imagine
     data, apart = images_apart(data, len(models))

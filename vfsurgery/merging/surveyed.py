@@ -47,8 +47,8 @@ class Surveyed:
     ``data`` is what passes may see and ``held_out`` what ways are judged on; ``pairs`` are the sites where units are
     correlated between sources, ``units`` those whose moments are taken, and ``images`` what both are read on.
     ``joint`` and ``all_pairs`` say which sources are correlated, as for :func:`~vfsurgery.stats.collect.survey`.
-    ``known`` are statistics that were read before. ``apart`` are the held-out images of each source, where they were
-    given apart.
+    ``known`` are statistics that were read before. ``own`` are the images of each source, where they were given
+    apart, and ``apart`` those of them that are held out.
     """
 
     grouped: Grouped
@@ -61,6 +61,7 @@ class Surveyed:
     all_pairs: bool
 
     known: Survey | None = None
+    own: tuple[Batches, ...] = ()
     apart: tuple[Batches, ...] = ()
 
     @cached_property
@@ -95,13 +96,14 @@ def plan_survey(grouped: Grouped, ways: Sequence[Way], judged: bool = False) -> 
     matchers = [way.matcher for way in ways if way.matcher.needs_data]
     passes = [step for way in ways for step in way.passes]
     data, held_out, images = grouped.data, None, None
-    apart: tuple[Batches, ...] = ()
+    own, apart = grouped.own, tuple[Batches, ...]()
     if judged and data is not None:
         every = every_for(data)
         data, held_out = split(data, every)
         if grouped.own:  # of each its own share, so that none is judged on what statistics have seen
             parts = [split(each, every) for each in grouped.own]
-            data, apart = mixed([rest for rest, _ in parts]), tuple(held for _, held in parts)
+            own, apart = tuple(rest for rest, _ in parts), tuple(held for _, held in parts)
+            data = mixed(own)
         images = first(data, SURVEYED)
     elif any(step.holds_out() for step in passes):
         data, held_out = split(data)
@@ -117,6 +119,7 @@ def plan_survey(grouped: Grouped, ways: Sequence[Way], judged: bool = False) -> 
         units=units,
         joint=any(getattr(matcher, "needs_joint", False) for matcher in matchers),
         all_pairs=any(getattr(matcher, "needs_pairs", False) for matcher in matchers),
+        own=own,
         apart=apart,
     )
 
@@ -129,7 +132,7 @@ def with_all(surveyed: Surveyed, way: Way) -> Surveyed:
     whole = plan_survey(surveyed.grouped, [way])
     if surveyed.images is surveyed.data:
         return whole
-    return replace(surveyed, data=whole.data, held_out=whole.held_out, known=surveyed.taken)
+    return replace(surveyed, data=whole.data, own=whole.own, held_out=whole.held_out, known=surveyed.taken)
 
 
 def can_judge(data: Batches | None) -> bool:

@@ -81,6 +81,8 @@ class Context:
     function, each with the relative error of the outputs. ``restructured`` is set where the model's own forward cannot
     follow what passes did to the graph.
 
+    ``own`` are the images of each source, where they were given apart; ``data`` are then those of all.
+
     ``beside`` is there where the model has one reference that need not be of its architecture: then only layers with a
     partner there are corrected. ``folded`` has the weights that something was folded into, in order, with the scales
     and shifts.
@@ -103,6 +105,7 @@ class Context:
     beside: Beside | None = None
     folded: list[tuple[str, Tensor, Tensor]] = field(default_factory=list[tuple[str, Tensor, Tensor]])
     layer_weights: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
+    own: Sequence[Batches] = ()
 
     def weights_of(self, name: str) -> Sequence[float]:
         """The sources' shares in one parameter or buffer, and in the units that a weight of this name makes."""
@@ -115,6 +118,10 @@ class Context:
     def images(self, label: str) -> Iterator[Tensor]:
         """One pass over the calibration images, with a progress bar."""
         return calibration_images(self.data, label, self.progress)
+
+    def images_of(self, source: int, label: str) -> Iterator[Tensor]:
+        """One pass over the images of one source, with a progress bar; all have the same if none were given apart."""
+        return calibration_images(self.own[source] if self.own else self.data, label, self.progress)
 
     def held_out_images(self, label: str) -> Iterator[Tensor]:
         """One pass over the held-out images, with a progress bar."""

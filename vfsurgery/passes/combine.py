@@ -17,7 +17,7 @@ from vfsurgery.combining.running import TRAINED, Combination, Listing
 from vfsurgery.discovery.maps import Order, map_tensor
 from vfsurgery.groups import GroupSet
 from vfsurgery.passes.base import Context, Pass
-from vfsurgery.tracing.sources import canonical_state
+from vfsurgery.tracing.sources import Source, canonical_state
 
 Base: TypeAlias = Mapping[str, Tensor] | Literal["first", "mean"] | None
 """A checkpoint's tensors by canonical key; or the first aligned source, or the mean of all."""
@@ -53,12 +53,28 @@ class Combine(Pass):
         if isinstance(self.base, Mapping):
             base = InMemory(self.base)
         listing = Listing(shapes, dtypes, {name: self.traits[name] for name in targets})
-        combination = Combination(listing, stores, base, self.combiner, self.weights, context.seed, context.notes)
+        combination = Combination(
+            listing, stores, base, self.combiner, self.weights, context.seed, context.notes,
+            traced=self._traced(context),
+            images=lambda source: context.images_of(source, f"{self.combiner.name}: source {source}"),
+        )  # fmt: skip
         if self.line is not None:
             self.line.write(combination, [{**orders} for orders in context.permutations], targets)
             return graph_module
         _write(combination, targets)
         return graph_module
+
+    def _traced(self, context: Context) -> list[Source]:
+        """The sources to be run on images, with their units in the order of the first."""
+        if not self.combiner.needs_data:
+            return []
+        found: list[Source] = []
+        for source, orders in zip(context.sources, context.permutations, strict=True):
+            aligned = source.clone() if orders else source
+            for name, tensor in source.state.items() if orders else ():
+                aligned.state[name].copy_(map_tensor(name, tensor, context.groups, orders))
+            found.append(aligned)
+        return found
 
 
 def _write(combination: Combination, targets: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor, fx
 from vfsurgery.discovery.verification import TOLERANCE, outputs_of, relative_error
 from vfsurgery.errors import CertificateError, DataError, OptionError, explain
 from vfsurgery.passes.base import Context, Pass
-from vfsurgery.stats.precision import image_dtype
+from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.excerpts import Runner, describe_node
-from vfsurgery.tracing.precision import is_inexact, raised
+from vfsurgery.tracing.precision import Precise, is_inexact, raised, real
 from vfsurgery.tracing.sources import canonical_state, eval_mode
 from vfsurgery.tracing.values import tensors_of
 
@@ -29,6 +30,7 @@ ROUNDING_FACTOR = 10
 """How many times the effect of a change of all weights in their last place rounding may explain."""
 SAMPLES = 64
 """Entries of each value that are kept to compare it with what it is after a pass."""
+RAISED = partial(raised, dtype=torch.float64)
 
 
 def check_order(passes: Sequence[Pass]) -> None:
@@ -101,7 +103,10 @@ class Value:
 
 
 class Recorder(Runner):
-    """Runs a graph and keeps a little of every node's tensors."""
+    """Runs a graph in float64 and keeps a little of every node's tensors.
+
+    Weights are raised node by node: a second model is never in memory.
+    """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
@@ -109,24 +114,30 @@ class Recorder(Runner):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and keep some of its value at once: a later op may overwrite it."""
-        value = super().run_node(n)
+        if n.op == "call_module":
+            with borrowed(self.fetch_attr(str(n.target)), {}, RAISED):
+                value = super().run_node(n)
+        else:
+            value = super().run_node(n)
+            if n.op == "get_attr" and isinstance(value, Tensor):
+                value = RAISED(value)
         self.values[n.name] = [Value.of(tensor) for tensor in tensors_of(value) if not tensor.is_complex()]
         return value
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a graph computes on the example inputs."""
+    """What a graph computes on the example inputs, in float64: what its arithmetic rounds is no pass's doing."""
 
     outputs: tuple[Tensor, ...]
     values: Mapping[str, list[Value]]
 
     @staticmethod
     def of(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Behaviour:
-        """Run the graph in eval mode, in full float32 on CUDA, with random numbers that are the same every time."""
-        recorder, dtype = Recorder(graph_module), image_dtype(graph_module)
-        examples = [x.to(dtype, copy=True) if x.is_floating_point() else x.clone() for x in inputs]
-        with eval_mode(graph_module), _repeatable(inputs):
+        """Run the graph in eval mode, with random numbers that are the same every time."""
+        recorder = Recorder(graph_module)
+        examples = [RAISED(x.clone()) for x in inputs]
+        with eval_mode(graph_module), _repeatable(inputs), Precise(torch.float64):
             result = recorder.run(*examples)
         return Behaviour(tuple(tensors_of(result)), recorder.values)
 
@@ -150,7 +161,8 @@ def _repeatable(inputs: Sequence[Tensor]) -> Generator[None]:
 def check_preserved(name: str, before: Behaviour, graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> float:
     """Refuse a pass that changed what a network computes though it declares that it does not.
 
-    What rounding explains is allowed: the output error of a change of every weight in its last place, ten times.
+    Both are computed in float64, so that only weights have been rounded. What that explains is allowed: the output
+    error of a change of every weight in its last place, ten times.
 
     Args:
         name: The pass.
@@ -167,7 +179,7 @@ def check_preserved(name: str, before: Behaviour, graph_module: fx.GraphModule, 
     after = Behaviour.of(graph_module, inputs)
     shapes = [[tuple(tensor.shape) for tensor in each.outputs] for each in (before, after)]
     error = relative_error(_floats(after), _floats(before)) if shapes[0] == shapes[1] else float("inf")
-    dtype = next((x.dtype for x in before.outputs if x.is_floating_point()), torch.float64)
+    dtype = _coarsest(graph_module)
     tolerance = TOLERANCE.get(dtype, HALF * torch.finfo(dtype).eps)
     if error <= tolerance:
         return error
@@ -222,7 +234,7 @@ def _first_difference(
 
 def _rounding(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> float:
     """The relative output error when every weight is off in its last place."""
-    state = canonical_state(graph_module)
+    state, inputs = canonical_state(graph_module), tuple(RAISED(x) for x in inputs)
     generator = torch.Generator().manual_seed(0)
 
     def moved(tensor: Tensor) -> Tensor:
@@ -232,6 +244,15 @@ def _rounding(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> float
         return tensor + tensor * signs * torch.finfo(tensor.dtype).eps
 
     with _repeatable(inputs):
-        expected = outputs_of(graph_module, state, inputs)
-        found = outputs_of(graph_module, {name: moved(tensor) for name, tensor in state.items()}, inputs)
-    return relative_error(*(tuple(raised(x, torch.float64) for x in outputs) for outputs in (found, expected)))
+        states = state, {name: moved(tensor) for name, tensor in state.items()}
+        expected, found = (
+            outputs_of(graph_module, {name: RAISED(tensor) for name, tensor in each.items()}, inputs, torch.float64)
+            for each in states
+        )
+    return relative_error(found, expected)
+
+
+def _coarsest(graph_module: fx.GraphModule) -> torch.dtype:
+    """The lowest precision of a model's parameters, which a pass that writes into them cannot exceed."""
+    dtypes = {real(parameter.dtype) for parameter in graph_module.parameters() if is_inexact(parameter)}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from vfsurgery.data.batches import Batches
 from vfsurgery.data.progress import progress
 from vfsurgery.errors import DataError, explain
-from vfsurgery.pruning.layers import Layout
 from vfsurgery.pruning.masks import Masks
 from vfsurgery.registry import Registry
+from vfsurgery.stats.inputs import Layout
 
 Scope: TypeAlias = Literal["global", "layer", "row"]
 """Among which entries the most salient ones are kept: of all layers, of each layer, of each output unit."""

@@ -67,7 +67,7 @@ class DiagonalFisher(GradientPruner):
     Theis et al., 2018). Layer by layer unless said otherwise. One forward and backward pass over the images; memory
     for two copies of the weights.
 
-    >>> from vfsurgery.pruning.layers import Layout
+    >>> from vfsurgery.stats.inputs import Layout
     >>> net = torch.nn.Linear(2, 2)
     >>> from vfsurgery.data.batches import Batches
     >>> data = Batches((torch.eye(2), torch.tensor([0, 1])))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vfsurgery.data.batches import check_labels
+from vfsurgery.data.labels import check_logits, draw_labels
 from vfsurgery.errors import DataError, InvalidWeightsError, explain
 from vfsurgery.pruning.layers import stored_weight
 
@@ -166,14 +167,6 @@ def slabs(weights: Mapping[str, Tensor], entries: int) -> Iterator[list[Part]]:
         yield slab
 
 
-def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One class per image from the softmax of its logits, (batch, classes) -> (batch,); on the CPU for any device."""
-    odds = logits.double().softmax(1).cpu()
-    if not odds.isfinite().all():
-        raise InvalidWeightsError(explain("the logits are NaN or infinite", remedy="check the model on these images"))
-    return torch.multinomial(odds, 1, generator=generator).flatten().to(logits.device)
-
-
 def _joined(batches: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
     """Batches as one; without labels if any of them has none."""
     if len(batches) == 1:
@@ -202,25 +195,15 @@ def _only(model: nn.Module, weights: Sequence[nn.Parameter]) -> Generator[None]:
             parameter.requires_grad_(required)
 
 
-def _check_logits(logits: object, count: int) -> None:
-    if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == count and logits.is_floating_point():
-        if logits.requires_grad:
-            return
+def _check_logits(logits: Tensor, count: int) -> None:
+    check_logits(logits, count, "prune by magnitude")
+    if not logits.requires_grad:
         raise DataError(
             explain(
                 "the model's output has no gradient by the weights",
                 remedy="remove torch.no_grad() or detach() from its forward",
             )
         )
-    found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-    raise DataError(
-        explain(
-            "the Fisher matrix is that of a classifier, and this model's output is not logits",
-            found=found,
-            expected=f"a tensor ({count}, classes)",
-            remedy="wrap the model in a module that returns its logits, or prune by magnitude",
-        )
-    )
 
 
 def _check_finite(names: Sequence[str], gradients: Sequence[Tensor]) -> None:

@@ -6,7 +6,6 @@ Biases, norms and embeddings are left alone, as in every method that :mod:`vfsur
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -116,50 +115,6 @@ def matches(name: str, pattern: str) -> bool:
             return True
         path = path.rpartition(".")[0]
     return False
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which entries of a weight belong to one output unit, and in which order these read their inputs.
-
-    Of a convolution in groups, ``(units, inputs / groups, *kernel)``, each unit reads the inputs of its group; a
-    ``transposed`` one is stored as ``(inputs, units / groups, *kernel)``. Linear layers have no kernel.
-    """
-
-    groups: int = 1
-    transposed: bool = False
-
-    @staticmethod
-    def of(model: nn.Module, name: str) -> Layout:
-        """That of the weight called ``name``."""
-        module = model.get_submodule(name.rpartition(".")[0])
-        return Layout(module.groups, module.transposed) if isinstance(module, nn.modules.conv._ConvNd) else Layout()
-
-    def rows(self, weight: Tensor) -> Tensor:
-        """One row per unit: ``(groups, units / groups, positions * inputs / groups)``, inputs running fastest.
-
-        Positions are those of the kernel, flipped if transposed: then the layer is the plain convolution with these
-        rows of an input with zeros between its pixels.
-
-        >>> import torch
-        >>> Layout(groups=2).rows(torch.zeros(6, 4, 3, 3)).shape
-        torch.Size([2, 3, 36])
-        """
-        kernel = weight.flatten(2) if weight.ndim > 2 else weight.unsqueeze(2)
-        kernel = kernel.unflatten(0, (self.groups, -1))
-        order = (0, 2, 3, 1) if self.transposed else (0, 1, 3, 2)
-        return (kernel.flip(3) if self.transposed else kernel).permute(order).flatten(2)
-
-    def weight(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        """The weight of ``shape`` that has these rows: the inverse of :meth:`rows`."""
-        inputs = shape[0] // self.groups if self.transposed else shape[1]
-        kernel = rows.unflatten(2, (-1, inputs))  # (groups, units / groups, positions, inputs / groups)
-        kernel = kernel.permute((0, 3, 1, 2) if self.transposed else (0, 1, 3, 2))
-        return (kernel.flip(3) if self.transposed else kernel).reshape(tuple(shape))
-
-    def inputs(self, weight: Tensor) -> int:
-        """How many inputs (channels) a unit reads."""
-        return len(weight) // self.groups if self.transposed else weight.shape[1]
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:

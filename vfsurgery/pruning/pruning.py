@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from vfsurgery.data.batches import Batches, Data
 from vfsurgery.errors import DataError, InvalidWeightsError, OptionError, did_you_mean, explain
 from vfsurgery.pruning.base import PRUNERS, Pruner, Pruning, Scope
-from vfsurgery.pruning.layers import Layout, prunable, stored_weight
+from vfsurgery.pruning.layers import prunable, stored_weight
 from vfsurgery.pruning.masks import Masks
 from vfsurgery.pruning.report import PrunedLayer, PruneReport
 from vfsurgery.pruning.schedule import Schedule, by_pattern, by_sparsity, check_scope, read_pattern
 from vfsurgery.pruning.selection import select
 from vfsurgery.records.results import remember
 from vfsurgery.stats.imagined import stand_in
+from vfsurgery.stats.inputs import Layout
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.compatibility import first_not_finite
 from vfsurgery.tracing.copies import copied

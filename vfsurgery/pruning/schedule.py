@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vfsurgery.errors import OptionError, did_you_mean, explain
 from vfsurgery.pruning.base import Pattern, Scope
-from vfsurgery.pruning.layers import Layout, matches
+from vfsurgery.pruning.layers import matches
 from vfsurgery.pruning.selection import Goal
+from vfsurgery.stats.inputs import Layout
 
 
 @dataclass(frozen=True)

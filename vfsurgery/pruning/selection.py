@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.pruning.base import Pattern, Pruning
-from vfsurgery.pruning.layers import Layout
 from vfsurgery.pruning.masks import Masks
+from vfsurgery.stats.inputs import Layout
 
 CHUNK = 1 << 22
 """Entries looked at together: the scratch memory of a selection is some tens of bytes for each, whatever the layer."""

@@ -98,6 +98,7 @@ def barrier(
     matching: Matchings = "auto",
     renormalize: Renormalization = "auto",
     masks: str | None = None,
+    symmetries: str = "auto",
     imagine: bool = True,
     through: nn.Module | None = None,
     example_inputs: ExampleInputs | None = None,
@@ -124,6 +125,7 @@ def barrier(
         matching: As for :func:`vfsurgery.merge`.
         renormalize: As for :func:`vfsurgery.merge`; ``None`` leaves the renormalized curve out.
         masks: As for :func:`vfsurgery.merge`, for all curves.
+        symmetries: As for :func:`vfsurgery.merge`.
         imagine: As for :func:`vfsurgery.merge`.
         through: A model that :func:`vfsurgery.merge` returned of ``a`` and ``b``, whose share of ``b`` becomes one of
             ``alphas``. Its matching, normalizations, masks and preserved layers are then taken, and the arguments for
@@ -145,7 +147,7 @@ def barrier(
     calibration = stand_in([a, b], calibration, example_inputs, unasked=imagine and asks, seed=seed, progress=progress)
     options: dict[str, Any] = {"example_inputs": example_inputs, "imagine": False, "seed": seed, "progress": False}
     if through is None:
-        chosen = {"matching": matching, "renormalize": renormalize, "masks": masks}
+        chosen = {"matching": matching, "renormalize": renormalize, "masks": masks, "symmetries": symmetries}
         through = merge(a, b, data=calibration, **chosen, **options)
     way = made(through)
     if way.alpha is None:

@@ -87,6 +87,7 @@ def preserve_curve(
     matching: Matchings = "auto",
     renormalize: Renormalization = "auto",
     masks: str | None = None,
+    symmetries: str = "auto",
     imagine: bool = True,
     example_inputs: ExampleInputs | None = None,
     seed: int = 0,
@@ -106,6 +107,7 @@ def preserve_curve(
         matching: As for :func:`vfsurgery.merge`.
         renormalize: As for :func:`vfsurgery.merge`.
         masks: As for :func:`vfsurgery.merge`.
+        symmetries: As for :func:`vfsurgery.merge`.
         imagine: As for :func:`vfsurgery.merge`.
         example_inputs: As for :func:`vfsurgery.merge`; ``None`` takes the first images of the data.
         seed: Of the matching.
@@ -128,7 +130,7 @@ def preserve_curve(
     asks = imagine and asks_for_images(matching, renormalize)
     calibration = stand_in([a, b], calibration, inputs, unasked=asks, seed=seed, progress=progress)
     options: dict[str, Any] = {"example_inputs": inputs, "imagine": False, "seed": seed, "progress": False}
-    found = Given(match(a, b, data=calibration, matching=matching, **options))
+    found = Given(match(a, b, data=calibration, matching=matching, symmetries=symmetries, **options))
     options["masks"] = masks
     expected = _Expected.of(a, b, alpha, data)
     points: list[PreservePoint] = []

@@ -34,7 +34,7 @@ from vfsurgery.errors import OptionError, explain
 from vfsurgery.groups import Folding, GroupSet, PermutationGroup, Symmetry
 from vfsurgery.groups.symmetries import complement_of_ones
 from vfsurgery.matching.similarity import is_matrix, member_rows
-from vfsurgery.passes.centre_writers import SPARSE
+from vfsurgery.passes.mask import SPARSE
 from vfsurgery.pruning.masks import Masks
 from vfsurgery.pruning.units.cut import Cut
 from vfsurgery.pruning.units.reference import looks_across_units

@@ -271,7 +271,7 @@ def survey_zoo(
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if not goes_on:  # there is none, or one of fewer columns
             writer.writeheader()
-            writer.writerows(map(dataclasses.asdict, known.values()))
+            writer.writerows(dataclasses.asdict(survey) for survey in known.values())
         missing = [name for name in names if name not in known]
         for name, found in in_processes(survey_model, missing, memory, limit, jobs):
             survey = Survey(name, failure=found) if isinstance(found, str) else found

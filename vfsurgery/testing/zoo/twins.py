@@ -23,9 +23,11 @@ from torch.overrides import TorchFunctionMode
 from vfsurgery.discovery import discover
 from vfsurgery.discovery.partial import parts_of
 from vfsurgery.discovery.recording import record_or_export
+from vfsurgery.discovery.verification import outputs_of
 from vfsurgery.errors import SurgeryError
 from vfsurgery.groups import GroupSet
 from vfsurgery.networks.architectures import build_model
+from vfsurgery.tracing.chance import several
 from vfsurgery.tracing.examples import example_inputs_of
 
 BYTES = 26
@@ -136,7 +138,7 @@ def subjects(spec: str, model: nn.Module, groups: GroupSet) -> Iterator[Subject]
     sides = _sides_below(own)
     for side in sides:
         inputs = image_inputs(model, side, batch)
-        if runs(model, inputs):
+        if all(runs(model, inputs, training) for training in ((False, True) if groups.in_training else (False,))):
             yield Subject(f"{side}x{side} images", model, groups, inputs)
             break
     else:
@@ -161,11 +163,10 @@ def _sides_below(inputs: tuple[Tensor, ...]) -> list[int]:
     return [side for side in SIDES if side < min(inputs[0].shape[-2:])]
 
 
-def runs(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether a model takes such inputs."""
+def runs(model: nn.Module, inputs: tuple[Tensor, ...], training: bool = False) -> bool:
+    """Whether a model takes such inputs, in eval mode or in training; it stays as it is."""
     try:
-        with torch.no_grad():
-            model(*inputs)
+        outputs_of(model, {}, several(inputs) if training else inputs, training=training)
     except Exception:
         return False
     return True
