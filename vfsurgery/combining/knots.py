@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,7 +20,7 @@ from vfsurgery.combining.base import (
     from_matrix,
     register_combiner,
 )
-from vfsurgery.combining.magnitudes import HALF, Threshold, _reached, count_of, magnitude_bits
+from vfsurgery.combining.magnitudes import Threshold, count_of, largest_of_each
 from vfsurgery.combining.ties import agreeing
 from vfsurgery.errors import OptionError, did_you_mean, explain
 
@@ -32,6 +31,9 @@ MERGES = ("ties", "sum")
 KEPT = 2**25
 """Numbers of bases and coordinates that are kept from one pass for the next; those of further tensors are computed
 anew."""
+
+SPARSE = 16
+"""Every so many coordinates are looked at first, for about where the thresholds lie."""
 
 
 @register_combiner
@@ -45,7 +47,7 @@ class Knots(Combiner):
     With ``merge="sum"`` it is task arithmetic: a linear method does not see the basis.
 
     For adapters of low rank, whose products seldom have signs in common. Matrices and convolutions (as matrices of
-    outputs by all else); the mean of the rest. Numbers equal to the threshold are all kept.
+    outputs by all else); the mean of the rest.
 
     >>> from vfsurgery.combining import combine_states
     >>> base = {"fc.weight": torch.zeros(2, 2)}
@@ -88,7 +90,14 @@ class Knots(Combiner):
 
         trims = None
         if self.merge == "ties" and self.density < 1:
-            trims = _thresholds(lambda: (coordinates(entry)[1] for entry in entries), problem.sources, self.density)
+            total = sum(coordinates(entry)[1][0].numel() for entry in entries)
+            trims = largest_of_each(
+                lambda: (((entry.name, 0), coordinates(entry)[1].flatten(1)) for entry in entries),
+                max(count_of(self.density, total), 1),
+                total,
+                problem.sources,
+                (coordinates(entry)[1].flatten(1)[:, ::SPARSE] for entry in entries),
+            )
 
         def combined(entry: Entry) -> Tensor:
             if not _is_matrix(entry):
@@ -104,7 +113,7 @@ class Knots(Combiner):
         if self.merge == "sum":
             return (coordinates * weights).sum(0)
         if trims is not None:
-            masks = [trim.keep(("", 0), own) for trim, own in zip(trims, coordinates, strict=True)]
+            masks = [trim.keep((entry.name, 0), own) for trim, own in zip(trims, coordinates, strict=True)]
             coordinates = coordinates * torch.stack(masks)
         return agreeing(coordinates * weights, entry, 1.0, self.aggregate)
 
@@ -128,24 +137,3 @@ def in_common(entry: Entry) -> tuple[Tensor, Tensor]:
     found = squares > NEGLIGIBLE**2 * squares[-1]
     basis = vectors[:, found] if wide else torch.linalg.qr(beside @ vectors[:, found])[0]
     return basis, basis.T @ matrices
-
-
-def _thresholds(parts: Callable[[], Iterator[Tensor]], sources: int, density: float) -> list[Threshold]:
-    """For each source, what of its coordinates is kept: two passes over all tensors, for all sources at once."""
-    high = torch.zeros(sources, HALF, dtype=torch.int64)
-    total = 0
-    for part in parts():
-        total += part[0].numel()
-        for own, counts in zip(part, high, strict=True):
-            counts += torch.bincount(magnitude_bits(own) >> 16, minlength=HALF)
-    keep = max(count_of(density, total), 1)
-    buckets = [_reached(counts, keep) for counts in high]
-    low = torch.zeros(sources, HALF, dtype=torch.int64)
-    for part in parts():
-        for own, counts, (bucket, _) in zip(part, low, buckets, strict=True):
-            bits = magnitude_bits(own)
-            counts += torch.bincount(bits[(bits >> 16) == bucket] & (HALF - 1), minlength=HALF)
-    return [
-        Threshold((bucket << 16) | _reached(counts, keep - above)[0])
-        for counts, (bucket, above) in zip(low, buckets, strict=True)
-    ]
