@@ -50,8 +50,8 @@ ONLY_IN = {
         "recipes/wording.py",
     ],
     "click": [
-        *(f"cli/{name}.py" for name in ("__init__", "cards", "diagnose", "groups", "jobs", "merge", "options")),
-        *(f"cli/{name}.py" for name in ("prune", "push", "replay", "run", "words", "zoo")),
+        *(f"cli/{name}.py" for name in ("__init__", "cards", "combine", "diagnose", "groups", "jobs", "merge")),
+        *(f"cli/{name}.py" for name in ("options", "prune", "push", "replay", "run", "words", "zoo")),
     ],
     "tqdm": ["data/progress.py"],
     "matplotlib": ["rendering/figures.py"],

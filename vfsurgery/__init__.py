@@ -6,6 +6,8 @@
 """
 
 from vfsurgery import rendering as rendering  # registers how values look
+from vfsurgery.combining.files import FileReport as FileReport
+from vfsurgery.combining.files import combine_files as combine_files
 from vfsurgery.combining.soups import SoupReport as SoupReport
 from vfsurgery.combining.soups import soup as soup
 from vfsurgery.combining.soups.phases import Retraining as Retraining

@@ -14,6 +14,7 @@ from vfsurgery.combining.dropping import Breadcrumbs as Breadcrumbs
 from vfsurgery.combining.dropping import Dare as Dare
 from vfsurgery.combining.dropping import Della as Della
 from vfsurgery.combining.emr import Emr as Emr
+from vfsurgery.combining.files import combine_files as combine_files
 from vfsurgery.combining.iso import IsoC as IsoC
 from vfsurgery.combining.iso import IsoCTS as IsoCTS
 from vfsurgery.combining.model_stock import ModelStock as ModelStock
