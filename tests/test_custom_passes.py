@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -536,3 +537,27 @@ def test_an_error_while_a_graph_runs_shows_the_node_once():
     where, which = caught.value.__notes__
     assert where.startswith("while at node block2_conv2\n") and "inputs  relu_3 (2, 10, 6, 6)" in where
     assert which == "in pass 'bad-data', the first one"
+
+
+class MixesTypes(nn.Module):
+    """Makes a tensor of float32 by itself, which a float64 weight cannot be multiplied with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x) @ torch.full((4, 4), 0.5, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("change", "kept"), [(0.0, True), (0.1, False)])
+def test_a_graph_that_does_not_run_in_float64_is_held_to_its_promise_as_it_is(change: float, kept: bool) -> None:
+    @surgery.register_pass(name=f"mixes-{change}", preserves_function=True)
+    def promises(graph_module, context):
+        graph_module.last.weight.data.add_(change)
+
+    try:
+        with contextlib.nullcontext() if kept else pytest.raises(CertificateError, match="declares that it preserves"):
+            surgery.run_passes(MixesTypes(), [promises()], example_inputs=torch.randn(3, 4))
+    finally:
+        PASSES._entries.pop(f"mixes-{change}")

@@ -21,6 +21,7 @@ from vfsurgery.combining.dropping import Della as Della
 from vfsurgery.combining.emr import Emr as Emr
 from vfsurgery.combining.factoring import SavedAdapter as SavedAdapter
 from vfsurgery.combining.factoring import save_adapter as save_adapter
+from vfsurgery.combining.files import combine_files as combine_files
 from vfsurgery.combining.fisher import Fisher as Fisher
 from vfsurgery.combining.iso import IsoC as IsoC
 from vfsurgery.combining.iso import IsoCTS as IsoCTS
