@@ -21,8 +21,9 @@ weights are kept in ``--cache``.
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -156,7 +157,7 @@ class Family:
             return iter(self.tasks[number].parts["train"][0].split(128))
 
         return combine_states(
-            states, replace(combiner, scale=1.0), base=base, traits=self.traits, traced=self.sources, images=images,
+            states, combiner.scaled(1.0), base=base, traits=self.traits, traced=self.sources, images=images,
             notes=notes,
         )  # fmt: skip
 
@@ -387,6 +388,7 @@ def table(benchmark: str, network: str, families: Sequence[Family]) -> None:
     refused: dict[str, str] = {}
     for found in families:
         for name, row in rows(found):
+            print(f"{benchmark} {network} {name}: {row}", file=sys.stderr, flush=True)
             if isinstance(row, str):
                 refused[name] = row
             else:
