@@ -16,7 +16,7 @@ from vfsurgery.testing import check_combiner
 from vfsurgery.testing.nets import NETS
 
 
-@pytest.mark.parametrize("name", COMBINERS)
+@pytest.mark.parametrize("name", list(COMBINERS))
 def test_methods_of_the_library_conform(name):
     check_combiner(COMBINERS[name](), nets=["grouped"])
 
