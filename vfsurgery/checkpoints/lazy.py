@@ -148,7 +148,7 @@ class LazyCheckpoint:
         found = torch.empty(stop - start, dtype=place.dtype)
         if not len(found):
             return found
-        into = memoryview(found.view(torch.uint8).numpy())
+        into = memoryview(found.view(torch.uint8).numpy().data)
         at = place.offset + start * place.dtype.itemsize
         try:
             file, done = self._file(place.path), 0
@@ -222,7 +222,7 @@ class _Reader:
         place = (
             tensor
             if begins is None
-            else Place.of(path, int(begins) + tensor.storage_offset() * tensor.dtype.itemsize, tensor)
+            else Place.of(path, int(begins) + int(tensor.storage_offset()) * tensor.dtype.itemsize, tensor)
         )
         return self._keep(place, tensor)
 

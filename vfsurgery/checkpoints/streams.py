@@ -154,7 +154,7 @@ class Stream:
         """
         if not part.numel():
             return
-        content = memoryview(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content = memoryview(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         number = self._sheet_of[name]
         at, done = self.sheets[number].begins[name] + start * part.dtype.itemsize, 0
         self._sums[name] = zlib.crc32(content, self._sums.get(name, 0))
@@ -245,8 +245,9 @@ class Stream:
         names = cast("dict[str, object]", first).get("files") if isinstance(first, dict) else None
         mine = {sheet.partial.name for sheet in self.sheets}
         for name in cast("list[object]", names) if isinstance(names, list) else []:
-            partial = isinstance(name, str) and name.startswith(".") and name.endswith(".partial")
-            if partial and name not in mine and Path(name).name == name:
+            if not isinstance(name, str) or name in mine or Path(name).name != name:
+                continue
+            if name.startswith(".") and name.endswith(".partial"):
                 self.path.with_name(name).unlink(missing_ok=True)
 
     def _leave(self, *, delete: bool) -> None:

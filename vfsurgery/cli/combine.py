@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 
@@ -116,4 +116,4 @@ def method_of(name: str, given: Sequence[str]) -> Combiner:
             read[option] = json.loads(value)
         except ValueError:
             read[option] = value
-    return build(cast("type[Combiner]", COMBINERS[name]), read, "combining method")
+    return build(COMBINERS[name], read, "combining method")

@@ -119,7 +119,7 @@ def largest_of_each(
     around: list[tuple[int, int]] = []
     if drawn and 0 < keep < total:
         ranks = np.sort(np.concatenate(drawn, axis=1), axis=1)
-        around = [found for row in ranks if (found := _bracket(row, keep / total, MOST // sources))]
+        around = [each for row in ranks if (each := _bracket(row, keep / total, MOST // sources))]
     del drawn
     if len(around) < sources:
         return [_alone(parts, source, keep) for source in range(sources)]
