@@ -104,7 +104,8 @@ def combine_files(
     """Combine checkpoints that were fine-tuned from one, file to file, without ever holding a model.
 
     Any state dicts will do, of vision models or not. The result is that of :func:`~vfsurgery.combining.combine_states`,
-    bit for bit, in memory for a few parts of a tensor, which one core works on while another takes hashes; methods for matrices need whole tensors, one at a time. Beside
+    bit for bit, in memory for a few parts of a tensor; methods for matrices need whole tensors, one at a time. One core
+    works on parts, whatever the number of threads, while another takes the files' hashes. Beside
     the result lies ``NAME.report.json``. A run that was killed is gone on with by the next of the same work: it takes
     the tensors that are whole from a hidden file beside the output. Nothing of the output's name is there before all
     of it is.
