@@ -24,6 +24,7 @@ from vfsurgery.combining.running import Combination, Listing, check_weights_of
 from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.errors import CheckpointError, OptionError, did_you_mean, explain
 from vfsurgery.records.report import Report, version_of
+from vfsurgery.stats.threads import threads
 from vfsurgery.tracing.examples import ExampleInputs
 
 UNKNOWN = "0" * 64
@@ -103,7 +104,8 @@ def combine_files(
     """Combine checkpoints that were fine-tuned from one, file to file, without ever holding a model.
 
     Any state dicts will do, of vision models or not. The result is that of :func:`~vfsurgery.combining.combine_states`,
-    bit for bit, in memory for a few parts of a tensor; methods for matrices need whole tensors, one at a time. Beside
+    bit for bit, in memory for a few parts of a tensor; methods for matrices need whole tensors, one at a time. One core
+    works on parts, whatever the number of threads, while another takes the files' hashes. Beside
     the result lies ``NAME.report.json``. A run that was killed is gone on with by the next of the same work: it takes
     the tensors that are whole from a hidden file beside the output. Nothing of the output's name is there before all
     of it is.
@@ -186,7 +188,7 @@ def combine_files(
                 output, state, _metadata(recipe, found is not None, [UNKNOWN] * len(paths)), belongs_to, max_shard_size
             )
             refuse_over([*stream.written, beside(output)], paths)
-            with stream:
+            with stream, threads(1 if combiner.elementwise else None):
                 _run(combination, inputs, stream, progress)
                 records = hashing.result()
                 written = stream.finish(_metadata(recipe, found is not None, [each.sha256 for each in records]))
