@@ -333,7 +333,7 @@ def test_attention_between_two_things_is_fitted_part_by_part() -> None:
             self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.attention(x[:, :2], x[:, 1:], 2 * x[:, 1:].abs(), need_weights=False)[0].mean(1)
+            return self.attention(x[:, :3], x[:, 1:], 2 * x[:, 1:].abs(), need_weights=False)[0].mean(1)
 
     torch.manual_seed(4)
     data = [torch.randn(30, 4, 4, dtype=torch.float64), 3 * torch.randn(30, 4, 4, dtype=torch.float64) + 1]
@@ -341,9 +341,10 @@ def test_attention_between_two_things_is_fitted_part_by_part() -> None:
     found = combined(RegMean(), None, sources, data)["attention.in_proj_weight"]
     keys = [x[:, 1:].reshape(-1, 4) for x in data]
     parts = [s.state["attention.in_proj_weight"].chunk(3) for s in sources]
-    as_many_as_queries = [k[torch.linspace(0, len(k) - 1, 60).long()] for k in keys]
-    expected = solved([part[1] for part in parts], as_many_as_queries, 0.9)
-    torch.testing.assert_close(found[4:8], expected, rtol=0, atol=1e-9)
+    values = [2 * k.abs() for k in keys]
+    for place, read in enumerate(([x[:, :3].reshape(-1, 4) for x in data], keys, values)):
+        expected = solved([part[place] for part in parts], read, 0.9)
+        torch.testing.assert_close(found[4 * place : 4 * place + 4], expected, rtol=0, atol=1e-9)
     assert not torch.allclose(found[:4], sum(part[0] for part in parts) / 2, atol=1e-3)
 
 

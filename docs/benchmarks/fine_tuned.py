@@ -46,6 +46,8 @@ from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.sources import Source, eval_mode
 from vfsurgery.training import from_seed, train
 
+EPOCHS = {"vit": (60, 20), "resnet": (20, 8)}
+"""On digits, of the base and of each task."""
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
 RE_ESTIMATED = 512
 """Images that statistics of BatchNorm layers are estimated on."""
@@ -243,12 +245,13 @@ def has_statistics(model: nn.Module) -> bool:
     return any(name.endswith("running_var") for name, _ in model.named_buffers())
 
 
-def load(small: bool, shared: Path, cache: Path, seed: int, epochs: int | None) -> Split:
+def load(network: str, small: bool, shared: Path, cache: Path, seed: int, epochs: int | None) -> Split:
     """Digits, or CIFAR-10 in 16x16 pixels."""
     if small:
         splits = digits(seed=seed)
         parts = [part.tensors for part in (splits.train, splits.calibration, splits.test)]  # type: ignore[attr-defined]
-        return Split(*((images, labels) for images, labels in parts), (epochs or 20, epochs or 8))
+        spent = EPOCHS[network] if epochs is None else (epochs, max(epochs // 2, 1))
+        return Split(*((images, labels) for images, labels in parts), spent)
     pixels = decoded(shared / "data" / "cifar10.tar.gz", cache / "cifar10.safetensors")
     order = torch.randperm(len(pixels["train_labels"]), generator=torch.Generator().manual_seed(seed))
     train_on, validate = order[:30_000], order[30_000:32_000]
@@ -262,7 +265,7 @@ def load(small: bool, shared: Path, cache: Path, seed: int, epochs: int | None) 
         part(known[train_on], told[train_on]),
         part(known[validate], told[validate]),
         part(pixels["test_images"][tested], pixels["test_labels"][tested]),
-        (epochs or 14, max((epochs or 8) // 2, 1)),
+        (14, 4) if epochs is None else (epochs, max(epochs // 2, 1)),
     )
 
 
@@ -429,9 +432,11 @@ def main() -> None:
         for network in options.networks:
             families: list[Family] = []
             for seed in range(options.seeds):
-                split = load(options.small, options.shared, options.cache, seed, options.epochs)
+                split = load(network, options.small, options.shared, options.cache, seed, options.epochs)
                 size = "digits" if options.small else "cifar10"
-                place = options.cache / "fine_tuned" / f"{size}_{network}_{benchmark}_{options.epochs or 'default'}"
+                place = (
+                    options.cache / "fine_tuned" / f"{size}_{network}_{benchmark}_{split.epochs[0]}_{split.epochs[1]}"
+                )
                 families.append(family(benchmark, network, split, place, seed))
             table(benchmark, network, families)
 
