@@ -115,7 +115,7 @@ class Thawed(Combiner):
         (Refusing(), "refuses any number of sources from 1 to 3"),
         (Thawed(), "Thawed is no frozen dataclass"),
         (Act, "is a class"),
-        (object(), "is no combiner"),
+        ("ties", "is no combiner"),
     ],
     ids=str,
 )
