@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from vfsurgery.data.batches import Data
-from vfsurgery.errors import DataError, OptionError, did_you_mean, explain, warn
-from vfsurgery.matching import MATCHERS, Given, Identity, Matcher, Orders
-from vfsurgery.matching.base import SYMMETRIES, check_symmetries
+from vfsurgery.errors import OptionError, explain
+from vfsurgery.matching import Given, Identity, Orders
 from vfsurgery.merging.aligned import match_sources
 from vfsurgery.merging.ancestry import Combining, Scale, check_data, fitting_to, images_apart, plan_combining
+from vfsurgery.merging.arguments import (
+    Matchings,
+    allows_maps,
+    asks_for_images,
+    matcher_of,
+    networks_of,
+    sources_of,
+    suiting,
+    warn_of_norms,
+)
 from vfsurgery.merging.budget import Budget, plan_prefix
 from vfsurgery.merging.choosing import choose, sensible
 from vfsurgery.merging.combined import Terms
 from vfsurgery.merging.finished import finish, report_on
 from vfsurgery.merging.prepared import prepare
 from vfsurgery.merging.shares import Alpha, Weights, equal_shares, plan_shares
-from vfsurgery.merging.sparse import MaskPlan, plan_masks
+from vfsurgery.merging.sparse import plan_masks
 from vfsurgery.merging.surveyed import Way, can_judge, plan_survey
-from vfsurgery.passes import NORMALIZATIONS, Pass, Preserve
+from vfsurgery.passes import Pass, Preserve
 from vfsurgery.passes.normalizations import Renormalization, normalizations
 from vfsurgery.records.results import remember, way_of
-from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.examples import ExampleInputs
 from vfsurgery.tracing.selection import Leaf
-from vfsurgery.tracing.wrappers import as_given, network
-
-Matchings: TypeAlias = str | Matcher
+from vfsurgery.tracing.wrappers import as_given
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,9 @@ def match(
         A tuple of such mappings for more than two sources (one for each after the first), and for matchers that map the
         first source too (one for each). Hand it to ``matching=Given(...)`` to merge several times with one matching.
     """
-    models = _networks(_sources(a, b))
+    models = networks_of(sources_of(a, b))
     imagine = imagine and asks_for_images(matching)
-    _matcher(matching, imagine or data is not None)
+    matcher_of(matching, imagine or data is not None)
     grouped = prepare(
         models,
         data,
@@ -79,13 +84,13 @@ def match(
         leaf=leaf,
         pins=pins,
         imagine=imagine,
-        maps=_maps(matching, symmetries),
+        maps=allows_maps(matching, symmetries),
         seed=seed,
         progress=progress,
     )
-    matcher = _matcher(matching, grouped.data is not None)
+    matcher = matcher_of(matching, grouped.data is not None)
     zeros = plan_masks(models, None, plan_shares(len(models), 0.5, None).over(grouped.graph_module).overall)
-    matcher = _suiting(zeros, matching, matcher)
+    matcher = suiting(zeros, matching, matcher)
     with grouped.running():
         found = match_sources(plan_survey(grouped, [Way(matcher, ())]), matcher).orders.permutations
     return found[0] if isinstance(found, tuple) and len(found) == 1 else found
@@ -200,8 +205,8 @@ def merge(
     >>> list(merged.state_dict()) == list(a.state_dict())
     True
     """
-    given = _sources(a, b)
-    models = _networks(given, fewest=2 if base is None or isinstance(base, str) else 1)
+    given = sources_of(a, b)
+    models = networks_of(given, fewest=2 if base is None or isinstance(base, str) else 1)
     combining = plan_combining(len(models), base, combine, scale, weights)
     if combining is not None:
         matching, renormalize = fitting_to(combining, matching, renormalize, alpha)
@@ -210,7 +215,7 @@ def merge(
     planned = plan_shares(len(models), alpha, weights) if combining is None else equal_shares(len(models))
     imagine = asks_for_images(matching, renormalize) and imagine
     data, apart = images_apart(data, len(models))
-    _matcher(matching, imagine or data is not None)
+    matcher_of(matching, imagine or data is not None)
     budget = Budget(max_flops, max_params)
     if inplace and (preserve or budget != Budget()):
         raise OptionError(
@@ -227,14 +232,14 @@ def merge(
         leaf=leaf,
         pins=pins,
         imagine=imagine,
-        maps=_maps(matching, symmetries),
+        maps=allows_maps(matching, symmetries),
         masks=masks,
         seed=seed,
         progress=progress,
     )
     grouped = replace(grouped, own=tuple(batches_for(models[0], each, grouped.sources[0].device) for each in apart))
     matcher, graph_module, shares = (
-        _matcher(matching, grouped.data is not None),
+        matcher_of(matching, grouped.data is not None),
         grouped.graph_module,
         planned.over(grouped.graph_module),
     )
@@ -242,7 +247,7 @@ def merge(
     zeros = plan_masks(models, masks, shares.overall)
     if zeros is not None:
         zeros.refuse(passes)
-    matcher = _suiting(zeros, matching, matcher)
+    matcher = suiting(zeros, matching, matcher)
     ways = [Way(matcher, passes)]
     judged = can_judge(grouped.data)
     if combining is not None:
@@ -255,7 +260,7 @@ def merge(
         ancestry = None if combining is None else combining.ancestry.over(grouped.sources)
         choice = choose(grouped, ways, Terms(shares, kept, zeros, ancestry))
         if renormalize == "auto" and grouped.data is None and sum(planned.used) > 1 and combining is None:
-            _warn_of_norms(graph_module)  # once nothing else can fail, and before a is written to
+            warn_of_norms(graph_module)  # once nothing else can fail, and before a is written to
         merged = finish(grouped, choice.combined, inplace, preserved=kept is not None)
     notes: list[str] = []
     if shares.by_name:
@@ -287,85 +292,3 @@ def made(merged: nn.Module) -> Made:
             )
         )
     return found
-
-
-def _sources(a: nn.Module | Sequence[nn.Module], b: nn.Module | None) -> list[nn.Module]:
-    """All that were given, as they were given."""
-    if isinstance(a, nn.Module | str | Mapping) or not isinstance(a, Iterable):
-        return [a] if b is None else [a, b]
-    if b is not None:
-        raise OptionError(explain("b was given beside a list of models", remedy="put all models into the list"))
-    return [*a]
-
-
-def _networks(given: Sequence[nn.Module], fewest: int = 2) -> list[nn.Module]:
-    models = [network(model, f"source {number}") for number, model in enumerate(given)]
-    for number, model in enumerate(models):
-        if not any(True for _ in model.parameters()):
-            raise OptionError(f"source {number}, a {type(model).__name__}, has no parameters")
-    if len(models) < fewest:
-        remedy = "merge(a, b) or merge([a, b, c]); of one, merge(tuned, base=pretrained)"
-        raise OptionError(explain("a merge needs at least two models", remedy=remedy))
-    return models
-
-
-def asks_for_images(matching: Matchings, renormalize: Renormalization = None) -> bool:
-    """Whether images are of any use: not where everything that is asked for works on weights.
-
-    Raises:
-        OptionError: there is no such renormalization.
-    """
-    steps = renormalize if isinstance(renormalize, Sequence) and not isinstance(renormalize, str) else [renormalize]
-    passes = [NORMALIZATIONS[step]() if isinstance(step, str) and step != "auto" else step for step in steps]
-    matcher = _named(matching)
-    return (
-        "auto" in (matching, renormalize)
-        or getattr(matcher, "needs_data", False)
-        or any(isinstance(step, Pass) and (step.needs_data or step.holds_out()) for step in passes)
-    )
-
-
-def _maps(matching: Matchings, symmetries: str) -> bool:
-    """Whether units are to be mapped by more than orders where that is exact: where the matcher can do so.
-
-    Raises:
-        OptionError: there is no such choice of symmetries.
-    """
-    if check_symmetries(symmetries, SYMMETRIES) == "permutations":
-        return False
-    return matching == "auto" or getattr(_named(matching), "symmetries", "permutations") == "all"
-
-
-def _named(matching: Matchings) -> object:
-    """The matcher of a name, whose attributes say what it needs; anything else as it is."""
-    return MATCHERS[matching]() if isinstance(matching, str) and matching in MATCHERS else matching
-
-
-def _matcher(matching: Matchings, has_data: bool) -> Matcher:
-    if matching == "auto":
-        matching = "activations" if has_data else "weights"
-    if isinstance(matching, str) and matching not in MATCHERS:
-        raise OptionError(explain(f"unknown matching {matching!r}", remedy=did_you_mean(matching, ["auto", *MATCHERS])))
-    matcher = MATCHERS[matching]() if isinstance(matching, str) else matching
-    if not isinstance(matcher, Matcher) or isinstance(matcher, type):
-        raise OptionError(explain(f"matching is no matcher but {matching!r}", accepted=", ".join(["auto", *MATCHERS])))
-    if matcher.needs_data and not has_data:
-        remedy = "pass data=, or data='imagined', or matching='weights'"
-        raise DataError(explain(f"matching={matcher.name!r} needs data", remedy=remedy))
-    return matcher
-
-
-def _suiting(zeros: MaskPlan | None, matching: Matchings, matcher: Matcher) -> Matcher:
-    """No matching where nobody asked for one and the sources' masks are equal: their units correspond already."""
-    return Identity() if matching == "auto" and zeros is not None and zeros.equal else matcher
-
-
-def _warn_of_norms(graph_module: fx.GraphModule) -> None:
-    """Say what a merge without data makes of BatchNorm."""
-    norms = len({*batch_norm_nodes(graph_module).values()})
-    if norms:
-        warn(
-            f"a merge of networks with BatchNorm ({norms} layers) loses most of its accuracy without data: statistics "
-            "can only be guessed from the weights; pass data=, some hundred training images, labels are not "
-            "looked at; or data='imagined'"
-        )

@@ -12,11 +12,13 @@ from torch import nn
 from vfsurgery.data.batches import Data
 from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.errors import OptionError, explain
-from vfsurgery.merging.merge import ExampleInputs, Made, Matchings, asks_for_images, made, merge
+from vfsurgery.merging.arguments import Matchings, asks_for_images
+from vfsurgery.merging.merge import Made, made, merge
 from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.scoring.evaluation import ENSEMBLE, Score, compare, evaluate, first_images, score_together
 from vfsurgery.shown import Drawn
 from vfsurgery.stats.imagined import stand_in
+from vfsurgery.tracing.examples import ExampleInputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,14 @@ from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.discovery.recording import record_or_export
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.matching import Given
-from vfsurgery.merging.merge import ExampleInputs, Matchings, asks_for_images, match, merge
+from vfsurgery.merging.arguments import Matchings, asks_for_images
+from vfsurgery.merging.merge import match, merge
 from vfsurgery.passes.cut import Boundaries
 from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.records.results import merge_report_of
 from vfsurgery.scoring.evaluation import first_images, logits_of
 from vfsurgery.stats.imagined import stand_in
-from vfsurgery.tracing.examples import example_inputs_of
+from vfsurgery.tracing.examples import ExampleInputs, example_inputs_of
 from vfsurgery.tracing.sources import eval_mode
 
 
