@@ -23,7 +23,7 @@ from vfsurgery.combining.base import PART
 from vfsurgery.combining.files import beside, combine_files
 from vfsurgery.errors import SurgeryError
 
-METHODS = sorted(set(COMBINERS) - {"lines"})  # which needs a graph
+METHODS = [name for name in COMBINERS if name != "lines" and not COMBINERS[name].needs_data]  # a graph, or images
 FORMATS = ("safetensors", "pt", "sharded")
 
 
