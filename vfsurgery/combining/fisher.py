@@ -181,13 +181,13 @@ class _Squares:
                 self._take(gathered)
                 return
         for image, rows, shares in zip(images, chosen, weights, strict=True):
-            _, pull = vjp(lambda parameters, image=image: self.log_odds(parameters, image), self.wanted)
+            pull = vjp(lambda parameters, image=image: self.log_odds(parameters, image), self.wanted)[1]
             for row, share in zip(rows, shares, strict=True):
                 (found,) = pull(row)
                 self._take({name: share.double() * value.double().square() for name, value in found.items()})
 
     def _of_image(self, image: Tensor, rows: Tensor, shares: Tensor) -> Named:
-        _, pull = vjp(lambda parameters: self.log_odds(parameters, image), self.wanted)
+        pull = vjp(lambda parameters: self.log_odds(parameters, image), self.wanted)[1]
         (found,) = vmap(pull)(rows)
         wide = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in found.items()}
         return {name: torch.tensordot(shares.to(value), value.square(), 1) for name, value in wide.items()}

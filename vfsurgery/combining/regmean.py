@@ -172,7 +172,7 @@ def _averaged_model(problem: Problem, entries: Mapping[str, Entry], scale: float
         elif tensor.is_floating_point() and all(name in source.state for source in problem.traced):
             others = [source.state[name] for source in problem.traced]
             if all(other.shape == tensor.shape for other in others):
-                total = sum(weight * other.double() for weight, other in zip(weights, others, strict=True))
+                total = torch.stack([weight * x.double() for weight, x in zip(weights, others, strict=True)]).sum(0)
                 tensor.copy_(total / sum(weights))
     return merged
 

@@ -226,7 +226,7 @@ class WeightCalls(TorchFunctionMode):
         if last is not None:
             weight = given["out_proj_weight"]
             same_size = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-            plain = {**given, "out_proj_weight": same_size, "out_proj_bias": None, "training": False}
+            plain: dict[str, Any] = {**given, "out_proj_weight": same_size, "out_proj_bias": None, "training": False}
             values, _ = functional.multi_head_attention_forward(**plain)
             self.see(Call(last, values.detach(), (), Layout(), {}))
 
