@@ -131,7 +131,7 @@ def choose(grouped: Grouped, ways: Sequence[Way], terms: Terms) -> Choice:
     if not contest.judgements:
         return replace(kept, notes=(WITHOUT_LOGITS,))
     notes = [] if few is None else [f"ways compared with statistics of {SCREENED} images"]
-    notes += ["the way that is kept is made again with all images, those that it was judged on among them"]
+    notes += ["the chosen way is made again with all images, those that it was judged on among them"]
     notes += [f"failed, {way}: {str(error).splitlines()[0]}" for way, error in contest.failures]
     trials = tuple(replace(trial, kept=number == place) for number, trial in contest.trials.items())
     return replace(kept, trials=trials, notes=tuple(notes))
@@ -205,7 +205,8 @@ class _Contest:
         grouped, found = self.surveyed.grouped, list[Judgement]()
         sources = [source.graph_module for source in grouped.sources]
         for weights, data, known in self._judges:
-            images = calibration_images(data, "agreement with the sources", grouped.progress)
+            label = f"agreement with the {'sources' if self.surveyed.apart else 'ensemble'}"
+            images = calibration_images(data, label, grouped.progress)
             used = [(source, weight) for source, weight in zip(sources, weights, strict=True) if weight]
             judgement = judge(model, [source for source, _ in used], [weight for _, weight in used], images, known)
             if judgement is None:
