@@ -134,10 +134,11 @@ class Entry:
 
     def weighted(self) -> Tensor:
         """Task vectors of all sources, each times its weight."""
-        found = self.task_vectors()
-        if any(weight != 1 for weight in self.weights):
-            found *= self.coefficients(found)
-        return found
+        return self.weighed(self.task_vectors())
+
+    def weighed(self, vectors: Tensor) -> Tensor:
+        """What lies along a first dim of sources, each times its weight: the same tensor, written to."""
+        return vectors.mul_(self.coefficients(vectors)) if any(weight != 1 for weight in self.weights) else vectors
 
     def coefficients(self, like: Tensor) -> Tensor:
         """The weights, shaped to multiply what :meth:`task_vectors` returns."""

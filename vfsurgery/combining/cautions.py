@@ -8,12 +8,10 @@ from statistics import median
 
 from vfsurgery.checkpoints.refusals import listing
 from vfsurgery.combining.comparison import Caution, Comparison
+from vfsurgery.combining.running import FOREIGN, TRUSTED
 
 ALIKE, FAR = 0.8, 0.5
 """Where the mean cosine of task vectors and their mean norm, relative to the base's, are above, the base is wrong."""
-
-FOREIGN, TRUSTED = 0.5, 0.9
-"""A layer of a cosine to the base below began anew, where the median of all is above."""
 
 
 def cautions_of(found: Comparison, averaged: Mapping[str, bool | None]) -> Iterator[Caution]:

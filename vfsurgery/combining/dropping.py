@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
@@ -22,7 +23,7 @@ from vfsurgery.combining.base import (
     register_combiner,
 )
 from vfsurgery.combining.magnitudes import count_of, largest
-from vfsurgery.combining.ties import Aggregate, vote
+from vfsurgery.combining.ties import Aggregate, summed, vote
 from vfsurgery.errors import OptionError, explain
 
 Then: TypeAlias = Literal["task-arithmetic", "ties"]
@@ -54,21 +55,16 @@ class Dropping(Combiner):
                 yield self.dropped(entry, source, problem.seed).mul_(weight)
 
         def together(entry: Entry) -> Tensor:
-            found = torch.empty((len(entry.weights), *entry.laid_out), dtype=entry.dtype)
-            for place, own in zip(found, each(entry), strict=True):
-                place.copy_(own)
-            return found
-
-        def total(entry: Entry) -> Tensor:
             vectors = each(entry)
-            found = next(vectors)
-            for own in vectors:
-                found.add_(own)
+            first = next(vectors)
+            found = first.new_empty((len(entry.weights), *first.shape))
+            for place, own in zip(found, chain((first,), vectors), strict=True):
+                place.copy_(own)
             return found
 
         if self.then == "ties":
             return vote(problem.parts() if self.elementwise else problem.entries(), together, self.aggregate)
-        return total
+        return lambda entry: summed(each(entry))
 
     def dropped(self, entry: Entry, source: int, seed: int) -> Tensor:
         """One task vector, a tensor of its own, what is dropped set to zero."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -201,7 +202,7 @@ def combine_files(
         None if found is None else records[0],
         tuple(records[-len(sources) :]),
         tuple(map(str, written)),
-        _kinds(inputs),
+        _kinds(combination),
         inputs.told_by,
         tuple([*inputs.notes, *combination.notes]),
         seed,
@@ -226,8 +227,6 @@ def combiner_of(combine: str | Combiner, scale: float | None, options: Mapping[s
     if isinstance(combine, Combiner):
         own, known = combine, {each.name for each in dataclasses.fields(combine)}  # pyright: ignore[reportArgumentType]
     else:
-        if combine not in COMBINERS:
-            raise OptionError(explain(f"unknown combining method {combine!r}", remedy=did_you_mean(combine, COMBINERS)))
         own, known = None, {each.name for each in dataclasses.fields(COMBINERS[combine])}  # pyright: ignore[reportArgumentType]
     unknown = next((name for name in given if name not in known), None)
     if unknown is not None:
@@ -315,9 +314,9 @@ def _versions() -> dict[str, str]:
     return {name: version_of(name) for name in ("vfsurgery", "torch")}
 
 
-def _kinds(inputs: Inputs) -> tuple[tuple[str, int, int], ...]:
+def _kinds(combination: Combination) -> tuple[tuple[str, int, int], ...]:
     counts: dict[str, tuple[int, int]] = {}
-    for name, trait in inputs.traits.items():
+    for name, trait in combination.settled.items():
         tensors, numbers = counts.get(trait.kind.value, (0, 0))
-        counts[trait.kind.value] = tensors + 1, numbers + inputs.sources[0].state[name].numel()
+        counts[trait.kind.value] = tensors + 1, numbers + math.prod(combination.listing.shapes[name])
     return tuple((kind, *count) for kind, count in counts.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -13,21 +13,21 @@ from vfsurgery.combining.base import (
     Combined,
     Combiner,
     Entry,
-    Kind,
     Problem,
     as_matrix,
+    check_choice,
     check_share,
     from_matrix,
     register_combiner,
 )
 from vfsurgery.combining.magnitudes import Threshold, count_of, largest_of_each
-from vfsurgery.combining.ties import agreeing
-from vfsurgery.errors import OptionError, did_you_mean, explain
+from vfsurgery.combining.matrices import is_matrix
+from vfsurgery.combining.ties import Aggregate, agreeing
 
 NEGLIGIBLE = 1e-5
 """Directions of smaller singular values, relative to the largest, are those of rounding."""
 
-MERGES = ("ties", "sum")
+Merge: TypeAlias = Literal["ties", "sum"]
 KEPT = 2**25
 """Numbers of bases and coordinates that are kept from one pass for the next; those of further tensors are computed
 anew."""
@@ -58,22 +58,21 @@ class Knots(Combiner):
     """
 
     density: float = 0.2
-    aggregate: Literal["mean", "sum"] = "mean"
-    merge: Literal["ties", "sum"] = "ties"
+    aggregate: Aggregate = "mean"
+    merge: Merge = "ties"
     scale: float = 0.6
     name: ClassVar[str] = "knots"
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
-        for option, value, accepted in (("merge", self.merge, MERGES), ("aggregate", self.aggregate, ("mean", "sum"))):
-            if value not in accepted:
-                raise OptionError(explain(f"unknown {option} {value!r}", remedy=did_you_mean(str(value), accepted)))
+        check_choice("merge", self.merge, get_args(Merge))
+        check_choice("aggregate", self.aggregate, get_args(Aggregate))
 
     def plan(self, problem: Problem) -> Combined:
         """See :class:`Combiner`."""
         entries, rest = list[Entry](), list[Entry]()
         for entry in problem.entries():
-            (entries if _is_matrix(entry) else rest).append(entry)
+            (entries if is_matrix(entry) else rest).append(entry)
         if rest:
             numbers = sum(entry.count for entry in rest)
             share = numbers / max(numbers + sum(entry.count for entry in entries), 1)
@@ -100,7 +99,7 @@ class Knots(Combiner):
             )
 
         def combined(entry: Entry) -> Tensor:
-            if not _is_matrix(entry):
+            if not is_matrix(entry):
                 return mean_of_rest(entry)
             basis, own = coordinates(entry)
             kept.pop(entry.name, None)
@@ -109,17 +108,13 @@ class Knots(Combiner):
         return combined
 
     def _merged(self, coordinates: Tensor, entry: Entry, trims: list[Threshold] | None) -> Tensor:
-        weights = torch.tensor(entry.weights, dtype=coordinates.dtype).reshape(-1, 1, 1)
+        weights = entry.coefficients(coordinates)
         if self.merge == "sum":
             return (coordinates * weights).sum(0)
         if trims is not None:
             masks = [trim.keep((entry.name, 0), own) for trim, own in zip(trims, coordinates, strict=True)]
             coordinates = coordinates * torch.stack(masks)
         return agreeing(coordinates * weights, entry, 1.0, self.aggregate)
-
-
-def _is_matrix(entry: Entry) -> bool:
-    return entry.trait.kind is Kind.MATRIX and entry.count > 0
 
 
 def in_common(entry: Entry) -> tuple[Tensor, Tensor]:

@@ -170,7 +170,7 @@ def _bracket(ranked: Bits, share: float, most: int) -> tuple[int, int] | None:
 
 def _first(parts: Parts, bits: int, ties: int) -> Iterator[tuple[Place, int]]:
     for place, part in parts():
-        found = min(ties, int((magnitude_bits(part) == bits).sum()))
+        found = min(ties, _equal(part, bits))
         ties -= found
         yield place, found
 
@@ -193,7 +193,7 @@ def _equal(values: Tensor, bits: int) -> int:
 
 def magnitude_bits(values: Tensor) -> Tensor:
     """The bit patterns of magnitudes in float32, flat, int32, on the CPU."""
-    return values.detach().to("cpu", torch.float32).reshape(-1).view(torch.int32) & 0x7FFFFFFF
+    return torch.from_numpy(magnitudes(values).reshape(-1))
 
 
 def count_of(share: float, total: int) -> int:

@@ -64,7 +64,7 @@ class ForMatrices(Combiner):
 
     def takes(self, entry: Entry) -> bool:
         """Whether the method acts on a tensor."""
-        return entry.trait.kind is Kind.MATRIX and entry.count > 0
+        return is_matrix(entry)
 
     def of_matrix(self, entry: Entry, remark: Remark) -> Tensor:
         """The combined task vector as a matrix, float64.
@@ -74,6 +74,11 @@ class ForMatrices(Combiner):
             remark: To be added to where the method does not suit.
         """
         raise NotImplementedError
+
+
+def is_matrix(entry: Entry) -> bool:
+    """Whether methods for matrices act on a tensor."""
+    return entry.trait.kind is Kind.MATRIX and entry.count > 0
 
 
 def deltas(entry: Entry) -> Iterator[Tensor]:

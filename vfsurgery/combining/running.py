@@ -6,10 +6,12 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from vfsurgery.combining.arithmetic import weighted_sum
 from vfsurgery.combining.base import Combiner, Entry, Images, InMemory, Kind, Problem, Store, Trait
 from vfsurgery.combining.traits import traits_of_states
 from vfsurgery.data.progress import progress
@@ -19,7 +21,7 @@ from vfsurgery.tracing.sources import Source
 TRAINED = (Kind.MATRIX, Kind.REST)
 FEWEST, SAMPLE = 32, 1 << 14
 """Numbers of a matrix from which on an angle to the base says something, and how many are enough."""
-FAR, NEAR = 0.5, 0.9
+FOREIGN, TRUSTED = 0.5, 0.9
 """Cosines to the base: below the first a layer was begun anew, if half of all lie above the second."""
 
 
@@ -75,7 +77,7 @@ class Combination:
         Args:
             skip: Tensors that are done already.
         """
-        traits = self.settled()
+        traits = self.settled
 
         def trained() -> Iterator[Entry]:
             names = [name for name, trait in traits.items() if trait.kind in TRAINED]
@@ -104,17 +106,11 @@ class Combination:
 
     def _mean(self, part: Entry) -> Tensor:
         """The mean of the sources, whatever the method; those that are taken away count for nothing."""
-        weights = [max(weight, 0.0) for weight in self.weights]
-        if not any(weights):
-            weights = [1.0] * len(weights)
-        plain = Entry(
-            part.name, part.shape, part.trait, self.weights, part.dtype, self.stores, None, part.start, part.stop
-        )
-        total = plain.task_vector(0).mul_(weights[0])
-        for source, weight in enumerate(weights[1:], start=1):
-            total.add_(plain.task_vector(source), alpha=weight)
-        return total.div_(sum(weights))
+        weights = tuple(max(weight, 0.0) for weight in self.weights)
+        weights = weights if any(weights) else (1.0,) * len(weights)
+        return weighted_sum(replace(part, base=None, weights=weights)).div_(sum(weights))
 
+    @cached_property
     def settled(self) -> Mapping[str, Trait]:
         """What each tensor is; layers that fine-tuning began anew, as a head of the base's shape, count as heads.
 
@@ -125,24 +121,24 @@ class Combination:
         for name, trait in traits.items() if self.base is not None else ():
             if trait.kind is Kind.MATRIX and math.prod(self.listing.shapes[name]) >= FEWEST:
                 cosines[name] = self._cosine_to_base(self._entry(name, trait))
-        if not cosines or statistics.median(cosines.values()) < NEAR:
+        if not cosines or statistics.median(cosines.values()) < TRUSTED:
             return traits
         for name, cosine in cosines.items():
-            if cosine < FAR:
+            if cosine < FOREIGN:
                 layer = name.rpartition(".")[0]
                 own = [each for each in traits if each.rpartition(".")[0] == layer and traits[each].kind in TRAINED]
                 traits |= {each: replace(traits[each], kind=Kind.HEAD) for each in own}
                 self.notes.append(
-                    f"{layer or name} was begun anew after the base (cosine {cosine:.2f}; {NEAR} and more elsewhere): "
-                    "it is the mean of the sources"
+                    f"{layer or name} was begun anew after the base (cosine {cosine:.2f}; {TRUSTED} and more "
+                    "elsewhere): it is the mean of the sources"
                 )
         return traits
 
     def _cosine_to_base(self, entry: Entry) -> float:
         """The mean over sources, of the first numbers."""
         part = replace(entry, stop=min(entry.stop, SAMPLE))
-        origin = part.origin().reshape(-1)
-        own = [part.task_vector(source).reshape(-1) + origin for source in range(len(self.stores))]
+        origin, plain = part.origin().reshape(-1), replace(part, base=None)
+        own = [plain.task_vector(source).reshape(-1) for source in range(len(self.stores))]
         return statistics.fmean(float(torch.cosine_similarity(each, origin, dim=0)) for each in own)
 
     def _entry(self, name: str, trait: Trait) -> Entry:

@@ -122,7 +122,7 @@ def _trimmed(entry: Entry, trims: list[dict[str, Threshold]] | None) -> Tensor:
     if trims is not None:
         for source, own in enumerate(found):
             trims[source][entry.name].trim_((entry.name, entry.start), own)
-    return found.mul_(entry.coefficients(found)) if any(weight != 1 for weight in entry.weights) else found
+    return entry.weighed(found)
 
 
 def agreeing(vectors: Tensor, entry: Entry, fallback: float, aggregate: str) -> Tensor:
@@ -149,9 +149,10 @@ def agreeing(vectors: Tensor, entry: Entry, fallback: float, aggregate: str) -> 
     return total.mul_(elected)
 
 
-def summed(vectors: Tensor) -> Tensor:
+def summed(vectors: Iterable[Tensor]) -> Tensor:
     """The sum over sources, one after the other: the same bits however many numbers there are."""
-    total = vectors[0].clone()
-    for own in vectors[1:]:
+    each = iter(vectors)
+    total = next(each).clone()
+    for own in each:
         total += own
     return total

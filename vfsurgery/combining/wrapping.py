@@ -62,8 +62,9 @@ class Lines(Wrapping):
 
     def plan(self, problem: Problem) -> Combined:
         """See :class:`Combiner`."""
-        unknown = [entry.name for entry in problem.entries() if entry.trait.depth is None]
-        if len(unknown) == sum(1 for _ in problem.entries()) > 0:
+        depths = {entry.name: entry.trait.depth for entry in problem.entries()}
+        unknown = [name for name, depth in depths.items() if depth is None]
+        if len(unknown) == len(depths) > 0:
             raise OptionError(
                 explain("lines scales by depth, and there is no graph that tells how deep each tensor is read",
                         tensor=unknown[0], remedy="give models rather than state dicts; on the command line, --model")

@@ -18,7 +18,6 @@ from vfsurgery.matching import Identity, Matcher
 from vfsurgery.merging.surveyed import Way
 from vfsurgery.passes.base import Pass
 from vfsurgery.passes.combine import Base, Line
-from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.stats.threads import affordable_flops
 from vfsurgery.tracing.compatibility import check_finite
 from vfsurgery.tracing.sources import Source, canonical_state
@@ -170,10 +169,8 @@ def images_apart(data: Data | Mapping[int, Data] | str | None, count: int) -> tu
     return Interleaved([Batches(images) for images in each]), each
 
 
-def fitting_to(
-    plan: Plan, matching: str | Matcher, renormalize: Renormalization, alpha: object
-) -> tuple[str | Matcher, Renormalization]:
-    """Matching and renormalization of a merge that combines: units of fine-tuned models correspond already.
+def fitting_to(plan: Plan, matching: str | Matcher, alpha: object) -> str | Matcher:
+    """The matching of a merge that combines: units of fine-tuned models correspond already.
 
     Raises:
         OptionError: something was asked for that excludes combining.
@@ -181,7 +178,7 @@ def fitting_to(
     if alpha != 0.5:
         raise OptionError(explain("alpha= is for the average of two models", remedy="weights= or scale= with combine="))
     if plan.aligned:
-        return matching, renormalize
+        return matching
     if matching not in ("auto", "identity") and not isinstance(matching, Identity):
         raise OptionError(
             explain(
@@ -190,7 +187,7 @@ def fitting_to(
                 remedy="leave matching out; or base='mean' for models of different seeds",
             )
         )
-    return Identity(), renormalize
+    return Identity()
 
 
 def _combiners(combine: Combining | None, scale: Scale, count: int) -> tuple[Combiner, ...]:
@@ -201,8 +198,7 @@ def _combiners(combine: Combining | None, scale: Scale, count: int) -> tuple[Com
             raise OptionError(explain("combine='auto' chooses a scale itself", remedy=remedy))
         if count == 1:
             return tuple(COMBINERS["wise-ft"]().scaled(each) for each in (0.5, 0.25, 0.75, 1.0))
-        known = {name: scales for name, scales in GRID.items() if name in COMBINERS}
-        return tuple(COMBINERS[name]().scaled(each) for name, scales in known.items() for each in scales)
+        return tuple(COMBINERS[name]().scaled(each) for name, scales in GRID.items() for each in scales)
     if isinstance(combine, str):
         if combine not in COMBINERS:
             remedy = did_you_mean(combine, ["auto", *COMBINERS])

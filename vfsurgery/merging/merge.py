@@ -209,7 +209,7 @@ def merge(
     models = networks_of(given, fewest=2 if base is None or isinstance(base, str) else 1)
     combining = plan_combining(len(models), base, combine, scale, weights)
     if combining is not None:
-        matching, renormalize = fitting_to(combining, matching, renormalize, alpha)
+        matching = fitting_to(combining, matching, alpha)
         imagine = imagine and combining.aligned
         check_data(combining, data is not None)
     planned = plan_shares(len(models), alpha, weights) if combining is None else equal_shares(len(models))

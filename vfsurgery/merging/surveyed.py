@@ -99,11 +99,12 @@ def plan_survey(grouped: Grouped, ways: Sequence[Way], judged: bool = False) -> 
     own, apart = grouped.own, tuple[Batches, ...]()
     if judged and data is not None:
         every = every_for(data)
-        data, held_out = split(data, every)
         if grouped.own:  # of each its own share, so that none is judged on what statistics have seen
             parts = [split(each, every) for each in grouped.own]
             own, apart = tuple(rest for rest, _ in parts), tuple(held for _, held in parts)
-            data = mixed(own)
+            data, held_out = mixed(own), mixed(apart)
+        else:
+            data, held_out = split(data, every)
         images = first(data, SURVEYED)
     elif any(step.holds_out() for step in passes):
         data, held_out = split(data)

@@ -109,7 +109,7 @@ class Line:
             self._of, self._ends = None, {}
             _write(unscaled, targets)
             base, shapes = combination.base, combination.listing.shapes
-            for name, trait in unscaled.settled().items():
+            for name, trait in unscaled.settled.items():
                 end = targets[name].clone()
                 start = end
                 if trait.kind in TRAINED:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from vfsurgery.discovery.verification import TOLERANCE, outputs_of, relative_error
 from vfsurgery.errors import CertificateError, DataError, OptionError, explain
 from vfsurgery.passes.base import Context, Pass
+from vfsurgery.stats.precision import image_dtype
 from vfsurgery.tracing.borrowed import borrowed
 from vfsurgery.tracing.excerpts import Runner, describe_node
 from vfsurgery.tracing.precision import Precise, is_inexact, raised, real
@@ -147,8 +148,9 @@ class Behaviour:
                 with Precise(torch.float64):
                     result = recorder.run(*(RAISED(x.clone()) for x in inputs))
             except Exception:  # whatever an op says to two types of numbers
-                recorder = Recorder(graph_module, exact=False)
-                result = recorder.run(*(x.clone() for x in inputs))
+                recorder, dtype = Recorder(graph_module, exact=False), image_dtype(graph_module)
+                examples = (x.to(dtype, copy=True) if x.is_floating_point() else x.clone() for x in inputs)
+                result = recorder.run(*examples)
         return Behaviour(tuple(tensors_of(result)), recorder.values)
 
 
