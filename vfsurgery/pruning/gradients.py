@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vfsurgery.data.batches import check_labels
+from vfsurgery.data.batches import check_labels, row_major
 from vfsurgery.data.labels import check_logits, draw_labels
 from vfsurgery.errors import DataError, InvalidWeightsError, explain
 from vfsurgery.pruning.layers import stored_weight
@@ -128,7 +128,7 @@ class Gradients:
             whole = len(images) // self.batch * self.batch
             for start in range(0, whole, self.batch):
                 chosen = slice(start, start + self.batch)
-                yield images[chosen], None if labels is None else labels[chosen]
+                yield row_major(images[chosen]), None if labels is None else labels[chosen]
                 made += 1
                 if made == self.samples:
                     return

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vfsurgery.data.augmentation import crop_and_flip
-from vfsurgery.data.batches import check_labels
+from vfsurgery.data.batches import check_labels, row_major
 from vfsurgery.data.progress import progress as progress_bar
 from vfsurgery.errors import DataError, OptionError, did_you_mean, explain
 from vfsurgery.pruning import Masks
@@ -126,7 +126,7 @@ def train(
     for images, labels in progress_bar(epoch_batches(), label, (epochs - done) * len(loader), progress):
         steps.zero_grad()
         images = crop_and_flip(images, order) if augment else images
-        logits = model(images.to(first.device, first.dtype))
+        logits = model(row_major(images.to(first.device, first.dtype)))
         check_labels(labels, logits)
         F.cross_entropy(logits, labels.to(first.device)).backward()
         steps.step()
