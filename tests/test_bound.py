@@ -53,6 +53,20 @@ class Places(Tokens):
 BOUND = [Number, Dropped, Loop, Places]
 
 
+class Kept(Tokens):
+    """Weighs its tokens by a table that the first forward makes and keeps, of a number of Python's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Linear(1, 1, bias=False)
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        if self.table.shape[0] != x.shape[1]:
+            self.table = torch.zeros(x.shape[1], 1) + torch.arange(int(x.shape[1])).view(-1, 1).to(x.dtype)
+        return (self.a(x).relu() * (1 + self.place(self.table)).to(x.dtype)).mean(1)
+
+
 def images(count: int = 8) -> Tensor:
     return torch.randn(count, 4, 6, generator=GENERATOR, dtype=torch.float64)
 
@@ -83,6 +97,16 @@ def test_the_length_of_a_tensor_goes_with_the_batch() -> None:
 def test_a_number_made_of_the_batch_size_binds_the_trace(kind: type[Tokens]) -> None:
     graph = surgery.trace(net(kind), images(3))
     assert bound_to(graph) == 3 and "images in a batch == 3" in graph.meta["guards"]
+
+
+def test_what_a_forward_keeps_while_it_is_recorded_is_not_run_again() -> None:
+    """Run again with proxies in its table, the network would be recorded a second time, behind the outputs."""
+    graph = surgery.trace(net(Kept), images(3))
+    assert graph.meta["guards"] and bound_to(graph) == 0
+    assert [node.op for node in graph.graph.nodes].index("output") == len(graph.graph.nodes) - 1
+    assert sum(node.target == "out" for node in graph.graph.nodes) == 1
+    groups = surgery.find_groups(net(Kept), images(3))
+    assert not any("constant" in str(pin) for pin in groups.pinned)
 
 
 @pytest.mark.parametrize("kind", [Tokens, *BOUND])

@@ -39,7 +39,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
 from vfsurgery.errors import HookError, explain
-from vfsurgery.tracing.borrowed import set_mode
+from vfsurgery.tracing.borrowed import containers_of, contents_of, put, set_mode
 from vfsurgery.tracing.bound import find_bound
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.failures import is_users, not_recorded, shown
@@ -94,6 +94,7 @@ def record_forward(
     """
     tracer = ValueTracer(example_inputs, leaves, model, hooks)
     skeleton = tracer.skeleton(model, training)
+    before = [(container.items, contents_of(container.items)) for container in containers_of(skeleton)]
     rng = torch.get_rng_state()
     try:
         with (
@@ -105,7 +106,10 @@ def record_forward(
             reads_of_mode(tracer.is_computing) as asked,
         ):
             graph = tracer.trace(skeleton)
-            bound = tracer.bound(graph, skeleton) if tracer.guards else 0
+            bound = 0
+            if tracer.guards:
+                with _without_proxies(before):
+                    bound = tracer.bound(graph, skeleton)
     except HookError:
         raise
     except Exception as error:
@@ -342,6 +346,23 @@ class ValueTracer(GuardingTracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val if self._computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+@contextmanager
+def _without_proxies(before: list[tuple[Any, list[tuple[Any, Any]]]]) -> Generator[None]:
+    """Let containers of a skeleton hold what they did before, and what is new in them, but no proxies.
+
+    A forward may keep what it computes, and run again with proxies it would go on recording.
+    """
+    now = [(items, contents_of(items)) for items, _ in before]
+    try:
+        for (items, old), (_, new) in zip(before, now, strict=True):
+            known = {key for key, _ in old}
+            put(items, [*old, *(pair for pair in new if pair[0] not in known and not holds_proxy(pair[1]))])
+        yield
+    finally:
+        for items, contents in now:
+            put(items, contents)
 
 
 @contextmanager
