@@ -14,10 +14,15 @@ GOLDENS = Path(__file__).resolve().parent / "goldens"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="rewrite tests/goldens/ instead of comparing")
-    parser.addoption("--fuzz-networks", type=int, default=200, help="networks that tests/fuzz tries (default: 200)")
+    parser.addoption("--fuzz-networks", type=int, default=60, help="networks that tests/fuzz tries (default: 60)")
+    parser.addoption("--thorough", action="store_true", help="run the tests marked thorough, too")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--thorough"):
+        left = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

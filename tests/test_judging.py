@@ -167,7 +167,7 @@ def test_the_choice_is_hardly_ever_behind_the_best_way_on_the_pairs_of_the_demo(
 
 
 @pytest.mark.pairs
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["vgg11_half", "tv_resnet18"])
 def test_the_choice_is_hardly_ever_behind_the_best_way_on_trained_pairs(name, shared: Path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "docs" / "benchmarks")

@@ -87,7 +87,10 @@ def test_the_command_writes_the_table_and_the_page(tmp_path: Path):
 
 @pytest.mark.zoo
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "test_nfnet"])
+@pytest.mark.parametrize(
+    "name",
+    ["test_efficientnet", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("test_vit", "test_nfnet"))],
+)
 def test_a_slice_of_the_zoo(name):
     cells = merge_pair(f"timm:{name}")
     assert len(cells) == MANY and not [cell for cell in cells if cell.outcome == "fails"]

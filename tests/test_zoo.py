@@ -214,16 +214,25 @@ def test_what_is_too_large_is_traced_without_weights_and_a_shallow_twin_verified
     )
 
 
+NETWORKS = [
+    *("alexnet", "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5"),
+    *("efficientnet_b0", "regnet_y_400mf", "resnet18", "densenet121", "swin_t", "lraspp_mobilenet_v3_large"),
+    "quantized_mobilenet_v2",
+]
+IN_CI = ["test_vit", "test_convnext", "shufflenet_v2_x0_5", "mobilenet_v3_small", "lraspp_mobilenet_v3_large"]
+
+
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", [*(f"timm:{name}" for name in timm.list_models("test_*")), *(
-    f"torchvision:{name}" for name in (
-        "alexnet", "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5",
-        "efficientnet_b0", "regnet_y_400mf", "resnet18", "densenet121", "swin_t", "lraspp_mobilenet_v3_large",
-        "quantized_mobilenet_v2",
-    )
-)])  # fmt: skip
-def test_small_models_are_proven_and_covered(name: str) -> None:
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        pytest.param(library, name, marks=[] if name in IN_CI else pytest.mark.thorough)
+        for library, names in (("timm", timm.list_models("test_*")), ("torchvision", NETWORKS))
+        for name in names
+    ],
+)
+def test_small_models_are_proven_and_covered(library: str, name: str) -> None:
     torch.set_num_threads(1)
-    survey = survey_model(name)
+    survey = survey_model(f"{library}:{name}")
     assert survey.verified, survey
     assert survey.coverage > 0.95 and survey.unknown_ops == "", survey

@@ -193,7 +193,13 @@ def test_a_training_goes_on_at_its_epoch(tmp_path, ran, monkeypatch):
     assert not [*(tmp_path / ".stages").glob("*.pt")]
 
 
-@pytest.mark.parametrize("moment", ["*.training.pt", "*/a.safetensors", "*/merged.safetensors"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "*.training.pt",
+        *(pytest.param(f"*/{name}", marks=pytest.mark.thorough) for name in ("a.safetensors", "merged.safetensors")),
+    ],
+)
 def test_a_run_that_is_killed_goes_on_to_the_same_file(tmp_path, ran, moment):
     (tmp_path / "small.yaml").write_text(RECIPE)
     command = [sys.executable, "-m", "vfsurgery", "run", "small.yaml", "--output", "out", "--quiet", "--resume"]
