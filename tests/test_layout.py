@@ -22,7 +22,7 @@ FLOORS = (
     {"recipes"},
     {"hub", "rendering"},
     {"scoring/soups"},
-    {"scoring", "testing", "testing/zoo"},
+    {"merging/multitask", "scoring", "testing", "testing/zoo"},
     {"merging", "pruning/renormalizing", "pruning/units"},
     {"passes", "training"},
     {"combining", "discovery/verification", "matching", "pruning"},
