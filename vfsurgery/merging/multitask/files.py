@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Mapping
@@ -78,10 +79,8 @@ def save_multitask(model: Multitask, folder: str | Path, architecture: str | Non
         "trunk": {"file": TRUNK, "sha256": file_hash(folder / TRUNK)},
         "tasks": entries,
     }
-    try:
+    with contextlib.suppress(OptionError):  # it was loaded, or copied
         contents["report"] = report_of(model).to_dict()
-    except OptionError:  # it was loaded, or copied
-        pass
     write_text(folder / CONTENTS, json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
     return folder
 
@@ -190,12 +189,14 @@ def _read(folder: Path) -> dict[str, Any]:
         contents = json.loads(path.read_text(encoding="utf-8"))
         if contents["format"] != FORMAT:
             raise ValueError(f"format {contents['format']}, and this version reads {FORMAT}")
-        for entry in (contents["trunk"], *contents["tasks"].values()):
+        of_tasks = ("classes", "labels", "head", "temperature")
+        for entry, needed in [(contents["trunk"], ()), *((each, of_tasks) for each in contents["tasks"].values())]:
             plain = Path(entry["file"])
+            missing = next((key for key in needed if key not in entry), None)
+            if missing is not None:
+                raise KeyError(missing)
             if plain.is_absolute() or ".." in plain.parts or not isinstance(entry["sha256"], str):
                 raise ValueError(f"it names {plain}")
-        for entry in contents["tasks"].values():
-            entry["classes"], entry["labels"], entry["head"], entry["temperature"]
         return contents
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         cause = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)[:200]

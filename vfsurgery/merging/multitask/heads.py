@@ -151,12 +151,10 @@ def _begun(graph_module: fx.GraphModule, state: Mapping[str, Tensor], base: Mapp
     """Tensors of layers whose matrices have nothing to do with the base's, while most are nearly parallel to it."""
     cosines: dict[str, float] = {}
     for name, trait in traits_of_graph(graph_module).items():
-        if trait.kind is Kind.MATRIX and name in base and base[name].shape == state[name].shape:
-            if state[name].numel() >= FEWEST:
-                mine, its = (
-                    x.detach().reshape(-1)[:SAMPLE].double() for x in (state[name], base[name].to(state[name]))
-                )
-                cosines[name] = float(torch.cosine_similarity(mine, its, dim=0))
+        known = trait.kind is Kind.MATRIX and name in base and base[name].shape == state[name].shape
+        if known and state[name].numel() >= FEWEST:
+            mine, its = (x.detach().reshape(-1)[:SAMPLE].double() for x in (state[name], base[name].to(state[name])))
+            cosines[name] = float(torch.cosine_similarity(mine, its, dim=0))
     if not cosines or statistics.median(cosines.values()) < TRUSTED:
         return []
     layers = {name.rpartition(".")[0] for name, cosine in cosines.items() if cosine < FOREIGN}
@@ -183,7 +181,7 @@ def _last(graph_module: fx.GraphModule) -> list[str]:
 
 
 def tensors_read(graph_module: fx.GraphModule) -> dict[fx.Node, list[str]]:
-    """Parameters and persistent buffers that each node itself reads, by canonical name: those in its module, or its own.
+    """Parameters and persistent buffers that each node itself reads, in its module or alone, by canonical name.
 
     >>> import vfsurgery as surgery
     >>> graph_module = surgery.trace(nn.Sequential(nn.Linear(2, 3)), torch.zeros(1, 2))

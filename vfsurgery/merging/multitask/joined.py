@@ -187,7 +187,9 @@ class Multitask(nn.Module):
 
 
 class Concat(nn.Module):
-    """One tensor ``(N, classes, ...)`` of log-probabilities over the classes of all tasks; see :meth:`Multitask.concat`.
+    """One tensor ``(N, classes, ...)`` of log-probabilities over the classes of all tasks.
+
+    :meth:`Multitask.concat` says what they are worth.
 
     Classes of equal name are one; its probability is the mean of what the tasks that have it say.
 

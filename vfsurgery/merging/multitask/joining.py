@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 
 from vfsurgery.errors import IncompatibleModelsError, OptionError, explain
 from vfsurgery.merging.multitask.heads import Head, canonical_tensors, tensors_read
@@ -109,7 +109,7 @@ def join(tasks: Mapping[str, nn.Module], graphs: Sequence[fx.GraphModule], heads
         for node in used:
             own[node] = _head_node(graph, node, own, prefixes[task], graphs[number], host)
         output = next(node for node in graphs[number].graph.nodes if node.op == "output")
-        outputs[task] = fx.node.map_arg(output.args[0], lambda node, own=own: own[node])
+        outputs[task] = map_arg(output.args[0], lambda node, own=own: own[node])
     graph.output(outputs)
     graph_module = put_over_model(host, host, graph)
     guards = dict.fromkeys(guard for each in graphs for guard in each.meta["guards"])
@@ -274,9 +274,9 @@ def _head_node(
     host: nn.Module,
 ) -> fx.Node:
     """A node of a head, its modules and tensors below the head's own path; it writes into nothing that is shared."""
-    writes = (
-        (str(node.target).endswith("_") and not str(node.target).endswith("__")) or node.kwargs.get("inplace") is True
-    )
+    writes = (str(node.target).endswith("_") and not str(node.target).endswith("__")) or node.kwargs.get(
+        "inplace"
+    ) is True
     if writes and node.op in ("call_method", "call_function"):
         given = next((each for each in node.all_input_nodes if not places[each].meta.get(prefix)), None)
         if given is not None:
