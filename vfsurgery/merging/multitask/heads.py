@@ -8,7 +8,6 @@ with weights before the output.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.combining.base import Kind
 from vfsurgery.combining.running import FEWEST, FOREIGN, SAMPLE, TRUSTED
-from vfsurgery.combining.traits import traits_of_graph
+from vfsurgery.combining.traits import RUNNING, traits_of_graph
 from vfsurgery.errors import IncompatibleModelsError, explain
 from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.ops import canonical_parameters
@@ -31,6 +30,8 @@ CONFIGURED = "timm's classifier"
 RECREATED = "reset_classifier makes it anew"
 BEGUN = "begun anew after the base"
 LAST = "last layer before the output"
+NEAR = 0.5
+"""Distance to the base, over its length, below which a layer has been fine-tuned and not begun anew."""
 
 
 @dataclass(frozen=True)
@@ -202,25 +203,22 @@ def tensors_read(graph_module: fx.GraphModule) -> dict[fx.Node, list[str]]:
 
 
 def _route(extra: Iterable[str], state: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> str:
-    """Which of timm's two ways made the head: they differ where more than the classifier is made anew by one."""
-    if base is None:
+    """Which of timm's two ways made the head: they differ where more than the classifier is made anew by one.
+
+    What came from the base is still near it. Running statistics say nothing: they follow the features either way.
+    """
+    distances: dict[str, float] = {}
+    for name in extra if base is not None else ():
+        mine, its = state[name], base.get(name)
+        if its is None or its.shape != mine.shape or not mine.is_floating_point() or name.endswith(RUNNING):
+            continue
+        size = float(its.double().norm())
+        if size:
+            distances[name] = float((mine.double() - its.to(mine).double()).norm()) / size
+    if not distances:
         return ""
-    known = [name for name in extra if state[name].is_floating_point() and state[name].ndim]
-    known = [name for name in known if name in base and base[name].shape == state[name].shape]
-    if not known:
-        return ""
-    cosines = [
-        float(
-            torch.cosine_similarity(
-                state[name].double().reshape(-1), base[name].to(state[name]).double().reshape(-1), dim=0
-            )
-        )
-        for name in known
-    ]
-    told = [cosine for cosine in cosines if not math.isnan(cosine)]
-    kept = bool(told) and min(told) > FOREIGN
-    layers = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in known))
-    if kept:
+    layers = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in distances))
+    if statistics.fmean(distances.values()) < NEAR:
         return f"made by create_model(num_classes=...): {layers} came from the base"
     return f"made by reset_classifier: {layers} began anew"
 

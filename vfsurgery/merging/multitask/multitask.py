@@ -31,6 +31,7 @@ from vfsurgery.merging.multitask.statistics import measure_apart, measure_joint
 from vfsurgery.merging.multitask.trunks import Made, Trunks, grouped_twins
 from vfsurgery.merging.multitask.unions import check_same_labels, join_rows
 from vfsurgery.merging.prepared import Clock, common_device
+from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.records.results import remember
 from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.stats.together import examples_of
@@ -54,6 +55,7 @@ def multitask(
     labels: Mapping[str, Sequence[str]] | None = None,
     batchnorm: str = "auto",
     matching: Matchings = "auto",
+    renormalize: Renormalization = "auto",
     example_inputs: ExampleInputs | None = None,
     leaf: Leaf | Sequence[Leaf] = (),
     pins: str | Sequence[str] = (),
@@ -87,6 +89,8 @@ def multitask(
             best where the task is known; ``"joint"``: statistics of all images together; ``"average"``: the mean of
             the experts'. ``"auto"`` is per task where there is ``data``, else the average.
         matching: As for :func:`~vfsurgery.merge`; units are reordered, or mapped by ``"zipit"`` and ``"cca"``.
+        renormalize: As for :func:`~vfsurgery.merge`, for units that were aligned; ``"auto"`` is what suits the
+            architecture, and where statistics of BatchNorm layers are measured, nothing else.
         example_inputs: As for :func:`~vfsurgery.trace`.
         leaf: As for :func:`~vfsurgery.trace`.
         pins: As for :func:`~vfsurgery.find_groups`.
@@ -142,7 +146,7 @@ def multitask(
     with clock("groups"):
         grouped = grouped_twins(tasks, joined, inputs, every, images, pins, seed, progress, clock)
     with grouped.running():
-        made = Trunks(grouped, joined, plan, matcher, tasks).best(images, names, known)
+        made = Trunks(grouped, joined, plan, matcher, renormalize, tasks).best(images, names, known)
     result = made.result
     if heads == "union":
         join_rows(result)

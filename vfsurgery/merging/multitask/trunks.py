@@ -28,7 +28,7 @@ from vfsurgery.merging.prepared import Clock, Grouped
 from vfsurgery.merging.shares import equal_shares
 from vfsurgery.merging.surveyed import Surveyed, Way, plan_survey
 from vfsurgery.passes import Pass
-from vfsurgery.passes.normalizations import normalizations
+from vfsurgery.passes.normalizations import Renormalization, normalizations
 from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.stats.together import in_bound_runs
 from vfsurgery.tracing.copies import copied, fresh
@@ -98,7 +98,13 @@ class Trunks:
     """Combines the trunks of matched sources in one way or another, and puts heads behind."""
 
     def __init__(
-        self, grouped: Grouped, joined: Joined, plan: Plan, matcher: Matcher, tasks: Mapping[str, nn.Module]
+        self,
+        grouped: Grouped,
+        joined: Joined,
+        plan: Plan,
+        matcher: Matcher,
+        renormalize: Renormalization,
+        tasks: Mapping[str, nn.Module],
     ) -> None:
         self.grouped, self.joined, self.plan, self.tasks = grouped, joined, plan, tasks
         traits = traits_of_graph(joined.graph_module)
@@ -112,17 +118,18 @@ class Trunks:
             first = grouped.sources[0].state
             base = {name: base[name] if name in base and name not in in_heads else first[name] for name in first}
         self.ancestry = replace(plan.ancestry, base=base, traits=traits)
-        self.passes = self._passes()
+        self.passes = self._passes(renormalize)
         self.surveyed: Surveyed = plan_survey(grouped, [Way(matcher, self.passes)])
         self.certified: Certified = certify_sources(self.surveyed, match_sources(self.surveyed, matcher))
         self.matcher = matcher
 
-    def _passes(self) -> tuple[Pass, ...]:
+    def _passes(self, choice: Renormalization) -> tuple[Pass, ...]:
         """What restores the statistics of units that were aligned; those of BatchNorm layers are measured later."""
-        grouped = self.grouped
-        if not self.plan.aligned or (grouped.data is not None and batch_norm_nodes(grouped.graph_module)):
+        grouped, has_data = self.grouped, self.grouped.data is not None
+        measured = has_data and bool(batch_norm_nodes(grouped.graph_module))
+        if choice == "auto" and (measured or not self.plan.aligned):
             return ()
-        return normalizations("auto", grouped.graph_module, grouped.groups, grouped.data is not None)
+        return normalizations(choice, grouped.graph_module, grouped.groups, has_data)
 
     def best(self, images: Mapping[str, Batches], labels: Mapping[str, Labels], classes: Mapping[str, int]) -> Made:
         """The network, by the method and scale that agree best with the experts where there are several."""
@@ -151,14 +158,17 @@ class Trunks:
             return self.made(self.plan.combiners[0], labels, classes)  # which raises what is wrong
         kept = max(scores, key=lambda score: score[0])[1]
         made = self.made(kept, labels, classes)
-        return replace(made, notes=(*notes, f"kept {kept}"))
+        return replace(made, notes=(*made.notes, *notes, f"kept {kept}"))
 
     def made(self, combiner: Combiner, labels: Mapping[str, Labels], classes: Mapping[str, int]) -> Made:
         """The network by one method."""
         way = Way(self.matcher, self.passes, combiner)
         combined = self._combined(way)
+        notes: tuple[str, ...] = ()
         if combined.context.created_biases or combined.context.restructured:
-            way = replace(way, passes=())  # experts have no such tensors: their models would not load them
+            steps = ", ".join(step.name for step in way.passes)
+            notes = (f"left out, since no expert's model has the tensors that it adds: {steps}",)
+            way = replace(way, passes=())
             combined = self._combined(way)
         state = canonical_state(combined.model)
         for number, task in enumerate(self.tasks):
@@ -171,7 +181,7 @@ class Trunks:
             for task, model in self.tasks.items()
         }
         choice = Choice(way, self.surveyed, self.certified, combined)
-        return Made(Multitask(Joined(network, self.joined.places), known), choice, self.ancestry)
+        return Made(Multitask(Joined(network, self.joined.places), known), choice, self.ancestry, notes)
 
     def _combined(self, way: Way) -> Combined:
         shares = equal_shares(len(self.tasks)).over(self.grouped.graph_module)
