@@ -164,6 +164,8 @@ def test_equal_numbers_of_classes_leave_heads_apart_and_same_merges_them():
     same = joined(tasks, base=first, heads="same")
     assert torch.allclose(same.task("a").fc.weight, (first.fc.weight + other.fc.weight) / 2)
     assert torch.equal(same(INPUT)["a"], same(INPUT)["b"])
+    other_head = joined(tasks, base=lively(Residual(classes=9), 3).double(), heads="same", method="task-arithmetic")
+    assert torch.allclose(other_head.task("b").fc.weight, (first.fc.weight + other.fc.weight) / 2)
     with pytest.raises(OptionError, match="different classes"):
         joined(experts("residual"), heads="same")
     with pytest.raises(OptionError, match="different classes"):
@@ -315,13 +317,14 @@ def test_it_runs_in_onnxruntime(tmp_path):
         assert error(torch.from_numpy(mine), theirs) < 1e-4
 
 
-def test_a_timm_model_of_each_task_loads_strictly():
+def test_a_timm_model_of_each_task_loads_strictly(tmp_path):
     sizes = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 32}
     name = "deit_tiny_distilled_patch16_224"
     tasks = {f"t{k}": timm.create_model(name, num_classes=k, **sizes).double().eval() for k in (5, 5, 7)[1:]}
     base = timm.create_model(name, num_classes=9, **sizes).double().eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     both = surgery.multitask(tasks, base=base, example_inputs=x, progress=False)
+    contents = json.loads((surgery.save_multitask(both, tmp_path) / "multitask.json").read_text())
     for task, model in tasks.items():
         plain = both.task(task)
         built = timm.create_model(name, num_classes=model.num_classes, **sizes).double().eval()
@@ -330,6 +333,7 @@ def test_a_timm_model_of_each_task_loads_strictly():
         for layer in ("head", "head_dist"):
             assert torch.equal(plain.get_submodule(layer).weight, model.get_submodule(layer).weight)
         mean = sum(each.pos_embed for each in tasks.values()) / 2
+        assert contents["tasks"][task]["model"] == f"timm:{name}"
         assert torch.allclose(plain.pos_embed, mean)
 
 
@@ -375,6 +379,10 @@ BAD = {
     ),
     "no such head": (lambda: experts("chain"), {"head": "fc"}, OptionError, "matches nothing"),
     "NaN": (nan, {}, InvalidWeightsError, "NaN"),
+    "precisions": (
+        lambda: {"a": experts("chain")["cars"], "b": experts("chain")["pets"].float()},
+        {}, IncompatibleModelsError, "different precisions",
+    ),
     "unknown heads": (lambda: experts("chain"), {"heads": "unoin"}, OptionError, "'union'"),
     "unknown batchnorm": (lambda: experts("chain"), {"batchnorm": "pertask"}, OptionError, "'per-task'"),
     "unknown method": (lambda: experts("chain"), {"method": "tise"}, OptionError, "unknown combining method"),

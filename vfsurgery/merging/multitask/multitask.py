@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from vfsurgery.merging.multitask.requests import (
 from vfsurgery.merging.multitask.statistics import measure_apart, measure_joint
 from vfsurgery.merging.multitask.trunks import Made, Trunks, grouped_twins
 from vfsurgery.merging.multitask.unions import check_same_labels, join_rows
-from vfsurgery.merging.prepared import Clock, common_device
+from vfsurgery.merging.prepared import Clock, Grouped, common_device
 from vfsurgery.passes.normalizations import Renormalization
 from vfsurgery.records.results import remember
 from vfsurgery.stats.batch_norms import batch_norm_nodes
@@ -131,6 +132,8 @@ def multitask(
     with clock("trace and heads"):
         every = mixed([*images.values()]) if images else None
         inputs, every = examples_of(models[0], every, example_inputs)
+        if every is not None and every.together > 1:
+            images = {task: own.in_runs(every.together) for task, own in images.items()}
         graphs = [record(fresh(model, inputs), inputs, leaf) for model in models]
         for graph in graphs:
             refuse_bound(graph)
@@ -146,11 +149,10 @@ def multitask(
     with clock("groups"):
         grouped = grouped_twins(tasks, joined, inputs, every, images, pins, seed, progress, clock)
     with grouped.running():
-        made = Trunks(grouped, joined, plan, matcher, renormalize, tasks).best(images, names, known)
+        settle = partial(_settle, images=images, heads=heads, batchnorm=batchnorm, plan=plan, grouped=grouped)
+        made = Trunks(grouped, joined, plan, matcher, renormalize, tasks).best(images, names, known, settle)
     result = made.result
-    if heads == "union":
-        join_rows(result)
-    told = _statistics(result, images, batchnorm, plan, progress, clock)
+    told = settle(result)
     for task, own in images.items():
         result.temperatures[task] = fitted_temperature(result, task, tasks[task], own)
     report = _report(made, tasks, found, known, names, images, told)
@@ -158,10 +160,12 @@ def multitask(
     return result
 
 
-def _statistics(
-    result: Multitask, images: Mapping[str, Batches], batchnorm: str, plan: Plan, progress: bool, clock: Clock
+def _settle(
+    result: Multitask, images: Mapping[str, Batches], heads: str, batchnorm: str, plan: Plan, grouped: Grouped
 ) -> str:
-    """Give BatchNorm layers their statistics; which they have, in one word, empty where there are no such layers."""
+    """Join rows of heads, and give BatchNorm layers their statistics; in one word, which, empty without such layers."""
+    if heads == "union":
+        join_rows(result)
     norms = batch_norm_nodes(result.network)
     if not norms:
         return ""
@@ -171,10 +175,10 @@ def _statistics(
         if plan.aligned and not images:
             warn_of_norms(result.network)
         return batchnorm
-    with clock("statistics of tasks"), eval_mode(result):
-        measure_joint(result, images, progress)
+    with grouped.clock("statistics of tasks"), eval_mode(result):
+        measure_joint(result, images, grouped.progress)
         if batchnorm == "per-task":
-            result.hold(measure_apart(result, images, progress))
+            result.hold(measure_apart(result, images, grouped.progress))
     return batchnorm
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.errors import DataError, OptionError, did_you_mean, explain, warn
+from vfsurgery.errors import DataError, IncompatibleModelsError, OptionError, did_you_mean, explain, warn
 from vfsurgery.merging.multitask.labels import Labels, check_labels, labels_of
 from vfsurgery.merging.sparse import refuse_hooks
 from vfsurgery.passes.agreement import class_logits
 from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.compatibility import check_weights
 from vfsurgery.tracing.examples import normalization_of
-from vfsurgery.tracing.sources import eval_mode
+from vfsurgery.tracing.sources import canonical_state, eval_mode
 from vfsurgery.tracing.wrappers import network
 
 HEADS = ("keep", "same", "union")
@@ -47,6 +47,7 @@ def checked_experts(experts: Mapping[str, nn.Module], heads: str, batchnorm: str
         raise OptionError(f"the expert {empty!r}, a {type(models[empty]).__name__}, has no parameters")
     refuse_hooks([*models.values()])
     check_weights([*models.values()])
+    _check_precisions(models)
     configured = {task: normalization_of(model) for task, model in models.items()}
     differing = {said for said in configured.values() if said is not None}
     if len(differing) > 1:
@@ -56,6 +57,26 @@ def checked_experts(experts: Mapping[str, nn.Module], heads: str, batchnorm: str
             f"{told}; normalize the images of each task as its expert expects, or fine-tune with equal settings"
         )
     return models
+
+
+def _check_precisions(models: Mapping[str, nn.Module]) -> None:
+    """Refuse experts of different precisions.
+
+    Raises:
+        IncompatibleModelsError: names the first tensor that differs.
+    """
+    (first, one), *others = ((task, canonical_state(model)) for task, model in models.items())
+    for task, state in others:
+        name = next((name for name in state if name in one and state[name].dtype != one[name].dtype), None)
+        if name is not None:
+            raise IncompatibleModelsError(
+                explain(
+                    f"the experts {first!r} and {task!r} have different precisions",
+                    parameter=name,
+                    dtypes=f"{one[name].dtype}, {state[name].dtype}",
+                    remedy="bring both to one: expert.to(torch.float32)",
+                )
+            )
 
 
 def check_tasks(names: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -107,16 +107,13 @@ class Trunks:
         tasks: Mapping[str, nn.Module],
     ) -> None:
         self.grouped, self.joined, self.plan, self.tasks = grouped, joined, plan, tasks
+        first, base, foreign = grouped.sources[0].state, plan.ancestry.base, joined.places.in_heads
         traits = traits_of_graph(joined.graph_module)
-        in_heads = joined.places.in_heads
-        traits = {
-            n: replace(t, kind=Kind.HEAD) if n in in_heads and t.kind is not Kind.FIXED else t
-            for n, t in traits.items()
-        }
-        base = plan.ancestry.base
-        if isinstance(base, Mapping):  # what it lacks is of heads, or nothing that training changes
-            first = grouped.sources[0].state
-            base = {name: base[name] if name in base and name not in in_heads else first[name] for name in first}
+        if isinstance(base, Mapping):
+            foreign = foreign | {name for name in first if name not in base or base[name].shape != first[name].shape}
+            base = {name: first[name] if name in foreign else base[name] for name in first}
+        for name in foreign.intersection(name for name, trait in traits.items() if trait.kind is not Kind.FIXED):
+            traits[name] = replace(traits[name], kind=Kind.HEAD)
         self.ancestry = replace(plan.ancestry, base=base, traits=traits)
         self.passes = self._passes(renormalize)
         self.surveyed: Surveyed = plan_survey(grouped, [Way(matcher, self.passes)])
@@ -131,8 +128,17 @@ class Trunks:
             return ()
         return normalizations(choice, grouped.graph_module, grouped.groups, has_data)
 
-    def best(self, images: Mapping[str, Batches], labels: Mapping[str, Labels], classes: Mapping[str, int]) -> Made:
-        """The network, by the method and scale that agree best with the experts where there are several."""
+    def best(
+        self,
+        images: Mapping[str, Batches],
+        labels: Mapping[str, Labels],
+        classes: Mapping[str, int],
+        settle: Callable[[Multitask], object],
+    ) -> Made:
+        """The network, by the method and scale that agree best with the experts where there are several.
+
+        ``settle`` gives each that is tried the statistics that it would have.
+        """
         combiners = self.plan.combiners
         if len(combiners) > 1 and not images:
             if not self.plan.open:
@@ -148,6 +154,7 @@ class Trunks:
         for combiner in combiners:
             try:
                 found = self.made(combiner, labels, classes).result
+                settle(found)
             except SurgeryError as error:
                 notes.append(f"failed, {combiner}: {str(error).splitlines()[0]}")
                 continue
