@@ -143,14 +143,14 @@ def custom(classes: int, hidden: int | None) -> nn.Module:
     return model
 
 
-@pytest.mark.filterwarnings("ignore::vfsurgery.errors.SurgeryWarning")
-def test_heads_may_have_other_layers_and_write_in_place():
+@pytest.mark.parametrize("matching", ["weights", "activations"])
+def test_heads_may_have_other_layers_and_write_in_place(matching):
     torch.manual_seed(0)
     first, other = (lively(custom(*form), seed).double() for seed, form in enumerate([(4, 8), (4, None)]))
     trunk = {k: x for k, x in first.state_dict().items() if not k.startswith("fc.")}
     other.load_state_dict(copy.deepcopy(trunk), strict=False)
     tasks = {"deep": first, "flat": planted(other, groups_of(copy.deepcopy(other).float()))}
-    both = joined(tasks)
+    both = joined(tasks, matching=matching, data=images(64, dtype=torch.float64))
     assert all(error(both(INPUT)[task], model(INPUT)) < EXACT for task, model in tasks.items())
     assert both.places.heads["deep"].layers == ["fc.1", "fc.4"]
     assert [type(both.task(task).fc) for task in tasks] == [nn.Sequential, nn.Linear]
@@ -209,7 +209,7 @@ def test_concat_has_log_probabilities_of_each_head_and_within_a_task_its_own_ord
     assert len(named.classes) == 8
     each = [both(INPUT)[task].softmax(1)[:, place] for task, place in (("cars", 2), ("pets", 0))]
     assert torch.allclose(named(INPUT)[:, 2].exp(), (each[0] + each[1]) / 2)
-    for bad in (0, math.inf, {"pets": -1.0}):
+    for bad in (0, math.inf, {"pets": -1.0}, "fited"):
         with pytest.raises(OptionError, match="temperature"):
             both.concat(bad)
 

@@ -19,6 +19,7 @@ from vfsurgery.tracing.ops import canonical_parameters
 from vfsurgery.tracing.values import judged
 
 TEMPERATURE = 1.0
+FITTED = "fitted"
 FOUND = "_found"
 """Attribute for what is found again from the graph, so that it is neither copied nor saved."""
 
@@ -44,6 +45,7 @@ class Multitask(nn.Module):
     Attributes:
         network: The graph of the trunk and of all heads.
         tasks: What is known of each task.
+        temperatures: Fitted ones by task, for :meth:`concat`; 1 where there were no images.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class Multitask(nn.Module):
         """The trunk and one task's head as a graph module, over this network's own modules, without own statistics."""
         return fx.GraphModule(self.network, self._part(name)[0])
 
-    def concat(self, temperatures: Mapping[str, float] | float | None = None) -> Concat:
+    def concat(self, temperatures: Mapping[str, float] | float | str = TEMPERATURE) -> Concat:
         """A module that returns one tensor over the classes of all tasks, without being told the task.
 
         Heads of different tasks were never trained against each other, so their logits are not comparable. Each head's
@@ -128,19 +130,25 @@ class Multitask(nn.Module):
         task.
 
         Args:
-            temperatures: What the logits of each head are divided by before; the fitted ones by default, where there
-                were images to fit them on, else 1. A larger one makes a head less sure.
+            temperatures: What the logits of each head are divided by before, one number or by task; a larger one makes
+                a head less sure. ``"fitted"`` is the number with which a head is as sure, on average, as it agrees with
+                its expert, where there were images to fit it on, else 1.
 
         Raises:
             OptionError: a temperature is no positive number, or there is no such task.
         """
+        if isinstance(temperatures, str):
+            if temperatures != FITTED:
+                accepted = f"a number, one for each task, or {FITTED!r}"
+                raise OptionError(explain(f"unknown temperature {temperatures!r}", accepted=accepted))
+            temperatures = self.temperatures
         if isinstance(temperatures, int | float):
             temperatures = dict.fromkeys(self.tasks, float(temperatures))
-        given = {self._checked(task): float(value) for task, value in (temperatures or {}).items()}
+        given = {self._checked(task): float(value) for task, value in temperatures.items()}
         bad = next((task for task, value in given.items() if not 0 < value < float("inf")), None)
         if bad is not None:
             raise OptionError(explain(f"the temperature of {bad!r} is {given[bad]}", accepted="a positive number"))
-        return Concat(self, self.temperatures | given)
+        return Concat(self, dict.fromkeys(self.tasks, TEMPERATURE) | given)
 
     def labels(self) -> dict[str, Labels]:
         """The names of each task's classes."""

@@ -109,6 +109,7 @@ def multitask(
         InvalidWeightsError: an expert holds NaN or infinite values.
         CertificateError: a reordering changed what an expert computes.
 
+    >>> import torch
     >>> cars, pets = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, classes)) for classes in (3, 2))
     >>> both = multitask({"cars": cars, "pets": pets}, example_inputs=torch.randn(2, 4), progress=False)
     >>> {task: tuple(logits.shape) for task, logits in both(torch.randn(5, 4)).items()}
