@@ -148,7 +148,7 @@ def _images(options: Mapping[str, Any], models: Mapping[str, nn.Module]) -> Any:
     given: dict[str, str] = {}
     for text in options["data"]:
         task, separator, data = text.partition("=")
-        given |= {task: data} if separator else dict.fromkeys(models, text)
+        given.update({task: data} if separator else {each: text for each in models})
     load = {name: options[name] for name in ("limit", "batch_size", "input_size", "seed")}
     unknown = next((task for task in given if task not in models), None)
     if unknown is not None:

@@ -207,8 +207,10 @@ def _route(extra: Iterable[str], state: Mapping[str, Tensor], base: Mapping[str,
 
     What came from the base is still near it. Running statistics say nothing: they follow the features either way.
     """
+    if base is None:
+        return ""
     distances: dict[str, float] = {}
-    for name in extra if base is not None else ():
+    for name in extra:
         mine, its = state[name], base.get(name)
         if its is None or its.shape != mine.shape or not mine.is_floating_point() or name.endswith(RUNNING):
             continue
