@@ -22,7 +22,7 @@ FLOORS = (
     {"recipes"},
     {"hub", "rendering"},
     {"scoring/soups"},
-    {"scoring", "testing", "testing/zoo"},
+    {"merging/multitask", "scoring", "testing", "testing/zoo"},
     {"merging", "pruning/renormalizing", "pruning/units"},
     {"passes", "training"},
     {"combining", "discovery/verification", "matching", "pruning"},
@@ -51,7 +51,8 @@ ONLY_IN = {
     ],
     "click": [
         *(f"cli/{name}.py" for name in ("__init__", "cards", "combine", "compare", "diagnose", "groups", "jobs")),
-        *(f"cli/{name}.py" for name in ("merge", "options", "prune", "push", "replay", "run", "words", "zoo")),
+        *(f"cli/{name}.py" for name in ("merge", "multitask", "options", "prune", "push", "replay", "run", "words")),
+        "cli/zoo.py",
     ],
     "tqdm": ["data/progress.py"],
     "matplotlib": ["rendering/figures.py"],

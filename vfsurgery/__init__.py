@@ -34,6 +34,12 @@ from vfsurgery.matching import WeightMatching as WeightMatching
 from vfsurgery.matching import ZipMatching as ZipMatching
 from vfsurgery.merging.merge import match as match
 from vfsurgery.merging.merge import merge as merge
+from vfsurgery.merging.multitask import Multitask as Multitask
+from vfsurgery.merging.multitask import MultitaskReport as MultitaskReport
+from vfsurgery.merging.multitask import load_multitask as load_multitask
+from vfsurgery.merging.multitask import multitask as multitask
+from vfsurgery.merging.multitask import save_multitask as save_multitask
+from vfsurgery.merging.multitask import union_model as union_model
 from vfsurgery.passes import ClosedFormRepair as ClosedFormRepair
 from vfsurgery.passes import ClosedFormReset as ClosedFormReset
 from vfsurgery.passes import Context as Context

@@ -15,6 +15,7 @@ from vfsurgery.cli.compare import compare_checkpoints
 from vfsurgery.cli.diagnose import diagnose_checkpoint
 from vfsurgery.cli.groups import groups
 from vfsurgery.cli.merge import merge_checkpoints
+from vfsurgery.cli.multitask import multitask_checkpoints
 from vfsurgery.cli.options import EPILOG, is_quiet
 from vfsurgery.cli.prune import prune_checkpoint, renormalize_checkpoint
 from vfsurgery.cli.push import push
@@ -73,6 +74,8 @@ def main() -> None:
           --data imagefolder:photos -o ab.safetensors
     Combine checkpoints that were fine-tuned from one, file to file:
       vfsurgery combine base.pt cars.pt pets.pt --method ties -o both.safetensors
+    Make one network of checkpoints of different tasks, with a head for each:
+      vfsurgery multitask cars=cars.pt pets=pets.pt --model timm:resnet18 -o both
     Prune a checkpoint and give its units their statistics back:
       vfsurgery prune a.pt --model timm:resnet18 --sparsity 0.8 \\
           --data imagefolder:photos --renormalize auto -o p.safetensors
@@ -82,8 +85,9 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(run, plan_recipe, check_recipe, recipe_schema, merge_checkpoints, combine_checkpoints, prune_checkpoint),
-    *(renormalize_checkpoint, replay, push, diagnose_checkpoint, compare_checkpoints, groups, survey_zoo),
+    *(run, plan_recipe, check_recipe, recipe_schema, merge_checkpoints, combine_checkpoints, multitask_checkpoints),
+    *(prune_checkpoint, renormalize_checkpoint, replay, push, diagnose_checkpoint, compare_checkpoints),
+    *(groups, survey_zoo),
 )
 for command in COMMANDS:
     main.add_command(command)
