@@ -23,6 +23,7 @@ FLOORS = (
     {"hub", "rendering"},
     {"scoring/soups"},
     {"scoring", "testing", "testing/zoo"},
+    {"merging/multitask"},
     {"merging", "pruning/renormalizing", "pruning/units"},
     {"passes", "training"},
     {"combining", "discovery/verification", "matching", "pruning"},
