@@ -111,6 +111,10 @@ def _block_of(path: str, model: nn.Module) -> str:
         except AttributeError:  # the name of a parameter
             continue
         containers = nn.Sequential | nn.ModuleList
-        if isinstance(holder, containers) and not isinstance(module, containers) and any(True for _ in module.children()):
+        if (
+            isinstance(holder, containers)
+            and not isinstance(module, containers)
+            and any(True for _ in module.children())
+        ):
             return inside
     return path
