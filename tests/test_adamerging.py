@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.profiler import ProfilerActivity, profile
 
 from vfsurgery.combining import TaskArithmetic, Ties, combine_states
 from vfsurgery.discovery.verification import randomize
@@ -95,12 +96,18 @@ def family(name: str, count: int = 60) -> Family:
             if not key.startswith(head) and tensor.is_floating_point():
                 size = 0.2 * tensor.abs().mean()
                 own[key] = tensor + size * torch.randn(tensor.shape, generator=generator).double()
-        own |= {key: base[key] + own[key].sub(base[key]).abs() for key in own if key.endswith("running_var")}
         expert.load_state_dict(own)
         experts[task] = expert
     trunk = tuple(key for key in base if not key.startswith(head))
     side = 16 if name != "resnet" else 32
     data = {task: torch.randn(count, 3, side, side, generator=generator).double() + i for i, task in enumerate(CLASSES)}
+    for task, expert in experts.items():
+        norms = [module for module in expert.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = None
+            norm.reset_running_stats()
+        if norms:  # as training would leave them
+            expert(data[task])
     return Family(base, experts, trunk, data)
 
 
@@ -188,13 +195,12 @@ def test_one_row_moves_as_the_sum_of_all_rows_does():
 
 @pytest.mark.parametrize("net", NETS)
 def test_one_expert_is_found_again(net):
-    """From half of the way it learns to go on, and agrees with the expert more often; its loss falls."""
+    """From the base it learns to go all the way."""
     own = family(net)
     alone = Family(own.base, {"b": own.experts["b"]}, own.trunk, {"b": own.data["b"]})
-    found = alone.adapt(start=0.0, steps=60, lr=0.05, by="task", patience=99)
-    assert not found.start_kept and found.chosen.loss < found.looks[0].loss
-    assert found.coefficients[0][0] > 0.5
-    assert found.chosen.mean > found.looks[0].mean
+    found = alone.adapt(start=0.0, steps=50, lr=0.05, by="task", patience=99)
+    assert found.coefficients[0][0] == pytest.approx(1, abs=0.1)
+    assert found.chosen.loss < found.looks[0].loss and found.chosen.mean >= found.looks[0].mean
 
 
 def test_it_is_never_worse_than_its_start():
@@ -280,6 +286,26 @@ def test_blocks_are_the_innermost_that_are_repeated():
     net = resnet(2)
     rows = rows_of([name for name, _ in net.named_parameters()], net, "block")
     assert rows["layer2.0.downsample.0.weight"] == rows["layer2.0.conv1.weight"] == "layer2.0"
+
+
+def test_memory_is_two_models_beyond_the_experts():
+    """A trunk of twelve equal layers, and next to no activations; the graph of a merge would hold all task vectors."""
+    net = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(12)), nn.Linear(256, 3))
+    experts = {name: copy.deepcopy(net) for name in "abcd"}
+    for expert in experts.values():
+        nn.init.normal_(expert[0].weight)
+    base, trunk = net.state_dict(), [name for name in net.state_dict() if not name.startswith("12")]
+    data = {name: torch.randn(20, 256) for name in experts}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        adapt(base, experts, trunk, data, steps=2, batch_size=4, progress=False)
+    assert record.profiler is not None
+    live = peak = 0
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    one = sum(tensor.numel() * tensor.element_size() for tensor in base.values())
+    assert one < peak <= 2.2 * one
 
 
 BAD = {

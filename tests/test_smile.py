@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_adamerging import family
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import vfsurgery as surgery
@@ -282,14 +282,11 @@ def test_it_exports_for_any_number_of_images(name):
     found, (_, _, _, images) = made(name), planted(name)
     network = found.network.eval()
     batch = torch.export.Dim("images", min=2, max=64)
-    exported = torch.export.export(network, (images,), dynamic_shapes=({0: batch}, None) if False else {"task": None, **{n: {0: batch} for n in _arguments(network)}})
+    (argument,) = (node.target for node in network.graph.nodes if node.op == "placeholder" and node.target != "task")
+    exported = torch.export.export(network, (images,), dynamic_shapes={argument: {0: batch}})
     other = torch.cat([images, images.flip(0)])[:7]
     with torch.no_grad():
         torch.testing.assert_close(exported.module()(other), network(other), rtol=EXACT, atol=EXACT)
-
-
-def _arguments(network: fx.GraphModule) -> list[str]:
-    return [node.target for node in network.graph.nodes if node.op == "placeholder" and node.target != "task"]
 
 
 def test_it_runs_in_onnxruntime(tmp_path):
@@ -326,7 +323,9 @@ def test_a_budget_chooses_ranks_that_fit():
 
 def test_costs_are_those_of_the_formula():
     found = made("vit", k=4, k_gate=3)
-    added = sum(2 * (each.k * (each.units + each.inputs) + each.k_gate * each.inputs + each.units) for each in found.layers)
+    added = sum(
+        2 * (each.k * (each.units + each.inputs) + each.k_gate * each.inputs + each.units) for each in found.layers
+    )
     assert found.after.parameters - found.before.parameters == added
     assert found.after.flops > found.before.flops
     assert str(found).startswith("SMILE of 2 tasks: experts beside 9 ops, flops x")

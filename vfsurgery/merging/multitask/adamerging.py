@@ -151,8 +151,6 @@ def adapt(
             leaf.copy_(added(entries[name], vectors, values[places[rows[name]]].tolist()))
 
     def step(batches: Sequence[Tensor]) -> None:
-        for leaf in shared.leaves.values():
-            leaf.grad = None
         for task, chosen in zip(tasks, batches, strict=True):
             chosen = chosen.to(task.images.device)
             loss = _loss(task.twin.logits(task.images[chosen]), task.goals[chosen], objective) / task.unit
@@ -161,7 +159,7 @@ def adapt(
         gradient = torch.zeros_like(coefficients)
         for name, leaf in shared.leaves.items():
             if leaf.grad is not None:
-                found = slopes(entries[name], vectors, leaf.grad)
+                found, leaf.grad = slopes(entries[name], vectors, leaf.grad), None  # no longer in memory
                 gradient[places[rows[name]]] += torch.tensor(found, dtype=torch.float64)
         coefficients.grad = gradient
         optimizer.step()
