@@ -46,7 +46,7 @@ class Windowed(nn.Module):
 
 
 class Kernels(nn.Module):
-    """Convolutions in groups, depthwise, with strides, dilation, reflected padding, called as functions, standardized."""
+    """Convolutions in groups, depthwise, strided, dilated, with reflected padding; one called on a computed kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ def test_every_tensor_that_differs_has_experts_or_is_named(name):
 
 @pytest.mark.parametrize("name", ["vit", "windowed", "kernels", "crossed"])
 def test_every_replaced_layer_changes_the_output(name):
-    base, experts, trunk, images = planted(name)
+    images = planted(name)[3]
     found = made(name)
     before = logits(found, images)
     ups = [n for n, _ in found.network.named_parameters() if n.startswith("experts_") and n.endswith(".up")]
@@ -256,7 +256,7 @@ def test_biases_alone_are_tuned():
 
 
 def test_the_rest_is_what_was_asked_for():
-    base, experts, trunk, _ = planted("vit")
+    base, experts, _, _ = planted("vit")
     name = "blocks.0.norm1.weight"
     own = [expert.state_dict()[name] for expert in experts.values()]
     expected = {"mean": (own[0] + own[1]) / 2, "base": base[name], "a": own[0]}

@@ -1,1 +1,1 @@
-"""One network for several tasks: coefficients and experts that are fitted to images of each."""
+"""Experts for different tasks as one network: a trunk for all, and the head of each."""

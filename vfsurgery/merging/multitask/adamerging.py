@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -117,7 +118,8 @@ def adapt(
         DataError: there are no images for a task, or too few to hold some out.
         IncompatibleModelsError: the trunk differs between experts and base.
 
-    BatchNorm layers run on statistics of each task's own images, estimated anew at each look. Memory beyond the
+    All layers are in eval mode, except that the trunk's BatchNorm layers take the statistics of each batch of a step,
+    and at looks those of the task's own images: both with the weights at hand, and no buffer changes. Memory beyond the
     experts: the trunk and its gradients, one task vector of one tensor (with ``plus`` those of all tasks), heads,
     images and the activations of one batch.
 
@@ -153,7 +155,8 @@ def adapt(
     def step(batches: Sequence[Tensor]) -> None:
         for task, chosen in zip(tasks, batches, strict=True):
             chosen = chosen.to(task.images.device)
-            loss = _loss(task.twin.logits(task.images[chosen]), task.goals[chosen], objective) / task.unit
+            with task.twin.on_batches() if len(chosen) > 1 else nullcontext():
+                loss = _loss(task.twin.logits(task.images[chosen]), task.goals[chosen], objective) / task.unit
             if loss.requires_grad:
                 loss.backward()
         gradient = torch.zeros_like(coefficients)

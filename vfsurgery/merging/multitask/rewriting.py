@@ -106,6 +106,7 @@ class Rewriting:
                 if name in names and name in base and tensor.is_floating_point():
                     tensor.copy_(base[name] if name not in self.skipped else _rest(name, base, order, rest))
         self.linked = _Links(graph_module, len(experts))
+        self._whole: dict[fx.Node, fx.Node] = {}
 
     def layouts(self, inputs: Tensor) -> dict[fx.Node, Layout]:
         """Where images lie in what ops read."""
@@ -152,12 +153,13 @@ class Rewriting:
         ).to(self.linked.device)
         path = self.linked.free_path(f"experts_{op.node.name}")
         self.graph_module.add_submodule(path, recorded(routed))
+        images = self.linked.images() if plan.layout.windows and plan.gate == "image" else 0
+        read = self._whole.get(op.input, op.input)  # of a linear op right before, its experts included
         with graph.inserting_before(op.node):
-            images = self.linked.images() if plan.layout.windows and plan.gate == "image" else 0
-            with graph.inserting_before(op.node):
-                added = graph.call_module(path, (op.input, self.linked.forced, self.linked.free, images))
+            added = graph.call_module(path, (read, self.linked.forced, self.linked.free, images))
         with graph.inserting_after(op.node):
             total = graph.call_function(torch.add, (op.node, added))
+        self._whole[op.node] = total
         op.node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         gate = 0 if plan.gate == "mean" else k_gate
         return Expertise(op.node.name, plan.tensors, plan.units, plan.columns, k, gate, plan.gate)

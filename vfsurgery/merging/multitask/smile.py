@@ -193,8 +193,8 @@ def _ranks(
         if k_gate is not None and plan.gate != "mean" and k_gate >= plan.columns:
             raise OptionError(
                 explain(
-                    f"k_gate={k_gate} is no less than the {plan.columns} inputs of {plan.op.node.name}: there all experts "
-                    "see the same energy",
+                    f"k_gate={k_gate} is no less than the {plan.columns} inputs of {plan.op.node.name}: there all "
+                    "experts see the same energy",
                     tensors=", ".join(plan.tensors),
                     remedy=f"a smaller one, or None, which looks at one direction in {SHARE} at most",
                 )

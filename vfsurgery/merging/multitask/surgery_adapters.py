@@ -100,7 +100,7 @@ def fit_corrections(
                     f"the features of task {task!r} do not fit",
                     merged=tuple(own.shape),
                     expert="absent" if goals is None else tuple(goals.shape),
-                    expected=f"equal shapes (images, ..., units), and {every} images or more: one in {every} is held out",
+                    expected=f"equal shapes (images, ..., units), of {every} images or more, one of which is held out",
                 )
             )
         generator = torch.Generator().manual_seed(seed + number)

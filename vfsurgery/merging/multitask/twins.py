@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -96,6 +96,23 @@ class Twin:
                 )
             )
         return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    @contextmanager
+    def on_batches(self) -> Generator[None]:
+        """Have BatchNorm layers of the trunk take the statistics of each batch, and leave their own as they are.
+
+        So gradients go through the statistics: with fixed ones, what a coefficient does to the scale of a layer, which
+        its statistics take out again, drowns all else.
+        """
+        kept = [(norm, norm.training, norm.momentum) for norm in self.norms.values()]
+        try:
+            for norm, _, _ in kept:
+                if not isinstance(norm, nn.SyncBatchNorm):  # which would look for other processes
+                    norm.training, norm.momentum = True, 0.0
+            yield
+        finally:
+            for norm, training, momentum in kept:
+                norm.training, norm.momentum = training, momentum
 
     def estimate(self, batches: Iterable[Tensor]) -> None:
         """Set running statistics to those of batches, the layers before running on those of each batch.
