@@ -340,3 +340,11 @@ def test_it_reads_as_a_table():
     assert text.startswith("AdaMerging of 2 tasks by what experts say: ")
     assert all(row in text for row in found.rows) and found.why in text
     assert Look(1, (0.5, 0.7), 0.1).mean == pytest.approx(0.6)
+
+
+def test_it_is_drawn_and_shown_in_notebooks(tmp_path):
+    found = family("vit").adapt(by="block")
+    path = found.plot(tmp_path / "coefficients.png")
+    assert path.stat().st_size > 10_000
+    html = found._repr_html_()
+    assert found.why in html and all(row in html for row in found.rows) and html.count("<svg") == 2

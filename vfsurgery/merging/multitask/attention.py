@@ -83,7 +83,7 @@ def _parts(graph: fx.Graph, path: str, module: nn.MultiheadAttention, inputs: Se
         parts = call(torch.chunk, node, 3, dim)
         return [call(operator.getitem, parts, place) for place in range(3)]
 
-    packed = module.in_proj_bias is not None
+    packed = getattr(module, "in_proj_bias", None) is not None
     if module._qkv_same_embed_dim and all(each is inputs[0] for each in inputs):
         bias = graph.get_attr(f"{path}.in_proj_bias") if packed else None
         together = call(functional.linear, inputs[0], graph.get_attr(f"{path}.in_proj_weight"), bias)
@@ -101,5 +101,5 @@ def _parts(graph: fx.Graph, path: str, module: nn.MultiheadAttention, inputs: Se
     joined = call(torch.flatten, call(torch.permute, attended, together_again), 2)
     joined.meta = dict(inputs[0].meta)  # of the same shape
     last = graph.get_attr(f"{path}.out_proj.weight")
-    bias = graph.get_attr(f"{path}.out_proj.bias") if module.out_proj.bias is not None else None
+    bias = graph.get_attr(f"{path}.out_proj.bias") if getattr(module.out_proj, "bias", None) is not None else None
     return call(functional.linear, joined, last, bias)

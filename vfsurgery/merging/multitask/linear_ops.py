@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -106,10 +106,10 @@ def _of_module(node: fx.Node, graph_module: fx.GraphModule, computed: Computed) 
         settings = {name: getattr(module, name) for name in SETTINGS}
         if module.padding_mode != "zeros":
             settings |= {
-                "pad": tuple(module._reversed_padding_repeated_twice),
+                "pad": tuple(cast("list[int]", module._reversed_padding_repeated_twice)),
                 "mode": module.padding_mode,
                 "padding": 0,
-            }  # type: ignore[arg-type]
+            }
     return LinearOp(
         node,
         node.args[0],  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -124,11 +124,11 @@ class Routed(nn.Module):
         weights = self._weights(x, forced, free, images)
         if self.convolves:
             return self._convolved(x, weights)
-        total = None if self.bias is None else functional.linear(weights, self.bias)
+        total = None if self.bias is None else functional.linear(weights, cast(Tensor, self.bias))
         if self.k:
-            codes = functional.linear(x, self.down).unflatten(-1, (self.experts, self.k))
+            codes = functional.linear(x, cast(Tensor, self.down)).unflatten(-1, (self.experts, self.k))
             codes = (codes * weights.unsqueeze(-1)).flatten(-2)
-            part = functional.linear(codes, self.up)
+            part = functional.linear(codes, cast(Tensor, self.up))
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -152,7 +152,7 @@ class Routed(nn.Module):
 
     def _energies(self, x: Tensor) -> Tensor:
         if not self.convolves:
-            codes = functional.linear(x, self.gate).unflatten(-1, (self.experts, self.k_gate))
+            codes = functional.linear(x, cast(Tensor, self.gate)).unflatten(-1, (self.experts, self.k_gate))
             return torch.linalg.vector_norm(codes, dim=-1)
         codes = self._sliding(x, self.gate).unflatten(1, (self.groups, self.experts, self.k_gate))
         return torch.linalg.vector_norm(codes, dim=(1, 3))
