@@ -16,9 +16,9 @@ from torch.nn import functional
 
 import vfsurgery as surgery
 from vfsurgery.errors import CertificateError, OptionError
-from vfsurgery.merging.multitask import rewriting
 from vfsurgery.merging.multitask import smile as module
 from vfsurgery.merging.multitask.attention import take_apart
+from vfsurgery.merging.multitask.routed import Factors
 from vfsurgery.merging.multitask.smile import Smile, certify, smile
 
 EXACT = 1e-10
@@ -133,13 +133,19 @@ def test_each_expert_comes_back_at_full_rank(name):
     assert set(errors) == set(experts) and max(errors.values()) < EXACT
 
 
-def test_what_has_no_experts_breaks_the_certificate(monkeypatch):
+def test_a_direction_too_few_breaks_the_certificate(monkeypatch):
     base, experts, trunk, images = planted("crossed")
     other = {**base, "stem.weight": base["stem.weight"] + 1}  # differences from another base come out alike
     assert max(certify(other, experts, trunk, images).values()) < EXACT
     monkeypatch.setattr(module, "take_apart", lambda graph_module: {})
     assert max(certify(base, experts, trunk, images).values()) < EXACT  # whole attention is the rest: the expert's own
-    monkeypatch.setattr(rewriting, "read_elsewhere", lambda *given: {})  # attention is the base's, and nobody says so
+    whole = Factors.of
+
+    def short(differences: Tensor) -> Factors:
+        found = whole(differences)
+        return Factors(found.left[..., :-1], found.right[..., :-1, :])
+
+    monkeypatch.setattr(Factors, "of", staticmethod(short))  # of one direction
     with pytest.raises(CertificateError, match="task0"):
         certify(base, experts, trunk, images)
 
@@ -266,6 +272,27 @@ def test_the_rest_is_what_was_asked_for():
         found = made("vit", rest=rest)
         assert torch.allclose(found.network.state_dict()[name], tensor), rest
         assert torch.equal(found.network.state_dict()["blocks.0.mlp.fc1.weight"], base["blocks.0.mlp.fc1.weight"])
+
+
+def test_what_reads_the_same_of_all_images_is_the_mean():
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("places", torch.randn(5, 6))
+            self.tokens, self.table = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.tokens(x) + self.table(self.places)).mean(1)
+
+    first = Table()
+    experts = {"a": copy.deepcopy(first), "b": copy.deepcopy(first)}
+    with torch.no_grad():
+        for expert in experts.values():
+            expert.table.weight.add_(torch.randn(4, 6))
+            expert.tokens.weight.add_(torch.randn(4, 6))
+    found = smile(first.state_dict(), experts, tuple(first.state_dict()), torch.randn(2, 5, 6))
+    assert {layer.op: layer.gate for layer in found.layers} == {"tokens": "image", "table": "mean"}
+    assert not found.notes
 
 
 def test_nothing_given_changes():

@@ -16,8 +16,8 @@ class Look:
 
     ``agreement`` is the share of images of a task for which both find the same class, in the order of tasks; ``loss``
     the mean over tasks of the cross-entropy to the expert, divided by the logarithm of the number of classes.
-    ``collapsed`` are tasks for which the merged network finds one class for all images, and the expert that one for less
-    than three quarters.
+    ``collapsed`` are tasks for which the merged network finds one class for all images, and the expert that one for
+    less than three quarters.
     """
 
     step: int

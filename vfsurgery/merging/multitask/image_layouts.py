@@ -16,8 +16,10 @@ IMAGES, CHANGED = 3, 1
 """Images in the batch, and which is changed."""
 
 
-def image_layouts(graph_module: fx.GraphModule, inputs: Tensor, nodes: Iterable[fx.Node]) -> dict[fx.Node, Layout]:
-    """The layout of each node's value; a node whose value does not tell is left out.
+def image_layouts(
+    graph_module: fx.GraphModule, inputs: Tensor, nodes: Iterable[fx.Node]
+) -> dict[fx.Node, Layout | None]:
+    """The layout of each node's value, ``None`` if it is the same for all images; what does not tell is left out.
 
     Two runs in eval mode on three images, of which the second differs. Values that differ in one place of a dim of
     size three have their images there; in the second third of the first dim, windows of images in a row.
@@ -41,16 +43,17 @@ def image_layouts(graph_module: fx.GraphModule, inputs: Tensor, nodes: Iterable[
             first, second = (_Values(graph_module, wanted).of(images) for images in (before, after))
     except RuntimeError:  # a graph that holds for another number of images
         return {}
-    found: dict[fx.Node, Layout] = {}
-    for node in wanted:
-        layout = _layout(first.get(node), second.get(node))
-        if layout is not None:
-            found[node] = layout
-    return {node: found[node] for node in graph_module.graph.nodes if node in found}
+    found: dict[fx.Node, Layout | None] = {}
+    for node in graph_module.graph.nodes:
+        if node in first and node in second:
+            layout = _layout(first[node], second[node])
+            if layout is not None or torch.equal(first[node], second[node]):
+                found[node] = layout
+    return found
 
 
-def _layout(first: Tensor | None, second: Tensor | None) -> Layout | None:
-    if first is None or second is None or first.shape != second.shape or first.ndim < 2:
+def _layout(first: Tensor, second: Tensor) -> Layout | None:
+    if first.shape != second.shape or first.ndim < 2:
         return None
     differs = first != second
     for dim, size in enumerate(first.shape):

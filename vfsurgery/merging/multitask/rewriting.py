@@ -24,8 +24,9 @@ TASK = "task"
 class Expertise:
     """What stands beside one op: the tensors that its weight and bias come from, its size, and its experts' rank.
 
-    ``inputs`` are those that one unit reads, kernel included. ``gate`` is ``"mean"`` where no weight differs or there
-    is nothing to look at, and ``"token"`` where it was to be ``"image"`` and the op's input does not tell images apart.
+    ``inputs`` are those that one unit reads, kernel included. ``gate`` is ``"mean"`` where no weight differs, or where
+    the op reads the same of all images, and ``"token"`` where it was to be ``"image"`` and the op's input does not tell
+    images apart.
     """
 
     op: str
@@ -108,11 +109,11 @@ class Rewriting:
         self.linked = _Links(graph_module, len(experts))
         self._whole: dict[fx.Node, fx.Node] = {}
 
-    def layouts(self, inputs: Tensor) -> dict[fx.Node, Layout]:
+    def layouts(self, inputs: Tensor) -> dict[fx.Node, Layout | None]:
         """Where images lie in what ops read."""
         return image_layouts(self.graph_module, inputs, [op.input for op in self.ops.values()])
 
-    def plans(self, layouts: Mapping[fx.Node, Layout], gate: Choice) -> Iterator[Plan]:
+    def plans(self, layouts: Mapping[fx.Node, Layout | None], gate: Choice) -> Iterator[Plan]:
         """All ops in whose weights or biases experts differ from the graph."""
         stored = self.computed.values({})
         values = [self.computed.values(state) for state in self.states]
@@ -126,10 +127,11 @@ class Rewriting:
             if biases is None and not bool(deltas.any()):
                 continue
             factors, layout = Factors.of(deltas), layouts.get(op.input)
-            chosen: Gate = "token" if layout is None else gate
-            if not factors.rank or factors.right.shape[3] < 2:
-                chosen = "mean"
+            chosen: Gate = gate
+            if not factors.rank or factors.right.shape[3] < 2 or (layout is None and op.input in layouts):
+                chosen = "mean"  # there is nothing to choose by
             elif layout is None and gate == "image":
+                chosen = "token"
                 self.notes.append(f"{op.node.name} chooses for each token: its input does not tell images apart")
             kernel = tuple(weight.shape[2:]) if op.is_convolution else ()
             tensors = tuple(sorted(self._tensors(op)))

@@ -132,7 +132,7 @@ def smile(
     whole = take_apart(graph_module)
     computed = Computed(graph_module)
     work = Rewriting(graph_module, computed, base, experts, trunk, rest)
-    plans = [*work.plans(work.layouts(inputs) if gate == "image" else {}, gate)]
+    plans = [*work.plans(work.layouts(inputs), gate)]
     ranks = _ranks(plans, len(experts), before.parameters, k, k_gate, budget)
     layers = [work.insert(plan, *rank, top_k) for plan, rank in zip(plans, ranks, strict=True)]
     work.connect()
