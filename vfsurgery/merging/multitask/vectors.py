@@ -89,7 +89,7 @@ def rows_of(names: Iterable[str], model: nn.Module, by: Grouping) -> dict[str, s
     A block is the innermost module that stands in an ``nn.Sequential`` or ``nn.ModuleList``, has modules of its own
     and is no such container itself; what lies in none goes by its module.
 
-    >>> layer = nn.TransformerEncoderLayer(4, 2)
+    >>> layer = nn.TransformerEncoderLayer(4, 2, batch_first=True)
     >>> names = ["norm.weight", "layers.1.linear1.weight", "layers.1.self_attn.in_proj_weight"]
     >>> rows_of(names, nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(4)), "block")
     {'norm.weight': 'norm', 'layers.1.linear1.weight': 'layers.1', 'layers.1.self_attn.in_proj_weight': 'layers.1'}
