@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import vfsurgery as surgery
-from vfsurgery.errors import CertificateError, OptionError
+from vfsurgery.errors import CertificateError, IncompatibleModelsError, OptionError
 from vfsurgery.merging.multitask import smile as module
 from vfsurgery.merging.multitask.attention import take_apart
 from vfsurgery.merging.multitask.routed import Factors
@@ -141,8 +141,8 @@ def test_a_direction_too_few_breaks_the_certificate(monkeypatch):
     assert max(certify(base, experts, trunk, images).values()) < EXACT  # whole attention is the rest: the expert's own
     whole = Factors.of
 
-    def short(differences: Tensor) -> Factors:
-        found = whole(differences)
+    def short(differences: Tensor, most: int | None = None) -> Factors:
+        found = whole(differences, most)
         return Factors(found.left[..., :-1], found.right[..., :-1, :])
 
     monkeypatch.setattr(Factors, "of", staticmethod(short))  # of one direction
@@ -376,6 +376,27 @@ def test_bad_options_are_refused(case):
     options, text = BAD[case]
     with pytest.raises(OptionError, match=text):
         made("vit", **options)
+
+
+def test_a_trunk_that_differs_is_refused():
+    base, experts, trunk, images = planted("vit")
+    with pytest.raises(IncompatibleModelsError, match="not the same everywhere"):
+        smile(base, experts, (*trunk, "head.weight"), images)
+
+
+def test_experts_of_low_rank_have_no_more_directions():
+    """Whose routers look at as many as there are, however many were asked for."""
+    torch.manual_seed(0)
+    base = nn.Linear(24, 20).double()
+    experts = {"a": copy.deepcopy(base), "b": copy.deepcopy(base)}
+    with torch.no_grad():
+        for rank, expert in enumerate(experts.values(), start=2):
+            expert.weight.add_(torch.randn(20, rank) @ torch.randn(rank, 24) / 10)
+    x = torch.randn(6, 24).double()
+    found = smile(base.state_dict(), experts, ["weight", "bias"], x, k=16, k_gate=16)
+    assert [(layer.k, layer.k_gate) for layer in found.layers] == [(3, 3)]
+    for number, expert in enumerate(experts.values()):
+        torch.testing.assert_close(logits(found, x, number), expert(x), rtol=EXACT, atol=EXACT)
 
 
 def test_the_router_is_dead_where_it_sees_all_inputs():

@@ -113,8 +113,8 @@ class Rewriting:
         """Where images lie in what ops read."""
         return image_layouts(self.graph_module, inputs, [op.input for op in self.ops.values()])
 
-    def plans(self, layouts: Mapping[fx.Node, Layout | None], gate: Choice) -> Iterator[Plan]:
-        """All ops in whose weights or biases experts differ from the graph."""
+    def plans(self, layouts: Mapping[fx.Node, Layout | None], gate: Choice, most: int | None) -> Iterator[Plan]:
+        """All ops in whose weights or biases experts differ from the graph; of each ``most`` directions at most."""
         stored = self.computed.values({})
         values = [self.computed.values(state) for state in self.states]
         for op in self.ops.values():
@@ -126,7 +126,7 @@ class Rewriting:
                 biases = biases if bool(biases.any()) else None
             if biases is None and not bool(deltas.any()):
                 continue
-            factors, layout = Factors.of(deltas), layouts.get(op.input)
+            factors, layout = Factors.of(deltas, most), layouts.get(op.input)
             chosen: Gate = gate
             if not factors.rank or factors.right.shape[3] < 2 or (layout is None and op.input in layouts):
                 chosen = "mean"  # there is nothing to choose by

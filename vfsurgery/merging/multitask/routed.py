@@ -34,14 +34,15 @@ class Factors:
     right: Tensor
 
     @staticmethod
-    def of(differences: Tensor) -> Factors:
-        """All directions that there are, float64."""
+    def of(differences: Tensor, most: int | None = None) -> Factors:
+        """The first ``most`` directions, or all that there are, decomposed in float64 and kept as they came."""
         u, s, v = torch.linalg.svd(differences.double(), full_matrices=False)
         limit = s.amax(-1, keepdim=True) * (RANK if differences.dtype != torch.float64 else 1e-13)
         there = (s > limit).to(s)
-        most = int(there.sum(-1).max()) if there.numel() else 0
+        rank = int(there.sum(-1).max()) if there.numel() else 0
+        kept = rank if most is None else min(most, rank)
         left, right = u * (s * there).unsqueeze(-2), v * there.unsqueeze(-1)
-        return Factors(left[..., :most], right[..., :most, :])
+        return Factors(*(x.to(differences.dtype).clone() for x in (left[..., :kept], right[..., :kept, :])))
 
     @property
     def rank(self) -> int:

@@ -27,6 +27,7 @@ from vfsurgery.errors import CertificateError, OptionError, explain
 from vfsurgery.merging.multitask.attention import take_apart
 from vfsurgery.merging.multitask.linear_ops import Computed
 from vfsurgery.merging.multitask.rewriting import Choice, Expertise, Plan, Rewriting
+from vfsurgery.merging.multitask.twins import check_trunk
 from vfsurgery.passes.costs import Cost, cost_of
 from vfsurgery.passes.preserve import standalone
 from vfsurgery.stats.together import run_kept
@@ -113,6 +114,7 @@ def smile(
     Raises:
         OptionError: an option is out of its range; the router would look at all inputs of a layer, where all experts'
             energies are equal; no ``k`` fits the budget.
+        IncompatibleModelsError: the trunk differs between experts and base.
 
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
     >>> import copy
@@ -125,6 +127,7 @@ def smile(
     True
     """
     _check(experts, k, k_gate, budget, gate, top_k, rest)
+    check_trunk(trunk, base, experts)
     own = copied(next(iter(experts.values())) if network is None else network)
     modes = {path: module.training for path, module in own.named_modules()}
     graph_module = record(own, (inputs,))
@@ -132,7 +135,9 @@ def smile(
     whole = take_apart(graph_module)
     computed = Computed(graph_module)
     work = Rewriting(graph_module, computed, base, experts, trunk, rest)
-    plans = [*work.plans(work.layouts(inputs), gate)]
+    largest = K if budget is None else RANKS[-1]
+    most = None if k == "full" else max(k or largest, k_gate or K_GATE)
+    plans = [*work.plans(work.layouts(inputs), gate, most)]
     ranks = _ranks(plans, len(experts), before.parameters, k, k_gate, budget)
     layers = [work.insert(plan, *rank, top_k) for plan, rank in zip(plans, ranks, strict=True)]
     work.connect()
@@ -202,7 +207,7 @@ def _ranks(
 
     def under(k: int | Literal["full"], most: int) -> list[tuple[int, int]]:
         ranks = (plan.factors.rank if k == "full" else min(k, plan.factors.rank) for plan in plans)
-        gates = (k_gate or min(most, max(1, plan.columns // SHARE), max(plan.factors.rank, 1)) for plan in plans)
+        gates = (min(k_gate or min(most, max(1, plan.columns // SHARE)), max(plan.factors.rank, 1)) for plan in plans)
         return [*zip(ranks, gates, strict=True)]
 
     if budget is None:

@@ -20,6 +20,25 @@ from vfsurgery.tracing.copies import copied
 from vfsurgery.tracing.ops import canonical_parameters
 
 
+def check_trunk(names: Sequence[str], base: Mapping[str, Tensor], experts: Mapping[str, nn.Module]) -> None:
+    """Refuse a trunk that is not everywhere the same.
+
+    Raises:
+        IncompatibleModelsError: a tensor is missing in the base or an expert, or has another shape there.
+    """
+    states = {"the base": base, **{name: expert.state_dict(keep_vars=True) for name, expert in experts.items()}}
+    for name in names:
+        shapes = {who: tuple(state[name].shape) if name in state else "absent" for who, state in states.items()}
+        if len(set(shapes.values())) > 1 or "absent" in shapes.values():
+            raise IncompatibleModelsError(
+                explain(
+                    f"{name} is in the trunk, and is not the same everywhere",
+                    shapes=", ".join(f"{who} {shape}" for who, shape in shapes.items()),
+                    remedy="leave what differs between tasks to their heads; give experts of one architecture",
+                )
+            )
+
+
 @dataclass
 class Trunk:
     """What experts have in common: ``leaves``, parameters that all twins read, and names of other tensors of theirs."""
@@ -33,20 +52,10 @@ class Trunk:
         """Leaves of the first expert's dtype and device, without values yet; tied parameters are one.
 
         Raises:
-            IncompatibleModelsError: a tensor is missing in the base or an expert, or has another shape there.
+            IncompatibleModelsError: as :func:`check_trunk`; or it has no parameters.
         """
+        check_trunk(names, base, experts)
         first = next(iter(experts.values()))
-        states = {"the base": base, **{name: expert.state_dict(keep_vars=True) for name, expert in experts.items()}}
-        for name in names:
-            shapes = {who: tuple(state[name].shape) if name in state else "absent" for who, state in states.items()}
-            if len(set(shapes.values())) > 1 or "absent" in shapes.values():
-                raise IncompatibleModelsError(
-                    explain(
-                        f"{name} is in the trunk, and is not the same everywhere",
-                        shapes=", ".join(f"{who} {shape}" for who, shape in shapes.items()),
-                        remedy="leave what differs between tasks to their heads; give experts of one architecture",
-                    )
-                )
         own, canonical = first.state_dict(keep_vars=True), canonical_parameters(first)
         names = tuple(dict.fromkeys(canonical[id(own[name])] for name in names))
         trained = [name for name in names if isinstance(own[name], nn.Parameter) and own[name].is_floating_point()]
