@@ -391,7 +391,7 @@ def test_experts_of_low_rank_have_no_more_directions():
     experts = {"a": copy.deepcopy(base), "b": copy.deepcopy(base)}
     with torch.no_grad():
         for rank, expert in enumerate(experts.values(), start=2):
-            expert.weight.add_(torch.randn(20, rank) @ torch.randn(rank, 24) / 10)
+            expert.weight.add_((torch.randn(20, rank).double() @ torch.randn(rank, 24).double()) / 10)
     x = torch.randn(6, 24).double()
     found = smile(base.state_dict(), experts, ["weight", "bias"], x, k=16, k_gate=16)
     assert [(layer.k, layer.k_gate) for layer in found.layers] == [(3, 3)]
