@@ -64,7 +64,7 @@ class Ties(Combiner):
     def plan(self, problem: Problem) -> Combined:
         """See :class:`Combiner`."""
         trims = None if self.density == 1 else thresholds(problem, self.density, self.scope)
-        return vote(problem.parts(), lambda entry: _trimmed(entry, trims), self.aggregate)
+        return vote(problem.parts(), lambda entry: trimmed(entry, trims), self.aggregate)
 
 
 def vote(entries: Iterable[Entry], vectors: Callable[[Entry], Tensor], aggregate: str) -> Combined:
@@ -116,7 +116,7 @@ def samples(entries: Iterable[Entry], total: int) -> Iterator[Entry]:
                 yield replace(entry, start=start, stop=min(start + RUN, entry.stop))
 
 
-def _trimmed(entry: Entry, trims: list[dict[str, Threshold]] | None) -> Tensor:
+def trimmed(entry: Entry, trims: list[dict[str, Threshold]] | None) -> Tensor:
     """Weighted task vectors of all sources, what is small set to zero."""
     found = entry.task_vectors()
     if trims is not None:
