@@ -55,10 +55,11 @@ def save_network(
     Raises:
         CheckpointError: it cannot be written.
     """
-    suffix, config = Path(path).suffix, timm_config(model)
+    suffix = Path(path).suffix
     if suffix in (PROGRAM, ONNX):
         (save_program if suffix == PROGRAM else save_onnx)(model, inputs, path, metadata)
     else:
+        config = timm_config(model)
         known = {} if config is None else {"timm_config": config}
         save_state_dict(model.state_dict(), path, {**(metadata or {}), **known})
 

@@ -165,14 +165,13 @@ def read_entry(entry: object, kind: str) -> tuple[str, dict[str, Any]]:
     Raises:
         OptionError: it is written otherwise.
     """
-    ((name, options),) = cast("Mapping[Any, Any]", entry).items() if _is_single(entry) else ((entry, None),)
-    if not isinstance(name, str) or not isinstance(options or {}, Mapping):
+    pair: tuple[object, object] = (entry, None)
+    if isinstance(entry, Mapping) and len(cast("Mapping[Any, Any]", entry)) == 1:
+        (pair,) = cast("Mapping[Any, Any]", entry).items()
+    name, options = pair
+    if not isinstance(name, str) or not (options is None or isinstance(options, Mapping)):
         raise OptionError(f"a {kind} is written as its name, or as {{name: {{option: value}}}}")
-    return name, dict(options or {})
-
-
-def _is_single(entry: object) -> bool:
-    return isinstance(entry, Mapping) and len(cast("Mapping[Any, Any]", entry)) == 1
+    return name, dict(cast("Mapping[str, Any]", options or {}))
 
 
 def written(step: Pass) -> dict[str, Any]:
