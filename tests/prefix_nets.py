@@ -14,7 +14,7 @@ from vfsurgery.matching import Matcher, WeightMatching
 from vfsurgery.merging.aligned import match_sources
 from vfsurgery.merging.combined import Terms, combine
 from vfsurgery.merging.finished import finish
-from vfsurgery.merging.prepared import prepare
+from vfsurgery.merging.prepared import group_units, trace_sources
 from vfsurgery.merging.shares import Shares
 from vfsurgery.merging.surveyed import Way, plan_survey
 from vfsurgery.passes import Preserve
@@ -99,7 +99,7 @@ class Sweep:
 
     def __init__(self, models: list[nn.Module], matcher: Matcher | None = None) -> None:
         self.shares = tuple(SHARES) if len(models) == 3 else (0.5, 0.5)
-        self.grouped = prepare(models, None, X[:2], progress=False)
+        self.grouped = group_units(trace_sources(models, None, X[:2], progress=False))
         self.cuts = Boundaries(self.grouped.graph_module)
         matcher = matcher or WeightMatching()
         self.surveyed = plan_survey(self.grouped, [Way(matcher, ())])

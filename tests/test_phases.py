@@ -15,7 +15,7 @@ from vfsurgery.matching import ActivationMatching
 from vfsurgery.merging.aligned import Certified, certify_sources, match_sources
 from vfsurgery.merging.combined import Terms, combine
 from vfsurgery.merging.finished import finish
-from vfsurgery.merging.prepared import Grouped, prepare
+from vfsurgery.merging.prepared import Grouped, group_units, trace_sources
 from vfsurgery.merging.shares import Shares
 from vfsurgery.merging.surveyed import Surveyed, Way, plan_survey
 from vfsurgery.passes import Pass, Repair, Reset
@@ -39,7 +39,7 @@ def pair() -> list[nn.Module]:
 
 
 def up_to_certified(models: list[nn.Module], passes: tuple[Pass, ...]) -> tuple[Grouped, Surveyed, Certified]:
-    grouped, matcher = prepare(models, BATCHES, progress=False), ActivationMatching()
+    grouped, matcher = group_units(trace_sources(models, BATCHES, progress=False)), ActivationMatching()
     surveyed = plan_survey(grouped, [Way(matcher, passes)])
     with grouped.running():
         return grouped, surveyed, certify_sources(surveyed, match_sources(surveyed, matcher))
@@ -76,7 +76,7 @@ def test_correlations_can_go_before_models_are_combined() -> None:
 
 def test_data_is_read_once_for_what_all_ways_ask_and_not_where_none_does() -> None:
     data = Counted()
-    grouped = prepare(pair(), data, progress=False)
+    grouped = group_units(trace_sources(pair(), data, progress=False))
     before, matcher = data.passes, ActivationMatching()
     surveyed = plan_survey(grouped, [Way(matcher, (Repair(),)), Way(matcher, (Repair(reference=0),))])
     assert surveyed.taken is None

@@ -21,7 +21,7 @@ from vfsurgery.discovery.verification import outputs_of, randomize, relative_err
 from vfsurgery.groups import GroupSet, PermutationGroup, Symmetry
 from vfsurgery.matching import WeightMatching
 from vfsurgery.merging.aligned import certify_sources, match_sources
-from vfsurgery.merging.prepared import prepare
+from vfsurgery.merging.prepared import group_units, trace_sources
 from vfsurgery.merging.surveyed import Way, plan_survey
 from vfsurgery.records.results import merge_report_of, report_of
 
@@ -304,7 +304,8 @@ def test_the_report_says_what_was_done_and_sources_stay() -> None:
 def test_exact_maps_count_as_certified_and_others_do_not() -> None:
     exact = merge_report_of(surgery.merge(*pair(), matching="weights", **OPTIONS))
     assert [certificate.mapped for certificate in exact.certificates] == [0, 0]
-    surveyed = plan_survey(prepare(pair(), given=IMAGES, maps=True, progress=False), [Way(WeightMatching(), ())])
+    grouped = group_units(trace_sources(pair(), given=IMAGES, progress=False), maps=True)
+    surveyed = plan_survey(grouped, [Way(WeightMatching(), ())])
     with surveyed.grouped.running():
         matched = match_sources(surveyed, WeightMatching())
         assert matched.mapped > 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SurgeryError(Exception):
@@ -95,6 +95,35 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     accepted = f"accepted: {', '.join(known)}" if known else "nothing is accepted here"
     return f"did you mean {close[0]!r}? {accepted}" if close else accepted
+
+
+def refuse_unknown(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a name that is not known, and offer the nearest spelling.
+
+    Raises:
+        OptionError: one is not.
+
+    >>> refuse_unknown("row", ["mergd"], ["a", "merged"])
+    Traceback (most recent call last):
+    vfsurgery.errors.OptionError: unknown row 'mergd'; did you mean 'merged'? accepted: a, merged
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise OptionError(f"unknown {kind} {name!r}; {did_you_mean(name, known)}")
+
+
+def refuse_repeated(kind: str, names: Sequence[str]) -> None:
+    """Refuse two entries of one name.
+
+    Raises:
+        OptionError: two have.
+
+    >>> refuse_repeated("row", ["a", "b"])
+    """
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise OptionError(f"two entries have the {kind} name {repeated[0]!r}")
 
 
 def warn(message: str) -> None:

@@ -95,6 +95,7 @@ MERGE = {"merge": {}}
         ([{"prune": {"sparsity": 9}}], "sparsity must be a number in [0, 1) but is 9"),
         ([{"prune": {"sparsity": {"fc": 1.0}}}], "sparsity for 'fc' must be a number in [0, 1) but is 1.0"),
         ([{"prune": {"sparsity": {}}}], "sparsity has no pattern"),
+        ([{"merge": {"matching": {"cca": []}}}], "a matcher is written as its name, or as {name: {option: value}}"),
         ([{"prune": {"pattern": "4:2"}}], "pattern='4:2' is not N:M"),
         ([{"prune": {"pattern": "2:4", "scope": "layer"}}], "scope='layer' and pattern='2:4' exclude each other"),
         ([{"prune": {"sparsity": 0.5, "method": "wanda", "options": {"x": 3}}}], "pruner 'wanda' has no option 'x'"),

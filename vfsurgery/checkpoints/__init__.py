@@ -26,5 +26,6 @@ from vfsurgery.checkpoints.reading import read_checkpoint as read_checkpoint
 from vfsurgery.checkpoints.reading import read_shapes as read_shapes
 from vfsurgery.checkpoints.shards import INDEX as INDEX
 from vfsurgery.checkpoints.writing import check_shard_size as check_shard_size
+from vfsurgery.checkpoints.writing import save_network as save_network
 from vfsurgery.checkpoints.writing import save_sharded as save_sharded
 from vfsurgery.checkpoints.writing import save_state_dict as save_state_dict

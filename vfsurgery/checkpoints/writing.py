@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vfsurgery.checkpoints.files import WEIGHTS, atomic, atomic_set, check_writable
+from vfsurgery.checkpoints.files import ONNX, PROGRAM, WEIGHTS, atomic, atomic_set, check_writable
+from vfsurgery.checkpoints.programs import save_onnx, save_program
+from vfsurgery.checkpoints.provenance import timm_config
 from vfsurgery.checkpoints.shards import INDEX
 from vfsurgery.errors import OptionError, explain
 
@@ -37,6 +39,29 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, metadata: Map
     check_writable(path)
     with atomic(path) as partial:
         _write(state, partial, metadata or {})
+
+
+def save_network(
+    model: nn.Module, inputs: tuple[Tensor, ...], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a network as the ending of a file says: its weights, or the whole of it as a program or in ONNX.
+
+    Args:
+        model: The network, left as it is.
+        inputs: For whole networks, one tensor per argument of its forward, of two images or more.
+        path: The file; missing parent folders are made.
+        metadata: Text to keep in the file. Beside weights of a network of timm it also says how timm builds it.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    suffix = Path(path).suffix
+    if suffix in (PROGRAM, ONNX):
+        (save_program if suffix == PROGRAM else save_onnx)(model, inputs, path, metadata)
+    else:
+        config = timm_config(model)
+        known = {} if config is None else {"timm_config": config}
+        save_state_dict(model.state_dict(), path, {**(metadata or {}), **known})
 
 
 def save_sharded(

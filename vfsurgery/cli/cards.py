@@ -15,7 +15,7 @@ from torch import nn
 from vfsurgery.checkpoints import FileRecord
 from vfsurgery.cli.records import as_text
 from vfsurgery.hub.cards import CLASSIFICATION, Card, Network, Summary, check_card, described
-from vfsurgery.hub.loading import TIMM_WEIGHTS, Written, is_of_timm, write_config
+from vfsurgery.hub.loading import TIMM_WEIGHTS, Written, is_of_timm
 from vfsurgery.records.results import Report, report_of
 from vfsurgery.stats.imagined import IMAGINED, NO_REAL_IMAGE
 
@@ -44,13 +44,11 @@ class CardRequest:
         """Write the card of ``result``, which lies in ``files``, the last of which loads it."""
         of_timm, classes = is_of_timm(result), options["num_classes"]
         whole = output.name == TIMM_WEIGHTS  # then the folder is the network
-        loads_whole = whole and len(files) == 1 and write_config(result, output.parent, output.name)
         written = Written(
             tuple(path.name for path in files),
             options["model"],
             {} if classes is None else {"num_classes": classes},
             of_timm=of_timm,
-            configured=loads_whole,
         )
         name = output.absolute().parent.name if whole else output.stem
         network = Network(
@@ -59,6 +57,7 @@ class CardRequest:
             summary=Summary.of(report_of(result)),
             sources=described(self.sources),
             statistics=_statistics(options, report_of(result)),
+            model=result if whole and len(files) == 1 else None,
         )
         return Card(
             title=name,

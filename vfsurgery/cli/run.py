@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import yaml
 
+from vfsurgery.checkpoints.plain import read_yaml
 from vfsurgery.cli.options import EPILOG, QUIET, import_from_here, say
+from vfsurgery.errors import RecipeError, explain
 from vfsurgery.recipes.planning import check, plan
 from vfsurgery.recipes.recipe import Recipe
-from vfsurgery.recipes.text import read_change
 
 C = TypeVar("C", bound=Callable[..., object])
 
@@ -36,6 +38,25 @@ def recipe_options(command: C) -> C:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def read_change(text: str) -> tuple[str, object]:
+    """Path and value from ``PATH=VALUE``, the value as YAML has it.
+
+    Raises:
+        RecipeError: it is nothing of the kind.
+
+    >>> read_change("stages.merge.alpha=[0.2, 0.8]")
+    ('stages.merge.alpha', [0.2, 0.8])
+    """
+    path, equals, written = text.partition("=")
+    if not equals or not all(path.split(".")):
+        raise RecipeError(explain(f"{text!r} changes nothing", remedy="write PATH=VALUE, as in stages.train.epochs=5"))
+    try:
+        return path, read_yaml(written)
+    except yaml.YAMLError as error:
+        cause = getattr(error, "problem", error)
+        raise RecipeError(explain(f"the value in {text!r} is no YAML", cause=cause)) from error
 
 
 def read_recipe(recipe: Path, changes: tuple[str, ...], reduced: bool, **given: Any) -> Recipe:

@@ -8,7 +8,7 @@ recipe may give. One that has a keyword ``transform`` is handed the one from a P
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Collection, Mapping, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -75,6 +75,39 @@ def options_of(factory: Factory) -> set[str]:
     own = {option for option in OPTIONS if takes(factory, option)}
     own |= {"size", "mean", "std"} if takes(factory, "transform") else set()
     return own | (set() if returns_splits(factory) else {"train", "calibration", "test"})
+
+
+def check_options(name: str, given: Collection[str]) -> None:
+    """Refuse those of :data:`OPTIONS` that a data set does not take, and to leave out the path that it needs.
+
+    Of code of your own nothing is refused: it is imported when it is run, and not before.
+
+    Raises:
+        OptionError: see above; or there is no such data.
+
+    >>> check_options("digits", ["size"])
+    """
+    if ":" in name and not name.startswith("torchvision:"):
+        return
+    factory = find_data(name)
+    own = options_of(factory)
+    if refused := next((option for option in given if option not in own), None):
+        raise OptionError(f"{name} has no {refused}; accepted: {', '.join(sorted({'name', 'seed', *own}))}")
+    if needs(factory, "path") and "path" not in given:
+        raise OptionError(f"{name} needs path, the folder that holds it")
+
+
+def image_of(name: str, size: int | None) -> tuple[int, int, int] | None:
+    """The shape of an image, as far as it is known without reading one; else the model's configuration says it.
+
+    >>> image_of("digits", None), image_of("imagefolder", 64)
+    ((1, 8, 8), (3, 64, 64))
+    """
+    if name == "digits":
+        return (1, size or 8, size or 8)
+    if name in ("cifar10", "cifar100"):
+        return (3, 32, 32)
+    return None if size is None else (3, size, size)
 
 
 def read_name(written: str) -> tuple[str, str | None]:

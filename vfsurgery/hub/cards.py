@@ -10,14 +10,16 @@ import html
 import math
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from vfsurgery.checkpoints import FileRecord, file_hash, write_text
 from vfsurgery.errors import CheckpointError, explain
-from vfsurgery.hub.loading import Written
+from vfsurgery.hub.loading import Written, write_config
 from vfsurgery.pruning import PruneReport
 from vfsurgery.pruning.renormalizing import RenormalizeReport
 from vfsurgery.pruning.units import UnitPruneReport
@@ -35,6 +37,9 @@ TAG = "vfsurgery"
 PACKAGES = ("vfsurgery", "torch", "torchvision", "timm", "safetensors")
 
 CLASSIFICATION = "image-classification"
+
+ON_THE_HUB = "timm:hf-hub:"
+"""How names of models begin that come from the Hub."""
 
 KINDS: Mapping[type[Report], str] = {
     MergeReport: "merge",
@@ -122,6 +127,8 @@ class Network:
         measured: What the results are, in words.
         accuracy: Of this very network, 0 to 1, for the front matter.
         pictures: File names by caption.
+        model: The network itself. If it is timm's and the only one of a card, the file with which timm builds it is
+            written beside the card.
     """
 
     name: str
@@ -134,6 +141,7 @@ class Network:
     measured: str = ""
     accuracy: float | None = None
     pictures: Mapping[str, str] = field(default_factory=dict[str, str])
+    model: nn.Module | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +178,15 @@ class Card:
         """
         folder = Path(folder)
         check_card(folder)
-        write_text(folder / CARD, self.text(folder))
+        write_text(folder / CARD, self._configured(folder).text(folder))
         return folder / CARD
+
+    def _configured(self, folder: Path) -> Card:
+        """The same, once timm's file for a single network is written, if timm would find that network by it."""
+        one, *others = self.networks
+        if others or one.model is None or not write_config(one.model, folder, one.written.name):
+            return self
+        return replace(self, networks=[replace(one, written=replace(one.written, configured=True))])
 
     def text(self, folder: Path) -> str:
         """The card; files are hashed where they lie in ``folder``.
@@ -227,6 +242,16 @@ def described(sources: Sequence[FileRecord | str]) -> list[str]:
     ['a.pt, SHA-256 0000000000000000000000000000000000000000000000000000000000000000', 'seed 1']
     """
     return [each if isinstance(each, str) else f"{each.name}, SHA-256 {each.sha256}" for each in sources]
+
+
+def base_models(models: Iterable[str]) -> list[str]:
+    """Hub names of those models that come from there.
+
+    >>> base_models(["timm:resnet18", "timm:hf-hub:timm/resnet18.a1_in1k"])
+    ['timm/resnet18.a1_in1k']
+    """
+    names = {name.removeprefix(ON_THE_HUB).partition("@")[0] for name in models if name.startswith(ON_THE_HUB)}
+    return sorted(names)
 
 
 def check_card(folder: Path) -> None:

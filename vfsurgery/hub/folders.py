@@ -16,7 +16,7 @@ from vfsurgery.checkpoints import INDEX, ONNX, PROGRAM, WEIGHTS, FileRecord, pro
 from vfsurgery.checkpoints.refusals import refuse_damaged
 from vfsurgery.errors import CheckpointError, HubError, OptionError, explain
 from vfsurgery.hub.cards import CARD, CLASSIFICATION, Card, Network, Summary, check_card, described, is_card
-from vfsurgery.hub.loading import CONFIG, TIMM_WEIGHTS, Written, is_of_timm, write_config
+from vfsurgery.hub.loading import CONFIG, TIMM_WEIGHTS, Written, is_of_timm
 from vfsurgery.records.results import report_of
 
 NETWORKS = (WEIGHTS, PROGRAM, ONNX)
@@ -72,11 +72,10 @@ def save_folder(
     files = [record for record in records if isinstance(record, FileRecord)]
     save_state_dict(model.state_dict(), folder / TIMM_WEIGHTS, provenance(report, "", files))
     write_text(folder / "report.json", report.to_json() + "\n")
-    configured = write_config(model, folder, TIMM_WEIGHTS)
     title = title or folder.resolve().name
     of_timm = is_of_timm(model)
-    written = Written((TIMM_WEIGHTS,), _class_of(model), of_timm=of_timm, configured=configured)
-    network = Network(name=title, written=written, summary=Summary.of(report), sources=described(records))
+    written, told = Written((TIMM_WEIGHTS,), _class_of(model), of_timm=of_timm), Summary.of(report)
+    network = Network(name=title, written=written, summary=told, sources=described(records), model=model)
     Card(
         title=title,
         summary="A network and how it was made.",

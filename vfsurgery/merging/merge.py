@@ -26,7 +26,7 @@ from vfsurgery.merging.budget import Budget, plan_prefix
 from vfsurgery.merging.choosing import choose, sensible
 from vfsurgery.merging.combined import Terms
 from vfsurgery.merging.finished import finish, report_on
-from vfsurgery.merging.prepared import prepare
+from vfsurgery.merging.prepared import group_units, trace_sources
 from vfsurgery.merging.shares import Alpha, Weights, equal_shares, plan_shares
 from vfsurgery.merging.sparse import plan_masks
 from vfsurgery.merging.surveyed import Way, can_judge, plan_survey
@@ -77,17 +77,8 @@ def match(
     models = networks_of(sources_of(a, b))
     imagine = imagine and asks_for_images(matching)
     matcher_of(matching, imagine or data is not None)
-    grouped = prepare(
-        models,
-        data,
-        example_inputs,
-        leaf=leaf,
-        pins=pins,
-        imagine=imagine,
-        maps=allows_maps(matching, symmetries),
-        seed=seed,
-        progress=progress,
-    )
+    traced = trace_sources(models, data, example_inputs, leaf=leaf, imagine=imagine, seed=seed, progress=progress)
+    grouped = group_units(traced, pins, maps=allows_maps(matching, symmetries))
     matcher = matcher_of(matching, grouped.data is not None)
     zeros = plan_masks(models, None, plan_shares(len(models), 0.5, None).over(grouped.graph_module).overall)
     matcher = suiting(zeros, matching, matcher)
@@ -225,19 +216,9 @@ def merge(
                 remedy="leave inplace out",
             )
         )
-    grouped = prepare(
-        models,
-        data,
-        example_inputs,
-        leaf=leaf,
-        pins=pins,
-        imagine=imagine,
-        maps=allows_maps(matching, symmetries),
-        masks=masks,
-        seed=seed,
-        progress=progress,
-    )
-    grouped = replace(grouped, own=tuple(batches_for(models[0], each, grouped.sources[0].device) for each in apart))
+    traced = trace_sources(models, data, example_inputs, leaf=leaf, imagine=imagine, seed=seed, progress=progress)
+    traced = replace(traced, own=tuple(batches_for(models[0], each, traced.sources[0].device) for each in apart))
+    grouped = group_units(traced, pins, maps=allows_maps(matching, symmetries), masks=masks)
     matcher, graph_module, shares = (
         matcher_of(matching, grouped.data is not None),
         grouped.graph_module,

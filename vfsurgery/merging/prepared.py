@@ -93,34 +93,68 @@ class Grouped(Traced):
     originals: tuple[Source, ...] = ()
 
 
-def prepare(
+def trace_sources(
     models: Sequence[nn.Module],
     data: Data | str | None = None,
     given: ExampleInputs | None = None,
     *,
     leaf: Leaf | Sequence[Leaf] = (),
-    pins: str | Sequence[str] = (),
     imagine: bool = False,
-    maps: bool = False,
-    masks: str | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> Grouped:
-    """Check, trace and group the sources of a merge; arguments and errors as for :func:`~vfsurgery.merge`.
-
-    With ``maps`` they are brought to canonical form where some units may then be mapped by more than orders, and zeros
-    of the sources, by what ``masks`` says, mean nothing.
-    """
+) -> Traced:
+    """Check and trace the sources of a merge; arguments and errors as for :func:`~vfsurgery.merge`."""
     clock = Clock()
-    with clock("trace and groups"):
-        traced = trace_sources(models, data, given, leaf, imagine, seed, progress, clock)
+    with clock("trace"):
+        refuse_hooks(models)
+        device = common_device(models)
+        check_same_architecture(models)
+        check_weights(models)
+        data = stand_in(models, data, given, unasked=imagine, seed=seed, progress=progress)
+        batches = None if data is None else batches_for(models[0], data, device)
+        inputs, batches = examples_of(models[0], batches, given)
+        if batches is not None and len(inputs) > 1:
+            raise DataError(
+                explain(
+                    f"the model takes {len(inputs)} inputs, and data has images alone",
+                    remedy="leave data out: matching by weights needs none; or merge the part that takes images",
+                )
+            )
+        try:
+            twins = [fresh(model, inputs) for model in models]
+            sources = tuple(Source.of(model, record_or_export(model, inputs, leaf)) for model in twins)
+        except TraceError as error:
+            if batches is None or given is not None:
+                raise TraceError(f"{error}\n{MERGE_PARTS}") from error
+            raise DataError(f"the model cannot run on images like those in the data\n{error}\n{MERGE_PARTS}") from error
+        check_same_graph(sources)
+        batches = in_bound_runs(batches, sources[0].graph_module)
+        modes = tuple(module.training for module in models[0].modules())
+        kept = (f"kept as one node by the user: {getattr(entry, '__name__', entry)}" for entry in listed(leaf))
+        imagined = str(data.report).splitlines() if isinstance(data, Imagined) else []
+        notes = (*kept, *_exported(sources[0]), *note_on(batches), *imagined)
+    return Traced(models[0], sources, inputs, batches, modes, notes, seed, progress, clock)
+
+
+def group_units(
+    traced: Traced, pins: str | Sequence[str] = (), *, maps: bool = False, masks: str | None = None
+) -> Grouped:
+    """Find which units of the sources move together.
+
+    Args:
+        traced: The sources.
+        pins: As for :func:`~vfsurgery.merge`.
+        maps: Whether to bring the sources to canonical form where some units may then be mapped by more than orders.
+        masks: As for :func:`~vfsurgery.merge`: by what it says, zeros of the sources mean nothing to such maps.
+    """
+    with traced.clock("groups"):
         groups = discover(traced.graph_module, pins=pins)
     pinned = (f"pinned by the user: {pattern}" for pattern in listed(pins))
     traced = replace(traced, notes=(*traced.notes, *pinned))
     grouped = Grouped(**vars(traced), groups=groups.only_ordered())
     if not maps or not any(group.symmetry.is_continuous for group in groups):
         return grouped
-    with clock("canonical form"):
+    with traced.clock("canonical form"):
         return _canonical(grouped, groups, masks)
 
 
@@ -147,47 +181,6 @@ def _canonical(grouped: Grouped, groups: GroupSet, masks: str | None) -> Grouped
     )
     notes = (*grouped.notes, told, *notes)
     return replace(grouped, sources=tuple(sources), originals=grouped.sources, groups=groups, notes=notes)
-
-
-def trace_sources(
-    models: Sequence[nn.Module],
-    data: Data | str | None,
-    given: ExampleInputs | None,
-    leaf: Leaf | Sequence[Leaf],
-    imagine: bool,
-    seed: int,
-    progress: bool,
-    clock: Clock,
-) -> Traced:
-    """Check and trace the sources."""
-    refuse_hooks(models)
-    device = common_device(models)
-    check_same_architecture(models)
-    check_weights(models)
-    data = stand_in(models, data, given, unasked=imagine, seed=seed, progress=progress)
-    batches = None if data is None else batches_for(models[0], data, device)
-    inputs, batches = examples_of(models[0], batches, given)
-    if batches is not None and len(inputs) > 1:
-        raise DataError(
-            explain(
-                f"the model takes {len(inputs)} inputs, and data has images alone",
-                remedy="leave data out: matching by weights needs none; or merge the part that takes images",
-            )
-        )
-    try:
-        twins = [fresh(model, inputs) for model in models]
-        sources = tuple(Source.of(model, record_or_export(model, inputs, leaf)) for model in twins)
-    except TraceError as error:
-        if batches is None or given is not None:
-            raise TraceError(f"{error}\n{MERGE_PARTS}") from error
-        raise DataError(f"the model cannot run on images like those in the data\n{error}\n{MERGE_PARTS}") from error
-    check_same_graph(sources)
-    batches = in_bound_runs(batches, sources[0].graph_module)
-    modes = tuple(module.training for module in models[0].modules())
-    kept = (f"kept as one node by the user: {getattr(entry, '__name__', entry)}" for entry in listed(leaf))
-    imagined = str(data.report).splitlines() if isinstance(data, Imagined) else []
-    notes = (*kept, *_exported(sources[0]), *note_on(batches), *imagined)
-    return Traced(models[0], sources, inputs, batches, modes, notes, seed, progress, clock)
 
 
 def _exported(source: Source) -> list[str]:

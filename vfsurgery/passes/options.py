@@ -17,8 +17,9 @@ from typing import Any, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from vfsurgery.errors import OptionError, did_you_mean, explain
+from vfsurgery.errors import OptionError, did_you_mean, explain, refuse_unknown
 from vfsurgery.passes.base import Pass
+from vfsurgery.registry import Registry
 
 T = TypeVar("T")
 
@@ -135,6 +136,42 @@ def build(target: type[T], options: Mapping[str, object], kind: str = "pass") ->
     except OptionError as error:
         raise OptionError(f"{kind} {name!r}: {error}") from None
     return cast("Any", target)(**read)
+
+
+def build_entry(entry: object, known: Registry[Any], kind: str, *others: str) -> Any:
+    """What a registry has under a name, from the name alone or from ``{name: {option: value}}``.
+
+    Args:
+        entry: The name, or a mapping of it to its options.
+        known: The registry.
+        kind: What it holds, in words.
+        others: What else is accepted in the place of a name, for the message.
+
+    Raises:
+        OptionError: it is written otherwise, there is nothing of that name, or an option is wrong.
+
+    >>> from vfsurgery.passes import PASSES
+    >>> build_entry({"repair": {"factor": 2}}, PASSES, "pass").factor
+    2.0
+    """
+    name, options = read_entry(entry, kind)
+    refuse_unknown(kind, (name,), (*others, *known))
+    return build(known[name], options, kind)
+
+
+def read_entry(entry: object, kind: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options of what :func:`build_entry` builds.
+
+    Raises:
+        OptionError: it is written otherwise.
+    """
+    pair: tuple[object, object] = (entry, None)
+    if isinstance(entry, Mapping) and len(cast("Mapping[Any, Any]", entry)) == 1:
+        (pair,) = cast("Mapping[Any, Any]", entry).items()
+    name, options = pair
+    if not isinstance(name, str) or not (options is None or isinstance(options, Mapping)):
+        raise OptionError(f"a {kind} is written as its name, or as {{name: {{option: value}}}}")
+    return name, dict(cast("Mapping[str, Any]", options or {}))
 
 
 def written(step: Pass) -> dict[str, Any]:

@@ -6,14 +6,14 @@ import dataclasses
 import inspect
 import keyword
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeAlias, TypeVar, cast, overload
 
 from torch import fx
 
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.passes.base import Context, Pass
-from vfsurgery.passes.options import Option, build, options_of, resolve, written
+from vfsurgery.passes.options import Option, build, build_entry, options_of, resolve, written
 from vfsurgery.registry import Registry, Selection
 
 PassClass = TypeVar("PassClass", bound=type[Pass])
@@ -114,6 +114,18 @@ def build_pass(name: str, options: Mapping[str, object] | None = None) -> Pass:
       because  input should be a valid number
     """
     return build(PASSES[name], options or {})
+
+
+def build_passes(entries: Iterable[object]) -> list[Pass]:
+    """Registered passes, each from its name alone or from ``{name: {option: value}}``.
+
+    Raises:
+        OptionError: as for :func:`build_pass`; or an entry is written otherwise.
+
+    >>> build_passes(("reset", {"repair": {"factor": 0.9}}))[1].factor
+    0.9
+    """
+    return [build_entry(entry, PASSES, "pass") for entry in entries]
 
 
 def pass_as_mapping(step: Pass) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A stage makes a new bench of the one before. So several ways can begin at one be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from vfsurgery.records.results import report_of
 from vfsurgery.scoring.barriers import Barrier
 from vfsurgery.scoring.evaluation import Score, compare, evaluate, first_images
 from vfsurgery.scoring.flip_rates import Flips
+from vfsurgery.scoring.measured import Measured
 from vfsurgery.stats.imagined import Imagined
 from vfsurgery.tracing.examples import BATCH, random_images
 from vfsurgery.training import from_seed
@@ -92,15 +93,16 @@ class Lab:
 
     def part(self, name: str) -> Any:
         """The images for training, calibration or the test."""
-        if name == "calibration" and self.imagined is not None:
-            return self.imagined
-        assert self.splits is not None  # the recipe is checked for that
-        return getattr(self.splits, name)
+        return self.calibration if name == "calibration" else getattr(self.splits, name)
 
     @property
     def common(self) -> dict[str, Any]:
         """What merging, pruning and passes are given alike."""
         return {"data": self.calibration, "seed": self.seed, "progress": self.progress}
+
+    def given(self, model: nn.Module) -> dict[str, Any]:
+        """The same for what has to run such a ``model`` even without images."""
+        return self.common | ({"example_inputs": self.example(model)} if self.calibration is None else {})
 
     def example(self, model: nn.Module) -> Tensor | None:
         """Two images: of the data, or of the size that the sources are said to take."""
@@ -160,32 +162,6 @@ class Net:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """The figures that were measured last, for the pages and cards of networks that have not changed since.
-
-    ``rows`` are all of them, accuracies in percent, and ``scores`` are those that a page shows. ``own`` has the row of
-    a network; others lie beside. ``figures`` are the line between sources, flips and a sweep.
-    """
-
-    rows: dict[str, float] = field(default_factory=dict[str, float])
-    scores: dict[str, Score] = field(default_factory=dict[str, Score])
-    published: Mapping[str, float] = field(default_factory=dict[str, float])
-    own: Mapping[str, str] = field(default_factory=dict[str, str])
-    figures: Mapping[str, Any] = field(default_factory=dict[str, Any])
-
-    def once_changed(self, ends: Collection[str]) -> Shown:
-        """What still holds when all networks but ``ends`` have become others: scores of these, and what lies beside."""
-        own = {name: row for name, row in self.own.items() if name in ends}
-        gone = {*self.own.values()} - {*own.values()}
-        scores = {row: score for row, score in self.scores.items() if row not in gone}
-        return Shown({row: self.rows[row] for row in scores}, scores, self.published, own)
-
-    def beside(self, others: Shown) -> Shown:
-        """What was measured of a network when it was as it is, and what is known of others by now."""
-        return replace(self, rows=self.rows | others.rows, scores=self.scores | others.scores)
-
-
-@dataclass(frozen=True)
 class Bench:
     """The networks by name as they are, the sources as they went into a merge, figures, and what is to be written.
 
@@ -195,7 +171,7 @@ class Bench:
     lab: Lab
     networks: Mapping[str, Net]
     ends: Mapping[str, Net] = field(default_factory=dict[str, Net])
-    shown: Shown = field(default_factory=Shown)
+    shown: Measured = field(default_factory=Measured)
     writes: tuple[Write, ...] = ()
     keep: Callable[[str], Path] | None = None
     shared: Any = None
@@ -234,4 +210,4 @@ class Write:
     caption: str = ""
     name: str = ""
     net: Net | None = None
-    shown: Shown = field(default_factory=Shown)
+    shown: Measured = field(default_factory=Measured)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,30 +15,23 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from vfsurgery.checkpoints import WEIGHTS, check_writable, write_text
-from vfsurgery.errors import RecipeError, explain
-from vfsurgery.hub.cards import CLASSIFICATION, Card, check_card
-from vfsurgery.hub.loading import write_config
+from vfsurgery.checkpoints.kept import Store
+from vfsurgery.checkpoints.plain import changed, line_of
+from vfsurgery.errors import RecipeError, explain, refuse_repeated
+from vfsurgery.hub.cards import CLASSIFICATION, Card, base_models, check_card
 from vfsurgery.recipes.bench import Bench, Lab
 from vfsurgery.recipes.running import Finding, Runner
-from vfsurgery.recipes.sections import AsTuple, Images, Name, Section, Seed, Source, complete_sources, refuse_repeated
-from vfsurgery.recipes.stage import RESERVED, SCHEMA, Misplaced, Place, Stage, Stages, read, schemas
-from vfsurgery.recipes.store import Store
-from vfsurgery.recipes.text import changed, line_of, parse, read_text
-from vfsurgery.recipes.wording import describe
+from vfsurgery.recipes.sections import AsTuple, Images, Name, Section, Seed, Source, complete_sources
+from vfsurgery.recipes.stage import RESERVED, SCHEMA, Place, Stage, Stages, followed, read, schemas
+from vfsurgery.recipes.text import describe, parse, read_recipe
 from vfsurgery.scoring.expectations import Outcome
-from vfsurgery.stats.threads import find_device, threads
+from vfsurgery.stats.threads import find_device, known_device, threads
 from vfsurgery.training import from_seed
 
 STEPS = ".stages"
 """Folder below that of the results, for what a run that is cut off has finished."""
 
 Sources = Annotated[tuple[Source, ...], BeforeValidator(complete_sources)]
-
-
-def _known_device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
-        raise ValueError(f"unknown device {name!r}; accepted: auto, cpu, cuda, cuda:N")
-    return name
 
 
 class Run(Section):
@@ -85,7 +77,7 @@ class Recipe(Section):
     data: Images | None = None
     seed: Seed = 0
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    device: Annotated[str, AfterValidator(_known_device)] = "cpu"
+    device: Annotated[str, AfterValidator(known_device)] = "cpu"
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
     resume: str | None = None
     sources: Sources = ()
@@ -120,15 +112,10 @@ class Recipe(Section):
         for number, run in enumerate(self.parts):
             names = tuple(source.name for source in run.sources)
             at = Place(run.name, names, names, self.data is not None, files=files)
-            for place, stage in enumerate(run.steps):
-                try:
-                    behind = stage.checked(at)
-                except ValueError as error:
-                    above = ("runs", number) if self.runs else ()
-                    raise Misplaced(error, *above, "stages", place, stage.name) from None
-                yield run, stage, at, behind
-                at = behind
-            files = at.files
+            above = ("runs", number) if self.runs else ()
+            for stage, before, behind in followed(run.steps, at, *above, "stages"):
+                yield run, stage, before, behind
+                files = behind.files
 
     @property
     def steps(self) -> tuple[Stage, ...]:
@@ -154,7 +141,7 @@ class Recipe(Section):
         if isinstance(source, str) and "\n" in source:
             place, text = "the recipe", source
         else:
-            place, text = str(source), read_text(Path(source))
+            place, text = str(source), read_recipe(Path(source))
         written = parse(text, place, cls.model_fields)
         whole = cls._read(written if reduced else changed(written, changes or {}), place, text)
         if not whole.reduced:
@@ -267,21 +254,15 @@ class RecipeRun:
         self._card().write(self.output)
 
     def _card(self) -> Card:
-        """What the folder says about itself; a single network of timm also gets the file with which timm loads it."""
+        """What the folder says about itself."""
         data = "" if self.recipe.data is None else self.recipe.data.name
-        networks = [each for found in self.findings for each in found.networks(data)]
-        cards = [network for network, _ in networks]
-        if len(networks) == 1:
-            written = cards[0].written
-            if write_config(networks[0][1], self.output, written.name):
-                cards = [replace(cards[0], written=replace(written, configured=True))]
         return Card(
             title=self.recipe.name,
             summary="Networks from a recipe, and what was measured of them.",
-            networks=cards,
+            networks=[each for found in self.findings for each in found.networks(data)],
             recipe=self.recipe.to_yaml(),
             data=data,
-            base_models=base_models(self.recipe),
+            base_models=base_models(source.model for run in self.recipe.parts for source in run.sources),
             task=CLASSIFICATION,
         )
 
@@ -291,17 +272,3 @@ class RecipeRun:
             for found in self.findings
         ]
         return "\n\n".join([*tables, f"written to {self.output} after {self.seconds:.0f} s"])
-
-
-def base_models(recipe: Recipe) -> list[str]:
-    """Hub names of the models that a recipe starts from.
-
-    >>> text = "name: a\\nsources: ['timm:hf-hub:timm/resnet18.a1_in1k']\\nstages: [fold]"
-    >>> base_models(Recipe.from_yaml(text))
-    ['timm/resnet18.a1_in1k']
-    """
-    names = [source.model for run in recipe.parts for source in run.sources if source.model.startswith(_ON_THE_HUB)]
-    return sorted({name.removeprefix(_ON_THE_HUB).partition("@")[0] for name in names})
-
-
-_ON_THE_HUB = "timm:hf-hub:"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from vfsurgery.checkpoints import file_hash
+from vfsurgery.checkpoints.kept import Store, digest, loads
 from vfsurgery.data.datasets import find_data
 from vfsurgery.errors import SurgeryError
 from vfsurgery.hub.cards import Network, Summary, described
 from vfsurgery.hub.loading import Written, is_of_timm
 from vfsurgery.recipes.bench import Bench, Lab, Told
 from vfsurgery.recipes.stage import Stage
-from vfsurgery.recipes.store import Store, digest, loads
 from vfsurgery.scoring.expectations import Outcome
 from vfsurgery.stats.imagined import NO_REAL_IMAGE
 
@@ -74,36 +74,34 @@ class Finding:
         ]
         return {"name": self.name, "steps": steps, "expectations": [outcome.to_dict() for outcome in self.outcomes()]}
 
-    def networks(self, data: str) -> list[tuple[Network, nn.Module]]:
+    def networks(self, data: str) -> Iterator[Network]:
         """Every network that is written, with what a card says of it: figures, as far as they are of this network."""
         bench, lab = self.bench, self.bench.lab
         first = next(iter(lab.sections.values()))
         images = lab.calibration
         count = f"{len(images)} " if isinstance(images, Sized) else ""
         kind = f"imagined images; {NO_REAL_IMAGE}" if lab.imagined is not None else f"calibration images of {data}"
-        found: list[tuple[Network, nn.Module]] = []
         now = [*bench.networks.values(), *bench.ends.values()]  # the figures are theirs
         for one in bench.writes:
             if one.net is None:
                 continue
-            file, name, net, shown = one.file, one.name, one.net, bench.shown
-            if not any(net.model is each.model for each in now):
+            model, shown = one.net.model, bench.shown
+            if not any(model is each.model for each in now):
                 shown = one.shown.beside(shown.once_changed(bench.ends))
-            own = shown.rows.get(shown.own.get(name, ""))
-            network = Network(
-                name=file,
-                written=Written((file,), first.model, first.options, of_timm=is_of_timm(net.model)),
-                summary=net.summary or Summary(),
+            own = shown.rows.get(shown.own.get(one.name, ""))
+            yield Network(
+                name=one.file,
+                written=Written((one.file,), first.model, first.options, of_timm=is_of_timm(model)),
+                summary=one.net.summary or Summary(),
                 sources=described(lab.origins),
                 results=shown.rows,
                 published={row: figure for row, figure in shown.published.items() if row in shown.rows},
                 measured="Accuracies and barriers in percent." if shown.rows else "",
                 accuracy=None if own is None else own / 100,
                 statistics="" if images is None else f"of {count}{kind}",
-                pictures={one.caption: one.file for one in bench.writes if one.caption},
+                pictures={each.caption: each.file for each in bench.writes if each.caption},
+                model=model,
             )
-            found.append((network, net.model))
-        return found
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class Done:
     """A stage that was run: what it made and said, and the bench behind it."""
 
     stage: Stage
-    models: Mapping[str, nn.Module]
+    models: dict[str, nn.Module]
     told: Told
     bench: Bench
 
@@ -160,13 +158,7 @@ class Runner:
         return digest(before, {stage.name: stage.dump()}, _code(map(type, stage.parts())))
 
     def _step(
-        self,
-        stage: Stage,
-        number: int | None,
-        key: str,
-        bench: Bench,
-        later: Sequence[Stage],
-        done: Done | None = None,
+        self, stage: Stage, number: int | None, key: str, bench: Bench, later: Sequence[Stage], done: Done | None = None
     ) -> tuple[Step, Bench]:
         """One stage: taken over from an earlier run, as it was done on the way of a comparison, or run now."""
         if done is None and not self._is_asked_for(stage, key, later):
@@ -176,22 +168,28 @@ class Runner:
         done = done or Done.of(stage, replace(bench, keep=lambda name: self.store.training(key, name)))
         if stage.kept:
             if all(loads(model, self.lab.untrained(name)) for name, model in done.models.items()):
-                self.store.keep(key, done.told, done.models)
+                self.store.keep(key, done.told.model_dump_json(), done.models)
             self.store.forget_trainings(key)
         return Step(stage, done.told, False, number), replace(done.bench, keep=None, shared=None)
 
     def _is_asked_for(self, stage: Stage, key: str, later: Iterable[Stage]) -> bool:
         """Whether what follows looks at how a network was made, which is not kept: then it is made again."""
         for one in later if stage.changes and stage.reports else ():
-            if one.needs_report and not (one.kept and self.store.find(self._key(key, one))):
+            if one.needs_report and self._said(one, self._key(key, one)) is None:
                 return True
             if one.changes or one.branches:
                 return False
         return False
 
+    def _said(self, stage: Stage, key: str) -> Told | None:
+        """What a stage said in an earlier run, if that can be read."""
+        text = self.store.find(key) if stage.kept else None
+        with suppress(ValueError):
+            return None if text is None else Told.model_validate_json(text)
+
     def _taken_over(self, stage: Stage, key: str, bench: Bench) -> tuple[Told, Bench] | None:
         """What a stage gave in an earlier run; ``None`` where it cannot be read any more."""
-        told = self.store.find(key) if stage.kept else None
+        told = self._said(stage, key)
         if told is None:
             return None
         try:

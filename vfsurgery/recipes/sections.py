@@ -1,11 +1,17 @@
-"""The plain sections of a recipe, frozen and strict: data and sources; and the types that all sections are made of."""
+"""The sections of a recipe that are no stages, frozen and strict: data and sources; and types of values for all.
+
+Some values are more than a number or text: matchers and passes with options, shares, boundaries, files. They are
+checked when a recipe is read, and kept as plain values, so that it can be written again.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import string
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any, Self, cast
 
 from pydantic import (
@@ -15,16 +21,32 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    PlainSerializer,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import CoreSchema
 from torch import Tensor, nn
 
-from vfsurgery.checkpoints import WEIGHTS, check_same_classes, load_state_dict
+from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS, check_same_classes, load_state_dict
 from vfsurgery.data import Splits
-from vfsurgery.data.datasets import DATA, OPTIONS, find_data, load_for, needs, options_of
-from vfsurgery.errors import CheckpointError, did_you_mean
+from vfsurgery.data.datasets import DATA, OPTIONS, check_options, load_for
+from vfsurgery.errors import CheckpointError, refuse_unknown
+from vfsurgery.matching.base import SYMMETRIES
+from vfsurgery.merging.shares import plan_shares
+from vfsurgery.merging.written import (
+    build_combiner,
+    build_matcher,
+    build_normalizations,
+    check_boundary,
+    check_normalizations,
+    several,
+)
 from vfsurgery.networks.architectures import build_model
+from vfsurgery.passes.mask import CHOICES
+from vfsurgery.passes.options import build
+from vfsurgery.passes.registry import build_passes
+from vfsurgery.pruning import PRUNERS, Pruner
 
 # YAML has lists only; a frozen value needs tuples
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
@@ -37,23 +59,11 @@ Patterns = Annotated[tuple[str, ...], AsTuple]
 Options = dict[str, bool | int | float | str]
 """Keyword arguments of a model."""
 
+FORMATS = (WEIGHTS, PROGRAM, ONNX)
+NONE = "none"
+"""Stands for no normalization."""
 CHECKPOINTS = (WEIGHTS, ".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".json")
 """How files of weights end; any other text names a model."""
-
-
-def refuse_unknown(kind: str, names: Sequence[str], known: Iterable[str]) -> None:
-    """Refuse a name that is not known, and offer the nearest spelling."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown {kind} {name!r}; {did_you_mean(name, known)}")
-
-
-def refuse_repeated(kind: str, names: Sequence[str]) -> None:
-    """Refuse two entries of one name."""
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"two entries have the {kind} name {repeated[0]!r}")
 
 
 class Section(BaseModel):
@@ -63,6 +73,96 @@ class Section(BaseModel):
 
     def __hash__(self) -> int:
         return hash(json.dumps(self.model_dump(mode="json"), sort_keys=True))
+
+
+@dataclass(frozen=True)
+class Built:
+    """Marks an option that stands for what is built of it: matchers, pruners, passes."""
+
+    by: Callable[[Any], Any]
+
+
+def build_pruner(method: str, options: Mapping[str, Any] | None = None) -> Pruner:
+    """A pruner by its name.
+
+    >>> build_pruner("magnitude").name
+    'magnitude'
+    """
+    return build(cast("type[Pruner]", PRUNERS[method]), options or {}, "pruner")
+
+
+def _normalizations(value: Any) -> Any:
+    if value in ("auto", NONE, None):
+        return value if value == "auto" else []
+    check_normalizations(several(value))
+    return several(value)
+
+
+def _applied(value: Any) -> Any:
+    for one in build_passes(several(value)):
+        if one.needs_sources:
+            raise ValueError(f"{one.name} compares with the sources of a merge: write it into renormalize of the merge")
+    return several(value)
+
+
+def _checked(check: Callable[[Any], object]) -> BeforeValidator:
+    """Keeps a value as it is written, once ``check`` has made of it what it stands for."""
+
+    def kept(value: Any) -> Any:
+        check(value)
+        return value
+
+    return BeforeValidator(kept)
+
+
+def _one_of(kind: str, known: Iterable[str]) -> AfterValidator:
+    def kept(name: str) -> str:
+        refuse_unknown(kind, (name,), known)
+        return name
+
+    return AfterValidator(kept)
+
+
+def _file_name(name: str) -> str:
+    """Refuse names of files that would lie elsewhere, or are of no format that networks are written in."""
+    if not name.endswith(FORMATS):
+        raise ValueError(f"networks are written into files that end in {', '.join(FORMATS)}; found {name!r}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{,99}", name):
+        raise ValueError(f"{name!r} is no plain file name: letters, digits, _ . and -; folders are given by --output")
+    return name
+
+
+_NUMBER = {"type": "number", "minimum": 0, "maximum": 1}
+_NUMBERS = [_NUMBER, {"type": "array"}]
+_SHARES = [*_NUMBERS, {"type": "object", "additionalProperties": {"anyOf": _NUMBERS}}]
+_NULL = {"type": "null"}
+_PASS = [{"type": "string"}, {"type": "object", "minProperties": 1, "maxProperties": 1}]
+_PASSES = [*_PASS, {"type": "array", "items": {"anyOf": _PASS}}]
+_LIMITS = {name: {"type": "number", "minimum": 1} for name in ("flops", "params")}
+_BUDGET = {"type": "object", "additionalProperties": False, "properties": _LIMITS}
+
+
+def _any_of(*members: Any) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [*members]})
+
+
+Alpha = Annotated[Any, _checked(lambda value: plan_shares(2, value, None)), _any_of(*_SHARES)]
+Weights = Annotated[Any, _any_of(*_SHARES, _NULL)]
+CombinerEntry = Annotated[Any, _checked(build_combiner), Built(build_combiner), _any_of(*_PASS)]
+MatcherEntry = Annotated[Any, _checked(build_matcher), Built(build_matcher), _any_of(*_PASS)]
+Boundary = Annotated[Any, _checked(check_boundary), _any_of({"type": "integer", "minimum": 0}, _PASS[0], _BUDGET)]
+Normalizations = Annotated[
+    Any,
+    BeforeValidator(_normalizations),
+    Built(build_normalizations),
+    PlainSerializer(lambda entries: entries or NONE),
+    _any_of(*_PASSES, _NULL),
+]
+Passes = Annotated[Any, BeforeValidator(_applied), Built(build_passes), _any_of(*_PASSES)]
+Symmetries = Annotated[str, _one_of("choice of symmetries", SYMMETRIES)]
+Masks = Annotated[str, _one_of("choice of masks", CHOICES)]
+PrunerName = Annotated[str, _one_of("pruner", PRUNERS), Built(build_pruner)]
+FileNames = Annotated[tuple[Annotated[str, AfterValidator(_file_name)], ...], AsTuple, BeforeValidator(several)]
 
 
 def _known_data(name: str) -> str:
@@ -91,25 +191,8 @@ class Images(Section):
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        if ":" in self.name and not self.name.startswith("torchvision:"):
-            return self  # code is imported when it is run, not when it is read
-        factory = find_data(self.name)
-        own = options_of(factory)
-        for option in OPTIONS:
-            if option not in own and getattr(self, option) is not None:
-                raise ValueError(f"{self.name} has no {option}; accepted: {', '.join(sorted({'name', 'seed', *own}))}")
-        if needs(factory, "path") and self.path is None:
-            raise ValueError(f"{self.name} needs path, the folder that holds it")
+        check_options(self.name, self.model_dump(include={*OPTIONS}, exclude_none=True))
         return self
-
-    @property
-    def image(self) -> tuple[int, int, int] | None:
-        """The shape of an image, as far as it is known without reading one; else the model's configuration says it."""
-        if self.name == "digits":
-            return (1, self.size or 8, self.size or 8)
-        if self.name in ("cifar10", "cifar100"):
-            return (3, 32, 32)
-        return None if self.size is None else (3, self.size, self.size)
 
     def load(self, spec: str, build: Callable[[], nn.Module]) -> Splits:
         """Return the splits.

@@ -6,7 +6,7 @@ All else goes by these classes: how a list of stages is read and written, its sc
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, cast
@@ -20,10 +20,10 @@ from vfsurgery.errors import did_you_mean
 from vfsurgery.passes import PASSES
 from vfsurgery.passes.options import schema_of
 from vfsurgery.recipes.bench import Bench, Net, Told
-from vfsurgery.recipes.sections import AsTuple, Patterns, Section, refuse_unknown
+from vfsurgery.recipes.sections import AsTuple, Built, Patterns, Section
 from vfsurgery.registry import Registry
 from vfsurgery.scoring.evaluation import ENSEMBLE
-from vfsurgery.scoring.expectations import Expectation, Outcome, is_number
+from vfsurgery.scoring.expectations import Expectation, Outcome, check_rows
 
 S = TypeVar("S", bound="type[Stage]")
 
@@ -123,9 +123,20 @@ class Stage(Section):
     whole: ClassVar[str | None] = None
     """The option that the value of the stage is, where it is no mapping of options."""
 
+    def built(self) -> dict[str, Any]:
+        """What is built of its options, by their names: matchers, pruners and passes, made anew each time."""
+        options = type(self).model_fields.items()
+        marks = [(name, mark) for name, option in options for mark in option.metadata if isinstance(mark, Built)]
+        return {name: mark.by(getattr(self, name)) for name, mark in marks}
+
+    def arguments(self) -> dict[str, Any]:
+        """Its options as functions of the library take them."""
+        return {name: getattr(self, name) for name in type(self).model_fields} | self.built()
+
     def parts(self) -> Sequence[Any]:
         """Matchers, pruners and passes that it uses: their code decides what it gives, and they may need images."""
-        return ()
+        lists = [each if isinstance(each, list) else [each] for each in self.built().values()]
+        return [part for each in lists for part in each if part is not None and part != "auto"]
 
     def follow(self, at: Place) -> Place:
         """What there is behind it.
@@ -196,6 +207,21 @@ class Stage(Section):
         return self.name
 
 
+def followed(stages: Sequence[Stage], at: Place, *above: int | str) -> Iterator[tuple[Stage, Place, Place]]:
+    """Each of a list of stages, with what there is before and behind it.
+
+    Raises:
+        Misplaced: one cannot stand where it stands; located by its place, below ``above``.
+    """
+    for number, one in enumerate(stages):
+        try:
+            behind = one.checked(at)
+        except ValueError as error:
+            raise Misplaced(error, *above, number, one.name) from None
+        yield one, at, behind
+        at = behind
+
+
 class Table(Stage):
     """A stage with a table of its own, of which something may be expected, with published figures beside."""
 
@@ -215,18 +241,9 @@ class Table(Stage):
     def outcomes(self, told: Told) -> list[Outcome]:
         return [expected.check(told.rows, self.figures) for expected in self.expectations]
 
-    def check_rows(self, rows: Sequence[str]) -> None:
-        """Expectations are of rows and numbers, bands of what is published."""
-        expected_rows = [row for expected in self.expectations for row in expected.rows if not is_number(row)]
-        for row in (*self.figures, *expected_rows):
-            self.check_row(row, rows)
-        for expected in self.expectations:
-            if expected.points is not None and expected.rows[0] not in self.figures:
-                raise ValueError(f"nothing is published for {expected.rows[0]!r}, so it can be in no band around it")
-
-    def check_row(self, row: str, rows: Sequence[str]) -> None:
-        """Refuse what is none of ``rows``."""
-        refuse_unknown("row", (row,), rows)
+    def check_rows(self, rows: Sequence[str], merges: Sequence[str] = ()) -> None:
+        """Refuse what is said of other rows; ``merges`` may have ratios of features, too."""
+        check_rows(self.expectations, self.figures, rows, merges)
 
 
 def stage(name: str, **declared: Any) -> Callable[[S], S]:
@@ -277,29 +294,20 @@ def read(entry: Any) -> Stage:
 
 def relocated(error: ValidationError, *above: int | str, skip: str | None = None) -> ValidationError:
     """The same problems, below ``above``."""
-    problems = [
-        InitErrorDetails(
-            type=problem["type"],
-            loc=(*above, *(step for step in problem["loc"] if step != skip)),
-            input=problem["input"],
-            ctx=problem.get("ctx", {}),
-        )
-        for problem in error.errors()
-    ]
+    problems: list[InitErrorDetails] = []
+    for problem in error.errors():
+        place = (*above, *(step for step in problem["loc"] if step != skip))
+        context = problem.get("ctx", {})
+        problems.append({"type": problem["type"], "loc": place, "input": problem["input"], "ctx": context})
     return ValidationError.from_exception_data(error.title, problems)
 
 
 SCHEMA = {"title": "Stage"}
 """Stands in a schema where :func:`schemas` has the one of stages."""
-Stages = Annotated[
-    tuple[
-        Annotated[
-            Stage, PlainValidator(read), PlainSerializer(lambda one: {one.name: one.dump()}), WithJsonSchema(SCHEMA)
-        ],
-        ...,
-    ],
-    AsTuple,
+_One = Annotated[
+    Stage, PlainValidator(read), PlainSerializer(lambda one: {one.name: one.dump()}), WithJsonSchema(SCHEMA)
 ]
+Stages = Annotated[tuple[_One, ...], AsTuple]
 _LIST: TypeAdapter[tuple[Stage, ...]] = TypeAdapter(Stages)
 
 

@@ -1,35 +1,46 @@
-"""The text of recipes: YAML that makes plain values only, and no more of them than were written.
+"""The text of recipes: read as a mapping in YAML, and what is wrong with it in words: the key, the line, the remedy.
 
 There are no includes and no environment variables: all that a recipe says stands in its one file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, get_args
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
+from vfsurgery.checkpoints.plain import line_of, read_text, read_yaml
 from vfsurgery.checkpoints.refusals import printable
 from vfsurgery.errors import RecipeError, did_you_mean, explain
+from vfsurgery.recipes.stage import STAGES
 
-LARGEST, DEEPEST, MOST_VALUES = 2**18, 20, 100_000
-"""Bounds on a recipe: bytes of its file, nested mappings and lists, and values once all aliases are replaced."""
+EXPERIMENT = "write sources, and stages: [train: ..., {new}]; several experiments are a list of runs"
+MOVED = {
+    "pairs": EXPERIMENT.format(new="compare: {ways: [LABEL: [merge: ...]]}, barrier, diagnose"),
+    "sweeps": EXPERIMENT.format(new="compare: {ways: [LABEL: [prune: ...]], grid: {prune.sparsity: [...]}}, diagnose"),
+    "soups": EXPERIMENT.format(new="soup: ..."),
+    "alpha": "it stands in the stage: write merge: {alpha: ...}",
+    "outputs": "write a last stage: export: [...]",
+}
+"""Keys of whole recipes that there were, and what took their place."""
 
 
-def read_text(path: Path) -> str:
+_EXPONENT = re.compile(r"[+-]?[\d.]+[eE][+-]?\d+")
+_PLAIN, _MEMBERS = ("str", "float", "int"), ("tuple[", "dict[", "function-", "constrained-")
+
+
+def read_recipe(path: Path) -> str:
     """Return the text of a recipe's file.
 
     Raises:
         RecipeError: It cannot be read, is no text in UTF-8, or is too large for a recipe.
     """
     try:
-        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-            raise ValueError("it is no regular file")
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"it has more than {LARGEST:,} bytes")
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except (OSError, ValueError) as error:  # ValueError: bytes that are no text, or a path with a zero in it
         raise RecipeError(explain(f"cannot read the recipe {path}", cause=error)) from error
 
@@ -50,190 +61,86 @@ def parse(text: str, place: str, accepted: Mapping[str, Any]) -> Mapping[str, An
     {'name': 'tiny'}
     """
     try:
-        content = _load(text)
+        content = read_yaml(text)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, cause = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else None
-        raise RecipeError(
-            explain(
-                f"{place} is not valid YAML",
-                cause=getattr(error, "problem", None) or error,
-                at=where,
-                remedy="indent with spaces, YAML takes no tabs" if "'\\t'" in str(error) else None,
-            )
-        ) from error
+        remedy = "indent with spaces, YAML takes no tabs" if "'\\t'" in str(error) else None
+        raise RecipeError(explain(f"{place} is not valid YAML", cause=cause, at=where, remedy=remedy)) from error
     if not isinstance(content, dict):
-        raise RecipeError(
-            explain(
-                f"{place} is no mapping of keys to values",
-                found=f"a {type(content).__name__}",
-                accepted=", ".join(accepted),
-            )
-        )
+        found, known = f"a {type(content).__name__}", ", ".join(accepted)
+        raise RecipeError(explain(f"{place} is no mapping of keys to values", found=found, accepted=known))
     return content
 
 
-def line_of(text: str, location: Sequence[int | str]) -> int:
-    """The line, from 1, on which something stands in a recipe: its key, or the nearest one around it.
+def describe(
+    error: ValidationError, schema: type[BaseModel], place: str, text: str, reduced: Collection[str] | None = None
+) -> str:
+    """The message for the first thing wrong, with its line and key path; the paths of all others follow.
 
     Args:
-        text: A recipe that :func:`parse` reads.
-        location: Keys and places in lists; what is not there is left out.
-
-    >>> line_of("name: tiny\\npairs:\\n- {name: conv,\\n   model: m}", ("pairs", 0, "model"))
-    4
+        error: What the schema says.
+        schema: The class that the recipe is read into.
+        place: The recipe's file, or words for it.
+        text: The recipe.
+        reduced: Of an error in the reduced form, the paths whose values it has.
     """
-    node = yaml.compose(text, _Loader)
-    line = 0
+    # a misspelt key first: it is often why another one is missing
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    first = problems[0]
+    fact = f"{first['msg'].removeprefix('Value error, ')}, found {printable(repr(first['input']))}"
+    remedy, location = None, _location(first)
+    if first["type"] == "extra_forbidden":
+        key = str(location[-1])
+        fact, remedy = f"unknown key {printable(repr(location[-1]))}", did_you_mean(key, _keys(schema, location[:-1]))
+        if len(location) == 1 and key in MOVED:
+            fact, remedy = f"there is no key {key!r} any more", MOVED[key]
+    elif first["type"] == "missing":
+        fact = "a required key is missing"
+    elif first["type"] == "value_error":
+        fact = first["msg"].removeprefix("Value error, ")
+    elif first["type"].startswith("float") and _EXPONENT.fullmatch(str(first["input"])):
+        remedy = "YAML reads 1e-3 as text: write 1.0e-3, without quotes"
+    path = written_path(location)
+    others = dict.fromkeys(
+        other for problem in problems[1:] if (other := written_path(_location(problem))) and other != path
+    )
+    if reduced is not None:
+        steps = {*map(str, location)}
+        own = [key for key in reduced if {step for step in key.split(".") if not step.isdecimal()} <= steps]
+        fact, location = f"in the reduced form, {fact}", ("reduced", *own[-1:])
+    return explain(f"{place}:{line_of(text, location)}: {fact}", at=path, remedy=remedy, also=", ".join(others) or None)
+
+
+def written_path(location: tuple[int | str, ...]) -> str | None:
+    """As in ``stages[0].train.epochs``; the names that pydantic adds for members of a union are left out.
+
+    >>> written_path(("stages", 0, "soup", "weight_decay", "tuple[float, ...]"))
+    'stages[0].soup.weight_decay'
+    """
+    kept = [step for step in location if isinstance(step, int) or not (step in _PLAIN or step.startswith(_MEMBERS))]
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in kept]
+    return printable("".join(steps).removeprefix(".")) or None
+
+
+def _location(problem: Any) -> tuple[int | str, ...]:
+    """Where it is: what checks a whole list says by itself which entry it means."""
+    return (*problem["loc"], *getattr(problem.get("ctx", {}).get("error"), "location", ()))
+
+
+def _keys(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the mapping at ``location``."""
     for step in location:
-        if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            node = node.value[step]
-            line = node.start_mark.line
-        elif isinstance(node, yaml.MappingNode):
-            entry = next((pair for pair in node.value if getattr(pair[0], "value", None) == str(step)), None)
-            if entry is not None:
-                line, node = entry[0].start_mark.line, entry[1]
-    return line + 1
+        if isinstance(step, str) and step in STAGES:
+            schema = STAGES[step]
+        elif isinstance(step, str) and step in schema.model_fields:
+            schema = next(_models(schema.model_fields[step].annotation), schema)
+    return [*schema.model_fields]
 
 
-def changed(content: Any, changes: Mapping[str, object]) -> Any:
-    """A recipe's content, or part of it, with other values in the place of some.
-
-    Args:
-        content: As :func:`parse` returns it; stays as it is.
-        changes: Plain values by their paths: keys with dots between them. An entry of a list is named by its place from
-            0, by its ``name``, or, for stages, by its key.
-
-    Raises:
-        RecipeError: a path leads nowhere.
-
-    >>> recipe = {"sources": [{"name": "a"}], "stages": ["merge", {"train": {"epochs": 3}}]}
-    >>> changed(recipe, {"stages.train.epochs": 5})["stages"]
-    ['merge', {'train': {'epochs': 5}}]
-    >>> changed(recipe, {"stages.merge.alpha": 0.2})["stages"][0]
-    {'merge': {'alpha': 0.2}}
-    """
-    for path, value in changes.items():
-        steps = path.split(".")
-        if len(steps) > DEEPEST:
-            fact, remedy = f"a path of {len(steps)} keys leads nowhere", f"recipes nest {DEEPEST} deep"
-            raise RecipeError(explain(fact, remedy=remedy))
-        content = _changed(content, steps, value, path)
-    return content
-
-
-def read_change(text: str) -> tuple[str, object]:
-    """Path and value from ``PATH=VALUE``, the value as YAML has it.
-
-    Raises:
-        RecipeError: it is nothing of the kind.
-
-    >>> read_change("stages.merge.alpha=[0.2, 0.8]")
-    ('stages.merge.alpha', [0.2, 0.8])
-    """
-    path, equals, written = text.partition("=")
-    if not equals or not all(path.split(".")):
-        raise RecipeError(explain(f"{text!r} changes nothing", remedy="write PATH=VALUE, as in stages.train.epochs=5"))
-    try:
-        return path, _load(written)
-    except yaml.YAMLError as error:
-        cause = getattr(error, "problem", error)
-        raise RecipeError(explain(f"the value in {text!r} is no YAML", cause=cause)) from error
-
-
-def _changed(node: Any, steps: list[str], value: object, path: str) -> Any:
-    if not steps:
-        return value
-    step, *rest = steps
-    if isinstance(node, list):
-        entries = [*cast("list[Any]", node)]
-        place = _place(entries, step, path)
-        entry = {step: None} if entries[place] == step else entries[place]  # a stage that is written as its name
-        inside = isinstance(entry, dict) and set(cast("dict[str, Any]", entry)) == {step}
-        entries[place] = _changed(entry, steps if inside else rest, value, path)
-        return entries
-    if node is not None and not isinstance(node, Mapping):
-        above = path.removesuffix(".".join(steps)).removesuffix(".")
-        because, remedy = f"{above} is {printable(repr(node))}", f"write {above}=VALUE"
-        raise RecipeError(explain(f"{path} leads nowhere", because=because, remedy=remedy))
-    mapping = dict(cast("Mapping[str, Any]", node or {}))
-    return {**mapping, step: _changed(mapping.get(step), rest, value, path)}
-
-
-def _place(entries: list[Any], step: str, path: str) -> int:
-    """The place in a list that a number or a name means."""
-    if step.isdecimal() and int(step) < len(entries):
-        return int(step)
-    names: list[str] = []
-    for entry in entries:
-        keys = [*cast("dict[str, Any]", entry)] if isinstance(entry, dict) else [str(entry)]
-        names.append(str(entry["name"]) if "name" in keys else keys[0] if len(keys) == 1 else "")
-    if names.count(step) == 1:
-        return names.index(step)
-    twice = f"{step!r} stands there {names.count(step)} times" if step in names else None
-    known = [name for name in names if name] + [f"0 to {len(entries) - 1}"]
-    remedy = "name it by its place" if twice else did_you_mean(step, known)
-    raise RecipeError(explain(f"{path} leads nowhere: there is no single {step!r}", because=twice, remedy=remedy))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which makes plain values only, and here refuses a key that stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise _refusal(f"the key {key.value!r} stands twice", key)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            value = super().construct_object(node, deep)
-            if isinstance(value, str):
-                value.encode()  # halves of characters, written as escapes, could not be written to a file again
-            if isinstance(value, int) and value.bit_length() > 64:
-                raise ValueError("a number of more than 64 bits")
-        except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
-            # a date that is none, a number too long to read: YAML's own constructors do not say it as YAML errors
-            raise _refusal(printable(str(error)), node) from error
-        return value
-
-
-def _refusal(problem: str, node: yaml.Node) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-
-
-def _load(text: str) -> object:
-    if len(text) > LARGEST:
-        raise yaml.YAMLError(f"more than {LARGEST:,} characters")
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _count(node, {}, ())
-        return loader.construct_document(node)
-    except RecursionError as error:
-        raise yaml.YAMLError(f"nested deeper than {DEEPEST}") from error
-    finally:
-        loader.dispose()
-
-
-def _count(node: yaml.Node, counted: dict[int, int], above: tuple[int, ...]) -> int:
-    """How many values a node becomes when every alias is replaced by what it stands for.
-
-    An alias is the node that it stands for, so ten lines can become as many values as memory holds: what is counted
-    once is remembered, or counting would take as long as replacing.
-    """
-    if id(node) in above:
-        raise _refusal("an alias stands inside of what it stands for", node)
-    if len(above) > DEEPEST:
-        raise _refusal(f"nested deeper than {DEEPEST}", node)
-    if id(node) not in counted:
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in pairs for part in pair]
-        counted[id(node)] = 1 + sum(_count(part, counted, (*above, id(node))) for part in parts)
-    if counted[id(node)] > MOST_VALUES:
-        raise _refusal(f"becomes more than {MOST_VALUES:,} values", node)
-    return counted[id(node)]
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections in a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for member in get_args(annotation):
+        yield from _models(member)

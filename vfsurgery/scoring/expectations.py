@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
+
+from vfsurgery.errors import OptionError, refuse_unknown
 
 _BAND = re.compile(r"(?P<row>.+) within (?P<points>\d+(\.\d+)?) of published")
 _NUMBER = re.compile(r"\d+(\.\d+)?")
@@ -112,6 +114,42 @@ class RatioRow:
         if merge != label and found is not None and found["merge"] in merges:
             return cls(label, found["merge"], int(found["percent"]) / 100)
         return None
+
+
+def ratio_rows(expected: Iterable[Expectation], merges: Collection[str]) -> list[RatioRow]:
+    """The rows of ratios that expectations name, each once.
+
+    >>> [row.merge for row in ratio_rows([Expectation.parse("ratio b < 0.2"), Expectation.parse("a < b")], ["a", "b"])]
+    ['b']
+    """
+    named = dict.fromkeys(row for each in expected for row in each.rows if row not in merges)
+    return [found for row in named if (found := RatioRow.parse(row, merges)) is not None]
+
+
+def check_rows(
+    expected: Sequence[Expectation], published: Collection[str], rows: Sequence[str], merges: Sequence[str] = ()
+) -> None:
+    """Refuse what is said of rows that a table will not have: expectations, and published figures.
+
+    Args:
+        expected: What is expected of the table.
+        published: The rows that have a published figure.
+        rows: Those that it will have.
+        merges: Those of them that may also stand in a :class:`RatioRow`.
+
+    Raises:
+        OptionError: a row is none of them, or a band is around no published figure.
+
+    >>> check_rows([Expectation.parse("a < ratio b")], ["b"], ["a", "b"], ["b"])
+    """
+    for row in (*published, *(row for each in expected for row in each.rows if not is_number(row))):
+        if row not in rows and RatioRow.parse(row, merges) is None:
+            if merges and row.startswith(RATIO):
+                refuse_unknown("way", (row.removeprefix(RATIO),), merges)
+            refuse_unknown("row", (row,), rows)
+    for each in expected:
+        if each.points is not None and each.rows[0] not in published:
+            raise OptionError(f"nothing is published for {each.rows[0]!r}, so it can be in no band around it")
 
 
 def is_number(row: str) -> bool:

@@ -6,8 +6,9 @@ because features vanish, and giving every unit the dense network's statistics br
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 from vfsurgery.scoring.evaluation import Score
 from vfsurgery.shown import Drawn
@@ -39,6 +40,36 @@ class Sweep(Drawn):
     values: tuple[float, ...]
     first: Mapping[str, Score]
     courses: Mapping[str, Course]
+
+    @classmethod
+    def of(
+        cls,
+        axis: str,
+        values: Iterable[float],
+        scores: Mapping[str, Score],
+        curves: Mapping[str, Sequence[str]],
+        bases: Mapping[str, str],
+        published: Mapping[str, Any],
+    ) -> Self:
+        """From a table.
+
+        Args:
+            axis: What the values are of.
+            values: One for each point of a curve.
+            scores: By row; rows that are in no curve come first.
+            curves: The rows of each curve, value by value.
+            bases: For curves that go on from another one, its name.
+            published: Accuracies of a curve in percent, as a tuple; other entries are of no curve.
+        """
+        colours = [curve for curve in curves if curve not in bases]
+        found: dict[str, Course] = {}
+        for curve, rows in curves.items():
+            listed, number = published.get(curve), colours.index(bases.get(curve, curve))
+            figures = listed if isinstance(listed, tuple) else ()
+            found[curve] = Course(tuple(scores[row] for row in rows), figures, number, curve in bases)
+        inside = {row for rows in curves.values() for row in rows}
+        first = {row: score for row, score in scores.items() if row not in inside}
+        return cls(axis, tuple(map(float, values)), first, found)
 
     @property
     def unit(self) -> str:

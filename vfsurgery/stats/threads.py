@@ -5,6 +5,7 @@ Threads decide how sums are cut, and so the last digits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -53,6 +54,20 @@ def threads(count: int | None) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def known_device(name: str) -> str:
+    """A device's name as it was given, if it is one, whether it is there or not.
+
+    Raises:
+        OptionError: it is none.
+
+    >>> known_device("cuda:1")
+    'cuda:1'
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise OptionError(f"unknown device {name!r}; accepted: auto, cpu, cuda, cuda:N")
+    return name
 
 
 def find_device(name: str) -> torch.device:

@@ -2,6 +2,5 @@
 
 from vfsurgery.recipes.stages import combining as combining
 from vfsurgery.recipes.stages import comparing as comparing
-from vfsurgery.recipes.stages import imagining as imagining
 from vfsurgery.recipes.stages import looking as looking
 from vfsurgery.recipes.stages import surgery as surgery

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 from torch import nn
 
 from vfsurgery.merging.merge import merge
-from vfsurgery.recipes import entries
-from vfsurgery.recipes.bench import Bench, Net, Told
+from vfsurgery.recipes import sections
+from vfsurgery.recipes.bench import Bench
 from vfsurgery.recipes.sections import AsTuple
-from vfsurgery.recipes.stage import MERGED, Misplaced, Place, Stage, stage
-from vfsurgery.records.results import report_of
+from vfsurgery.recipes.stage import Misplaced, Place, stage
+from vfsurgery.recipes.stages.surgery import Joining
 
 Numbers = Annotated[tuple[float, ...] | None, AsTuple]
 
 
 @stage("combine", changes=True, joins=True, needs_images=False)
-class Combine(Stage):
+class Combine(Joining):
     """Options of :func:`vfsurgery.merge` with a base: ``base`` names the source that all others were fine-tuned from.
 
     Without a ``method`` several are tried, at several scales, and judged on held-out images; without images it is the
@@ -30,18 +28,13 @@ class Combine(Stage):
     """
 
     base: str
-    method: entries.CombinerEntry = "auto"
+    method: sections.CombinerEntry = "auto"
     scale: Numbers = None
     weights: Numbers = None
-    renormalize: entries.Normalizations = "auto"
-
-    def parts(self) -> Sequence[Any]:
-        methods = [] if self.method == "auto" else [entries.build_combiner(self.method)]
-        return [*methods, *([] if self.renormalize == "auto" else entries.build_passes(self.renormalize))]
+    renormalize: sections.Normalizations = "auto"
 
     def follow(self, at: Place) -> Place:
-        if at.merged:
-            raise ValueError("there is one network left, and nothing to combine it with")
+        behind = super().follow(at)
         if self.base not in at.networks:
             raise Misplaced(f"{self.base!r} is no source; there are {', '.join(at.networks)}", "base")
         tuned = len(at.networks) - 1
@@ -49,27 +42,19 @@ class Combine(Stage):
             raise ValueError("there is the base alone, and nothing that was fine-tuned from it")
         if self.weights is not None and len(self.weights) != tuned:
             raise Misplaced(f"{tuned} networks are combined, and {len(self.weights)} weights given", "weights")
-        return replace(at, networks=(MERGED,), pruned=False)
+        return behind
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of :func:`vfsurgery.merge`, but the base."""
-        return {
-            "combine": entries.build_combiner(self.method),
-            "scale": self.scale,
-            "weights": self.weights,
-            "renormalize": entries.build_normalizations(self.renormalize),
-        }
+        given = super().arguments()
+        return {key: given[key] for key in ("scale", "weights", "renormalize")} | {"combine": given["method"]}
 
-    def work(self, bench: Bench) -> tuple[dict[str, nn.Module], Told]:
-        models, options = {**bench.models}, self.arguments()
-        base = models.pop(self.base)
-        if bench.lab.calibration is None:
-            options["example_inputs"] = bench.lab.example(base)
-        merged = merge([*models.values()], base=base, **bench.lab.common, **options)
-        report = report_of(merged)
-        return {MERGED: merged}, Told(lines=str(report).splitlines(), values=report.to_dict())
+    def joined(self, bench: Bench) -> nn.Module:
+        base = bench.models[self.base]
+        return merge(self._tuned(bench), base=base, **bench.lab.given(base), **self.arguments())
 
-    def after(self, bench: Bench, models: Mapping[str, nn.Module], told: Told) -> Bench:
-        tuned = tuple(model for name, model in bench.models.items() if name != self.base)
-        merged = Net(models[MERGED], origins=tuned)
-        return replace(bench, networks={MERGED: merged}, ends=bench.networks)
+    def known_of(self, bench: Bench) -> dict[str, Any]:
+        return {"origins": tuple(self._tuned(bench))}
+
+    def _tuned(self, bench: Bench) -> list[nn.Module]:
+        return [model for name, model in bench.models.items() if name != self.base]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import Annotated, Any, Self, cast
@@ -12,22 +12,22 @@ from typing import Annotated, Any, Self, cast
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from torch import nn
 
-from vfsurgery.errors import RecipeError
+from vfsurgery.checkpoints.plain import changed
+from vfsurgery.errors import RecipeError, refuse_repeated, refuse_unknown
 from vfsurgery.matching import Given
 from vfsurgery.merging.merge import match
 from vfsurgery.pruning import prune_each
-from vfsurgery.recipes.bench import Bench, Lab, Shown, Told, Write
-from vfsurgery.recipes.entries import build_matcher
+from vfsurgery.recipes.bench import Bench, Lab, Told, Write
 from vfsurgery.recipes.running import Done
-from vfsurgery.recipes.sections import AsTuple, refuse_repeated, refuse_unknown
-from vfsurgery.recipes.stage import Misplaced, Place, Stage, read_stages, stage
+from vfsurgery.recipes.sections import AsTuple
+from vfsurgery.recipes.stage import Misplaced, Place, Stage, followed, read_stages, stage
 from vfsurgery.recipes.stages.looking import Scoring
 from vfsurgery.recipes.stages.surgery import Merge, Prune
-from vfsurgery.recipes.text import changed
 from vfsurgery.scoring.diagnosis import diagnose
 from vfsurgery.scoring.evaluation import evaluate
-from vfsurgery.scoring.expectations import RATIO, RatioRow
-from vfsurgery.scoring.sweeps import Course, Sweep
+from vfsurgery.scoring.expectations import ratio_rows
+from vfsurgery.scoring.measured import Measured
+from vfsurgery.scoring.sweeps import Sweep
 from vfsurgery.scoring.tables import scores_of
 
 LAST, GAIN = "last", "gain"
@@ -76,15 +76,13 @@ class Row:
             ValueError: its stages cannot stand there.
         """
         for number, one in enumerate(self.stages):
-            try:
-                if not one.changes:
-                    raise ValueError(f"{one} looks at networks and makes none: put it behind compare")
-                at = one.checked(at)
-            except ValueError as error:
-                raise Misplaced(error, *self.where, number, one.name) from None
-        if len(at.networks) > 1:
-            raise Misplaced(f"it leaves {len(at.networks)} networks: a way ends in one, as by a merge", *self.where)
-        return at
+            if not one.changes:
+                error = f"{one} looks at networks and makes none: put it behind compare"
+                raise Misplaced(error, *self.where, number, one.name)
+        *_, behind = (at, *(behind for _, _, behind in followed(self.stages, at, *self.where)))
+        if len(behind.networks) > 1:
+            raise Misplaced(f"it leaves {len(behind.networks)} networks: a way ends in one, as by a merge", *self.where)
+        return behind
 
 
 @stage("compare", branches=True)
@@ -184,26 +182,13 @@ class Compare(Scoring):
             found |= dict(zip(points, figures, strict=True)) if isinstance(figures, tuple) else {label: figures}
         return {row: figure for row, figure in found.items() if figure is not None}
 
-    @property
-    def ratios(self) -> tuple[RatioRow, ...]:
-        """Rows ``ratio LABEL`` that expectations name, each once; they cost a pass over the calibration data."""
-        named = dict.fromkeys(row for expectation in self.expectations for row in expectation.rows)
-        found = (RatioRow.parse(row, self.labels) for row in named if row not in self.labels)
-        return tuple(row for row in found if row is not None)
-
     def parts(self) -> Sequence[Any]:
         return [part for row in self.rows for one in row.stages for part in one.parts()]
-
-    def check_row(self, row: str, rows: Sequence[str]) -> None:
-        if row not in rows and RatioRow.parse(row, self.labels) is None:
-            if row.startswith(RATIO):
-                refuse_unknown("way", (row.removeprefix(RATIO),), self.labels)
-            refuse_unknown("row", (row,), rows)
 
     def follow(self, at: Place) -> Place:
         rows = (*at.rows, *self.labels)
         refuse_repeated("row", rows)
-        self.check_rows(rows)
+        self.check_rows(rows, self.labels)
         behind = {row.label: row.follow(at) for row in self.rows}
         last = behind[self.labels[-1] if self.goes_on in (LAST, GAIN) else self.goes_on]
         self.check_flips(last)
@@ -226,7 +211,8 @@ class Compare(Scoring):
         ahead = {LAST: self.labels[-1], GAIN: None}.get(self.goes_on, self.goes_on)
         shared = Shared([one for row in self.rows if row.label != ahead for one in row.stages])
         told = Told(scores=bench.score(self.data))
-        asked, found = {ratio.merge for ratio in self.ratios}, dict[str, Any]()
+        ratios = ratio_rows(self.expectations, self.labels)  # each costs a pass over the calibration data
+        asked, found = {ratio.merge for ratio in ratios}, dict[str, Any]()
         chain, best = list[Done](), 0.0
         for row in self.rows:
             # what goes on is made with nothing shared: its report is to say all of itself
@@ -240,12 +226,12 @@ class Compare(Scoring):
             gain = 0.0 if row.base is None else score.accuracy - told.scores[row.base].accuracy
             if row.label == ahead or (ahead is None and row.base and (told.goes_on is None or gain > best)):
                 told.goes_on, told.chain, best = row.label, chain, gain
-        told.rows = ratios = {ratio.label: found[ratio.merge].bound_at(ratio.depth) for ratio in self.ratios}
+        told.rows = bounds = {ratio.label: found[ratio.merge].bound_at(ratio.depth) for ratio in ratios}
         plain = {label: diagnosis.to_dict() for label, diagnosis in found.items()}
         curves = {label: {key: one[key] for key in ("state", "depths", "curves")} for label, one in plain.items()}
-        told.values = {"goes_on": told.goes_on, "ratios": ratios, "diagnoses": curves}
+        told.values = {"goes_on": told.goes_on, "ratios": bounds, "diagnoses": curves}
         sweep = self._sweep(told)
-        lines = scores_of(told.scores, bench.first, self.figures, ratios) if sweep is None else sweep.lines()
+        lines = scores_of(told.scores, bench.first, self.figures, bounds) if sweep is None else sweep.lines()
         self.scored(told, told.chain[-1].bench, [*lines])
         return {}, told
 
@@ -260,24 +246,14 @@ class Compare(Scoring):
             scores = {label: scores[label] for label in (*sweep.first, row.base, row.label) if label is not None}
             bench = bench.wrote(Write(f"{bench.lab.run}_sweep.png", sweep.plot, f"accuracy over {self.columns}"))
         figures = {"flips": told.flips, "sweep": sweep}
-        return replace(bench, shown=Shown(told.rows, scores, self.figures, {name: row.label}, figures))
+        return replace(bench, shown=Measured(told.rows, scores, self.figures, {name: row.label}, figures))
 
     def _sweep(self, told: Told) -> Sweep | None:
         if self.columns is None:
             return None
-        curves, found = self.curves, dict[str, Course]()
-        colours = [curve for curve, rows in curves.items() if rows[0].base is None]
-        for curve, rows in curves.items():
-            listed, base = self.published.get(curve), rows[0].base
-            found[curve] = Course(
-                tuple(told.scores[row.label] for row in rows),
-                listed if isinstance(listed, tuple) else (),
-                colours.index(curve if base is None else str(self.row(base).curve)),
-                base is not None,
-            )
-        inside = {row.label for rows in curves.values() for row in rows}
-        first = {label: score for label, score in told.scores.items() if label not in inside}
-        return Sweep(self.columns, tuple(map(float, self.values.values())), first, found)
+        curves = {curve: [row.label for row in rows] for curve, rows in self.curves.items()}
+        bases = {curve: str(self.row(rows[0].base).curve) for curve, rows in self.curves.items() if rows[0].base}
+        return Sweep.of(self.columns, map(float, self.values.values()), told.scores, curves, bases, self.published)
 
 
 def _along(row: Row, start: Bench, before: Sequence[Done]) -> list[Done]:
@@ -292,36 +268,39 @@ def _along(row: Row, start: Bench, before: Sequence[Done]) -> list[Done]:
     return done
 
 
+@dataclass(frozen=True)
 class Shared:
-    """What several ways have in common and is costly: a matching of one name, the saliencies of one pruner."""
+    """What several ways have in common and is costly: a matching of one name, the saliencies of one pruner.
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
-        self._merges = [_matched(one) for one in stages if isinstance(one, Merge)]
-        self._prunes = [one for one in stages if isinstance(one, Prune)]
-        self._found: dict[Any, Any] = {}  # with the models that it is of, so that no other has their ids
+    ``stages`` are those of all ways; ``found`` has what is shared, with the models that it is of, so that no other has
+    their ids.
+    """
+
+    stages: Sequence[Stage]
+    found: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
     def matching(self, merge: Merge, models: Sequence[nn.Module], lab: Lab) -> Given | None:
         """What several merges ask for, found once; ``"auto"`` chooses for each merge anew."""
-        if merge.matching == "auto" or merge.masks or self._merges.count(_matched(merge)) < 2:
+        alike = [one for one in self.stages if isinstance(one, Merge) and _matched(one) == _matched(merge)]
+        if merge.matching == "auto" or merge.masks or len(alike) < 2:
             return None
         key = _matched(merge), *map(id, models)
-        if key not in self._found:
+        if key not in self.found:
             options: dict[str, Any] = {"pins": merge.pins, "leaf": merge.leaf, **lab.common}
             options["example_inputs"] = lab.example(models[0])
-            found = match([*models], matching=build_matcher(merge.matching), **options)
-            self._found[key] = Given(found), models
-        return self._found[key][0]
+            self.found[key] = Given(match([*models], matching=merge.built()["matching"], **options)), models
+        return self.found[key][0]
 
     def pruned(self, prune: Prune, model: nn.Module, lab: Lab) -> nn.Module | None:
         """The next one of what a pruner makes for several sparsities, in the order in which they are asked for."""
         key = _pruned(prune), id(model)
-        if key not in self._found:
-            asked = [one.sparsity for one in self._prunes if _pruned(one) == key[0]]
+        if key not in self.found:
+            asked = [one.sparsity for one in self.stages if isinstance(one, Prune) and _pruned(one) == key[0]]
             wanted = [*dict.fromkeys(share for share in asked if isinstance(share, float))]
             if len(wanted) < 2 or not all(isinstance(share, float) and share for share in asked) or prune.pattern:
                 return None
-            self._found[key] = wanted, prune_each(model, [*wanted], **prune.arguments(), **lab.common), model
-        wanted, each, _ = self._found[key]
+            self.found[key] = wanted, prune_each(model, [*wanted], **prune.arguments(), **lab.common), model
+        wanted, each, _ = self.found[key]
         if not wanted or wanted.pop(0) != prune.sparsity:
             wanted.clear()
             return None

@@ -1,4 +1,4 @@
-"""Stages that look at networks and leave them as they are: evaluation, the line between sources, diagnosis, files."""
+"""Stages that leave networks as they are: evaluation, the line between sources, diagnosis, files, imagined images."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ import torch
 from pydantic import Field, field_validator
 from torch import nn
 
-from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS, save_onnx, save_program, save_state_dict, timm_config
+from vfsurgery.checkpoints import PROGRAM, WEIGHTS, save_network
 from vfsurgery.errors import RecipeError, explain
-from vfsurgery.recipes.bench import Bench, Shown, Told, Write
-from vfsurgery.recipes.entries import FileNames
+from vfsurgery.recipes.bench import Bench, Told, Write
+from vfsurgery.recipes.sections import AsTuple, Count, FileNames
 from vfsurgery.recipes.stage import MERGED, Place, Stage, Table, file_of, stage
 from vfsurgery.scoring.barriers import barrier
 from vfsurgery.scoring.diagnosis import diagnose
 from vfsurgery.scoring.evaluation import ENSEMBLE
 from vfsurgery.scoring.flip_rates import flips
+from vfsurgery.scoring.measured import Measured
 from vfsurgery.scoring.tables import percents, scores_of
+from vfsurgery.stats.imagined import imagine
 from vfsurgery.tracing.examples import example_inputs_of
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 class Scoring(Table):
@@ -65,7 +69,7 @@ class Evaluate(Scoring):
     def after(self, bench: Bench, models: Mapping[str, nn.Module], told: Told) -> Bench:
         # the ensemble is of the networks that later stages change, unless they went into a merge
         own = {row: row for row in told.scores if row != ENSEMBLE or not bench.ends}
-        return replace(bench, shown=Shown(told.rows, told.scores, self.published, own, {"flips": told.flips}))
+        return replace(bench, shown=Measured(told.rows, told.scores, self.published, own, {"flips": told.flips}))
 
 
 @stage("barrier", needs_report=True)
@@ -159,30 +163,52 @@ class Export(Stage):
         return at.writing_each(self.names(at.run, at.preserved))
 
     def work(self, bench: Bench) -> tuple[dict[str, nn.Module], Told]:
-        told = Told()
+        told, lab, first = Told(), bench.lab, next(iter(bench.first.values()))
         preserved = any(isinstance(model, torch.fx.GraphModule) for model in bench.models.values())
-        for file in self.names(bench.lab.run, preserved):
+        for file in self.names(lab.run, preserved):
+            inputs = () if file.endswith(WEIGHTS) else example_inputs_of(first, lab.example(first))
             for name, net in bench.networks.items():
                 target = file_of(file, name, bench.networks)
-                write = self._writer(target, name, net.model, net.metadata, bench)
+                if file.endswith(WEIGHTS) and isinstance(net.model, torch.fx.GraphModule):
+                    fact = f"{target} cannot hold {name}: its graph is not that of its class any more"
+                    remedy = f"export it whole, as {Path(target).stem}.pt2 or .onnx; --resume then goes on from here"
+                    raise RecipeError(explain(fact, remedy=remedy))
+                known = {"model": next(iter(lab.sections.values())).model, "recipe": lab.recipe, **net.metadata}
+                write = partial(save_network, net.model, inputs, metadata=known)
                 told.writes.append(Write(target, write, name=name, net=net, shown=bench.shown))
                 told.lines.append(target)
         return {}, told
 
-    def _writer(self, file: str, name: str, model: nn.Module, known: Mapping[str, str], bench: Bench) -> Any:
-        lab = bench.lab
-        metadata = {"model": next(iter(lab.sections.values())).model, "recipe": lab.recipe, **known}
-        if file.endswith((PROGRAM, ONNX)):
-            shaped = next(iter(bench.first.values()))
-            inputs = example_inputs_of(shaped, lab.example(shaped))
-            return partial(save_program if file.endswith(PROGRAM) else save_onnx, model, inputs, metadata=metadata)
-        if isinstance(model, torch.fx.GraphModule):
-            raise RecipeError(
-                explain(
-                    f"{file} cannot hold {name}: its graph is not that of its class any more",
-                    remedy=f"export it whole, as {Path(file).stem}.pt2 or .onnx; --resume then goes on from here",
+
+@stage("imagine", decides=True, kept=False, needs_images=False)
+class Imagine(Stage):
+    """Options of :func:`vfsurgery.imagine`. Stages behind it calibrate on these images, and not on those of ``data``.
+
+    ``files`` are written of them: ``.safetensors`` has them all, a picture a grid of some.
+    """
+
+    images: Count | None = None
+    how: Literal["auto", "leaves", "statistics"] = "auto"
+    steps: Count | None = None
+    memory: Annotated[float, Field(gt=0)] = 4.0
+    files: Annotated[tuple[str, ...], AsTuple] = ()
+
+    def follow(self, at: Place) -> Place:
+        for file in self.files:
+            if Path(file).name != file or not file.endswith((WEIGHTS, *PICTURES)):
+                raise ValueError(
+                    f"{file!r} can hold no images: name a file that ends in {WEIGHTS}, or a picture in .png"
                 )
-            )
-        config = timm_config(model)
-        metadata |= {} if config is None else {"timm_config": config}
-        return partial(save_state_dict, model.state_dict(), metadata=metadata)
+        return replace(at.writing(self.files), imagined=True)
+
+    def work(self, bench: Bench) -> tuple[dict[str, nn.Module], Told]:
+        models, lab = [*bench.models.values()], bench.lab
+        options = self.model_dump(exclude={"files"})
+        found = imagine(models, example_inputs=lab.example(models[0]), seed=lab.seed, progress=lab.progress, **options)
+        writes = [Write(file, found.save if file.endswith(WEIGHTS) else found.plot) for file in self.files]
+        lines = str(found.report).splitlines()
+        return {}, Told(lines=lines, values=found.report.to_dict(), images=found, writes=writes)
+
+    def after(self, bench: Bench, models: Mapping[str, nn.Module], told: Told) -> Bench:
+        behind = super().after(bench, models, told)
+        return replace(behind, lab=replace(bench.lab, imagined=told.images))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from vfsurgery.checkpoints import WEIGHTS
+from vfsurgery.checkpoints.kept import digest
 from vfsurgery.errors import OptionError
 from vfsurgery.merging.merge import merge
 from vfsurgery.merging.shares import plan_shares
@@ -19,13 +20,13 @@ from vfsurgery.passes.running import run_passes
 from vfsurgery.pruning import Masks, prune
 from vfsurgery.pruning.renormalizing import renormalize
 from vfsurgery.pruning.schedule import check_scope, read_pattern, read_sparsity
-from vfsurgery.recipes import entries
-from vfsurgery.recipes.bench import Bench, Net, Shown, Told, Write
+from vfsurgery.recipes import sections
+from vfsurgery.recipes.bench import Bench, Net, Told, Write
 from vfsurgery.recipes.sections import AsTuple, Count, Options, Patterns, Section
 from vfsurgery.recipes.stage import MERGED, Misplaced, Place, Stage, Table, stage
-from vfsurgery.recipes.store import digest
 from vfsurgery.records.results import report_of
-from vfsurgery.scoring.soups.phases import Retraining, sparse_soup
+from vfsurgery.scoring.measured import Measured
+from vfsurgery.scoring.soups.phases import Retraining, rows_of, sparse_soup
 from vfsurgery.tracing.copies import copied
 from vfsurgery.training import OptimizerName, train
 
@@ -45,6 +46,32 @@ class Each(Stage):
         made = {name: self.one(net, bench) for name, net in bench.networks.items()}
         lines = [f"{name}: {line.strip()}" for name, model in made.items() for line in self.says(model)]
         return made, Told(lines=lines, values={name: report_of(model).to_dict() for name, model in made.items()})
+
+
+class Joining(Stage):
+    """What makes one network of all, by :func:`vfsurgery.merge`, and says all that its report says."""
+
+    @abstractmethod
+    def joined(self, bench: Bench) -> nn.Module:
+        """Make it."""
+
+    @abstractmethod
+    def known_of(self, bench: Bench) -> dict[str, Any]:
+        """What is known of it by what went in: its origins, and whether it is sparse."""
+
+    def follow(self, at: Place) -> Place:
+        if at.merged:
+            raise ValueError(f"there is one network left, and nothing to {self.name} it with")
+        return replace(at, networks=(MERGED,), pruned=False)
+
+    def work(self, bench: Bench) -> tuple[dict[str, nn.Module], Told]:
+        merged = self.joined(bench)
+        report = report_of(merged)
+        return {MERGED: merged}, Told(lines=str(report).splitlines(), values=report.to_dict())
+
+    def after(self, bench: Bench, models: Mapping[str, nn.Module], told: Told) -> Bench:
+        merged = Net(models[MERGED], **self.known_of(bench))
+        return replace(bench, networks={MERGED: merged}, ends=bench.networks)
 
 
 @stage("train", changes=True, reports=False)
@@ -103,7 +130,7 @@ class Prune(Each):
     """Options of :func:`vfsurgery.prune`."""
 
     sparsity: float | dict[str, float] | None = None
-    method: entries.PrunerName = "magnitude"
+    method: sections.PrunerName = "magnitude"
     scope: Literal["global", "layer", "row"] | None = None
     pattern: str | None = None
     exclude: Patterns = ()
@@ -111,7 +138,7 @@ class Prune(Each):
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
-        self.parts()
+        self.built()
         if self.sparsity is None and self.pattern is None:
             raise ValueError("write sparsity, as in 0.9, or pattern, as in 2:4 within quotes")
         check_scope(self.scope, self.pattern)
@@ -120,15 +147,15 @@ class Prune(Each):
             read_sparsity(self.sparsity)
         return self
 
-    def parts(self) -> Sequence[Any]:
-        return (entries.build_pruner(self.method, self.options),)
+    def built(self) -> dict[str, Any]:
+        return {"method": sections.build_pruner(self.method, self.options)}
 
     def follow(self, at: Place) -> Place:
         return replace(at, pruned=True)
 
     def arguments(self) -> dict[str, Any]:
-        """Those of :func:`vfsurgery.prune` but the sparsity and the pattern; the pruner is made anew each time."""
-        return {"method": self.parts()[0], "scope": self.scope, "exclude": self.exclude}
+        """Those of :func:`vfsurgery.prune` but the sparsity and the pattern."""
+        return {**self.built(), "scope": self.scope, "exclude": self.exclude}
 
     def one(self, net: Net, bench: Bench) -> nn.Module:
         pruned = bench.shared and bench.shared.pruned(self, net.model, bench.lab)
@@ -144,7 +171,7 @@ class Prune(Each):
 
 
 @stage("merge", changes=True, joins=True, needs_images=False)
-class Merge(Stage):
+class Merge(Joining):
     """Options of :func:`vfsurgery.merge`, by the same names; ``preserve`` may be a budget.
 
     >>> found = Merge(matching="weights", preserve={"flops": 1.2}).arguments()
@@ -152,43 +179,34 @@ class Merge(Stage):
     ('weights', 1.2)
     """
 
-    matching: entries.MatcherEntry = "auto"
-    alpha: entries.Alpha = 0.5
-    weights: entries.Weights = None
-    renormalize: entries.Normalizations = "auto"
-    preserve: entries.Boundary = 0
-    masks: entries.Masks | None = None
-    symmetries: entries.Symmetries = "auto"
+    matching: sections.MatcherEntry = "auto"
+    alpha: sections.Alpha = 0.5
+    weights: sections.Weights = None
+    renormalize: sections.Normalizations = "auto"
+    preserve: sections.Boundary = 0
+    masks: sections.Masks | None = None
+    symmetries: sections.Symmetries = "auto"
     imagine: bool = True
     pins: Patterns = ()
     leaf: Patterns = ()
 
-    def parts(self) -> Sequence[Any]:
-        matchers = [] if self.matching == "auto" else [entries.build_matcher(self.matching)]
-        return [*matchers, *([] if self.renormalize == "auto" else entries.build_passes(self.renormalize))]
-
     def follow(self, at: Place) -> Place:
-        if at.merged:
-            raise ValueError("there is one network left, and nothing to merge it with")
+        behind = super().follow(at)
         if len(at.networks) < 2:
             raise ValueError("a merge needs two sources, and there is one")
         try:
             plan_shares(len(at.networks), self.alpha, self.weights)
         except OptionError as error:
             raise Misplaced(error, "alpha" if self.weights is None else "weights") from None
-        return replace(at, networks=(MERGED,), pruned=False, preserved=bool(self.preserve))
+        return replace(behind, preserved=bool(self.preserve))
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of :func:`vfsurgery.merge`."""
-        given = {
-            key: getattr(self, key) for key in ("alpha", "weights", "masks", "symmetries", "imagine", "pins", "leaf")
-        }
-        given["matching"] = entries.build_matcher(self.matching)
-        given["renormalize"] = entries.build_normalizations(self.renormalize)
+        given = super().arguments()
         if isinstance(self.preserve, Mapping):
-            limits = cast("Mapping[str, float]", self.preserve)
-            return given | {f"max_{name}": limit for name, limit in limits.items()}
-        return given | {"preserve": self.preserve}
+            limits = cast("Mapping[str, float]", given.pop("preserve"))
+            given |= {f"max_{name}": limit for name, limit in limits.items()}
+        return given
 
     def imagines(self) -> bool:
         return self.imagine
@@ -196,30 +214,22 @@ class Merge(Stage):
     def notes(self, at: Place, cost: Callable[..., list[str]]) -> list[str]:
         return cost(self.arguments(), len(at.networks))
 
-    def work(self, bench: Bench) -> tuple[dict[str, nn.Module], Told]:
-        models, options = [*bench.models.values()], self.arguments()
-        if bench.lab.calibration is None:
-            options["example_inputs"] = bench.lab.example(models[0])
-        given = bench.shared and bench.shared.matching(self, models, bench.lab)
-        options["matching"] = given or options["matching"]
-        merged = merge(models, **bench.lab.common, **options)
-        report = report_of(merged)
-        return {MERGED: merged}, Told(lines=str(report).splitlines(), values=report.to_dict())
+    def joined(self, bench: Bench) -> nn.Module:
+        models = [*bench.models.values()]
+        shared = bench.shared and bench.shared.matching(self, models, bench.lab)
+        given = self.arguments() | ({"matching": shared} if shared else {})
+        return merge(models, **bench.lab.given(models[0]), **given)
 
-    def after(self, bench: Bench, models: Mapping[str, nn.Module], told: Told) -> Bench:
+    def known_of(self, bench: Bench) -> dict[str, Any]:
         sparse = any(net.sparse for net in bench.networks.values())
-        merged = Net(models[MERGED], origins=tuple(bench.models.values()), sparse=sparse)
-        return replace(bench, networks={MERGED: merged}, ends=bench.networks)
+        return {"origins": tuple(bench.models.values()), "sparse": sparse}
 
 
 @stage("renormalize", changes=True, whole="passes", needs_images=False)
 class Renormalize(Each):
     """Statistics of what was pruned, restored from what it was: :func:`vfsurgery.renormalize`."""
 
-    passes: entries.Normalizations = "auto"
-
-    def parts(self) -> Sequence[Any]:
-        return () if self.passes == "auto" else entries.build_passes(self.passes)
+    passes: sections.Normalizations = "auto"
 
     def follow(self, at: Place) -> Place:
         if at.merged and not at.pruned:
@@ -232,12 +242,11 @@ class Renormalize(Each):
 
     def one(self, net: Net, bench: Bench) -> nn.Module:
         (dense,), lab = net.origins, bench.lab
-        chosen: Any = entries.build_normalizations(self.passes)
         return renormalize(
             net.model,
             reference=dense,
             data=lab.calibration,
-            renormalize=chosen,
+            renormalize=self.built()["passes"],
             example_inputs=lab.example(dense) if lab.calibration is None else None,
             progress=lab.progress,
         )
@@ -253,13 +262,10 @@ class Renormalize(Each):
 class Apply(Each):
     """Passes, run one after another on every network; a pass alone is a stage by its own name."""
 
-    passes: entries.Passes
-
-    def parts(self) -> Sequence[Any]:
-        return entries.build_passes(self.passes)
+    passes: sections.Passes
 
     def one(self, net: Net, bench: Bench) -> nn.Module:
-        return run_passes(net.model, entries.build_passes(self.passes), **bench.lab.common)
+        return run_passes(net.model, self.built()["passes"], **bench.lab.common)
 
     def says(self, made: nn.Module) -> list[str]:
         return str(report_of(made)).splitlines()[1:]
@@ -285,20 +291,16 @@ class Soup(Table):
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.9
     phases: Count = 3
     copies: Count = 3
-    method: entries.PrunerName = "magnitude"
+    method: sections.PrunerName = "magnitude"
     scope: Literal["global", "layer"] = "global"
     exclude: Patterns = ()
     greedy: bool = False
     retraining: Retrain = Retrain()
 
-    def parts(self) -> Sequence[Any]:
-        return (entries.build_pruner(self.method, {}),)
-
     def follow(self, at: Place) -> Place:
         if len(at.networks) > 1:
             raise ValueError(f"soup begins with one network, and there are {len(at.networks)}")
-        each = ("pruned", *(f"copy {number}" for number in range(self.copies)), "soup", "one copy")
-        self.check_rows((*at.networks, *(f"phase {n} {name}" for n in range(1, self.phases + 1) for name in each)))
+        self.check_rows((*at.networks, *rows_of(self.phases, self.copies)))
         return replace(at, pruned=True).writing([f"{at.run}_masks{WEIGHTS}"])
 
     def work(self, bench: Bench) -> tuple[dict[str, nn.Module], Told]:
@@ -314,18 +316,13 @@ class Soup(Table):
             progress=lab.progress,
             **self.model_dump(exclude={"published", "expect", "retraining"}),
         )
-        rows = {name: found.dense}
-        for number, phase in enumerate(found.phases, start=1):
-            rows |= {f"phase {number} pruned": phase.pruned, f"phase {number} soup": phase.soup}
-            rows |= {f"phase {number} copy {copy}": accuracy for copy, accuracy in enumerate(phase.copies)}
-            rows[f"phase {number} one copy"] = float("nan") if phase.plain is None else phase.plain
-        percent = {row: 100 * accuracy for row, accuracy in rows.items()}
+        percent = {row: 100 * accuracy for row, accuracy in {name: found.dense, **found.rows}.items()}
         return {name: found.model}, Told(lines=str(found).splitlines(), values=found.to_dict(), rows=percent)
 
     def after(self, bench: Bench, models: Mapping[str, nn.Module], told: Told) -> Bench:
         ((name, model),) = models.items()
         own = {name: f"phase {self.phases} soup"}
-        shown = Shown(told.rows, published=self.published, own=own)
+        shown = Measured(told.rows, published=self.published, own=own)
         return replace(super().after(bench, models, told), shown=shown).wrote(
             Write(f"{bench.lab.run}_masks{WEIGHTS}", Masks.of(model, self.exclude).save)
         )

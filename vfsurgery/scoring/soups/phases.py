@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
@@ -87,6 +88,16 @@ class SparseSoup:
     plain: nn.Module | None
     seconds: float
 
+    @property
+    def rows(self) -> dict[str, float]:
+        """The accuracies of all phases by labels as :func:`rows_of` has them; NaN where nothing was measured."""
+        found: dict[str, float] = {}
+        for number, phase in enumerate(self.phases, start=1):
+            found |= {f"phase {number} pruned": phase.pruned, f"phase {number} soup": phase.soup}
+            found |= {f"phase {number} copy {copy}": accuracy for copy, accuracy in enumerate(phase.copies)}
+            found[f"phase {number} one copy"] = math.nan if phase.plain is None else phase.plain
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but models and masks, as plain JSON values."""
         phases = [dataclasses.asdict(phase) for phase in self.phases]
@@ -105,6 +116,16 @@ class SparseSoup:
             accuracies = [phase.pruned, *phase.copies, phase.soup, *([] if phase.plain is None else [phase.plain])]
             lines.append("".join(f"{share:>10.2%}" for share in (phase.sparsity, *accuracies)))
         return "\n".join(lines)
+
+
+def rows_of(phases: int, copies: int) -> list[str]:
+    """Labels of all accuracies that :func:`sparse_soup` measures.
+
+    >>> rows_of(1, 2)
+    ['phase 1 pruned', 'phase 1 copy 0', 'phase 1 copy 1', 'phase 1 soup', 'phase 1 one copy']
+    """
+    each = ("pruned", *(f"copy {number}" for number in range(copies)), "soup", "one copy")
+    return [f"phase {number} {name}" for number in range(1, phases + 1) for name in each]
 
 
 def sparse_soup(

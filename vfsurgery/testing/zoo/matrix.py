@@ -26,7 +26,7 @@ from vfsurgery.errors import CertificateError, SurgeryError
 from vfsurgery.matching import MATCHERS
 from vfsurgery.merging.aligned import certify_sources, match_sources
 from vfsurgery.merging.combined import Terms, combine
-from vfsurgery.merging.prepared import prepare
+from vfsurgery.merging.prepared import group_units, trace_sources
 from vfsurgery.merging.shares import Shares
 from vfsurgery.merging.surveyed import Way, plan_survey
 from vfsurgery.passes import NORMALIZATIONS, Pass, Regress
@@ -81,7 +81,7 @@ class _Table:
     def __init__(self, spec: str, subject: str, models: list[nn.Module], images: Tensor) -> None:
         self.spec, self.subject, self.images = spec, subject, images
         data = list(images.split(BATCH))
-        self.grouped = prepare(models, data, progress=False)
+        self.grouped = group_units(trace_sources(models, data, progress=False))
         self.passes: dict[str, tuple[Pass, ...] | str] = {}
         for name, choice in ways().items():
             self.passes[name] = self._passes(choice)

@@ -1,4 +1,4 @@
-"""What stages gave, kept in a folder under the hash of all that decides it, so that a run that was cut off goes on."""
+"""Networks kept in a folder under the hash of all that decides them, so that work that was cut off goes on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import Any
 
 from torch import nn
 
-from vfsurgery.checkpoints import WEIGHTS, load_into, load_state_dict, save_state_dict, write_text
+from vfsurgery.checkpoints.files import WEIGHTS, write_text
+from vfsurgery.checkpoints.fitting import load_into
+from vfsurgery.checkpoints.plain import read_text
+from vfsurgery.checkpoints.reading import load_state_dict
+from vfsurgery.checkpoints.writing import save_state_dict
 from vfsurgery.errors import CheckpointError, SurgeryError, explain
-from vfsurgery.recipes.bench import Told
 
 RECORD, LARGEST = "record.json", 2**28
-"""The file of what a stage said, and the most bytes that are read of one."""
+"""The file of what a step said, and the most bytes that are read of one."""
 
 
 def digest(*parts: Any) -> str:
@@ -31,9 +34,9 @@ def digest(*parts: Any) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of stages; ``reads`` says whether it may hold any that are of use.
+    """A folder of steps, each with networks and a text; ``reads`` says whether it may hold any that are of use.
 
-    What a stage said is written last and behind its hash: where it can be read, the networks are there too, and what
+    What a step said is written last and behind its hash: where it can be read, the networks are there too, and what
     was changed counts for nothing.
     """
 
@@ -55,19 +58,17 @@ class Store:
         except OSError as error:
             raise CheckpointError(explain(f"cannot keep steps in {self.folder}", cause=error)) from error
 
-    def find(self, key: str) -> Told | None:
-        """What a stage said, if it can be read."""
+    def find(self, key: str) -> str | None:
+        """What a step said, if it can be read."""
         path = self.folder / key / RECORD
         try:
-            if not self.reads or not path.is_file() or path.stat().st_size > LARGEST:  # a pipe would never end
-                return None
-            whole, _, text = path.read_text(encoding="utf-8").partition("\n")
-            return Told.model_validate_json(text) if digest(text) == whole else None
+            whole, _, text = read_text(path, LARGEST).partition("\n") if self.reads else ("", "", "")
+            return text if digest(text) == whole else None
         except (OSError, ValueError):
             return None
 
     def load(self, key: str, name: str, model: nn.Module) -> nn.Module:
-        """Bring the weights of one network of a stage into ``model``, which has random ones, and return it.
+        """Bring the weights of one network of a step into ``model``, which has random ones, and return it.
 
         Raises:
             CheckpointError: the file is damaged or does not fit.
@@ -76,8 +77,8 @@ class Store:
         load_into(model, load_state_dict(path), path)
         return model.eval()
 
-    def keep(self, key: str, told: Told, networks: Mapping[str, nn.Module]) -> None:
-        """Keep a stage.
+    def keep(self, key: str, text: str, networks: Mapping[str, nn.Module]) -> None:
+        """Keep a step.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -85,15 +86,14 @@ class Store:
         self._empty(self.folder / key)
         for name, model in networks.items():
             save_state_dict(model.state_dict(), self.folder / key / f"{name}{WEIGHTS}")
-        text = told.model_dump_json()
         write_text(self.folder / key / RECORD, f"{digest(text)}\n{text}")
 
     def training(self, key: str, name: str) -> Path:
-        """The file that keeps a training after every epoch until the stage is done."""
+        """The file that keeps a training after every epoch until the step is done."""
         return self.folder / f"{key[:16]}_{name}.training.pt"
 
     def forget_trainings(self, key: str) -> None:
-        """Remove those files: the stage that they belong to is kept."""
+        """Remove those files: the step that they belong to is kept."""
         for path in self.folder.glob(f"{key[:16]}_*.training.pt"):
             path.unlink(missing_ok=True)
 
