@@ -44,10 +44,10 @@ ONLY_IN = {
     "yaml": ["recipes/recipe.py", "recipes/text.py"],
     "networkx": [f"discovery/{name}.py" for name in ("components", "nesting", "roles")],
     "pydantic": [
-        "passes/options.py",
         *(f"recipes/{name}.py" for name in ("bench", "entries", "recipe", "sections", "stage")),
         *(f"recipes/stages/{name}.py" for name in ("comparing", "imagining", "looking", "surgery")),
         "recipes/wording.py",
+        "records/options.py",
     ],
     "click": [
         *(f"cli/{name}.py" for name in ("__init__", "cards", "combine", "compare", "diagnose", "groups", "jobs")),

@@ -21,11 +21,10 @@ from vfsurgery.cli.options import (
     say,
     set_threads,
 )
-from vfsurgery.combining import COMBINERS, Combiner
 from vfsurgery.combining.files import DTYPES, FileReport, beside, combine_files
-from vfsurgery.errors import OptionError, did_you_mean, explain
+from vfsurgery.combining.named import combiner_of
+from vfsurgery.errors import OptionError, explain
 from vfsurgery.networks.architectures import FORMS
-from vfsurgery.passes.options import build
 
 PATH = click.Path(path_type=Path)
 
@@ -88,7 +87,7 @@ def combine_into(base: Path, sources: Sequence[Path], output: Path, **options: A
         found,
         others,
         output,
-        method_of(options["method"], options["given"]),
+        combiner_of(options["method"], read_written(options["given"])),
         weights=options["weights"],
         scale=options["scale"],
         model=options["model"],
@@ -103,10 +102,12 @@ def combine_into(base: Path, sources: Sequence[Path], output: Path, **options: A
     )
 
 
-def method_of(name: str, given: Sequence[str]) -> Combiner:
-    """A method with options as they are written: ``density=0.2``, ``scope=tensor``."""
-    if name not in COMBINERS:
-        raise OptionError(explain(f"unknown combining method {name!r}", remedy=did_you_mean(name, COMBINERS)))
+def read_written(given: Sequence[str]) -> dict[str, object]:
+    """Options as they are written: ``density=0.2``, ``scope=tensor``.
+
+    >>> read_written(["density=0.2", "scope=tensor"])
+    {'density': 0.2, 'scope': 'tensor'}
+    """
     read: dict[str, object] = {}
     for text in given:
         option, separator, value = text.partition("=")
@@ -116,4 +117,4 @@ def method_of(name: str, given: Sequence[str]) -> Combiner:
             read[option] = json.loads(value)
         except ValueError:
             read[option] = value
-    return build(COMBINERS[name], read, "combining method")
+    return read

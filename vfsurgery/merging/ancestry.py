@@ -9,11 +9,12 @@ from typing import TypeAlias, cast
 from torch import Tensor, nn
 
 from vfsurgery.combining.base import COMBINERS, Combiner, Kind, Trait
+from vfsurgery.combining.named import combiner_of
 from vfsurgery.combining.running import check_weights_of
 from vfsurgery.combining.traits import traits_of_graph, with_heads
 from vfsurgery.data.batches import Batches, Data
 from vfsurgery.data.holdout import Interleaved
-from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, OptionError, did_you_mean, explain
+from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, OptionError, explain
 from vfsurgery.matching import Identity, Matcher
 from vfsurgery.merging.surveyed import Way
 from vfsurgery.passes.base import Pass
@@ -199,20 +200,13 @@ def _combiners(combine: Combining | None, scale: Scale, count: int) -> tuple[Com
         if count == 1:
             return tuple(COMBINERS["wise-ft"]().scaled(each) for each in (0.5, 0.25, 0.75, 1.0))
         return tuple(COMBINERS[name]().scaled(each) for name, scales in GRID.items() for each in scales)
-    if isinstance(combine, str):
-        if combine not in COMBINERS:
-            remedy = did_you_mean(combine, ["auto", *COMBINERS])
-            raise OptionError(explain(f"unknown combining method {combine!r}", remedy=remedy))
-        combine = COMBINERS[combine]()
-    if not isinstance(combine, Combiner):
-        accepted = ", ".join(["auto", *COMBINERS])
-        raise OptionError(explain(f"combine is no method but {combine!r}", accepted=accepted))
+    method = combiner_of(combine, also=("auto",))
     if scale is None:
-        return (combine,)
+        return (method,)
     scales = [scale] if isinstance(scale, int | float) else [*scale]
     if not scales or any(isinstance(each, bool) or not isinstance(each, int | float) for each in scales):
         raise OptionError(explain(f"scale is one number or several, not {scale!r}", remedy="scale=[0.3, 0.5, 1.0]"))
-    return tuple(combine.scaled(each) for each in scales)
+    return tuple(combiner_of(method, scale=each) for each in scales)
 
 
 def check_data(plan: Plan, has_data: bool) -> None:

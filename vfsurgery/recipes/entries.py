@@ -12,16 +12,17 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
 from vfsurgery.checkpoints import ONNX, PROGRAM, WEIGHTS
-from vfsurgery.combining import COMBINERS, Combiner
+from vfsurgery.combining import Combiner
+from vfsurgery.combining.named import KIND, combiner_of
 from vfsurgery.matching import MATCHERS, Matcher
 from vfsurgery.matching.base import SYMMETRIES
 from vfsurgery.merging.budget import Budget
 from vfsurgery.merging.shares import plan_shares
 from vfsurgery.passes import NORMALIZATIONS, PASSES, Pass, build_pass
 from vfsurgery.passes.mask import CHOICES
-from vfsurgery.passes.options import build
 from vfsurgery.pruning import PRUNERS, Pruner
 from vfsurgery.recipes.sections import AsTuple, refuse_unknown
+from vfsurgery.records.options import build
 
 FORMATS = (WEIGHTS, PROGRAM, ONNX)
 NONE = "none"
@@ -60,9 +61,7 @@ def build_combiner(entry: Any) -> Literal["auto"] | Combiner:
     """
     if entry == "auto":
         return "auto"
-    name, options = _one_entry(entry, "combining method")
-    refuse_unknown("combining method", (name,), ["auto", *COMBINERS])
-    return build(COMBINERS[name], options, "combining method")
+    return combiner_of(*_one_entry(entry, KIND), also=("auto",))
 
 
 def build_passes(entries: Any) -> list[Pass]:
