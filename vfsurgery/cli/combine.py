@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from vfsurgery.checkpoints import check_shard_size
+from vfsurgery.cli.cards import CARD_OPTION, command_line
 from vfsurgery.cli.options import (
+    COUNT,
     EPILOG,
     QUIET,
     example_input,
@@ -24,6 +26,8 @@ from vfsurgery.cli.options import (
 from vfsurgery.combining.files import DTYPES, FileReport, beside, combine_files
 from vfsurgery.combining.named import combiner_of
 from vfsurgery.errors import OptionError, explain
+from vfsurgery.hub.cards import check_card
+from vfsurgery.hub.combined import card_of_files
 from vfsurgery.networks.architectures import FORMS
 
 PATH = click.Path(path_type=Path)
@@ -49,17 +53,22 @@ PATH = click.Path(path_type=Path)
 @click.option("--ema/--no-ema", default=True, help="Whether to take moving averages of weights.  [default: ema]")
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Of the result.  [default: the base's]")
 @click.option("--max-shard-size", metavar="SIZE", help="Split weights into files of at most that, as in 5GB.")
+@click.option(
+    "--rank", type=COUNT, help="Write a LoRA adapter of this rank into the folder OUTPUT; all SOURCES are adapters."
+)
+@CARD_OPTION
 @click.option("--seed", default=0, show_default=True, help="Decides which numbers a method drops at random.")
 @click.option(
     "--threads", type=click.IntRange(1, 1024), expose_value=False, callback=set_threads, help="Threads on the CPU."
 )
 @QUIET
-@click.option("-o", "--output", required=True, type=PATH, help="File ending in .safetensors.")
+@click.option("-o", "--output", required=True, type=PATH, help="File ending in .safetensors; with --rank, a folder.")
 def combine_checkpoints(base: Path, sources: Sequence[Path], output: Path, **options: Any) -> None:
     """Combine the checkpoints SOURCES, which were fine-tuned from BASE, without holding any of them in memory.
 
-    State dicts of any architecture will do. The result goes to the file named by -o, a report beside it into
-    NAME.report.json. Run the command again if it was interrupted: it goes on from the last whole tensor.
+    State dicts of any architecture will do; folders of LoRA adapters are sources, too. The result goes to the file
+    named by -o, a report beside it into NAME.report.json. Run the command again if it was interrupted: it goes on from
+    the last whole tensor.
 
     \b
     Examples:
@@ -71,9 +80,20 @@ def combine_checkpoints(base: Path, sources: Sequence[Path], output: Path, **opt
           --method task-arithmetic -o both.safetensors
       vfsurgery combine run1.pt run2.pt run3.pt --no-base \\
           --method mean -o soup.safetensors
+      vfsurgery combine base.safetensors lora-cars lora-pets \\
+          --method knots --rank 16 --card -o lora-both
     """
+    folder = output.parent if options["rank"] is None else output
+    if options["card"]:
+        check_card(folder)
     report = combine_into(base, sources, output, **options)
-    say(f"{report}\n\nwritten to {', '.join(report.output)} and {beside(output)}")
+    written = [*report.output, str(beside(Path(report.output[0]) if options["rank"] else output))]
+    if options["card"]:
+        classes = options["num_classes"]
+        built = {} if classes is None else {"num_classes": classes}
+        card = card_of_files(report, command_line(click.get_current_context()), options["model"], built)
+        written.append(str(card.write(folder)))
+    say(f"{report}\n\nwritten to {', '.join(written[:-1])} and {written[-1]}")
 
 
 def combine_into(base: Path, sources: Sequence[Path], output: Path, **options: Any) -> FileReport:
@@ -97,6 +117,7 @@ def combine_into(base: Path, sources: Sequence[Path], output: Path, **options: A
         ema=options["ema"],
         dtype=options["dtype"],
         max_shard_size=options["max_shard_size"],
+        rank=options["rank"],
         seed=options["seed"],
         progress=not options["quiet"],
     )

@@ -16,8 +16,9 @@ from torch import nn
 
 from vfsurgery.checkpoints.files import write_text
 from vfsurgery.checkpoints.streams import NAMES, Stream
-from vfsurgery.combining.adapted import files_behind
+from vfsurgery.combining.adapted import Adapted, files_behind
 from vfsurgery.combining.adapter_files import WEIGHTS
+from vfsurgery.combining.ancestor import doubts
 from vfsurgery.combining.base import PART, Combiner
 from vfsurgery.combining.forms import AsAdapter, Dense, Form
 from vfsurgery.combining.hashing import Hashing
@@ -26,7 +27,7 @@ from vfsurgery.combining.named import combiner_of
 from vfsurgery.combining.running import Combination, Listing, check_weights_of
 from vfsurgery.combining.told import FileReport
 from vfsurgery.data.progress import progress as progress_bar
-from vfsurgery.errors import CheckpointError, OptionError, did_you_mean, explain
+from vfsurgery.errors import CheckpointError, OptionError, did_you_mean, explain, warn
 from vfsurgery.records.report import version_of
 from vfsurgery.stats.threads import threads
 from vfsurgery.tracing.examples import ExampleInputs
@@ -94,6 +95,9 @@ def combine_files(
         InvalidWeightsError: A tensor holds NaN or infinite values, or such as no method combines.
         OptionError: The method cannot combine these, or an option is none of its own.
 
+    Warns:
+        SurgeryWarning: The base is not what the sources were fine-tuned from, with the figure that shows it.
+
     >>> import tempfile
     >>> from vfsurgery.checkpoints import load_state_dict, save_state_dict
     >>> folder = Path(tempfile.mkdtemp())
@@ -127,6 +131,7 @@ def combine_files(
     )
     with contextlib.closing(inputs):
         combination = _combination(inputs, combiner, numbers, seed, target, progress)
+        inputs.notes += _doubts(combination, inputs)
         recipe = {
             "combine": combiner.name,
             **dataclasses.asdict(combiner),  # pyright: ignore[reportArgumentType]
@@ -216,6 +221,24 @@ def _combination(
     stores = [Checked(each, str(each.path)) for each in inputs.sources]
     base = None if inputs.base is None else Checked(inputs.base, str(inputs.base.path))
     return Combination(listing, stores, base, combiner, weights, seed, [], shown)
+
+
+def _doubts(combination: Combination, inputs: Inputs) -> list[str]:
+    """Warn of a base that the sources do not come from; adapters say nothing of that, being folded into it."""
+    if inputs.base is None or combination.base is None:
+        return []
+    given = [
+        (each.path, store)
+        for each, store in zip(inputs.sources, combination.stores, strict=True)
+        if not isinstance(each, Adapted)
+    ]
+    alike = len({path.name for path, _ in given}) < len(given)
+    stores = {f"{n}: {path}" if alike else path.name: store for n, (path, store) in enumerate(given)}
+    listing = combination.listing
+    found = doubts(combination.base, stores, listing.shapes, listing.traits, inputs.base.path.name)
+    for each in found:
+        warn(each)
+    return found
 
 
 def _run(combination: Combination, inputs: Inputs, form: Form, stream: Stream, shown: bool) -> None:

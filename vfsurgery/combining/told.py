@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vfsurgery.checkpoints.provenance import FileRecord
+from vfsurgery.combining.adapter_files import WEIGHTS
 from vfsurgery.records.report import Report
 
 
@@ -41,6 +43,11 @@ class FileReport(Report):
     resumed: int
     versions: Mapping[str, str]
     seconds: float
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether a LoRA adapter was written."""
+        return Path(self.output[-1]).name == WEIGHTS[0]
 
     def __str__(self) -> str:
         options = ", ".join(f"{name} {value}" for name, value in self.options.items())
