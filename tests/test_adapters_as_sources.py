@@ -105,6 +105,14 @@ def test_a_merge_takes_folders(method, folders):
     assert not same(alone.state_dict(), expected.state_dict())
 
 
+def test_a_comparison_takes_folders(base, folders):
+    found = surgery.compare(folders, base=base)
+    expected = surgery.compare([fold_adapter(base, folder) for folder in folders], base=base)
+    assert found.sources == ("lora0", "lora1")
+    assert found.tensors == expected.tensors
+    assert surgery.compare({"a": folders[0], "b": folders[0]}, base=base).tensors != expected.tensors
+
+
 def test_written_as_an_adapter_of_enough_rank_it_is_the_dense_result(base, folders, tmp_path):
     expected = combine_states(
         [fold_adapter(base, folder) for folder in folders], COMBINERS["knots"](), base=load_state_dict(base)

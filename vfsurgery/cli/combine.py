@@ -23,8 +23,9 @@ from vfsurgery.cli.options import (
     say,
     set_threads,
 )
-from vfsurgery.combining.files import DTYPES, FileReport, beside, combine_files
+from vfsurgery.combining.files import DTYPES, beside, combine_files
 from vfsurgery.combining.named import combiner_of
+from vfsurgery.combining.told import FileReport
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.hub.cards import check_card
 from vfsurgery.hub.combined import card_of_files
