@@ -209,6 +209,15 @@ def test_without_a_base_the_folder_has_to_name_it(base, tmp_path):
     assert not output.exists()
 
 
+def test_a_head_of_other_classes_is_refused_by_a_merge_and_kept_by_files(base, tmp_path):
+    folder = write(tmp_path / "lora", factors("fc", (2, 8), (6, 2)) | {"head.weight": draw(5, 6), "head.bias": draw(5)})
+    with pytest.raises(IncompatibleModelsError, match=r"head\.weight[\s\S]*\(5, 6\) in the adapter, \(3, 6\)"):
+        surgery.merge([folder], base=net(), combine="task-arithmetic", example_inputs=torch.randn(2, 3, 8, 8))
+    report = combine_files(base, [folder], tmp_path / "out.safetensors", "task-arithmetic", progress=False)
+    assert torch.equal(load_state_dict(tmp_path / "out.safetensors")["head.weight"], draw(5, 6))
+    assert any("head.weight" in note for note in report.notes)
+
+
 def test_rank_is_for_adapters(base, folders, tmp_path):
     for sources, rank, message in (
         ([folders[0], base], 2, "is no adapter"),
