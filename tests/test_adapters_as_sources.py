@@ -141,6 +141,23 @@ def test_an_adapter_of_adapters_is_a_source_again(base, folders, tmp_path):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
 
 
+def test_tables_are_written_whole_beside_factors(tmp_path):
+    state = {"table.weight": draw(7, 8), "fc.weight": draw(6, 8), "fc.bias": draw(6)}
+    save_state_dict(state, tmp_path / "base.safetensors")
+    own = {"table.lora_embedding_A": draw(2, 7, seed=3), "table.lora_embedding_B": draw(8, 2, seed=4)}
+    own |= factors("fc", (2, 8), (6, 2)) | {"fc.base_layer.bias": draw(6, seed=5)}
+    folder = write(tmp_path / "lora", own, target_modules=["fc", "table"], bias="lora_only")
+    options = {"scale": 1.0, "progress": False, "rank": 2}
+    combine_files(tmp_path / "base.safetensors", [folder], tmp_path / "out", "task-arithmetic", **options)
+    written = load_state_dict(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name.removeprefix("base_model.model.") for name in written} == {
+        "table.weight", "fc.lora_A.weight", "fc.lora_B.weight", "fc.base_layer.bias"
+    }  # fmt: skip
+    found, expected = (fold_adapter(state, each) for each in (tmp_path / "out", folder))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+
+
 def test_tied_weights_are_changed_once(tmp_path):
     state = {"fc.weight": draw(6, 8), "table.weight": draw(6, 8)}
     tied = {"fc.weight": state["fc.weight"], "table.weight": state["fc.weight"]}
@@ -226,6 +243,8 @@ def test_rank_is_for_adapters(base, folders, tmp_path):
         with pytest.raises(OptionError, match=message):
             combine_files(base, sources, tmp_path / "out", "ties", rank=rank, progress=False)
         assert not (tmp_path / "out").exists()
+    with pytest.raises(OptionError, match="exclude each other"):
+        combine_files(base, folders, tmp_path / "out", "ties", rank=2, max_shard_size="5GB")
     with pytest.raises(CheckpointError, match="would be overwritten"):
         combine_files(base, folders, folders[0], "ties", rank=2, progress=False)
 

@@ -111,6 +111,8 @@ def combine_files(
     begun = time.perf_counter()
     output, found = Path(output), None if base is None else Path(base)
     paths = [*([] if found is None else [found]), *map(Path, sources)]
+    if rank is not None and max_shard_size is not None:
+        raise OptionError(explain("rank= and max_shard_size= exclude each other", because="an adapter is one file"))
     folder, output = output, output if rank is None else output / WEIGHTS[0]
     if not sources:
         raise OptionError(explain("there is nothing to combine", remedy="name the checkpoints beside their base"))

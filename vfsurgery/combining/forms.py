@@ -107,35 +107,36 @@ class AsAdapter:
                     remedy="leave rank out; of models in memory save_adapter writes one, with the rest beside",
                 )
             )
-        plain = {
-            name
-            for each in adapted
-            for path, parts in each.adapter.parts.items()
-            if not parts.doubled and (name := f"{path}.weight") in each.folded.weights
-        }
-        doubled = {f"{path}.weight" for each in adapted for path, own in each.adapter.parts.items() if own.doubled}
+        settled, whole = combination.settled, set[str]()
+        factored: set[str] = set()
+        for each in adapted:  # what peft adds twice, or turned, is written whole
+            for path, parts in each.adapter.parts.items():
+                name = f"{path}.weight"
+                turned = name in each.folded.weights and each.folded.weights[name].turned
+                (whole if parts.doubled or turned else factored).add(name)
+        targets = {name for name in factored - whole if name in settled and settled[name].kind is Kind.MATRIX}
         shapes, dtypes = combination.listing.shapes, combination.listing.dtypes
         ranks: dict[str, int] = {}
         keys: dict[str, Sequence[str]] = {}
         state: dict[str, Tensor] = {}
-        for name, trait in combination.settled.items():
+        for name in settled:
             if not any(name in each.folded.changed for each in adapted):
                 continue
             path, _, last = name.rpartition(".")
-            if trait.kind is Kind.MATRIX and name in plain - doubled:
+            if name in targets:
                 rows, *rest = shapes[name]
                 ranks[name] = own = min(rank, rows, torch.Size(rest).numel())
                 keys[name] = [f"{PREFIX}{path}.lora_{factor}.weight" for factor in "AB"]
                 for key, shape in zip(keys[name], ((own, *rest), (rows, own, *[1] * (len(rest) - 1))), strict=True):
                     state[key] = torch.empty(shape, dtype=dtypes[name], device="meta")
             else:
-                attached = f"{path}.weight" in plain - doubled
+                attached = f"{path}.weight" in targets
                 keys[name] = [f"{PREFIX}{path}.base_layer.{last}" if attached else f"{PREFIX}{name}"]
                 state[keys[name][0]] = torch.empty(shapes[name], dtype=dtypes[name], device="meta")
         saved = {module for each in adapted for module in each.adapter.config.get("modules_to_save") or ()}
         named = next((each.adapter.base_name for each in adapted if each.adapter.base_name), None)
-        targets = {name: name.removesuffix(".weight") for name in ranks}
-        config = config_of(ranks, targets, sorted(saved), named)
+        modules = {name: name.removesuffix(".weight") for name in ranks}
+        config = config_of(ranks, modules, sorted(saved), named)
         return cls(combination, folder, ranks, state, config, keys)
 
     @property
