@@ -118,7 +118,7 @@ def test_written_as_an_adapter_of_enough_rank_it_is_the_dense_result(base, folde
         [fold_adapter(base, folder) for folder in folders], COMBINERS["knots"](), base=load_state_dict(base)
     )
     for rank, near in ((4, True), (1, False)):
-        report = combine_files(base, folders, tmp_path / f"rank{rank}", "knots", rank=rank, progress=False)
+        report = combine_files(base, folders, tmp_path / f"rank{rank}", "knots", adapter_rank=rank, progress=False)
         found = fold_adapter(base, tmp_path / f"rank{rank}")
         far = max(float((found[name] - tensor).abs().max()) for name, tensor in expected.items())
         assert (far < 1e-5) == near
@@ -132,8 +132,18 @@ def test_written_as_an_adapter_of_enough_rank_it_is_the_dense_result(base, folde
     assert not [name for name in written if name.endswith("conv.weight")]
 
 
+def test_the_rank_of_an_adapter_is_no_option_of_a_method(base, folders, tmp_path):
+    """Iso has a rank of its own."""
+    for number, given in enumerate(({}, {"rank": "numerical"})):
+        output = tmp_path / f"iso{number}"
+        report = combine_files(base, folders, output, "iso-c", adapter_rank=4, progress=False, **given)
+        assert report.options["rank"] == given.get("rank", "full")
+    found = [fold_adapter(base, tmp_path / f"iso{number}")["fc.weight"] for number in range(2)]
+    assert not torch.allclose(*found)
+
+
 def test_an_adapter_of_adapters_is_a_source_again(base, folders, tmp_path):
-    combine_files(base, folders, tmp_path / "both", "task-arithmetic", rank=4, progress=False)
+    combine_files(base, folders, tmp_path / "both", "task-arithmetic", adapter_rank=4, progress=False)
     combine_files(base, folders, tmp_path / "dense.safetensors", "task-arithmetic", progress=False)
     combine_files(base, [tmp_path / "both"], tmp_path / "again.safetensors", "task-arithmetic", scale=1.0)
     found, expected = (load_state_dict(tmp_path / f"{name}.safetensors") for name in ("again", "dense"))
@@ -147,7 +157,7 @@ def test_tables_are_written_whole_beside_factors(tmp_path):
     own = {"table.lora_embedding_A": draw(2, 7, seed=3), "table.lora_embedding_B": draw(8, 2, seed=4)}
     own |= factors("fc", (2, 8), (6, 2)) | {"fc.base_layer.bias": draw(6, seed=5)}
     folder = write(tmp_path / "lora", own, target_modules=["fc", "table"], bias="lora_only")
-    options = {"scale": 1.0, "progress": False, "rank": 2}
+    options = {"scale": 1.0, "progress": False, "adapter_rank": 2}
     combine_files(tmp_path / "base.safetensors", [folder], tmp_path / "out", "task-arithmetic", **options)
     written = load_state_dict(tmp_path / "out" / "adapter_model.safetensors")
     assert {name.removeprefix("base_model.model.") for name in written} == {
@@ -241,12 +251,12 @@ def test_rank_is_for_adapters(base, folders, tmp_path):
         (folders, 0, "rank is no whole number"),
     ):
         with pytest.raises(OptionError, match=message):
-            combine_files(base, sources, tmp_path / "out", "ties", rank=rank, progress=False)
+            combine_files(base, sources, tmp_path / "out", "ties", adapter_rank=rank, progress=False)
         assert not (tmp_path / "out").exists()
     with pytest.raises(OptionError, match="exclude each other"):
-        combine_files(base, folders, tmp_path / "out", "ties", rank=2, max_shard_size="5GB")
+        combine_files(base, folders, tmp_path / "out", "ties", adapter_rank=2, max_shard_size="5GB")
     with pytest.raises(CheckpointError, match="would be overwritten"):
-        combine_files(base, folders, folders[0], "ties", rank=2, progress=False)
+        combine_files(base, folders, folders[0], "ties", adapter_rank=2, progress=False)
 
 
 def test_what_a_folder_lacks_is_told(tmp_path):
@@ -265,7 +275,7 @@ def test_what_a_folder_lacks_is_told(tmp_path):
 def test_the_command_takes_folders(base, folders, tmp_path):
     paths = [str(base), *map(str, folders)]
     dense, factored = tmp_path / "out.safetensors", tmp_path / "lora"
-    for output, options in ((dense, []), (factored, ["--rank", "4", "--card"])):
+    for output, options in ((dense, []), (factored, ["--adapter-rank", "4", "--card"])):
         found = CliRunner().invoke(main, ["combine", *paths, "--method", "knots", "-o", str(output), *options])
         assert found.exit_code == 0, found.output
     assert beside(factored / "adapter_model.safetensors").exists()

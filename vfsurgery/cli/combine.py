@@ -55,7 +55,9 @@ PATH = click.Path(path_type=Path)
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Of the result.  [default: the base's]")
 @click.option("--max-shard-size", metavar="SIZE", help="Split weights into files of at most that, as in 5GB.")
 @click.option(
-    "--rank", type=COUNT, help="Write a LoRA adapter of this rank into the folder OUTPUT; all SOURCES are adapters."
+    "--adapter-rank",
+    type=COUNT,
+    help="Write a LoRA adapter of this rank into the folder OUTPUT; all SOURCES have to be adapters.",
 )
 @CARD_OPTION
 @click.option("--seed", default=0, show_default=True, help="Decides which numbers a method drops at random.")
@@ -63,7 +65,9 @@ PATH = click.Path(path_type=Path)
     "--threads", type=click.IntRange(1, 1024), expose_value=False, callback=set_threads, help="Threads on the CPU."
 )
 @QUIET
-@click.option("-o", "--output", required=True, type=PATH, help="File ending in .safetensors; with --rank, a folder.")
+@click.option(
+    "-o", "--output", required=True, type=PATH, help="File ending in .safetensors, or a folder (--adapter-rank)."
+)
 def combine_checkpoints(base: Path, sources: Sequence[Path], output: Path, **options: Any) -> None:
     """Combine the checkpoints SOURCES, which were fine-tuned from BASE, without holding any of them in memory.
 
@@ -82,13 +86,13 @@ def combine_checkpoints(base: Path, sources: Sequence[Path], output: Path, **opt
       vfsurgery combine run1.pt run2.pt run3.pt --no-base \\
           --method mean -o soup.safetensors
       vfsurgery combine base.safetensors lora-cars lora-pets \\
-          --method knots --rank 16 --card -o lora-both
+          --method knots --adapter-rank 16 --card -o lora-both
     """
-    folder = output.parent if options["rank"] is None else output
+    folder = output.parent if options["adapter_rank"] is None else output
     if options["card"]:
         check_card(folder)
     report = combine_into(base, sources, output, **options)
-    written = [*report.output, str(beside(Path(report.output[0]) if options["rank"] else output))]
+    written = [*report.output, str(beside(Path(report.output[0]) if options["adapter_rank"] else output))]
     if options["card"]:
         classes = options["num_classes"]
         built = {} if classes is None else {"num_classes": classes}
@@ -118,7 +122,7 @@ def combine_into(base: Path, sources: Sequence[Path], output: Path, **options: A
         ema=options["ema"],
         dtype=options["dtype"],
         max_shard_size=options["max_shard_size"],
-        rank=options["rank"],
+        adapter_rank=options["adapter_rank"],
         seed=options["seed"],
         progress=not options["quiet"],
     )

@@ -53,7 +53,7 @@ def combine_files(
     ema: bool = True,
     dtype: str | None = None,
     max_shard_size: int | str | None = None,
-    rank: int | None = None,
+    adapter_rank: int | None = None,
     seed: int = 0,
     progress: bool = True,
     **options: Any,
@@ -71,7 +71,7 @@ def combine_files(
         base: The checkpoint that all sources were fine-tuned from; ``None`` for methods that need none.
         sources: ``.safetensors``, files of ``torch.save``, or ``.index.json`` of several, as for
             :func:`~vfsurgery.checkpoints.load_state_dict`; or folders of LoRA adapters, as peft writes them.
-        output: A file ending in ``.safetensors``, with ``rank`` a folder; missing folders are made.
+        output: A file ending in ``.safetensors``, with ``adapter_rank`` a folder; missing folders are made.
         combine: The method, or its name.
         weights: A number for each source, by default 1.
         scale: What the combined task vector is multiplied by; by default what the method says.
@@ -83,8 +83,8 @@ def combine_files(
         ema: Whether to take the moving average of weights where a file has one.
         dtype: Of the result, as in ``"bfloat16"``; by default the base's.
         max_shard_size: Bytes, or as in ``"5GB"``: larger results are written as several files and an index.
-        rank: Write a LoRA adapter of this rank, the nearest that there is, into the folder ``output``; all sources have
-            to be adapters.
+        adapter_rank: Write a LoRA adapter of this rank, the nearest that there is, into the folder ``output``; all
+            sources have to be adapters.
         seed: Of random draws.
         progress: Whether to show bars for what takes over a second.
         options: Of the method.
@@ -111,9 +111,11 @@ def combine_files(
     begun = time.perf_counter()
     output, found = Path(output), None if base is None else Path(base)
     paths = [*([] if found is None else [found]), *map(Path, sources)]
-    if rank is not None and max_shard_size is not None:
-        raise OptionError(explain("rank= and max_shard_size= exclude each other", because="an adapter is one file"))
-    folder, output = output, output if rank is None else output / WEIGHTS[0]
+    if adapter_rank is not None and max_shard_size is not None:
+        raise OptionError(
+            explain("adapter_rank= and max_shard_size= exclude each other", because="an adapter is one file")
+        )
+    folder, output = output, output if adapter_rank is None else output / WEIGHTS[0]
     if not sources:
         raise OptionError(explain("there is nothing to combine", remedy="name the checkpoints beside their base"))
     combiner = combiner_of(combine, options, scale)
@@ -141,9 +143,11 @@ def combine_files(
             "seed": seed,
             "dtype": dtype or "as the base",
             "tensors_by": inputs.told_by,
-            **({} if rank is None else {"rank": rank}),
+            **({} if adapter_rank is None else {"adapter_rank": adapter_rank}),
         }
-        form = Dense(combination, inputs) if rank is None else AsAdapter.of(combination, inputs, rank, folder)
+        form = Dense(combination, inputs)
+        if adapter_rank is not None:
+            form = AsAdapter.of(combination, inputs, adapter_rank, folder)
         hashing = Hashing(paths)
         try:
             belongs_to = json.dumps([recipe, hashing.stamps, [*map(str, keys)], ema, str(model)[:200]])

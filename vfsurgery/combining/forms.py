@@ -23,15 +23,17 @@ from vfsurgery.errors import OptionError, explain
 
 
 class Form(Protocol):
-    """What is written of each tensor.
+    """What is written of each tensor."""
 
-    Attributes:
-        state: All that is written, shapes and dtypes alone.
-        beside: Other files.
-    """
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """All that is written, shapes and dtypes alone."""
+        ...
 
-    state: Mapping[str, Tensor]
-    beside: Sequence[Path]
+    @property
+    def beside(self) -> Sequence[Path]:
+        """Other files."""
+        ...
 
     def keys(self, name: str) -> Sequence[str]:
         """What is written of a tensor, if anything."""
@@ -104,7 +106,7 @@ class AsAdapter:
             raise OptionError(
                 explain(
                     f"{other.path} is no adapter, and changes more than factors can say",
-                    remedy="leave rank out; of models in memory save_adapter writes one, with the rest beside",
+                    remedy="leave adapter_rank out; of models in memory save_adapter writes one, with the rest beside",
                 )
             )
         settled, whole = combination.settled, set[str]()

@@ -141,7 +141,8 @@ def open_inputs(
         same = opened[0].same_storage()
     first, plain = (None, opened) if base is None else (opened[0], opened[1:])
     others: list[Opened] = [*plain]
-    for place, adapter in adapters.items() if first is not None else ():
+    for place, adapter in adapters.items():
+        assert first is not None  # read_adapters refuses them without a base
         others.insert(place, found := Adapted.of(adapter, first, same))
         notes += found.folded.notes
     _check_same(others)

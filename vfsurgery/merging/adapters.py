@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -15,8 +16,10 @@ from vfsurgery.tracing.wrappers import network
 
 def with_adapters(
     given: Sequence[nn.Module | str | Path], base: nn.Module | Mapping[str, Tensor] | str | None
-) -> list[nn.Module | str | Path]:
+) -> list[nn.Module]:
     """The same sources, folders of adapters being networks of their own: what peft's ``merge_and_unload`` gives.
+
+    What is neither is left to who checks networks.
 
     Folding comes before anything else looks at a source, since the fast path of ``nn.TransformerEncoderLayer`` leaves
     out what is attached to a layer and not part of its weights.
@@ -32,7 +35,7 @@ def with_adapters(
     paths = [Path(each) for each in given if isinstance(each, str | Path)]
     folders = [path for path in paths if base is not None or path.is_dir()]  # any other text is refused as no model
     if not folders:
-        return [*given]
+        return cast("list[nn.Module]", [*given])
     adapters = [read_adapter(folder) for folder in folders]
     if not isinstance(base, nn.Module):
         named = adapters[0].named_base() if base is None else adapters[0].base_name
