@@ -164,6 +164,8 @@ class Net(nn.Module):
 
 def test_with_a_model_its_graph_tells_what_tensors_are(tmp_path):
     nets = [Net() for _ in range(3)]
+    for net in nets[1:]:
+        net.load_state_dict({name: x + 0.1 * net.state_dict()[name] for name, x in nets[0].state_dict().items()})
     paths = [
         write({f"module.{k}": v for k, v in net.state_dict().items()}, tmp_path / f"n{n}", "pt")
         for n, net in enumerate(nets)

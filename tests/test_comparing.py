@@ -19,7 +19,7 @@ from vfsurgery.checkpoints import save_state_dict
 from vfsurgery.cli import main
 from vfsurgery.combining import check_ancestor
 from vfsurgery.combining.comparison import Comparison
-from vfsurgery.errors import CheckpointError, IncompatibleModelsError, InvalidWeightsError, OptionError
+from vfsurgery.errors import CheckpointError, IncompatibleModelsError, InvalidWeightsError, OptionError, SurgeryWarning
 
 State = dict[str, Tensor]
 
@@ -153,6 +153,31 @@ def test_a_wrong_base_is_told_by_the_direction_that_all_share(experts):
     assert f"mean cosine {caution.figure:.2f}" in str(caution)
     assert "nothing of use" in found.outlook
     assert check_ancestor(experts, base=stranger) == [caution.text]
+
+
+def test_a_wrong_base_is_told_before_anything_is_combined(tmp_path, base, experts):
+    """By a merge and by files alike, with the figure; of the right base nothing is said."""
+    paths = {}
+    for name, model in (("right", base), ("wrong", pretrained(7)), *((f"tuned{n}", m) for n, m in enumerate(experts))):
+        paths[name] = tmp_path / f"{name}.safetensors"
+        save_state_dict(model.state_dict(), paths[name])
+    files = [paths[f"tuned{n}"] for n in range(3)]
+    options = {"combine": "task-arithmetic", "scale": 0.3, "progress": False}
+    example, stranger, output = torch.randn(2, 3, 8, 8), pretrained(7), tmp_path / "out.safetensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        surgery.merge(experts, base=base, example_inputs=example, **options)
+        report = surgery.combine_files(paths["right"], files, output, **options)
+    assert not any("fine-tuned" in note for note in report.notes)
+    told = r"is not what the sources were fine-tuned from.*cosine 0\.[89]"
+    with pytest.warns(SurgeryWarning, match=f"the base {told}"):
+        merged = surgery.merge(experts, base=stranger, example_inputs=example, **options)
+    assert any("mean cosine 0." in note for note in surgery.report_of(merged).notes)
+    with pytest.warns(SurgeryWarning, match=rf"wrong\.safetensors {told}"):
+        report = surgery.combine_files(paths["wrong"], files, output, **options)
+    assert any("mean cosine 0." in note for note in report.notes)
+    with pytest.warns(SurgeryWarning, match="source 2 was not fine-tuned from the base: the median cosine"):
+        surgery.merge([*experts[:2], tune(stranger, 1, 1)], base=base, example_inputs=example, **options)
 
 
 def test_runs_of_one_task_are_no_wrong_base(base):

@@ -44,10 +44,10 @@ ONLY_IN = {
     "yaml": ["checkpoints/plain.py", "cli/run.py", "recipes/recipe.py", "recipes/text.py"],
     "networkx": [f"discovery/{name}.py" for name in ("components", "nesting", "roles")],
     "pydantic": [
-        "passes/options.py",
         *(f"recipes/{name}.py" for name in ("bench", "recipe", "sections", "stage")),
         *(f"recipes/stages/{name}.py" for name in ("comparing", "looking", "surgery")),
         "recipes/text.py",
+        "records/options.py",
     ],
     "click": [
         *(f"cli/{name}.py" for name in ("__init__", "cards", "combine", "compare", "diagnose", "groups", "jobs")),

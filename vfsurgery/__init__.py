@@ -11,8 +11,8 @@ from vfsurgery.combining.comparing import compare as compare
 from vfsurgery.combining.comparison import Comparison as Comparison
 from vfsurgery.combining.factoring import SavedAdapter as SavedAdapter
 from vfsurgery.combining.factoring import save_adapter as save_adapter
-from vfsurgery.combining.files import FileReport as FileReport
 from vfsurgery.combining.files import combine_files as combine_files
+from vfsurgery.combining.told import FileReport as FileReport
 from vfsurgery.discovery.finding import find_groups as find_groups
 from vfsurgery.discovery.finding import trace as trace
 from vfsurgery.discovery.maps import UnitMap as UnitMap

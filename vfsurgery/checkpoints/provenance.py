@@ -27,13 +27,13 @@ class FileRecord:
     sha256: str
 
     @staticmethod
-    def of(path: Path, hash_file: Callable[[Path], str] = file_hash) -> FileRecord:
-        """Take the hash now.
+    def of(path: Path, hash_file: Callable[[Path], str] = file_hash, files: Sequence[Path] | None = None) -> FileRecord:
+        """Take the hash now; of what consists of several files as :func:`checkpoint_hash` does.
 
         Raises:
             CheckpointError: The file cannot be read.
         """
-        return FileRecord(str(path), checkpoint_hash(path, hash_file))
+        return FileRecord(str(path), checkpoint_hash(path, hash_file, files))
 
     @property
     def name(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -56,15 +56,23 @@ def read_shards(path: Path, load: Load = read, check: Check = check_tensors) -> 
     return {key: state[key] for key in sorted(state)}
 
 
-def checkpoint_hash(path: Path, hash_file: Callable[[Path], str] = file_hash) -> str:
-    """Return the SHA-256 of a checkpoint; of one in shards, that of a list of the hashes of index and shards.
+def checkpoint_hash(
+    path: Path, hash_file: Callable[[Path], str] = file_hash, files: Sequence[Path] | None = None
+) -> str:
+    """Return the SHA-256 of a checkpoint; of one in several files, that of a list of their hashes, an index's first.
+
+    Args:
+        path: The file or the index.
+        hash_file: Takes the hash of one file.
+        files: Those that it consists of, where they are not :func:`files_of` it.
 
     Raises:
         CheckpointError: A file is missing, or the index is none.
     """
-    if not path.name.endswith(INDEX):
-        return hash_file(path)
-    return hashlib.sha256("\n".join(hash_file(file) for file in files_of(path)).encode()).hexdigest()
+    first, *others = files_of(path) if files is None else files
+    if not others:
+        return hash_file(first)
+    return hashlib.sha256("\n".join(hash_file(file) for file in (first, *others)).encode()).hexdigest()
 
 
 def files_of(path: Path) -> list[Path]:

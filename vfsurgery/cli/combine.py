@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from vfsurgery.checkpoints import check_shard_size
+from vfsurgery.cli.cards import CARD_OPTION, command_line
 from vfsurgery.cli.options import (
+    COUNT,
     EPILOG,
     QUIET,
     example_input,
@@ -21,11 +23,13 @@ from vfsurgery.cli.options import (
     say,
     set_threads,
 )
-from vfsurgery.combining import COMBINERS, Combiner
-from vfsurgery.combining.files import DTYPES, FileReport, beside, combine_files
-from vfsurgery.errors import OptionError, did_you_mean, explain
+from vfsurgery.combining.files import DTYPES, beside, combine_files
+from vfsurgery.combining.named import combiner_of
+from vfsurgery.combining.told import FileReport
+from vfsurgery.errors import OptionError, explain
+from vfsurgery.hub.cards import check_card
+from vfsurgery.hub.combined import card_of_files
 from vfsurgery.networks.architectures import FORMS
-from vfsurgery.passes.options import build
 
 PATH = click.Path(path_type=Path)
 
@@ -50,17 +54,26 @@ PATH = click.Path(path_type=Path)
 @click.option("--ema/--no-ema", default=True, help="Whether to take moving averages of weights.  [default: ema]")
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Of the result.  [default: the base's]")
 @click.option("--max-shard-size", metavar="SIZE", help="Split weights into files of at most that, as in 5GB.")
+@click.option(
+    "--adapter-rank",
+    type=COUNT,
+    help="Write a LoRA adapter of this rank into the folder OUTPUT; all SOURCES have to be adapters.",
+)
+@CARD_OPTION
 @click.option("--seed", default=0, show_default=True, help="Decides which numbers a method drops at random.")
 @click.option(
     "--threads", type=click.IntRange(1, 1024), expose_value=False, callback=set_threads, help="Threads on the CPU."
 )
 @QUIET
-@click.option("-o", "--output", required=True, type=PATH, help="File ending in .safetensors.")
+@click.option(
+    "-o", "--output", required=True, type=PATH, help="File ending in .safetensors, or a folder (--adapter-rank)."
+)
 def combine_checkpoints(base: Path, sources: Sequence[Path], output: Path, **options: Any) -> None:
     """Combine the checkpoints SOURCES, which were fine-tuned from BASE, without holding any of them in memory.
 
-    State dicts of any architecture will do. The result goes to the file named by -o, a report beside it into
-    NAME.report.json. Run the command again if it was interrupted: it goes on from the last whole tensor.
+    State dicts of any architecture will do; folders of LoRA adapters are sources, too. The result goes to the file
+    named by -o, a report beside it into NAME.report.json. Run the command again if it was interrupted: it goes on from
+    the last whole tensor.
 
     \b
     Examples:
@@ -72,9 +85,20 @@ def combine_checkpoints(base: Path, sources: Sequence[Path], output: Path, **opt
           --method task-arithmetic -o both.safetensors
       vfsurgery combine run1.pt run2.pt run3.pt --no-base \\
           --method mean -o soup.safetensors
+      vfsurgery combine base.safetensors lora-cars lora-pets \\
+          --method knots --adapter-rank 16 --card -o lora-both
     """
+    folder = output.parent if options["adapter_rank"] is None else output
+    if options["card"]:
+        check_card(folder)
     report = combine_into(base, sources, output, **options)
-    say(f"{report}\n\nwritten to {', '.join(report.output)} and {beside(output)}")
+    written = [*report.output, str(beside(Path(report.output[0]) if options["adapter_rank"] else output))]
+    if options["card"]:
+        classes = options["num_classes"]
+        built = {} if classes is None else {"num_classes": classes}
+        card = card_of_files(report, command_line(click.get_current_context()), options["model"], built)
+        written.append(str(card.write(folder)))
+    say(f"{report}\n\nwritten to {', '.join(written[:-1])} and {written[-1]}")
 
 
 def combine_into(base: Path, sources: Sequence[Path], output: Path, **options: Any) -> FileReport:
@@ -88,7 +112,7 @@ def combine_into(base: Path, sources: Sequence[Path], output: Path, **options: A
         found,
         others,
         output,
-        method_of(options["method"], options["given"]),
+        combiner_of(options["method"], read_written(options["given"])),
         weights=options["weights"],
         scale=options["scale"],
         model=options["model"],
@@ -98,15 +122,18 @@ def combine_into(base: Path, sources: Sequence[Path], output: Path, **options: A
         ema=options["ema"],
         dtype=options["dtype"],
         max_shard_size=options["max_shard_size"],
+        adapter_rank=options["adapter_rank"],
         seed=options["seed"],
         progress=not options["quiet"],
     )
 
 
-def method_of(name: str, given: Sequence[str]) -> Combiner:
-    """A method with options as they are written: ``density=0.2``, ``scope=tensor``."""
-    if name not in COMBINERS:
-        raise OptionError(explain(f"unknown combining method {name!r}", remedy=did_you_mean(name, COMBINERS)))
+def read_written(given: Sequence[str]) -> dict[str, object]:
+    """Options as they are written: ``density=0.2``, ``scope=tensor``.
+
+    >>> read_written(["density=0.2", "scope=tensor"])
+    {'density': 0.2, 'scope': 'tensor'}
+    """
     read: dict[str, object] = {}
     for text in given:
         option, separator, value = text.partition("=")
@@ -116,4 +143,4 @@ def method_of(name: str, given: Sequence[str]) -> Combiner:
             read[option] = json.loads(value)
         except ValueError:
             read[option] = value
-    return build(COMBINERS[name], read, "combining method")
+    return read

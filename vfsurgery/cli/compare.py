@@ -18,7 +18,7 @@ from vfsurgery.errors import CheckpointError, explain
 @click.option("--plot", type=click.Path(path_type=Path), help="Also draw the figure; the ending is its format.")
 @click.option("--quiet", is_flag=True, help="Print nothing but the result and errors.")
 def compare_checkpoints(base: Path, sources: tuple[Path, ...], as_json: bool, plot: Path | None, quiet: bool) -> None:
-    """Compare the checkpoints SOURCES with the one that they were fine-tuned from, BASE.
+    """Compare the checkpoints SOURCES, or folders of LoRA adapters, with what they were fine-tuned from, BASE.
 
     Says how far each moved and how much alike, layer by layer; what speaks against merging them; and what merging is
     likely to do. Needs no architecture and no images.

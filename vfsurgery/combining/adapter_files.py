@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 
 from torch import Tensor
 
-from vfsurgery.checkpoints import load_state_dict
+from vfsurgery.checkpoints.lazy import LazyCheckpoint, open_checkpoint
 from vfsurgery.checkpoints.refusals import printable, refuse_damaged
 from vfsurgery.errors import CheckpointError, explain
 
@@ -47,6 +47,30 @@ FACTOR = re.compile(
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A tensor of an adapter, which stays in its file.
+
+    Attributes:
+        shape: Of the tensor.
+        any: Whether a number of it is not zero.
+    """
+
+    file: LazyCheckpoint = field(repr=False)
+    key: str
+    shape: tuple[int, ...]
+    any: bool
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims."""
+        return len(self.shape)
+
+    def tensor(self) -> Tensor:
+        """Its numbers, read now."""
+        return self.file.read(self.key, 0, math.prod(self.shape)).reshape(self.shape)
+
+
+@dataclass(frozen=True)
 class Parts:
     """What a folder has for one module: factors ``A`` and ``B``, and what goes along.
 
@@ -54,14 +78,23 @@ class Parts:
     runs and when it merges, so that training was with it.
     """
 
-    down: Tensor = field(repr=False)
-    up: Tensor = field(repr=False)
+    down: Stored
+    up: Stored
     rank: int
     alpha: float
-    bias: Tensor | None = field(default=None, repr=False)
-    magnitude: Tensor | None = field(default=None, repr=False)
+    bias: Stored | None = None
+    magnitude: Stored | None = None
     table: bool = False
     doubled: bool = False
+
+
+def files_of_adapter(folder: Path) -> list[Path]:
+    """What is read of a folder.
+
+    Raises:
+        CheckpointError: it has no weights.
+    """
+    return [folder / CONFIG, _weights(folder)]
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
@@ -106,22 +139,23 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def read_parts(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Parts], dict[str, Tensor]]:
-    """Factors by the path of their module, and tensors that take the place of the base's, by name.
+def read_parts(folder: Path, config: Mapping[str, Any]) -> tuple[LazyCheckpoint, dict[str, Parts], dict[str, Stored]]:
+    """The file of the weights, factors by the path of their module, and tensors that take the place of the base's.
+
+    Every number is looked at, a tensor at a time, and left where it is.
 
     Raises:
         CheckpointError: the file is missing or damaged, a factor has no other, or ranks differ from what is said.
     """
-    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
-    if path is None:
-        raise CheckpointError(
-            explain(f"{folder} has no weights", missing=" or ".join(WEIGHTS), remedy="save or copy the adapter again")
-        )
-    found: dict[str, dict[str, Tensor]] = {}
-    saved: dict[str, Tensor] = {}
-    for key, tensor in load_state_dict(path).items():
-        if not bool(tensor.isfinite().all()):
+    path = _weights(folder)
+    file = open_checkpoint(path)
+    found: dict[str, dict[str, Stored]] = {}
+    saved: dict[str, Stored] = {}
+    for key, hollow in file.state.items():
+        numbers = file.read(key, 0, hollow.numel())
+        if not bool(numbers.isfinite().all()):
             raise CheckpointError(explain(f"{path} holds NaN or infinite values", tensor=printable(key)))
+        tensor = Stored(file, key, tuple(hollow.shape), bool(numbers.any()))
         name = key.removeprefix(PREFIX)
         if (match := FACTOR.fullmatch(name)) is not None:
             role = "M" if match["magnitude"] else (match["factor"] or f"table {match['table']}")
@@ -131,13 +165,23 @@ def read_parts(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Parts
             _refuse(path, f"{printable(key)} is nothing that a LoRA has")
         else:
             saved[name.replace("base_layer.", "")] = tensor
+    file.close()
     if not found and not saved:
         refuse_damaged(path, "it is empty")
     parts = {module.replace("base_layer.", ""): _parts(path, module, own, config) for module, own in found.items()}
-    return parts, saved
+    return file, parts, saved
 
 
-def _parts(path: Path, module: str, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> Parts:
+def _weights(folder: Path) -> Path:
+    for name in WEIGHTS:
+        if (folder / name).exists():
+            return folder / name
+    raise CheckpointError(
+        explain(f"{folder} has no weights", missing=" or ".join(WEIGHTS), remedy="save or copy the adapter again")
+    )
+
+
+def _parts(path: Path, module: str, own: Mapping[str, Stored], config: Mapping[str, Any]) -> Parts:
     table = "table A" in own or "table B" in own
     down, up = (own.get(f"table {factor}" if table else factor) for factor in "AB")
     if down is None or up is None:
@@ -151,7 +195,7 @@ def _parts(path: Path, module: str, own: Mapping[str, Tensor], config: Mapping[s
     owner = module.partition(".base_layer.")[0]
     rank = int(_matching(path, config, "rank_pattern", owner, config.get("r", 8)))
     alpha = float(_matching(path, config, "alpha_pattern", owner, config.get("lora_alpha", 8)))
-    shapes = f"A {tuple(down.shape)}, B {tuple(up.shape)}"
+    shapes = f"A {down.shape}, B {up.shape}"
     if down.ndim < 2 or up.ndim < 2 or down.shape[0] != rank:
         raise CheckpointError(
             explain(f"{path} has factors of another rank than {CONFIG} says", module=printable(module), shapes=shapes,

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from vfsurgery.checkpoints import StateDict, load_state_dict
+from vfsurgery.checkpoints.lazy import LazyCheckpoint
 from vfsurgery.checkpoints.refusals import listing, printable
-from vfsurgery.combining.adapter_files import CONFIG, Parts, read_config, read_parts
+from vfsurgery.combining.adapter_files import CONFIG, Parts, Stored, read_config, read_parts
 from vfsurgery.combining.base import InMemory, Store
 from vfsurgery.combining.folded import Factors, Folded
 from vfsurgery.errors import CheckpointError, IncompatibleModelsError, did_you_mean, explain, warn
@@ -29,19 +30,21 @@ PACKED = ("in_proj_weight", "in_proj_bias")
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA of peft, as it was read.
+    """A LoRA of peft, whose numbers stay in its file.
 
     Attributes:
         folder: Where it lies.
         config: What ``adapter_config.json`` says.
+        file: Its weights.
         parts: Factors by the path of the module that they belong to.
         saved: Tensors that take the place of the base's, by name: heads, norms, biases.
     """
 
     folder: Path
     config: Mapping[str, Any] = field(repr=False)
+    file: LazyCheckpoint = field(repr=False)
     parts: Mapping[str, Parts] = field(repr=False)
-    saved: Mapping[str, Tensor] = field(repr=False)
+    saved: Mapping[str, Stored] = field(repr=False)
 
     @property
     def base_name(self) -> str | None:
@@ -81,13 +84,13 @@ class Adapter:
             weights[name] = self._factors(path, parts, name, shapes[name])
             if parts.bias is not None and name.endswith("weight") and not name.endswith(PACKED[0]):
                 own = self._owned(path, "bias", "bias", shapes)
-                biases[own] = parts.bias * self._scale(parts)
+                biases[own] = parts.bias.tensor() * self._scale(parts)
         for name, tensor in self.saved.items():
             if name not in shapes:
                 self._refuse_absent(name, shapes)
             if name in biases and tensor.shape != biases[name].shape:
                 self._refuse_shape(name, tensor.shape, shapes[name])
-        new = {**shapes, **{name: tuple(tensor.shape) for name, tensor in self.saved.items()}}
+        new = {**shapes, **{name: tensor.shape for name, tensor in self.saved.items()}}
         return Folded(base, new, weights, biases, self.saved, tuple(self._notes(shapes, weights)))
 
     def _scale(self, parts: Parts) -> float:
@@ -150,7 +153,7 @@ class Adapter:
                 "though training moved them, and the base's stand there: re-estimate them on training images, or the "
                 "accuracy may be lost; or train with modules_to_save= these layers"
             )
-        if untrained := [name for name, each in weights.items() if not bool(each.up.any()) and each.magnitude is None]:
+        if untrained := [name for name, each in weights.items() if not each.up.any and each.magnitude is None]:
             yield (
                 f"{self.folder} has {len(untrained)} targets that training never reached (B is zero): "
                 f"{listing(untrained)}; nn.MultiheadAttention, for one, does not call its out_proj"
@@ -175,8 +178,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     """
     folder = Path(folder)
     config = read_config(folder)
-    parts, saved = read_parts(folder, config)
-    return Adapter(folder, config, parts, saved)
+    return Adapter(folder, config, *read_parts(folder, config))
 
 
 def fold_adapter(base: nn.Module | Mapping[str, Tensor] | str | Path, folder: str | Path) -> StateDict:
@@ -217,16 +219,19 @@ def fold_adapter(base: nn.Module | Mapping[str, Tensor] | str | Path, folder: st
         base = load_state_dict(base)
     entries = base.state_dict() if isinstance(base, nn.Module) else base
     state = {name: tensor.detach() for name, tensor in entries.items()}
-    folded = read_adapter(folder).onto(InMemory(state), {name: tuple(tensor.shape) for name, tensor in state.items()})
+    adapter = read_adapter(folder)
+    folded = adapter.onto(InMemory(state), {name: tuple(tensor.shape) for name, tensor in state.items()})
     for note in (*folded.notes, *(_differing(base, folded.weights) if isinstance(base, nn.Module) else ())):
         warn(note)
     changed = folded.changed
-    return {
+    found = {
         name: folded.read(name, 0, math.prod(shape)).reshape(shape).to(state[name].dtype)
         if name in changed
         else state[name]
         for name, shape in folded.shapes.items()
     }
+    adapter.file.close()
+    return found
 
 
 def check_same_base(adapters: Sequence[Adapter]) -> None:

@@ -50,12 +50,14 @@ class Kind(Enum):
 class Trait:
     """What is known of a tensor: its kind, the dim along which a matrix reads units, and its depth from 0 to 1.
 
-    ``depth`` is ``None`` where no graph tells.
+    ``depth`` is ``None`` where no graph tells. ``parts`` are the rows of each projection that lies in a matrix, where
+    there are several; ``None`` if there may be, and nothing tells which.
     """
 
     kind: Kind
     reads: int = 1
     depth: float | None = None
+    parts: tuple[tuple[int, ...], ...] | None = field(default=(), repr=False)
 
 
 class Store(Protocol):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vfsurgery.checkpoints import EMA_WRAPPERS, read_checkpoint
 from vfsurgery.checkpoints.lazy import open_checkpoint
+from vfsurgery.combining.adapters import read_adapter
 from vfsurgery.combining.base import PART, InMemory, Kind, Store
 from vfsurgery.combining.cautions import cautions_of, outlook
 from vfsurgery.combining.comparison import Comparison, Differing, shape_text
@@ -44,7 +45,7 @@ def compare(sources: Sequence[Model] | Mapping[str, Model], *, base: Model) -> C
     told by names and shapes.
 
     Args:
-        sources: Models, state dicts or checkpoints; or a mapping from names to these.
+        sources: Models, state dicts, checkpoints or folders of LoRA adapters; or a mapping from names to these.
         base: What they were fine-tuned from.
 
     Raises:
@@ -65,7 +66,8 @@ def compare(sources: Sequence[Model] | Mapping[str, Model], *, base: Model) -> C
         told = str(base)
     if told in named:
         raise OptionError(explain(f"{told} is a source and the base", remedy="leave it out of the sources"))
-    read = {name: _read(each, name) for name, each in {told: base, **named}.items()}
+    opened = _read(base, told)
+    read = {told: opened, **{name: _source(each, name, opened) for name, each in named.items()}}
     origin, *states = [opened.state for opened in read.values()]
     traits = traits_of_states([origin])
     kinds = {name: trait.kind.value for name, trait in traits.items()}
@@ -115,6 +117,18 @@ def _named(sources: Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
     if not named or any(isinstance(each, Tensor) for each in named.values()):
         raise OptionError(explain("nothing to compare with the base", remedy="compare([model, ...], base=pretrained)"))
     return named
+
+
+def _source(model: Model, name: str, base: _Opened) -> _Opened:
+    """A source, which may be the folder of an adapter of the base."""
+    if not isinstance(model, str | Path) or not Path(model).is_dir():
+        return _read(model, name)
+    folded = read_adapter(model).onto(base.store, {key: tuple(tensor.shape) for key, tensor in base.state.items()})
+    state = {
+        key: torch.empty(shape, dtype=base.state[key].dtype if key in base.state else torch.float32, device="meta")
+        for key, shape in folded.shapes.items()
+    }
+    return _Opened(state, folded)
 
 
 def _read(model: Model, name: str) -> _Opened:

@@ -89,8 +89,8 @@ def save_adapter(
     >>> torch.allclose(fold_adapter(base, folder)["0.weight"], tuned["0.weight"])
     True
     """
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise OptionError(explain(f"rank is no whole number of at least 1 but {rank!r}"))
+    if rank is not None:
+        check_rank(rank)
     entries = merged.state_dict() if isinstance(merged, nn.Module) else merged
     state, origin = ({name: each.detach() for name, each in of.items()} for of in (entries, base.state_dict()))
     _check_same(state, origin)
@@ -120,9 +120,19 @@ def save_adapter(
         written[f"{PREFIX}{path}.base_layer.{last}" if path in attached else f"{PREFIX}{name}"] = state[name]
     folder = Path(folder)
     save_state_dict(written, folder / WEIGHTS[0])
-    config = _config(ranks, targets, whole, base_name)
+    config = config_of(ranks, targets, whole, base_name)
     write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return SavedAdapter(folder, ranks, 1 - lost / total if total else 1.0, tuple(whole), tuple(beside))
+
+
+def check_rank(rank: object) -> None:
+    """Refuse what is no rank.
+
+    Raises:
+        OptionError: it is no whole number, or less than 1.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise OptionError(explain(f"rank is no whole number of at least 1 but {rank!r}"))
 
 
 def _is_target(module: nn.Module) -> bool:
@@ -130,14 +140,31 @@ def _is_target(module: nn.Module) -> bool:
 
 
 def _factors(tensor: Tensor, origin: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float, float]:
-    """``A`` and ``B`` whose product is the change, as nearly as can be; the squared norms of the rest and of all."""
-    change = tensor.double() - origin.double()
-    u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
+    """As :func:`best_factors`, without directions that are rounding."""
+    _, s, _ = found = _decomposed(tensor, origin)
     kept = max(int((s > NEGLIGIBLE * s[0]).sum()), 1)
-    kept = kept if rank is None else min(kept, rank)
+    return _cut(found, tensor, kept if rank is None else min(kept, rank))
+
+
+def best_factors(tensor: Tensor, origin: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """``A`` and ``B`` of a rank whose product is the change, as nearly as can be.
+
+    Returns:
+        ``(rank, inputs, ...)``, ``(outputs, rank, 1, ...)``, and the squared norms of what they lack and of all.
+    """
+    return _cut(_decomposed(tensor, origin), tensor, rank)
+
+
+def _decomposed(tensor: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    change = tensor.double() - origin.double()
+    return torch.linalg.svd(change.flatten(1), full_matrices=False)
+
+
+def _cut(found: tuple[Tensor, Tensor, Tensor], tensor: Tensor, kept: int) -> tuple[Tensor, Tensor, float, float]:
+    u, s, v = found
     root = s[:kept].sqrt()
-    down = (root[:, None] * v[:kept]).reshape(kept, *change.shape[1:]).to(tensor.dtype)
-    up = (u[:, :kept] * root).reshape(len(change), kept, *[1] * (change.ndim - 2)).to(tensor.dtype)
+    down = (root[:, None] * v[:kept]).reshape(kept, *tensor.shape[1:]).to(tensor.dtype)
+    up = (u[:, :kept] * root).reshape(len(tensor), kept, *[1] * (tensor.ndim - 2)).to(tensor.dtype)
     squares = s.square()
     return down, up, float(squares[kept:].sum()), float(squares.sum())
 
@@ -152,7 +179,7 @@ def _whole(base: nn.Module, changed: set[str], attached: set[str]) -> Iterator[s
             yield path
 
 
-def _config(
+def config_of(
     ranks: Mapping[str, int], targets: Mapping[str, str], whole: list[str], base_name: str | None
 ) -> Mapping[str, object]:
     """What the folder says: patterns match whole paths alone, and every product counts once."""

@@ -8,7 +8,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,20 @@ import torch
 from torch import nn
 
 from vfsurgery.checkpoints.files import write_text
-from vfsurgery.checkpoints.provenance import FileRecord
-from vfsurgery.checkpoints.shards import files_of
 from vfsurgery.checkpoints.streams import NAMES, Stream
-from vfsurgery.combining.base import COMBINERS, PART, Combiner
-from vfsurgery.combining.inputs import Checked, Hashing, Inputs, check_numbers, open_inputs
+from vfsurgery.combining.adapted import Adapted, files_behind
+from vfsurgery.combining.adapter_files import WEIGHTS
+from vfsurgery.combining.ancestor import doubts
+from vfsurgery.combining.base import PART, Combiner
+from vfsurgery.combining.forms import AsAdapter, Dense, Form
+from vfsurgery.combining.hashing import Hashing
+from vfsurgery.combining.inputs import Checked, Inputs, check_numbers, open_inputs
+from vfsurgery.combining.named import combiner_of
 from vfsurgery.combining.running import Combination, Listing, check_weights_of
+from vfsurgery.combining.told import FileReport
 from vfsurgery.data.progress import progress as progress_bar
-from vfsurgery.errors import CheckpointError, OptionError, did_you_mean, explain
-from vfsurgery.records.report import Report, version_of
+from vfsurgery.errors import CheckpointError, OptionError, did_you_mean, explain, warn
+from vfsurgery.records.report import version_of
 from vfsurgery.stats.threads import threads
 from vfsurgery.tracing.examples import ExampleInputs
 
@@ -32,55 +36,6 @@ UNKNOWN = "0" * 64
 """Stands for a hash until that is known."""
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES if dtype.is_floating_point}
-
-
-@dataclass(frozen=True)
-class FileReport(Report):
-    """What was combined into which files. Print it for a summary.
-
-    Attributes:
-        method: Name of the method.
-        options: Its options, ``scale`` among them.
-        weights: A number for each source.
-        base: The checkpoint that the sources were fine-tuned from.
-        sources: The files that were combined.
-        output: What was written; the last one is the one to read.
-        kinds: For each kind of tensor how many there are, and numbers in them.
-        told_by: What told the kinds.
-        notes: What else is to be known, a sentence each.
-        seed: Of random draws.
-        resumed: Tensors that an earlier run, which was interrupted, had left.
-    """
-
-    method: str
-    options: Mapping[str, Any]
-    weights: tuple[float, ...]
-    base: FileRecord | None
-    sources: tuple[FileRecord, ...]
-    output: tuple[str, ...]
-    kinds: tuple[tuple[str, int, int], ...]
-    told_by: str
-    notes: tuple[str, ...]
-    seed: int
-    resumed: int
-    versions: Mapping[str, str]
-    seconds: float
-
-    def __str__(self) -> str:
-        options = ", ".join(f"{name} {value}" for name, value in self.options.items())
-        kinds = ", ".join(f"{count} {kind} ({numbers:,} numbers)" for kind, count, numbers in self.kinds)
-        weights = [f"{source}, weight {weight:g}" for source, weight in zip(self.sources, self.weights, strict=True)]
-        return "\n".join(
-            [
-                f"combined {len(self.sources)} checkpoints by {self.method}: {options}",
-                f"  base {self.base or 'none'}",
-                *(f"  {each}" for each in weights),
-                f"  tensors by {self.told_by}: {kinds}",
-                *(f"  {note}" for note in self.notes),
-                *([f"  went on after {self.resumed} tensors of an earlier run"] if self.resumed else []),
-                f"  {self.seconds:.1f} s",
-            ]
-        )
 
 
 def combine_files(
@@ -98,6 +53,7 @@ def combine_files(
     ema: bool = True,
     dtype: str | None = None,
     max_shard_size: int | str | None = None,
+    adapter_rank: int | None = None,
     seed: int = 0,
     progress: bool = True,
     **options: Any,
@@ -114,8 +70,8 @@ def combine_files(
     Args:
         base: The checkpoint that all sources were fine-tuned from; ``None`` for methods that need none.
         sources: ``.safetensors``, files of ``torch.save``, or ``.index.json`` of several, as for
-            :func:`~vfsurgery.checkpoints.load_state_dict`.
-        output: A file ending in ``.safetensors``; missing folders are made.
+            :func:`~vfsurgery.checkpoints.load_state_dict`; or folders of LoRA adapters, as peft writes them.
+        output: A file ending in ``.safetensors``, with ``adapter_rank`` a folder; missing folders are made.
         combine: The method, or its name.
         weights: A number for each source, by default 1.
         scale: What the combined task vector is multiplied by; by default what the method says.
@@ -127,6 +83,8 @@ def combine_files(
         ema: Whether to take the moving average of weights where a file has one.
         dtype: Of the result, as in ``"bfloat16"``; by default the base's.
         max_shard_size: Bytes, or as in ``"5GB"``: larger results are written as several files and an index.
+        adapter_rank: Write a LoRA adapter of this rank, the nearest that there is, into the folder ``output``; all
+            sources have to be adapters.
         seed: Of random draws.
         progress: Whether to show bars for what takes over a second.
         options: Of the method.
@@ -136,6 +94,9 @@ def combine_files(
         IncompatibleModelsError: Files have different tensors.
         InvalidWeightsError: A tensor holds NaN or infinite values, or such as no method combines.
         OptionError: The method cannot combine these, or an option is none of its own.
+
+    Warns:
+        SurgeryWarning: The base is not what the sources were fine-tuned from, with the figure that shows it.
 
     >>> import tempfile
     >>> from vfsurgery.checkpoints import load_state_dict, save_state_dict
@@ -150,9 +111,14 @@ def combine_files(
     begun = time.perf_counter()
     output, found = Path(output), None if base is None else Path(base)
     paths = [*([] if found is None else [found]), *map(Path, sources)]
+    if adapter_rank is not None and max_shard_size is not None:
+        raise OptionError(
+            explain("adapter_rank= and max_shard_size= exclude each other", because="an adapter is one file")
+        )
+    folder, output = output, output if adapter_rank is None else output / WEIGHTS[0]
     if not sources:
         raise OptionError(explain("there is nothing to combine", remedy="name the checkpoints beside their base"))
-    combiner = combiner_of(combine, scale, options)
+    combiner = combiner_of(combine, options, scale)
     numbers = check_weights_of(len(sources), weights)
     target = _dtype(dtype)
     keys = [key] * len(paths) if key is None or isinstance(key, str) else [*key]
@@ -169,6 +135,7 @@ def combine_files(
     )
     with contextlib.closing(inputs):
         combination = _combination(inputs, combiner, numbers, seed, target, progress)
+        inputs.notes += _doubts(combination, inputs)
         recipe = {
             "combine": combiner.name,
             **dataclasses.asdict(combiner),  # pyright: ignore[reportArgumentType]
@@ -176,22 +143,26 @@ def combine_files(
             "seed": seed,
             "dtype": dtype or "as the base",
             "tensors_by": inputs.told_by,
+            **({} if adapter_rank is None else {"adapter_rank": adapter_rank}),
         }
-        dtypes, shapes = combination.listing.dtypes, {n: t.shape for n, t in inputs.sources[0].state.items()}
-        state = {
-            name: torch.empty(shape, dtype=dtypes[inputs.same.get(name, name)], device="meta")
-            for name, shape in shapes.items()
-        }
+        form = Dense(combination, inputs)
+        if adapter_rank is not None:
+            form = AsAdapter.of(combination, inputs, adapter_rank, folder)
         hashing = Hashing(paths)
         try:
             belongs_to = json.dumps([recipe, hashing.stamps, [*map(str, keys)], ema, str(model)[:200]])
             stream = Stream(
-                output, state, _metadata(recipe, found is not None, [UNKNOWN] * len(paths)), belongs_to, max_shard_size
+                output,
+                form.state,
+                _metadata(recipe, found is not None, [UNKNOWN] * len(paths)),
+                belongs_to,
+                max_shard_size,
             )
-            refuse_over([*stream.written, beside(output)], paths)
+            refuse_over([*stream.written, beside(output), *form.beside], paths)
             with stream, threads(1 if combiner.elementwise else None):
-                _run(combination, inputs, stream, progress)
+                _run(combination, inputs, form, stream, progress)
                 records = hashing.result()
+                form.finish(partly=bool(stream.done))
                 written = stream.finish(_metadata(recipe, found is not None, [each.sha256 for each in records]))
         finally:
             hashing.close()
@@ -214,29 +185,6 @@ def combine_files(
     return report
 
 
-def combiner_of(combine: str | Combiner, scale: float | None, options: Mapping[str, Any]) -> Combiner:
-    """A method from its name and options.
-
-    Raises:
-        OptionError: It is unknown, or has no such option.
-
-    >>> combiner_of("ties", 0.5, {"density": 0.1})
-    Ties(density=0.1, aggregate='mean', scope='model', scale=0.5)
-    """
-    given = options if scale is None else {**options, "scale": float(scale)}
-    if isinstance(combine, Combiner):
-        own, known = combine, {each.name for each in dataclasses.fields(combine)}  # pyright: ignore[reportArgumentType]
-    else:
-        own, known = None, {each.name for each in dataclasses.fields(COMBINERS[combine])}  # pyright: ignore[reportArgumentType]
-    unknown = next((name for name in given if name not in known), None)
-    if unknown is not None:
-        name = combine if isinstance(combine, str) else combine.name
-        raise OptionError(
-            explain(f"combining method {name!r} has no option {unknown!r}", remedy=did_you_mean(unknown, known))
-        )
-    return COMBINERS[str(combine)](**given) if own is None else dataclasses.replace(own, **given)  # pyright: ignore
-
-
 def beside(output: Path) -> Path:
     """Where the report of a result lies."""
     return output.with_suffix(".report.json")
@@ -250,7 +198,7 @@ def refuse_over(written: Sequence[Path], inputs: Sequence[Path]) -> None:
     """
     targets = {path.resolve() for path in written}
     for path in inputs:
-        for file in files_of(path):
+        for file in files_behind(path):
             if file.resolve() in targets or path.resolve() in targets:
                 raise CheckpointError(
                     explain(f"{file} would be overwritten", remedy="name another file for the output")
@@ -281,22 +229,36 @@ def _combination(
     return Combination(listing, stores, base, combiner, weights, seed, [], shown)
 
 
-def _run(combination: Combination, inputs: Inputs, stream: Stream, shown: bool) -> None:
-    """Write all tensors that are not there yet, each under all its names."""
-    names: dict[str, list[str]] = {name: [name] for name in inputs.traits}
-    for name, other in inputs.same.items():
-        names[other].append(name)
-    skip = frozenset(name for name, own in names.items() if stream.done.issuperset(own))
+def _doubts(combination: Combination, inputs: Inputs) -> list[str]:
+    """Warn of a base that the sources do not come from; adapters say nothing of that, being folded into it."""
+    if inputs.base is None or combination.base is None:
+        return []
+    given = [
+        (each.path, store)
+        for each, store in zip(inputs.sources, combination.stores, strict=True)
+        if not isinstance(each, Adapted)
+    ]
+    alike = len({path.name for path, _ in given}) < len(given)
+    stores = {f"{n}: {path}" if alike else path.name: store for n, (path, store) in enumerate(given)}
+    listing = combination.listing
+    found = doubts(combination.base, stores, listing.shapes, listing.traits, inputs.base.path.name)
+    for each in found:
+        warn(each)
+    return found
+
+
+def _run(combination: Combination, inputs: Inputs, form: Form, stream: Stream, shown: bool) -> None:
+    """Write all tensors that are not there yet."""
+    skip = frozenset(name for name in inputs.traits if stream.done.issuperset(form.keys(name)))
     sizes = {name: inputs.sources[0].state[name].numel() for name in inputs.traits if name not in skip}
     total = sum(max(1, -(-size // PART)) if combination.combiner.elementwise else 1 for size in sizes.values())
     parts = progress_bar(combination.parts(skip), f"{combination.combiner.name}: writing", total, shown)
     for name, start, part in parts:
         part = part.to(combination.listing.dtypes[name])
         check_numbers(part, name, "the result")
-        for each in names[name]:
-            stream.write(each, start, part)
+        form.write(stream, name, start, part)
         if start + part.numel() == sizes[name]:
-            for each in names[name]:
+            for each in form.keys(name):
                 stream.close_tensor(each)
 
 

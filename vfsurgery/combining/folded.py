@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vfsurgery.combining.adapter_files import Stored
 from vfsurgery.combining.base import Store
 from vfsurgery.errors import CheckpointError, explain
 
@@ -25,22 +26,22 @@ class Factors:
         turned: Whether the weight has its inputs first, as tables of embeddings have.
     """
 
-    down: Tensor = field(repr=False)
-    up: Tensor = field(repr=False)
+    down: Stored
+    up: Stored
     scale: float
-    magnitude: Tensor | None = field(default=None, repr=False)
+    magnitude: Stored | None = None
     turned: bool = False
 
     def onto(self, weight: Tensor) -> Tensor:
         """The weight with the adapter folded in, in its own dtype."""
-        down, up = self.down.to(weight), self.up.to(weight)
+        down, up = self.down.tensor().to(weight), self.up.tensor().to(weight)
         product = (up.flatten(1) @ down.flatten(1)).mul_(self.scale)
-        total = (product.T if self.turned else product).reshape(weight.shape) + weight
+        total = (product.T if self.turned else product).reshape(weight.shape).add_(weight)
         if self.magnitude is None:
             return total
         outputs = 1 if self.turned else 0
         norms = torch.linalg.vector_norm(total, dim=[dim for dim in range(total.ndim) if dim != outputs], keepdim=True)
-        return total.mul_(self.magnitude.to(weight).reshape(norms.shape) / norms)
+        return total.mul_(self.magnitude.tensor().to(weight).reshape(norms.shape) / norms)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Folded:
     """A base and an adapter as the :class:`~vfsurgery.combining.base.Store` of one model, folded tensor by tensor.
 
     What the adapter changes is given in float32 at least, so that of a base in half precision nothing is lost. One
-    tensor is kept at a time.
+    tensor is kept at a time, as long as it is read in parts.
 
     Attributes:
         shapes: Of all tensors of the model; of a head that the adapter brings, another than the base's.
@@ -59,7 +60,7 @@ class Folded:
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     weights: Mapping[str, Factors]
     biases: Mapping[str, Tensor] = field(repr=False)
-    saved: Mapping[str, Tensor] = field(repr=False)
+    saved: Mapping[str, Stored] = field(repr=False)
     notes: tuple[str, ...] = ()
     _last: dict[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False, compare=False)
 
@@ -74,14 +75,20 @@ class Folded:
             return self.base.read(name, start, stop)
         if (whole := self._last.get(name)) is None:
             self._last.clear()
-            whole = self._last[name] = self._folded(name)
+            whole = self._folded(name)
+            if stop - start < len(whole):
+                self._last[name] = whole
         return whole[start:stop]
 
     def _folded(self, name: str) -> Tensor:
         shape = self.shapes[name]
         if name in self.saved and name not in self.biases:
-            return self.saved[name].reshape(-1)
-        found = self.saved[name] if name in self.saved else self.base.read(name, 0, math.prod(shape)).reshape(shape)
+            return self.saved[name].tensor().reshape(-1)
+        found = (
+            self.saved[name].tensor()
+            if name in self.saved
+            else self.base.read(name, 0, math.prod(shape)).reshape(shape)
+        )
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         found = self.weights[name].onto(found) if name in self.weights else found + self.biases[name].to(found)
         if not bool(torch.isfinite(found).all()):

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from vfsurgery.checkpoints.files import file_hash
 from vfsurgery.checkpoints.fitting import fitted
 from vfsurgery.checkpoints.lazy import LazyCheckpoint, open_checkpoint
-from vfsurgery.checkpoints.provenance import FileRecord
 from vfsurgery.checkpoints.refusals import listing, printable
-from vfsurgery.checkpoints.shards import files_of
 from vfsurgery.checkpoints.streams import NAMES
+from vfsurgery.combining.adapted import Adapted, read_adapters
 from vfsurgery.combining.base import PART, Kind, Trait
 from vfsurgery.combining.running import TRAINED, completed
 from vfsurgery.combining.traits import traits_of_graph, traits_of_states, with_heads
@@ -32,11 +29,14 @@ FEW = 8
 """Trained tensors that heads may have whatever the size of a network; else it is a tenth of all."""
 
 
+Opened: TypeAlias = LazyCheckpoint | Adapted
+
+
 @dataclass
 class Checked:
     """A checkpoint whose numbers are looked at when they are read for the first time."""
 
-    file: LazyCheckpoint
+    file: Opened
     name: str
     _seen: dict[str, int] = field(default_factory=dict[str, int], repr=False)
 
@@ -75,14 +75,14 @@ class Inputs:
     """
 
     base: LazyCheckpoint | None
-    sources: list[LazyCheckpoint]
+    sources: list[Opened]
     traits: dict[str, Trait]
     same: dict[str, str]
     told_by: str
     notes: list[str]
 
     @property
-    def files(self) -> list[LazyCheckpoint]:
+    def files(self) -> list[Opened]:
         """All of them, the base first."""
         return [*([] if self.base is None else [self.base]), *self.sources]
 
@@ -112,7 +112,7 @@ def open_inputs(
 
     Args:
         base: The checkpoint that all were fine-tuned from.
-        sources: The others.
+        sources: The others; folders of LoRA adapters among them are folded into the base.
         keys: Which network of each file, the base's first.
         ema: Whether to take moving averages of weights.
         model: The architecture, which need not hold weights; tells what tensors are.
@@ -125,18 +125,28 @@ def open_inputs(
         InvalidWeightsError: A tensor is of a type that cannot be computed with.
     """
     paths = [*([] if base is None else [base]), *sources]
-    files = [open_checkpoint(path, ema=ema, key=key) for path, key in zip(paths, keys, strict=True)]
-    notes = [f"{each.path.name}: {each.note}" for each in files if each.note]
-    told, same = None, {}
+    adapters = read_adapters(sources, base)
+    places = [n for n in range(len(paths)) if n - (base is not None) not in adapters]
+    opened = [open_checkpoint(paths[n], ema=ema, key=keys[n]) for n in places]
+    notes = [f"{each.path.name}: {each.note}" for each in opened if each.note]
+    told, same = None, dict[str, str]()
     if model is not None:
         network = _hollow(model, num_classes)
         told = _told_by_graph(network, example_inputs)
         names = canonical_parameters(network)
         tensors = network.state_dict(keep_vars=True)
         same = {name: names[id(tensor)] for name, tensor in tensors.items() if names[id(tensor)] != name}
-        files = [_fitting(network, each, notes, is_base=base is not None and not n) for n, each in enumerate(files)]
-    first, others = (None, files) if base is None else (files[0], files[1:])
+        opened = [_fitting(network, each, notes, is_base=base is not None and not n) for n, each in enumerate(opened)]
+    elif adapters:
+        same = opened[0].same_storage()
+    first, plain = (None, opened) if base is None else (opened[0], opened[1:])
+    others: list[Opened] = [*plain]
+    for place, adapter in adapters.items():
+        assert first is not None  # read_adapters refuses them without a base
+        others.insert(place, found := Adapted.of(adapter, first, same))
+        notes += found.folded.notes
     _check_same(others)
+    files = [*([] if first is None else [first]), *others]
     for each in files:
         _check_types(each, first or others[0])
     state = others[0].state
@@ -187,7 +197,7 @@ def _fitting(model: nn.Module, file: LazyCheckpoint, notes: list[str], is_base: 
     return file.renamed({new: old[id(tensor)] for new, tensor in inside.items()})
 
 
-def _check_same(files: Sequence[LazyCheckpoint]) -> None:
+def _check_same(files: Sequence[Opened]) -> None:
     """Refuse sources with different tensors; all that are missing or left over are named."""
     first, *others = files
     for other in others:
@@ -210,7 +220,7 @@ def _check_same(files: Sequence[LazyCheckpoint]) -> None:
             )
 
 
-def _check_types(file: LazyCheckpoint, like: LazyCheckpoint) -> None:
+def _check_types(file: Opened, like: Opened) -> None:
     """Refuse numbers that cannot be computed with, and weights where others have integers."""
     for name, tensor in file.state.items():
         wanted = like.state.get(name, tensor).dtype
@@ -227,7 +237,7 @@ def _check_types(file: LazyCheckpoint, like: LazyCheckpoint) -> None:
             )
 
 
-def _check_base(base: LazyCheckpoint, first: LazyCheckpoint, traits: Mapping[str, Trait]) -> list[str]:
+def _check_base(base: LazyCheckpoint, first: Opened, traits: Mapping[str, Trait]) -> list[str]:
     """Refuse a base that differs in more than heads; say what else differs."""
     trained = [name for name, trait in traits.items() if trait.kind in TRAINED]
     heads = [name for name, trait in traits.items() if trait.kind is Kind.HEAD]
@@ -255,13 +265,13 @@ def _check_base(base: LazyCheckpoint, first: LazyCheckpoint, traits: Mapping[str
     return notes
 
 
-def _completed(base: LazyCheckpoint, first: LazyCheckpoint, traits: Mapping[str, Trait]) -> LazyCheckpoint:
+def _completed(base: LazyCheckpoint, first: Opened, traits: Mapping[str, Trait]) -> LazyCheckpoint:
     state = completed(base.state, first.state, traits)
     lacking = [name for name, tensor in state.items() if tensor is first.state.get(name)]
-    return base.with_those_of(first, lacking)
+    return base.with_those_of(first, lacking) if isinstance(first, LazyCheckpoint) else base
 
 
-def _shared_in_all(files: Sequence[LazyCheckpoint]) -> dict[str, str]:
+def _shared_in_all(files: Sequence[Opened]) -> dict[str, str]:
     """Tensors that are one in every file, where files can say that."""
     first, *others = (each.same_storage() for each in files)
     return {name: other for name, other in first.items() if all(each.get(name) == other for each in others)}
@@ -289,51 +299,3 @@ def _differing_constants(inputs: Inputs) -> Iterator[str]:
             break
     if unlike:
         yield f"not combined, so as in {keeper.path.name} though files differ: {listing(unlike)}"
-
-
-@dataclass
-class Hashing:
-    """SHA-256 of all files, taken beside the work; also tells whether a file has changed meanwhile."""
-
-    paths: Sequence[Path]
-    _stop: threading.Event = field(default_factory=threading.Event, repr=False)
-
-    def __post_init__(self) -> None:
-        self._files = {file: None for path in self.paths for file in files_of(path)}
-        self._before = {file: _stamp(file) for file in self._files}
-        self._pool = ThreadPoolExecutor(1, "hashing")
-        self._found: dict[Path, Future[str]] = {
-            file: self._pool.submit(file_hash, file, self._stop.is_set) for file in self._files
-        }
-
-    @property
-    def stamps(self) -> list[tuple[object, ...]]:
-        """Names, sizes and times of all files, in their order."""
-        return [(str(file.resolve()), *stamp) for file, stamp in self._before.items()]
-
-    def result(self) -> list[FileRecord]:
-        """One for each path.
-
-        Raises:
-            CheckpointError: A file has changed.
-        """
-        records = [FileRecord.of(path, lambda file: self._found[file].result()) for path in self.paths]
-        for file, stamp in self._before.items():
-            if _stamp(file) != stamp:
-                raise CheckpointError(
-                    explain(f"{file} has changed while it was read", remedy="leave it alone meanwhile")
-                )
-        return records
-
-    def close(self) -> None:
-        """Stop."""
-        self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
-
-
-def _stamp(file: Path) -> tuple[int, int, int]:
-    try:
-        found = file.stat()
-    except OSError as error:
-        raise CheckpointError(explain(f"cannot read {file}", cause=error)) from error
-    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -11,6 +11,7 @@ from torch import Tensor
 from vfsurgery.combining.base import Entry, check_choice, check_share, register_combiner
 from vfsurgery.combining.magnitudes import count_of
 from vfsurgery.combining.matrices import ForMatrices, Remark, deltas, sizes
+from vfsurgery.combining.packing import Packed
 from vfsurgery.combining.tsv import NULL, directions, polar
 
 Rank: TypeAlias = Literal["full", "numerical"]
@@ -27,7 +28,8 @@ class IsoC(ForMatrices):
     of low rank, as of LoRA, gets strength in directions that mean nothing. ``rank="numerical"`` leaves out what lies
     below a thousandth of the largest; the report says where that is most. Matrices only, convolutions as
     ``(outputs, inputs * kernel)``; other tensors get the mean of their task vectors. ``scale`` 1.5 is FusionBench's for
-    eight tasks; it is chosen up to 3. The authors' code takes tensors of two dims alone, whatever they are.
+    eight tasks; it is chosen up to 3. With ``packed="split"`` queries, keys and values that lie in one matrix are three
+    matrices. The authors' code takes tensors of two dims alone, whatever they are.
 
     >>> from vfsurgery.combining import combine_states
     >>> base, tuned = {"weight": torch.zeros(2, 2)}, {"weight": torch.diag(torch.tensor([3.0, 1.0]))}
@@ -38,6 +40,7 @@ class IsoC(ForMatrices):
 
     rank: Rank = "full"
     scale: float = 1.5
+    packed: Packed = "whole"
     name: ClassVar[str] = "iso-c"
     doubt = (
         "{count} matrices have less than half of their full rank (first: {first}); rank='numerical' leaves out "

@@ -22,6 +22,7 @@ from vfsurgery.combining.base import (
 )
 from vfsurgery.combining.magnitudes import Threshold, count_of, largest_of_each
 from vfsurgery.combining.matrices import is_matrix
+from vfsurgery.combining.packing import Packed, check_packed, pieces, together, told_split
 from vfsurgery.combining.ties import Aggregate, agreeing
 
 NEGLIGIBLE = 1e-5
@@ -47,7 +48,8 @@ class Knots(Combiner):
     With ``merge="sum"`` it is task arithmetic: a linear method does not see the basis.
 
     For adapters of low rank, whose products seldom have signs in common. Matrices and convolutions (as matrices of
-    outputs by all else); the mean of the rest.
+    outputs by all else); the mean of the rest. With ``packed="split"`` queries, keys and values that lie in one matrix
+    are three matrices.
 
     >>> from vfsurgery.combining import combine_states
     >>> base = {"fc.weight": torch.zeros(2, 2)}
@@ -61,18 +63,24 @@ class Knots(Combiner):
     aggregate: Aggregate = "mean"
     merge: Merge = "ties"
     scale: float = 0.6
+    packed: Packed = "whole"
     name: ClassVar[str] = "knots"
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
         check_choice("merge", self.merge, get_args(Merge))
         check_choice("aggregate", self.aggregate, get_args(Aggregate))
+        check_packed(self.packed)
 
     def plan(self, problem: Problem) -> Combined:
         """See :class:`Combiner`."""
         entries, rest = list[Entry](), list[Entry]()
         for entry in problem.entries():
-            (entries if is_matrix(entry) else rest).append(entry)
+            if is_matrix(entry):
+                entries += [piece.entry for piece in pieces(entry, self.packed)]
+            else:
+                rest.append(entry)
+        problem.notes.extend(told_split(problem.entries(), self.packed))
         if rest:
             numbers = sum(entry.count for entry in rest)
             share = numbers / max(numbers + sum(entry.count for entry in entries), 1)
@@ -98,14 +106,14 @@ class Knots(Combiner):
                 (coordinates(entry)[1].flatten(1)[:, ::SPARSE] for entry in entries),
             )
 
-        def combined(entry: Entry) -> Tensor:
+        def single_one(entry: Entry) -> Tensor:
             if not is_matrix(entry):
                 return mean_of_rest(entry)
             basis, own = coordinates(entry)
             kept.pop(entry.name, None)
             return from_matrix(basis @ self._merged(own, entry, trims), entry.shape, entry.trait).to(entry.dtype)
 
-        return combined
+        return lambda entry: together(entry, pieces(entry, self.packed), single_one)
 
     def _merged(self, coordinates: Tensor, entry: Entry, trims: list[Threshold] | None) -> Tensor:
         weights = entry.coefficients(coordinates)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vfsurgery.combining.arithmetic import mean_of_rest
 from vfsurgery.combining.base import Combined, Combiner, Entry, Kind, Problem, as_matrix, from_matrix
+from vfsurgery.combining.packing import Packed, check_packed, pieces, together, told_split
 
 
 @dataclass
@@ -42,25 +43,30 @@ class ForMatrices(Combiner):
     decomposes: ClassVar[bool] = True
     doubt: str = ""
     """What is to be said of matrices that the method does not suit, of ``count`` and ``first``."""
+    packed: Packed = "whole"
+    """Whether queries, keys and values that lie in one matrix are taken for one, or each for its own."""
 
     def plan(self, problem: Problem) -> Combined:
         """See :class:`Combiner`."""
-        taken = [(entry.count, self.takes(entry)) for entry in problem.entries()]
+        check_packed(self.packed)
+        single = (piece.entry for entry in problem.entries() for piece in pieces(entry, self.packed))
+        taken = [(entry.count, self.takes(entry)) for entry in single]
         numbers, matrices = sum(count for count, yes in taken if yes), sum(yes for _, yes in taken)
         share = numbers / max(sum(count for count, _ in taken), 1)
         problem.notes.append(
             f"{self.name} acts on {matrices} matrices, {share:.1%} of the trained numbers; the other "
             f"{len(taken) - matrices} tensors get the mean of their task vectors"
         )
+        problem.notes.extend(told_split(problem.entries(), self.packed))
         remark = Remark(problem.notes, self.doubt)
 
-        def combined(entry: Entry) -> Tensor:
+        def single_one(entry: Entry) -> Tensor:
             if not self.takes(entry):
                 return mean_of_rest(entry)
             matrix = self.of_matrix(entry, remark).to(entry.dtype)
             return from_matrix(matrix, entry.shape, entry.trait)
 
-        return combined
+        return lambda entry: together(entry, pieces(entry, self.packed), single_one)
 
     def takes(self, entry: Entry) -> bool:
         """Whether the method acts on a tensor."""

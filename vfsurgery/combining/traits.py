@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import Tensor, fx
 
 from vfsurgery.combining.base import Kind, Trait
+from vfsurgery.combining.packing import parts_by_name, parts_of_graph
 from vfsurgery.discovery.unification import Unification
 from vfsurgery.errors import IncompatibleModelsError, explain
 from vfsurgery.groups.axes import AxisRef, Fresh, Reads, Tie, mentioned
@@ -47,6 +48,7 @@ def traits_of_graph(graph_module: fx.GraphModule) -> dict[str, Trait]:
         if is_batch_norm(module)
         for name in RUNNING
     }
+    parts = parts_of_graph(solved, {name: 1 - dim for name, dim in reads.items()})
     found: dict[str, Trait] = {}
     for name, tensor in canonical_state(graph_module).items():
         kind = Kind.MATRIX if name in reads else Kind.REST
@@ -54,7 +56,7 @@ def traits_of_graph(graph_module: fx.GraphModule) -> dict[str, Trait]:
             kind = Kind.STATISTICS if name in statistics else Kind.FIXED
         if not tensor.is_floating_point():
             kind = Kind.FIXED
-        found[name] = Trait(kind, reads.get(name, 1), depths.get(name))
+        found[name] = Trait(kind, reads.get(name, 1), depths.get(name), parts.get(name, ()))
     return found
 
 
@@ -152,7 +154,8 @@ def traits_of_states(
     {'conv.weight': 'matrix', 'pos_embed': 'rest', 'steps': 'fixed'}
     """
     check_same_tensors(states)
-    found = {name: _told(name, tensor) for name, tensor in states[0].items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in states[0].items()}
+    found = {name: _told(name, tensor, shapes) for name, tensor in states[0].items()}
     return with_heads(found, states[0], base)
 
 
@@ -190,7 +193,7 @@ def check_same_tensors(states: Sequence[Mapping[str, Tensor]]) -> None:
                 )
 
 
-def _told(name: str, tensor: Tensor) -> Trait:
+def _told(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Trait:
     words = set(name.replace(".", "_").split("_"))
     last = name.rpartition(".")[2]
     if not tensor.is_floating_point():
@@ -200,4 +203,6 @@ def _told(name: str, tensor: Tensor) -> Trait:
     weight = last == "weight" or last.endswith("_weight")
     table = tensor.ndim == 2 and not words.isdisjoint(EMBEDDINGS)
     depthwise = tensor.ndim > 2 and tensor.shape[1] == 1
-    return Trait(Kind.MATRIX if weight and tensor.ndim > 1 and not table and not depthwise else Kind.REST)
+    if weight and tensor.ndim > 1 and not table and not depthwise:
+        return Trait(Kind.MATRIX, parts=parts_by_name(name, shapes))
+    return Trait(Kind.REST)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vfsurgery.combining.base import Entry, register_combiner
 from vfsurgery.combining.matrices import ForMatrices, Remark, deltas, sizes
+from vfsurgery.combining.packing import Packed
 from vfsurgery.errors import OptionError, explain
 
 NULL = 1e-12
@@ -28,6 +29,7 @@ class TsvM(ForMatrices):
     of them side by side, ``U`` and ``V`` are replaced by the nearest matrices with orthonormal columns (polar
     factors), singular values stay. Matrices only, convolutions as ``(outputs, inputs * kernel)``; other tensors, and
     matrices with a side shorter than ``T``, get the mean of their task vectors. ``scale`` is 1, or chosen up to 3.
+    With ``packed="split"`` queries, keys and values that lie in one matrix are three matrices.
 
     For *different* tasks: where two share a direction the polar factor is arbitrary. Singular values of the stacks
     below ``tolerance`` of the largest are dropped, so equal tasks give their truncation, and the report says where
@@ -44,6 +46,7 @@ class TsvM(ForMatrices):
 
     tolerance: float = 1e-6
     scale: float = 1.0
+    packed: Packed = "whole"
     name: ClassVar[str] = "tsv-m"
     doubt = (
         "{count} matrices have nearly parallel directions of several sources (first: {first}), where tsv-m is not well "

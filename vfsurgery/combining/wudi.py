@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vfsurgery.combining.base import Entry, register_combiner
 from vfsurgery.combining.matrices import ForMatrices, Remark, deltas, sizes
+from vfsurgery.combining.packing import Packed
 
 NULL = 1e-12
 """Eigenvalues below this share of the largest are zero."""
@@ -23,7 +24,7 @@ class Wudi(ForMatrices):
     With ``D_i = w_i tau_i`` as matrices and ``G_i = D_i^T D_i / |D_i|^2`` that is ``D = (sum_i D_i G_i)
     (sum_i G_i)^+``: RegMean, the inputs' Gram matrices replaced by those of task vectors. Directions that no task has
     stay the base's. Matrices only, convolutions as ``(outputs, inputs * kernel)``; other tensors get the mean of their
-    task vectors.
+    task vectors. With ``packed="split"`` queries, keys and values that lie in one matrix are three matrices.
 
     The authors take 300 steps of Adam from ``sum_i D_i``, an early stop on the way there, so results differ.
 
@@ -36,6 +37,7 @@ class Wudi(ForMatrices):
     """
 
     scale: float = 1.0
+    packed: Packed = "whole"
     name: ClassVar[str] = "wudi"
 
     def of_matrix(self, entry: Entry, remark: Remark) -> Tensor:

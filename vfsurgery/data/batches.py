@@ -82,6 +82,16 @@ class Batches:
         cut = functools.partial(type(self), together=together, alone=alone)
         return cut(self._source, device=self.device, dtype=self.dtype, shape=self.shape)
 
+    def read_as(self, other: Batches) -> Self:
+        """The same data on the device, in the precision and in the runs of other data.
+
+        >>> half = Batches(torch.zeros(1, 1), dtype=torch.float16).in_runs(2)
+        >>> [(len(images), images.dtype) for images, _ in Batches([torch.zeros(5, 1)]).read_as(half)]
+        [(4, torch.float16)]
+        """
+        cut = functools.partial(type(self), together=other.together, alone=other.alone)
+        return cut(self._source, device=other.device, dtype=other.dtype, shape=other.shape)
+
     def like(self, images: Iterable[Any]) -> Batches:
         """Some of these images, those that belong together still together."""
         return Batches(images, together=self.together, alone=self.alone)

@@ -85,9 +85,14 @@ class First:
 class Interleaved:
     """The images of several data in turns, without labels, so that every batch has some of each as long as there are.
 
+    Those that belong together stay together.
+
     >>> both = Interleaved([Batches(torch.full((3, 1), float(value))) for value in (1, 2)])
     >>> [images.flatten().tolist() for images in both]
     [[1.0, 2.0, 1.0], [2.0, 1.0, 2.0]]
+    >>> pairs = Interleaved([Batches(torch.full((4, 1), float(value)), together=2) for value in (1, 2)])
+    >>> [images.flatten().tolist() for images in pairs]
+    [[1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0]]
     """
 
     def __init__(self, parts: Sequence[Batches]) -> None:
@@ -102,11 +107,11 @@ class Interleaved:
 
     def __iter__(self) -> Iterator[Tensor]:
         """One pass."""
-        running = [iter(part) for part in self.parts]
+        running, together = [iter(part) for part in self.parts], self.parts[0].together
         while found := [images for images, _ in (next(each, (None, None)) for each in running) if images is not None]:
-            places = torch.cat([torch.arange(len(images)) for images in found])
+            places = torch.cat([torch.arange(len(images)) // together for images in found])
             mixed = torch.cat([*found])[places.argsort(stable=True).to(found[0].device)]
-            yield from mixed.chunk(len(found))
+            yield from mixed.split(-(-len(mixed) // (len(found) * together)) * together)
 
 
 def first(data: Batches, count: int) -> Batches | None:

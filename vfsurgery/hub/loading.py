@@ -28,6 +28,7 @@ class Written:
         options: Arguments of that.
         of_timm: Whether it is timm's.
         configured: Whether a config.json beside it says how timm builds it, and that this file has the weights.
+        adapter: Whether it is a LoRA adapter, with its configuration beside it.
 
     >>> print(Written(("ab.safetensors",), "timm:resnet18", {"num_classes": 10}).code())
     import timm
@@ -40,6 +41,7 @@ class Written:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     of_timm: bool = False
     configured: bool = False
+    adapter: bool = False
 
     @property
     def name(self) -> str:
@@ -52,6 +54,11 @@ class Written:
             return (
                 "import timm\n\n"
                 'model = timm.create_model("local-dir:.", pretrained=True).eval()  # "hf-hub:USER/NAME" from the Hub'
+            )
+        if self.adapter:
+            return (
+                "from peft import PeftModel\n\n"
+                'model = PeftModel.from_pretrained(..., ".").eval()  # ... is the base, built and loaded'
             )
         suffix = Path(self.name).suffix
         if suffix == PROGRAM:

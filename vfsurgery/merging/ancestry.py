@@ -8,13 +8,16 @@ from typing import TypeAlias, cast
 
 from torch import Tensor, nn
 
-from vfsurgery.combining.base import COMBINERS, Combiner, Kind, Trait
+from vfsurgery.combining.ancestor import doubts
+from vfsurgery.combining.base import COMBINERS, Combiner, InMemory, Kind, Store, Trait
+from vfsurgery.combining.named import combiner_of
 from vfsurgery.combining.running import check_weights_of
 from vfsurgery.combining.traits import traits_of_graph, with_heads
 from vfsurgery.data.batches import Batches, Data
-from vfsurgery.data.holdout import Interleaved
-from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, OptionError, did_you_mean, explain
+from vfsurgery.data.holdout import Interleaved, mixed
+from vfsurgery.errors import DataError, IncompatibleModelsError, InvalidWeightsError, OptionError, explain, warn
 from vfsurgery.matching import Identity, Matcher
+from vfsurgery.merging.prepared import Grouped
 from vfsurgery.merging.surveyed import Way
 from vfsurgery.passes.base import Pass
 from vfsurgery.passes.combine import Base, Line
@@ -56,19 +59,34 @@ class Ancestry:
     traits: Mapping[str, Trait] = field(default_factory=dict[str, Trait], repr=False)
     line: Line | None = field(default=None, repr=False)
     """While scales are compared: what the method came to last."""
+    doubts: tuple[str, ...] = ()
+    """What speaks against the base."""
 
     def over(self, sources: Sequence[Source]) -> Ancestry:
         """The same with what the graph says of each tensor.
 
         Raises:
             IncompatibleModelsError: the base is of another architecture or size.
+
+        Warns:
+            SurgeryWarning: the sources do not come from the base, with the figure that shows it.
         """
         graph_module, state = sources[0].graph_module, sources[0].state
         traits = traits_of_graph(graph_module)
         if isinstance(self.base, Mapping):
             traits = with_heads(traits, state, self.base)
             _check_base(self.base, state, traits)
-        return replace(self, traits=traits)
+        return replace(self, traits=traits, doubts=self._doubts(sources, traits))
+
+    def _doubts(self, sources: Sequence[Source], traits: Mapping[str, Trait]) -> tuple[str, ...]:
+        if not isinstance(self.base, Mapping):
+            return ()  # made of the sources
+        shapes = {name: tuple(tensor.shape) for name, tensor in sources[0].state.items()}
+        stores: dict[str, Store] = {f"source {n}": InMemory(source.state) for n, source in enumerate(sources)}
+        found = doubts(InMemory(self.base), stores, shapes, traits)
+        for each in found:
+            warn(each)
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -149,8 +167,10 @@ def plan_combining(
     return Plan(combiners, Ancestry(base, numbers, told), combine in (None, "auto"))  # pyright: ignore[reportArgumentType]
 
 
-def images_apart(data: Data | Mapping[int, Data] | str | None, count: int) -> tuple[Data | str | None, list[Data]]:
+def images_apart(data: Data | Mapping[int, Data] | str | None, count: int) -> tuple[Data | str | None, list[Batches]]:
     """Images of all sources, and those of each, where they were given by the sources' numbers.
+
+    What a model needs of images is found out from all of them; then :func:`read_apart`.
 
     Raises:
         OptionError: a source has none, or a number is none of theirs.
@@ -165,8 +185,16 @@ def images_apart(data: Data | Mapping[int, Data] | str | None, count: int) -> tu
                 remedy="one entry for each, by its number: data={0: images, 1: others}",
             )
         )
-    each = [own[number] for number in range(count)]
-    return Interleaved([Batches(images) for images in each]), each
+    each = [Batches(own[number]) for number in range(count)]
+    return Interleaved(each), each
+
+
+def read_apart(grouped: Grouped, apart: Sequence[Batches]) -> Grouped:
+    """Let images of all sources be those of each in turns, so that both are read in one way."""
+    if not apart or grouped.data is None:
+        return grouped
+    own = tuple(each.read_as(grouped.data) for each in apart)
+    return replace(grouped, data=mixed(own), own=own)
 
 
 def fitting_to(plan: Plan, matching: str | Matcher, alpha: object) -> str | Matcher:
@@ -199,20 +227,13 @@ def _combiners(combine: Combining | None, scale: Scale, count: int) -> tuple[Com
         if count == 1:
             return tuple(COMBINERS["wise-ft"]().scaled(each) for each in (0.5, 0.25, 0.75, 1.0))
         return tuple(COMBINERS[name]().scaled(each) for name, scales in GRID.items() for each in scales)
-    if isinstance(combine, str):
-        if combine not in COMBINERS:
-            remedy = did_you_mean(combine, ["auto", *COMBINERS])
-            raise OptionError(explain(f"unknown combining method {combine!r}", remedy=remedy))
-        combine = COMBINERS[combine]()
-    if not isinstance(combine, Combiner):
-        accepted = ", ".join(["auto", *COMBINERS])
-        raise OptionError(explain(f"combine is no method but {combine!r}", accepted=accepted))
+    method = combiner_of(combine, also=("auto",))
     if scale is None:
-        return (combine,)
+        return (method,)
     scales = [scale] if isinstance(scale, int | float) else [*scale]
     if not scales or any(isinstance(each, bool) or not isinstance(each, int | float) for each in scales):
         raise OptionError(explain(f"scale is one number or several, not {scale!r}", remedy="scale=[0.3, 0.5, 1.0]"))
-    return tuple(combine.scaled(each) for each in scales)
+    return tuple(combiner_of(method, scale=each) for each in scales)
 
 
 def check_data(plan: Plan, has_data: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 from torch import fx, nn
@@ -17,18 +18,20 @@ from vfsurgery.stats.batch_norms import batch_norm_nodes
 from vfsurgery.tracing.wrappers import network
 
 Matchings: TypeAlias = str | Matcher
+Given: TypeAlias = nn.Module | str | Path
+"""A source: a network, or the folder of an adapter."""
 
 
-def sources_of(a: nn.Module | Sequence[nn.Module], b: nn.Module | None) -> list[nn.Module]:
+def sources_of(a: Given | Sequence[Given], b: nn.Module | None) -> list[Given]:
     """All that were given, as they were given."""
-    if isinstance(a, nn.Module | str | Mapping) or not isinstance(a, Iterable):
+    if isinstance(a, nn.Module | str | Path | Mapping) or not isinstance(a, Iterable):
         return [a] if b is None else [a, b]
     if b is not None:
         raise OptionError(explain("b was given beside a list of models", remedy="put all models into the list"))
     return [*a]
 
 
-def networks_of(given: Sequence[nn.Module], fewest: int = 2) -> list[nn.Module]:
+def networks_of(given: Sequence[object], fewest: int = 2) -> list[nn.Module]:
     models = [network(model, f"source {number}") for number, model in enumerate(given)]
     for number, model in enumerate(models):
         if not any(True for _ in model.parameters()):

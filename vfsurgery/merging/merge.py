@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from vfsurgery.data.batches import Data
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.matching import Given, Identity, Orders
+from vfsurgery.merging.adapters import with_adapters
 from vfsurgery.merging.aligned import match_sources
-from vfsurgery.merging.ancestry import Combining, Scale, check_data, fitting_to, images_apart, plan_combining
+from vfsurgery.merging.ancestry import (
+    Combining,
+    Scale,
+    check_data,
+    fitting_to,
+    images_apart,
+    plan_combining,
+    read_apart,
+)
 from vfsurgery.merging.arguments import (
     Matchings,
     allows_maps,
@@ -33,7 +43,6 @@ from vfsurgery.merging.surveyed import Way, can_judge, plan_survey
 from vfsurgery.passes import Pass, Preserve
 from vfsurgery.passes.normalizations import Renormalization, normalizations
 from vfsurgery.records.results import remember, way_of
-from vfsurgery.stats.precision import batches_for
 from vfsurgery.tracing.examples import ExampleInputs
 from vfsurgery.tracing.selection import Leaf
 from vfsurgery.tracing.wrappers import as_given
@@ -88,7 +97,7 @@ def match(
 
 
 def merge(
-    a: nn.Module | Sequence[nn.Module],
+    a: nn.Module | str | Path | Sequence[nn.Module | str | Path],
     b: nn.Module | None = None,
     *,
     data: Data | Mapping[int, Data] | str | None = None,
@@ -120,7 +129,8 @@ def merge(
     is in :func:`~vfsurgery.records.results.report_of` the result.
 
     Args:
-        a: The first source (the *reference*, whose order of units is kept), or a list of all sources.
+        a: The first source (the *reference*, whose order of units is kept), or a list of all sources. With a base, a
+            folder in which peft saved a LoRA adapter is a source, too.
         b: The second source; left out when ``a`` is a list.
         data: Calibration images, labels ignored: a loader, a dataset, or any iterable of images or (images, labels)
             that can be read more than once. A few thousand images are enough. ``"imagined"`` for images that
@@ -196,7 +206,7 @@ def merge(
     >>> list(merged.state_dict()) == list(a.state_dict())
     True
     """
-    given = sources_of(a, b)
+    given = with_adapters(sources_of(a, b), base)
     models = networks_of(given, fewest=2 if base is None or isinstance(base, str) else 1)
     combining = plan_combining(len(models), base, combine, scale, weights)
     if combining is not None:
@@ -217,8 +227,8 @@ def merge(
             )
         )
     traced = trace_sources(models, data, example_inputs, leaf=leaf, imagine=imagine, seed=seed, progress=progress)
-    traced = replace(traced, own=tuple(batches_for(models[0], each, traced.sources[0].device) for each in apart))
     grouped = group_units(traced, pins, maps=allows_maps(matching, symmetries), masks=masks)
+    grouped = read_apart(grouped, apart)
     matcher, graph_module, shares = (
         matcher_of(matching, grouped.data is not None),
         grouped.graph_module,
@@ -243,7 +253,7 @@ def merge(
         if renormalize == "auto" and grouped.data is None and sum(planned.used) > 1 and combining is None:
             warn_of_norms(graph_module)  # once nothing else can fail, and before a is written to
         merged = finish(grouped, choice.combined, inplace, preserved=kept is not None)
-    notes: list[str] = []
+    notes: list[str] = [] if ancestry is None else [*ancestry.doubts]
     if shares.by_name:
         notes.append(f"shares by layer: {planned}")
     if matching == "auto" and matcher == Identity():

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
-from vfsurgery.combining import COMBINERS, Combiner
+from vfsurgery.combining import Combiner
+from vfsurgery.combining.named import KIND, combiner_of
 from vfsurgery.errors import OptionError, refuse_unknown
 from vfsurgery.matching import MATCHERS, Matcher
 from vfsurgery.merging.budget import Budget
 from vfsurgery.passes import NORMALIZATIONS, Pass
-from vfsurgery.passes.options import build_entry, read_entry
 from vfsurgery.passes.registry import build_passes
+from vfsurgery.records.options import build_entry, read_entry
 
 
 def build_matcher(entry: Any) -> Literal["auto"] | Matcher:
@@ -29,7 +30,7 @@ def build_combiner(entry: Any) -> Literal["auto"] | Combiner:
     >>> str(build_combiner({"ties": {"scale": 0.5}}))
     'ties x0.5'
     """
-    return entry if entry == "auto" else build_entry(entry, COMBINERS, "combining method", "auto")
+    return entry if entry == "auto" else combiner_of(*read_entry(entry, KIND), also=("auto",))
 
 
 def build_normalizations(entries: Any) -> str | list[Pass] | None:

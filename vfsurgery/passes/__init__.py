@@ -13,7 +13,6 @@ from vfsurgery.passes.fold_scales import FoldLayerScales as FoldLayerScales
 from vfsurgery.passes.fold_scales import FoldNormScales as FoldNormScales
 from vfsurgery.passes.mask import KeepZeros as KeepZeros
 from vfsurgery.passes.mask import Mask as Mask
-from vfsurgery.passes.options import Option as Option
 from vfsurgery.passes.pipeline import Pipeline as Pipeline
 from vfsurgery.passes.preserve import Preserve as Preserve
 from vfsurgery.passes.recalibrate import Reset as Reset
@@ -28,6 +27,7 @@ from vfsurgery.passes.remove_biases import RemoveBiases as RemoveBiases
 from vfsurgery.passes.renormalize import Repair as Repair
 from vfsurgery.passes.renormalize import Rescale as Rescale
 from vfsurgery.passes.renormalize import Reshift as Reshift
+from vfsurgery.records.options import Option as Option
 
 for _step in (Average, Preserve, Fold, Reset, Repair, ClosedFormRepair, Rescale, Reshift):
     register_pass(_step)

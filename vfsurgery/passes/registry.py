@@ -13,7 +13,7 @@ from torch import fx
 
 from vfsurgery.errors import OptionError, explain
 from vfsurgery.passes.base import Context, Pass
-from vfsurgery.passes.options import Option, build, build_entry, options_of, resolve, written
+from vfsurgery.records.options import Option, build, build_entry, options_of, resolve, written
 from vfsurgery.registry import Registry, Selection
 
 PassClass = TypeVar("PassClass", bound=type[Pass])

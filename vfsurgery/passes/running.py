@@ -19,9 +19,9 @@ from vfsurgery.errors import OptionError, explain
 from vfsurgery.passes import PASSES, Context, Fold, Pass, Pipeline, build_pass
 from vfsurgery.passes.base import calibration_images
 from vfsurgery.passes.fitting import fits
-from vfsurgery.passes.options import written
 from vfsurgery.passes.preserve import standalone
 from vfsurgery.passes.renormalize import Renormalize
+from vfsurgery.records.options import written
 from vfsurgery.records.report import Report
 from vfsurgery.records.results import remember
 from vfsurgery.stats.collect import Site, Survey, survey

@@ -44,9 +44,9 @@ from vfsurgery.merging.written import (
 )
 from vfsurgery.networks.architectures import build_model
 from vfsurgery.passes.mask import CHOICES
-from vfsurgery.passes.options import build
 from vfsurgery.passes.registry import build_passes
 from vfsurgery.pruning import PRUNERS, Pruner
+from vfsurgery.records.options import build
 
 # YAML has lists only; a frozen value needs tuples
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)

@@ -18,9 +18,9 @@ from torch import nn
 
 from vfsurgery.errors import did_you_mean
 from vfsurgery.passes import PASSES
-from vfsurgery.passes.options import schema_of
 from vfsurgery.recipes.bench import Bench, Net, Told
 from vfsurgery.recipes.sections import AsTuple, Built, Patterns, Section
+from vfsurgery.records.options import schema_of
 from vfsurgery.registry import Registry
 from vfsurgery.scoring.evaluation import ENSEMBLE
 from vfsurgery.scoring.expectations import Expectation, Outcome, check_rows

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from vfsurgery.errors import OptionError
 from vfsurgery.passes import PASSES, Context, Pass
-from vfsurgery.passes.options import build, written
 from vfsurgery.passes.running import PassReport, run_passes
+from vfsurgery.records.options import build, written
 from vfsurgery.records.report import Report
 from vfsurgery.records.results import report_of
 from vfsurgery.testing.nets import NETS, example_images, make_net

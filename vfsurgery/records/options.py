@@ -1,4 +1,4 @@
-"""The options of passes and matchers as data: names, types and defaults, read from a mapping and written as one.
+"""Options of passes, matchers and other methods as data: names, types, defaults; read from a mapping, written as one.
 
 A mapping is what a recipe or a command line has: text, numbers, lists. What is not of an option's type is refused and
 never converted: a ``"3"`` is no number.
@@ -18,7 +18,6 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from vfsurgery.errors import OptionError, did_you_mean, explain, refuse_unknown
-from vfsurgery.passes.base import Pass
 from vfsurgery.registry import Registry
 
 T = TypeVar("T")
@@ -122,20 +121,32 @@ def build(target: type[T], options: Mapping[str, object], kind: str = "pass") ->
     vfsurgery.errors.OptionError: pass 'repair' has no option 'factr'
       remedy  did you mean 'factor'? accepted: average, factor, include_output, reference, sequential
     """
-    name: str = getattr(target, "name", target.__name__)
+    read = read_options(target, options, kind)
+    missing = [str(option) for option in options_of(target) if option.required and option.name not in read]
+    if missing:
+        raise OptionError(explain(f"{kind} {_name(target)!r} needs {', '.join(missing)}"))
+    return cast("Any", target)(**read)
+
+
+def read_options(target: type[Any], options: Mapping[str, object], kind: str = "pass") -> dict[str, Any]:
+    """Options as they stand in a mapping, checked: keyword arguments of a pass, or of what ``kind`` says.
+
+    Raises:
+        OptionError: an option is unknown, or of the wrong type.
+    """
     known = {option.name: option for option in options_of(target)}
     for option in options:
         if option not in known:
             remedy = did_you_mean(str(option), known)
-            raise OptionError(explain(f"{kind} {name!r} has no option {option!r}", remedy=remedy))
-    missing = [str(option) for option in known.values() if option.required and option.name not in options]
-    if missing:
-        raise OptionError(explain(f"{kind} {name!r} needs {', '.join(missing)}"))
+            raise OptionError(explain(f"{kind} {_name(target)!r} has no option {option!r}", remedy=remedy))
     try:
-        read = {option: known[option].read(value) for option, value in options.items()}
+        return {option: known[option].read(value) for option, value in options.items()}
     except OptionError as error:
-        raise OptionError(f"{kind} {name!r}: {error}") from None
-    return cast("Any", target)(**read)
+        raise OptionError(f"{kind} {_name(target)!r}: {error}") from None
+
+
+def _name(target: type[Any]) -> str:
+    return getattr(target, "name", target.__name__)
 
 
 def build_entry(entry: object, known: Registry[Any], kind: str, *others: str) -> Any:
@@ -174,7 +185,7 @@ def read_entry(entry: object, kind: str) -> tuple[str, dict[str, Any]]:
     return name, dict(cast("Mapping[str, Any]", options or {}))
 
 
-def written(step: Pass) -> dict[str, Any]:
+def written(step: object) -> dict[str, Any]:
     """All options of a pass as plain data: ``build(type(step), written(step)) == step``.
 
     >>> from vfsurgery.passes import RemoveBiases
