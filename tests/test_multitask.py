@@ -20,6 +20,7 @@ from vfsurgery.errors import (
     IncompatibleModelsError,
     InvalidWeightsError,
     OptionError,
+    SurgeryError,
     SurgeryWarning,
 )
 from vfsurgery.merging.multitask.unions import union_model
@@ -267,6 +268,71 @@ def test_scales_are_tried_on_images_and_the_experts_scale_wins():
     assert [record.agreement for record in report.tasks] == [1, 1]
     with pytest.raises(OptionError, match="nothing to judge"):
         joined(tasks, base=base, method="task-arithmetic", scale=[0.1, 0.5])
+
+
+def apart(name: str) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """A base, and two experts with heads of their own whose trunks are at some distance from it."""
+    tasks = experts(name)
+    base = copy.deepcopy(tasks["cars"])
+    for seed, expert in enumerate(tasks.values()):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in expert.parameters():
+                parameter.add_(0.3 * parameter.abs().mean() * torch.randn_like(parameter))
+    return base, tasks
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_coefficients_that_were_not_moved_are_task_arithmetic(name):
+    base, tasks = apart(name)
+    data = {task: images(40, seed, dtype=torch.float64) for seed, task in enumerate(tasks)}
+    learned = joined(tasks, base=base, method=surgery.AdaMerging(steps=0), data=data)
+    plain = joined(tasks, base=base, method="task-arithmetic", scale=0.3, data=data)
+    assert all(error(x, plain(INPUT)[task]) < EXACT for task, x in learned(INPUT).items())
+    moved = joined(tasks, base=base, method=surgery.AdaMerging(start=0.5, steps=0), data=data)  # negative control
+    assert all(error(x, plain(INPUT)[task]) > 1e-4 for task, x in moved(INPUT).items())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_coefficients_are_learned_and_reported(name):
+    base, tasks = apart(name)
+    before = [copy.deepcopy(model.state_dict()) for model in (base, *tasks.values())]
+    data = {task: images(80, seed, dtype=torch.float64) for seed, task in enumerate(tasks)}
+    both = joined(tasks, base=base, method=surgery.AdaMerging(lr=0.05, steps=60), data=data)
+    report = surgery.report_of(both)
+    found = report.learned
+    assert found.tasks == ("cars", "pets") and found.chosen.mean >= found.looks[0].mean and found.step > 0
+    assert len({value for row in found.coefficients for value in row}) > 1
+    assert "AdaMerging of 2 tasks" in str(report) and found.rows[0] in str(report)
+    assert json.loads(report.to_json())["learned"]["coefficients"].keys() == {*found.rows}
+    state = both.state_of("pets")
+    for row, values in zip(found.rows, found.coefficients, strict=True):
+        for key in found.members[row]:
+            start = base.state_dict()[key]
+            expected = start + sum(
+                value * (model.state_dict()[key] - start) for value, model in zip(values, tasks.values(), strict=True)
+            )
+            assert error(state[key], expected) < EXACT, key
+    for model, old in zip((base, *tasks.values()), before, strict=True):
+        assert all(torch.equal(x, old[key]) for key, x in model.state_dict().items())
+    KINDS[name][0](classes=6).double().load_state_dict(both.task("pets").state_dict(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base": None}, "needs a base"),
+        ({"data": None}, "learns on images"),
+        ({"scale": 0.5}, "learns scales itself"),
+        ({"method": surgery.AdaMerging(by="layer")}, "layer"),
+    ],
+    ids=["base", "data", "scale", "by"],
+)
+def test_what_adamerging_needs_is_said(options, message):
+    base, tasks = apart("chain")
+    data = {task: images(40, dtype=torch.float64) for task in tasks}
+    with pytest.raises(SurgeryError, match=message):
+        joined(tasks, **{"base": base, "data": data, "method": "adamerging", **options})
 
 
 @pytest.mark.parametrize("batchnorm", ["average", "per-task"])

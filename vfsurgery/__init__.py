@@ -34,6 +34,7 @@ from vfsurgery.matching import WeightMatching as WeightMatching
 from vfsurgery.matching import ZipMatching as ZipMatching
 from vfsurgery.merging.merge import match as match
 from vfsurgery.merging.merge import merge as merge
+from vfsurgery.merging.multitask import AdaMerging as AdaMerging
 from vfsurgery.merging.multitask import Multitask as Multitask
 from vfsurgery.merging.multitask import MultitaskReport as MultitaskReport
 from vfsurgery.merging.multitask import load_multitask as load_multitask

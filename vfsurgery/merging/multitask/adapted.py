@@ -77,6 +77,18 @@ class Adapted(Drawn):
         """What was seen where the coefficients were as they are."""
         return next(look for look in self.looks if look.step == self.step)
 
+    def to_dict(self) -> dict[str, object]:
+        """Coefficients by row and task, and how near each look came, as plain numbers; tensors are left out."""
+        rows = zip(self.rows, self.coefficients, strict=True)
+        return {
+            "objective": self.objective,
+            "coefficients": {row: dict(zip(self.tasks, values, strict=True)) for row, values in rows},
+            "agreement": {str(look.step): dict(zip(self.tasks, look.agreement, strict=True)) for look in self.looks},
+            "step": self.step,
+            "why": self.why,
+            "notes": [*self.notes],
+        }
+
     def lines(self) -> Iterator[str]:
         """A row for each task and each row of coefficients, and what there is to say."""
         yield f"AdaMerging of {len(self.tasks)} tasks by {self.objective}: {len(self.rows)} coefficients each"

@@ -20,6 +20,7 @@ from vfsurgery.merging.multitask.heads import Head, find_heads
 from vfsurgery.merging.multitask.joined import Multitask
 from vfsurgery.merging.multitask.joining import join
 from vfsurgery.merging.multitask.labels import Labels
+from vfsurgery.merging.multitask.learned import AdaMerging, learn, learning_of
 from vfsurgery.merging.multitask.report import MultitaskReport, TaskRecord, agreement, fitted_temperature
 from vfsurgery.merging.multitask.requests import (
     Images,
@@ -47,7 +48,7 @@ def multitask(
     experts: Mapping[str, nn.Module],
     *,
     base: nn.Module | Mapping[str, Tensor] | str | None = None,
-    method: str | Combiner = "mean",
+    method: str | Combiner | AdaMerging = "mean",
     scale: Scale = None,
     weights: Sequence[float] | None = None,
     data: Images = None,
@@ -75,7 +76,9 @@ def multitask(
         base: The checkpoint that all were fine-tuned from, a model or its state dict; its head may be any. Without one
             the experts come of different seeds, and are aligned.
         method: How trunks are combined: ``"mean"``, ``"task-arithmetic"``, ``"ties"``, ... as listed in
-            docs/fine_tuned.md, a :class:`~vfsurgery.combining.Combiner`, or ``"auto"`` to try several with ``data``.
+            docs/fine_tuned.md, a :class:`~vfsurgery.combining.Combiner`, or ``"auto"`` to try several with ``data``;
+            ``"adamerging"``, or :class:`~vfsurgery.merging.multitask.learned.AdaMerging` with options, learns on
+            ``data`` how much of each expert goes into each tensor.
         scale: What the combined differences are multiplied by; of several numbers the one is kept with which tasks
             agree best with their experts, on average, on every fifth image.
         weights: A number for each expert.
@@ -119,7 +122,9 @@ def multitask(
     """
     tasks = checked_experts(experts, heads, batchnorm)
     models = [*tasks.values()]
-    plan = plan_combining(len(models), base, method, scale, weights)
+    learning = learning_of(method, base, data, scale)
+    combine = "task-arithmetic" if learning is not None or isinstance(method, AdaMerging) else method
+    plan = plan_combining(len(models), base, combine, scale if learning is None else learning.start, weights)
     assert plan is not None  # a method is always named
     matching = fitting_to(plan, matching, 0.5)
     clock, device = Clock(), common_device(models)
@@ -152,11 +157,15 @@ def multitask(
     with grouped.running():
         settle = partial(_settle, images=images, heads=heads, batchnorm=batchnorm, plan=plan, grouped=grouped)
         made = Trunks(grouped, joined, plan, matcher, renormalize, tasks).best(images, names, known, settle)
-    result = made.result
+    result, learned = made.result, None
+    if learning is not None:
+        assert isinstance(made.ancestry.base, Mapping)  # a base was asked for
+        with clock("learn"):
+            learned = learn(learning, result, made.ancestry.base, tasks, images, seed, progress)
     told = settle(result)
     for task, own in images.items():
         result.temperatures[task] = fitted_temperature(result, task, tasks[task], own)
-    report = _report(made, tasks, found, known, names, images, told)
+    report = replace(_report(made, tasks, found, known, names, images, told), learned=learned)
     remember(result, report)
     return result
 

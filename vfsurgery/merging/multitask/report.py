@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vfsurgery.data.batches import Batches
+from vfsurgery.merging.multitask.adapted import Adapted
 from vfsurgery.merging.multitask.joined import Multitask
 from vfsurgery.passes.agreement import class_logits
 from vfsurgery.records.report import MergeReport, Report
@@ -44,21 +45,25 @@ class TaskRecord:
 class MultitaskReport(Report):
     """All that happened when experts became one network; ``merge`` is what became of their trunks.
 
-    ``batchnorm`` says whose statistics BatchNorm layers have; empty where there are none.
+    ``batchnorm`` says whose statistics BatchNorm layers have; empty where there are none. ``learned`` is what
+    AdaMerging found, where that was the method.
     """
 
     tasks: tuple[TaskRecord, ...]
     batchnorm: str
     merge: MergeReport
+    learned: Adapted | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers."""
         plain = {"tasks": [asdict(task) for task in self.tasks], "batchnorm": self.batchnorm}
-        return {**plain, "merge": self.merge.to_dict()}
+        learned = {} if self.learned is None else {"learned": self.learned.to_dict()}
+        return {**plain, **learned, "merge": self.merge.to_dict()}
 
     def __str__(self) -> str:
         lines = [f"{len(self.tasks)} tasks in one network", *(f"  {task}" for task in self.tasks)]
         lines += [f"  BatchNorm statistics: {self.batchnorm}"] if self.batchnorm else []
+        lines += [] if self.learned is None else [f"  {line}" for line in str(self.learned).splitlines()]
         return "\n".join([*lines, *(f"  {line}" for line in str(self.merge).splitlines())])
 
 
