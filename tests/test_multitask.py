@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 
 import pytest
 import timm
@@ -25,6 +26,8 @@ from vfsurgery.errors import (
 )
 from vfsurgery.merging.multitask.unions import union_model
 from vfsurgery.tracing.sources import canonical_state
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fine-tuned from:vfsurgery.errors.SurgeryWarning")
 
 EXACT = 1e-10
 INPUT = images(4, dtype=torch.float64)
@@ -109,6 +112,15 @@ def test_a_task_is_the_trunk_that_the_method_makes_with_its_own_head(method):
         built.load_state_dict(plain.state_dict(), strict=True)
         assert torch.equal(built(INPUT), both(INPUT, task=task))
     assert error(both(INPUT)["cars"], tasks["cars"](INPUT)) > 1e-3
+
+
+def test_a_base_that_experts_do_not_come_from_is_told():
+    base, tasks = apart("residual")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        joined(tasks, base=base, method="task-arithmetic")
+    with pytest.warns(SurgeryWarning, match="the base is not what the sources were fine-tuned from"):
+        joined(tasks, base=lively(Residual(classes=9), 7).double(), method="task-arithmetic")
 
 
 def test_the_base_has_any_head_and_what_it_lacks_is_of_heads():

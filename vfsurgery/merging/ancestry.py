@@ -76,17 +76,22 @@ class Ancestry:
         if isinstance(self.base, Mapping):
             traits = with_heads(traits, state, self.base)
             _check_base(self.base, state, traits)
-        return replace(self, traits=traits, doubts=self._doubts(sources, traits))
+        return self.doubted(sources, traits)
 
-    def _doubts(self, sources: Sequence[Source], traits: Mapping[str, Trait]) -> tuple[str, ...]:
+    def doubted(self, sources: Sequence[Source], traits: Mapping[str, Trait]) -> Ancestry:
+        """The same with these traits, and with what speaks against the base.
+
+        Warns:
+            SurgeryWarning: see above.
+        """
         if not isinstance(self.base, Mapping):
-            return ()  # made of the sources
+            return replace(self, traits=traits)  # made of the sources
         shapes = {name: tuple(tensor.shape) for name, tensor in sources[0].state.items()}
         stores: dict[str, Store] = {f"source {n}": InMemory(source.state) for n, source in enumerate(sources)}
         found = doubts(InMemory(self.base), stores, shapes, traits)
         for each in found:
             warn(each)
-        return tuple(found)
+        return replace(self, traits=traits, doubts=tuple(found))
 
 
 @dataclass(frozen=True)

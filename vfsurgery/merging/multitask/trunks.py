@@ -114,7 +114,7 @@ class Trunks:
             base = {name: first[name] if name in foreign else base[name] for name in first}
         for name in foreign.intersection(name for name, trait in traits.items() if trait.kind is not Kind.FIXED):
             traits[name] = replace(traits[name], kind=Kind.HEAD)
-        self.ancestry = replace(plan.ancestry, base=base, traits=traits)
+        self.ancestry = replace(plan.ancestry, base=base).doubted(grouped.sources, traits)
         self.passes = self._passes(renormalize)
         self.surveyed: Surveyed = plan_survey(grouped, [Way(matcher, self.passes)])
         self.certified: Certified = certify_sources(self.surveyed, match_sources(self.surveyed, matcher))
