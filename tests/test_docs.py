@@ -65,7 +65,7 @@ def test_a_misread_list_is_found(text):
 
 
 def test_doctests_of_all_pages_run_in_tox():
-    assert "pytest --doctest-modules --doctest-glob=*.md {posargs:vfsurgery docs README.md}" in (
+    assert "pytest --doctest-modules --doctest-glob=*.md --numprocesses 2 {posargs:vfsurgery docs README.md}" in (
         ROOT / "tox.ini"
     ).read_text(encoding="utf-8")
 
