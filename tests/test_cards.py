@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from huggingface_hub import ModelCard
+from quick_cli import call
 from torch import nn
 
 import vfsurgery as surgery
 from vfsurgery.checkpoints import file_hash, save_sharded, save_state_dict
-from vfsurgery.cli import main
 from vfsurgery.errors import CheckpointError, OptionError
 from vfsurgery.hub.cards import CARD, Card, Network, Summary, base_models, escape_markdown, is_card
 from vfsurgery.hub.loading import Written, write_config
@@ -45,10 +45,7 @@ stages:
 
 
 def done(*arguments: object) -> Result:
-    """As from a shell; merges without ``--data`` take none, which is quick."""
-    given = [str(argument) for argument in arguments]
-    quick = ["--no-imagine"] * (given[0] == "merge" and "--data" not in given)
-    result = CliRunner().invoke(main, [*given, *quick])
+    result = call(*arguments)
     assert result.exit_code == 0, result.output
     return result
 

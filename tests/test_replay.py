@@ -10,23 +10,16 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from quick_cli import call
 from safetensors import safe_open
 
 from vfsurgery.checkpoints import file_hash, load_state_dict, save_sharded, save_state_dict
-from vfsurgery.cli import main
 from vfsurgery.networks.architectures import build_model
 from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.training import from_seed
 
 DEMO = ["--model", "vfsurgery.networks.demo:TinyConvNet", "--input-size", "1x8x8", "--quiet"]
-
-
-def call(*arguments: object) -> Result:
-    """As from a shell; merges without ``--data`` take none, which is quick."""
-    given = [str(argument) for argument in arguments]
-    quick = ["--no-imagine"] * (given[0] == "merge" and "--data" not in given)
-    return CliRunner().invoke(main, [*given, *quick])
 
 
 def done(*arguments: object) -> Result:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from quick_cli import call
 from tiny_nets import images, net, same_state, state_of
 from torch import Tensor, nn
 
@@ -27,7 +27,6 @@ from vfsurgery.checkpoints import (
     save_state_dict,
     write_text,
 )
-from vfsurgery.cli import main
 from vfsurgery.errors import CheckpointError, InvalidWeightsError, OptionError
 from vfsurgery.networks.demo import TinyConvNet
 from vfsurgery.training import from_seed
@@ -69,13 +68,6 @@ def _exported_once() -> Iterator[None]:
         for module in (torch.export, torch.onnx):
             patch.setattr(module, "export", once(module.export))
         yield
-
-
-def call(*arguments: object) -> Result:
-    """As from a shell; merges without ``--data`` take none, which is quick."""
-    given = [str(argument) for argument in arguments]
-    quick = ["--no-imagine"] * (given[:1] == ["merge"] and "--data" not in given)
-    return CliRunner().invoke(main, [*given, *quick])
 
 
 @pytest.fixture

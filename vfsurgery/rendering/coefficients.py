@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vfsurgery.merging.multitask.adapted import Adapted
-from vfsurgery.rendering.figures import GREY, PALETTE, POINTS, Draw, _figure, _finish, _save, svg
-from vfsurgery.rendering.fragments import LONG, Html, figure, folded, fragment, paragraph, paragraphs, table
+from vfsurgery.rendering.figures import GREY, PALETTE, POINTS, Draw, _finish, draw_panels
+from vfsurgery.rendering.fragments import LONG, folded, fragment, paragraph, paragraphs, table
+from vfsurgery.rendering.notebook import figures
 from vfsurgery.shown import draw, html_of
 
 
@@ -21,11 +21,7 @@ def draw_adapted(found: Adapted, path: str | Path) -> Path:
         CheckpointError: The file cannot be written; nothing is left of it then.
     """
     panels = adapted_panels(found)
-    drawn = _figure(5.5 * len(panels), 4.6)
-    for axes, (title, panel) in zip(drawn.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        axes.set_title(title, loc="left", fontsize=12)
-        panel(axes)
-    return _save(drawn, path)
+    return draw_panels(panels, path, 5.5 * len(panels), 4.6)
 
 
 def adapted_panels(found: Adapted) -> Mapping[str, Draw]:
@@ -64,11 +60,6 @@ def adapted_html(found: Adapted) -> str:
         for place, task in enumerate(found.tasks)
     ]
     rows = [(row, *values) for row, values in zip(found.rows, found.coefficients, strict=True)]
-    name = f"vf{zlib.crc32(str(found).encode()):08x}"
-    drawn = [
-        figure(title, svg(panel, f"{name}{number}"))
-        for number, (title, panel) in enumerate(adapted_panels(found).items())
-    ]
     return fragment(
         f"AdaMerging of {len(found.tasks)} tasks",
         paragraph(found.why),
@@ -79,5 +70,5 @@ def adapted_html(found: Adapted) -> str:
             table(["row", *found.tasks], rows),
             unfolded=len(rows) <= LONG,
         ),
-        Html("".join(drawn)),
+        figures(adapted_panels(found), str(found)),
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vfsurgery.combining.comparison import Comparison
-from vfsurgery.rendering.figures import GREY, PALETTE, POINTS, Draw, _figure, _finish, _save, svg
-from vfsurgery.rendering.fragments import LONG, Html, figure, folded, fragment, paragraph, paragraphs, table
+from vfsurgery.rendering.figures import GREY, PALETTE, POINTS, Draw, _finish, draw_panels
+from vfsurgery.rendering.fragments import LONG, folded, fragment, paragraph, paragraphs, table
+from vfsurgery.rendering.notebook import figures
 from vfsurgery.shown import draw, html_of
 
 LONGEST = 24
@@ -24,11 +24,7 @@ def draw_comparison(found: Comparison, path: str | Path) -> Path:
         CheckpointError: The file cannot be written; nothing is left of it then.
     """
     panels = comparison_panels(found)
-    drawn = _figure(5.5 * len(panels), 4.6)
-    for axes, (title, panel) in zip(drawn.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        axes.set_title(title, loc="left", fontsize=12)
-        panel(axes)
-    return _save(drawn, path)
+    return draw_panels(panels, path, 5.5 * len(panels), 4.6)
 
 
 def comparison_panels(found: Comparison) -> Mapping[str, Draw]:
@@ -69,11 +65,6 @@ def comparison_html(found: Comparison) -> str:
     sources = [(name, total.ratio(own), total.kept(own)) for own, name in enumerate(found.sources)]
     pairs = [(found.sources[a], found.sources[b], total.cosine(a, b)) for a, b in total.pairs]
     layers = [(name, moved.mean_ratio, moved.mean_cosine, moved.conflict) for name, moved in found.layers.items()]
-    name = f"vf{zlib.crc32(str(found).encode()):08x}"
-    drawn = [
-        figure(title, svg(panel, f"{name}{number}"))
-        for number, (title, panel) in enumerate(comparison_panels(found).items())
-    ]
     return fragment(
         f"{len(found.sources)} sources beside {found.base}",
         paragraph(found.outlook),
@@ -85,5 +76,5 @@ def comparison_html(found: Comparison) -> str:
             table(["layer", "norm relative to the base", "cosine", "signs in conflict"], layers),
             unfolded=len(layers) <= LONG,
         ),
-        Html("".join(drawn)),
+        figures(comparison_panels(found), str(found)),
     )

@@ -69,12 +69,7 @@ def draw_diagnosis(found: Diagnosis, path: str | Path) -> Path:
     Raises:
         CheckpointError: The file cannot be written; nothing is left of it then.
     """
-    panels = diagnosis_panels(found)
-    figure = _figure(15, 4.8)
-    for axes, (title, panel) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        axes.set_title(title, loc="left", fontsize=12)
-        panel(axes)
-    return _save(figure, path)
+    return draw_panels(diagnosis_panels(found), path, 15, 4.8)
 
 
 @draw.register(Sweep)
@@ -167,6 +162,19 @@ def _save(figure: Figure, path: str | Path) -> Path:
 
 
 Draw: TypeAlias = "Callable[[Axes], None]"
+
+
+def draw_panels(panels: Mapping[str, Draw], path: str | Path, width: float, height: float) -> Path:
+    """Draw panels side by side, each under its title, in inches, into ``path``; its ending is the format, else PNG.
+
+    Raises:
+        CheckpointError: The file cannot be written; nothing is left of it then.
+    """
+    figure = _figure(width, height)
+    for axes, (title, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        axes.set_title(title, loc="left", fontsize=12)
+        panel(axes)
+    return _save(figure, path)
 
 
 def svg(panel: Draw, name: str) -> str:

@@ -26,7 +26,7 @@ def barrier_html(found: Barrier) -> str:
         f"from source a to source b, {len(found.naive.alphas)} points",
         table(["", "accuracy", "loss"], ends),
         table(["barrier", "of accuracy", "of loss"], barriers),
-        _figures(barrier_panels(found), str(found)),
+        figures(barrier_panels(found), str(found)),
     )
 
 
@@ -53,7 +53,7 @@ def diagnosis_html(found: Diagnosis) -> str:
         paragraph(found.verdict),
         folded(f"{len(rows)} layers", table(headers, rows), unfolded=len(rows) <= LONG),
         paragraphs(f"not compared: {layer}" for layer in found.unpaired),
-        _figures(dict(islice(diagnosis_panels(found).items(), 1)), str(found)),
+        figures(dict(islice(diagnosis_panels(found).items(), 1)), str(found)),
     )
 
 
@@ -74,8 +74,8 @@ def flips_html(found: Flips) -> str:
     return fragment("flips", table(headers, rows))
 
 
-def _figures(panels: Mapping[str, Draw], content: str) -> Html:
-    """Ids begin with a number made of the content, since many figures share one page."""
+def figures(panels: Mapping[str, Draw], content: str) -> Html:
+    """Panels as figures; ids begin with a number made of the content, since many figures share one page."""
     name = f"vf{zlib.crc32(content.encode()):08x}"
     drawn = (figure(title, svg(draw, f"{name}{number}")) for number, (title, draw) in enumerate(panels.items()))
     return Html("".join(drawn))
